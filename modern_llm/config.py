@@ -1,0 +1,381 @@
+"""Every knob of the laboratory on one page: what it is called, its unit, its default.
+
+A *preset* is a function that returns a complete `PipelineConfig`; a variant is `dataclasses.replace`. This module is a
+leaf: it imports neither torch nor anything of the package, so that a login node can plan a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+OPTIMIZERS = ("muon", "adamw")
+SCHEDULES = ("wsd", "cosine")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message names the value, the place and the remedy."""
+
+
+def nearest(value: str, options: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest valid name, else the list of valid ones."""
+    options = list(options)
+    close = difflib.get_close_matches(value, options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(options)}"
+
+
+def _require(claim: bool, message: str) -> None:
+    if not claim:
+        raise ConfigError(message)
+
+
+def _one_of(place: str, value: str, options: tuple[str, ...]) -> None:
+    _require(value in options, f"{place}={value!r} is unknown{nearest(str(value), options)}")
+
+
+def _positive(place: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{place}.{name}={value} must be greater than 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Read by chapters 00–02."""
+
+    vocab_size: int = 512  # rows of the embedding; at least the tokenizer's size, padded to a round number
+    context_length: int = 256  # tokens the model is trained on at once
+    width: int = 128  # size c of the residual stream
+    num_layers: int = 4
+    num_heads: int = 4  # query heads h
+    num_kv_heads: int = 2  # key/value groups g; equal to num_heads is plain multi-head attention
+    ffn_width: int = 384  # hidden size of SwiGLU
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    norm_eps: float = 1e-5
+    use_qk_norm: bool = True  # RMSNorm on queries and keys before the rotation
+    use_attention_sinks: bool = False  # one learned logit a head that takes softmax mass
+    sliding_window: int | None = None  # keys visible to a query, itself included; None = all before it
+    num_experts: int = 0  # 0 = dense SwiGLU, else a mixture of experts in every layer
+    experts_per_token: int = 2
+    balance_loss_weight: float = 0.01  # load-balancing loss of the router
+    router_z_loss_weight: float = 0.001
+    dropout: float = 0.0  # on the residual branches, in training
+    tie_embeddings: bool = True
+    init_std: float = 0.02  # of every matrix; output projections start at 0 when zero_init_outputs
+    zero_init_outputs: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("model", self, "vocab_size", "context_length", "width", "num_layers", "num_heads", "num_kv_heads",
+                  "ffn_width", "rope_theta", "norm_eps", "init_std")
+        _require(self.width % self.num_heads == 0,
+                 f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
+                 f"use one of {[h for h in range(1, self.width + 1) if self.width % (2 * h) == 0][-8:]}")
+        _require(self.head_width % 2 == 0,
+                 f"model.width/num_heads={self.head_width} is odd; rotary embedding turns pairs of channels")
+        _require(self.num_heads % self.num_kv_heads == 0,
+                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}; "
+                 f"use one of {[g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]}")
+        _require(self.num_experts == 0 or 1 <= self.experts_per_token <= self.num_experts,
+                 f"model.experts_per_token={self.experts_per_token} must lie in 1..num_experts={self.num_experts}")
+        _require(self.sliding_window is None or self.sliding_window > 0,
+                 f"model.sliding_window={self.sliding_window} must be at least 1, or null for full attention")
+        _require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must lie in [0, 1)")
+
+    @property
+    def head_width(self) -> int:
+        """Channels d of one attention head."""
+        return self.width // self.num_heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads. Read by chapter 02a."""
+
+    sources: tuple[str, ...] = ("synthetic",)  # names of DATASET_REGISTRY
+    tokenizer: str = "bpe"  # "bpe" = byte-level BPE trained on the sources; "gpt2" = GPT-2's
+    tokenizer_vocab_size: int = 512  # for "bpe"; special tokens included
+    max_train_tokens: int | None = None  # a source; None = all of it
+    max_validation_tokens: int = 100_000  # a source
+    isolate_documents: bool = False  # attention stops at document boundaries inside a packed row
+    world_seed: int = 0  # the synthetic world: who lives where, owns which pet …
+
+    def __post_init__(self) -> None:
+        _require(len(self.sources) > 0, "data.sources is empty; name at least one, for example 'synthetic'")
+        _one_of("data.tokenizer", self.tokenizer, ("bpe", "gpt2"))
+        _require(self.tokenizer_vocab_size >= 300,
+                 f"data.tokenizer_vocab_size={self.tokenizer_vocab_size} is under 300: 256 bytes and the special tokens")
+        _require(self.max_train_tokens is None or self.max_train_tokens > 0,
+                 f"data.max_train_tokens={self.max_train_tokens} must be greater than 0, or null for everything")
+        _positive("data", self, "max_validation_tokens")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One optimisation run. Read by chapter 03; every stage has one."""
+
+    max_steps: int = 500  # optimizer steps
+    max_minutes: float | None = None  # stop (and finish the decay) by this wall-clock time
+    batch_size: int = 32  # sequences per optimizer step, over all devices
+    micro_batch_size: int | None = None  # sequences per forward pass; None = batch_size
+    optimizer: str = "muon"  # "muon" = Muon on block matrices, AdamW on the rest; "adamw" = AdamW on all
+    lr: float = 3e-3  # peak of AdamW
+    muon_lr: float = 2e-2  # peak of Muon
+    weight_decay: float = 0.1  # decoupled; matrices only
+    betas: tuple[float, float] = (0.9, 0.95)
+    schedule: str = "wsd"  # "wsd" = warmup, stable, linear decay; "cosine"
+    warmup_steps: int = 20
+    decay_fraction: float = 0.5  # share of the run that decays ("wsd")
+    final_lr_fraction: float = 0.0  # of the peak, at the end
+    grad_clip: float = 1.0  # global norm; 0 = off
+    precision: str = "auto"  # "auto" = bf16 where the device has it, else fp16 on other GPUs, fp32 on CPUs
+    compile: bool = False
+    gradient_checkpointing: bool = False  # recompute block activations in the backward pass
+    loss_chunk_tokens: int = 4096  # tokens whose logits exist at once
+    ema_decay: float | None = None  # exponential moving average of the weights, used for validation and saving
+    log_every: int = 10  # steps
+    eval_every: int = 100  # steps
+    checkpoint_every: int = 250  # steps
+    keep_checkpoints: int = 3  # weights kept along the way, evenly spaced, besides the last
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "max_steps", "batch_size", "lr", "muon_lr", "log_every", "eval_every",
+                  "checkpoint_every", "loss_chunk_tokens")
+        _one_of("train.optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("train.schedule", self.schedule, SCHEDULES)
+        _one_of("train.precision", self.precision, PRECISIONS)
+        _require(self.batch_size % self.micro_batch == 0,
+                 f"train.micro_batch_size={self.micro_batch} does not divide train.batch_size={self.batch_size}")
+        _require(self.max_minutes is None or self.max_minutes > 0,
+                 f"train.max_minutes={self.max_minutes} must be greater than 0, or null for no limit")
+        for name, high in (("decay_fraction", 1.0), ("final_lr_fraction", 1.0), ("ema_decay", 0.999999)):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= high, f"train.{name}={value} must lie in [0, {high}]")
+        for name in ("weight_decay", "grad_clip", "warmup_steps", "keep_checkpoints"):
+            _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass."""
+        return self.micro_batch_size or self.batch_size
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What a preset was sized for; checked before anything starts."""
+
+    device: str = "auto"  # "auto" = cuda, else mps, else cpu
+    min_gpu_memory_gb: float = 0.0  # 0 = a CPU will do
+    needs_bf16: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.device.split(":")[0] in ("auto", "cpu", "cuda", "mps"),
+                 f"hardware.device={self.device!r} is unknown{nearest(self.device, ('auto', 'cpu', 'cuda', 'mps'))}")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """A whole run: what is trained, on what, how, and where."""
+
+    name: str = "local-smoke"
+    description: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pretrain: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data.tokenizer == "bpe":
+            _require(self.data.tokenizer_vocab_size <= self.model.vocab_size,
+                     f"data.tokenizer_vocab_size={self.data.tokenizer_vocab_size} exceeds "
+                     f"model.vocab_size={self.model.vocab_size}: raise the latter")
+        else:
+            _require(self.model.vocab_size >= GPT2_VOCAB_SIZE,
+                     f"model.vocab_size={self.model.vocab_size} is under the {GPT2_VOCAB_SIZE} of data.tokenizer='gpt2' "
+                     "with its chat tokens: use 50304")
+
+
+GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens
+
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+
+def local_smoke() -> PipelineConfig:
+    return PipelineConfig(
+        name="local-smoke",
+        description="about 1M parameters on the built-in world: minutes on 2 CPU cores, no network",
+        data=DataConfig(max_train_tokens=2_500_000, max_validation_tokens=40_000),
+    )
+
+
+def local_cpu() -> PipelineConfig:
+    return PipelineConfig(
+        name="local-cpu",
+        description="6M parameters on WikiText-2 and TinyStories on 2 CPU cores",
+        model=ModelConfig(vocab_size=4096, width=256, num_layers=6, num_kv_heads=2, ffn_width=768),
+        data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"), tokenizer_vocab_size=4096),
+        pretrain=TrainConfig(max_steps=2000, max_minutes=45, batch_size=16, eval_every=100, checkpoint_every=200),
+    )
+
+
+def local() -> PipelineConfig:
+    return PipelineConfig(
+        name="local",
+        description="114M parameters on WikiText-2 and TinyStories, about 50M tokens, on one 12 GB GPU",
+        model=ModelConfig(vocab_size=50_304, context_length=1024, width=768, num_layers=12, num_heads=12,
+                          num_kv_heads=4, ffn_width=2048),
+        data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"), tokenizer="gpt2", max_train_tokens=50_000_000),
+        pretrain=TrainConfig(max_steps=1600, batch_size=32, micro_batch_size=4, warmup_steps=50, compile=True,
+                             gradient_checkpointing=True),
+        hardware=HardwareConfig(min_gpu_memory_gb=11),
+    )
+
+
+def tacc_h100() -> PipelineConfig:
+    return PipelineConfig(
+        name="tacc-h100",
+        description="253M parameters, 5.2B tokens of WikiText-103 and TinyStories: the published run, one 80 GB H100",
+        model=ModelConfig(vocab_size=50_304, context_length=1024, width=1024, num_layers=12, num_heads=16,
+                          num_kv_heads=16, ffn_width=4096),
+        data=DataConfig(sources=("wikitext-103-raw-v1", "tinystories"), tokenizer="gpt2",
+                        max_validation_tokens=300_000),
+        pretrain=TrainConfig(max_steps=40_000, batch_size=128, micro_batch_size=32, warmup_steps=200, compile=True,
+                             log_every=20, eval_every=500, checkpoint_every=1000),
+        hardware=HardwareConfig(min_gpu_memory_gb=70, needs_bf16=True),
+    )
+
+
+def tacc_a100() -> PipelineConfig:
+    base = tacc_h100()
+    return replace(
+        base,
+        name="tacc-a100",
+        description="the tacc-h100 run on one 40 GB A100",
+        pretrain=replace(base.pretrain, micro_batch_size=16),
+        hardware=replace(base.hardware, min_gpu_memory_gb=38),
+    )
+
+
+def tacc_smoke() -> PipelineConfig:
+    base = tacc_h100()
+    return replace(
+        base,
+        name="tacc-smoke",
+        description="every code path of tacc-h100 (bf16, compile, accumulation, resume) on a tiny model, in minutes",
+        model=replace(base.model, context_length=256, width=128, num_layers=2, num_heads=4, num_kv_heads=2,
+                      ffn_width=384),
+        data=replace(base.data, sources=("wikitext-2-raw-v1", "tinystories"), max_train_tokens=500_000,
+                     max_validation_tokens=20_000),
+        pretrain=replace(base.pretrain, max_steps=40, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5,
+                         eval_every=20, checkpoint_every=20),
+        hardware=HardwareConfig(min_gpu_memory_gb=8, needs_bf16=True),
+    )
+
+
+def gpu_full() -> PipelineConfig:
+    base = tacc_h100()
+    return replace(
+        base,
+        name="gpu-full",
+        description="the model of tacc-h100 with the original AdamW recipe, kept for comparison",
+        model=replace(base.model, use_qk_norm=False, zero_init_outputs=False),
+        pretrain=replace(base.pretrain, optimizer="adamw", lr=3e-4, schedule="cosine", warmup_steps=2000,
+                         final_lr_fraction=0.1),
+    )
+
+
+def h100_speedrun() -> PipelineConfig:
+    base = tacc_h100()
+    return replace(
+        base,
+        name="h100-speedrun",
+        description="the best 253M model one H100 or H200 makes in 60 minutes",
+        pretrain=replace(base.pretrain, max_minutes=60, max_steps=6000, warmup_steps=100, ema_decay=0.998),
+    )
+
+
+PRESETS: dict[str, typing.Callable[[], PipelineConfig]] = {
+    "local-smoke": local_smoke,
+    "local-cpu": local_cpu,
+    "local": local,
+    "tacc-smoke": tacc_smoke,
+    "tacc-a100": tacc_a100,
+    "tacc-h100": tacc_h100,
+    "gpu-full": gpu_full,
+    "h100-speedrun": h100_speedrun,
+}
+ALIASES = {"local-rtx3060": "local", "tacc": "tacc-h100"}
+
+
+def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
+    """The preset of that name (or alias), or the one a JSON file describes.
+
+    A JSON file has the shape of `to_dict`; keys left out keep the default, or the value of the preset that its
+    key `base` names. Raises ConfigError naming the nearest valid name or key.
+    """
+    name = ALIASES.get(name_or_path, name_or_path)
+    if name in PRESETS:
+        return PRESETS[name]()
+    path = Path(name_or_path).expanduser()
+    if path.suffix != ".json" and not path.is_file():
+        raise ConfigError(f"unknown preset {name_or_path!r}{nearest(name_or_path, [*PRESETS, *ALIASES])}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"preset file {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"preset file {str(path)!r} is not valid JSON: {error}") from error
+    _require(isinstance(values, dict), f"preset file {str(path)!r} must hold a JSON object")
+    base = values.pop("base", None)
+    _require(base is None or ALIASES.get(base, base) in PRESETS,
+             f"{path}: base={base!r} is no preset{nearest(str(base), PRESETS)}")
+    start = get_pipeline_preset(base) if base else PipelineConfig(name=path.stem)
+    return override(start, values, place=str(path))
+
+
+def to_dict(config: object) -> dict:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def override(config: typing.Any, values: dict, place: str = "") -> typing.Any:
+    """A copy of a config dataclass with the (nested) `values` set; unknown keys and wrong types raise ConfigError."""
+    hints = typing.get_type_hints(type(config))
+    changed = {}
+    for key, value in values.items():
+        where = f"{place}: {key}" if place and ":" not in place else f"{place}.{key}" if place else key
+        _require(key in hints, f"{where} is no setting of {type(config).__name__}{nearest(str(key), hints)}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current):
+            _require(isinstance(value, dict), f"{where}={value!r} must be a JSON object of {type(current).__name__}")
+            changed[key] = override(current, value, where)
+        else:
+            changed[key] = _checked(where, value, hints[key])
+    return replace(config, **changed)
+
+
+def _checked(place: str, value: typing.Any, hint: typing.Any) -> typing.Any:
+    """`value` as the annotated type says, without silent conversions other than int → float and list → tuple."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _checked(place, value, next(option for option in options if option is not type(None)))
+    if origin is tuple and isinstance(value, (list, tuple)):
+        inner = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
+        _require(len(inner) == len(value), f"{place}={value!r} must have {len(inner)} entries")
+        return tuple(_checked(f"{place}[{i}]", v, h) for i, (v, h) in enumerate(zip(value, inner)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    wanted = origin or hint
+    name = {tuple: "a list"}.get(wanted, getattr(wanted, "__name__", str(wanted)))
+    ok = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
+    _require(ok, f"{place}={value!r} is {type(value).__name__}, should be {name}")
+    return value

@@ -1,0 +1,118 @@
+"""Files that are whole or absent: atomic writes, checksums, folders that appear in one step. A leaf, no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class DamagedFolder(RuntimeError):
+    """A folder written by `atomic_folder` whose files are missing or changed. The message names the file."""
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to keep a file, or a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a file so that a reader sees the old text or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, value: object) -> Path:
+    """`write_text` of readable JSON; NaN is refused, since other readers cannot read it."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | Path, meta: dict | None = None) -> Iterator[Path]:
+    """Yield a temporary folder; on success it becomes `folder`, with `meta.json` listing every file's sha256.
+
+    A former `folder` is moved aside to `<folder>.previous` first and deleted only after the rename, so that a kill at
+    any moment leaves one whole folder behind (`find_folder` finds it). On an exception nothing changes.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        sums = {str(p.relative_to(temporary)): sha256(p) for p in files}
+        write_json(temporary / "meta.json", {**(meta or {}), "sha256": sums})
+        for path in files:
+            sync(path)
+        sync(temporary)
+        previous = folder.with_name(folder.name + ".previous")
+        if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(folder, previous)
+        os.replace(temporary, folder)
+        sync(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def find_folder(folder: str | Path) -> Path:
+    """`folder`, or `<folder>.previous` if a kill fell between the two renames. FileNotFoundError names both."""
+    folder = Path(folder)
+    previous = folder.with_name(folder.name + ".previous")
+    for candidate in (folder, previous):
+        if (candidate / "meta.json").is_file():
+            return candidate
+    raise FileNotFoundError(f"no complete folder at {folder} (nor {previous.name} beside it)")
+
+
+def check_folder(folder: str | Path) -> dict:
+    """The meta data of a folder written by `atomic_folder`, after checking every file against its sha256."""
+    folder = Path(folder)
+    try:
+        meta = read_json(folder / "meta.json")
+    except (OSError, ValueError) as error:
+        raise DamagedFolder(f"{folder / 'meta.json'} is missing or unreadable: {error}") from error
+    for name, digest in meta["sha256"].items():
+        if not (folder / name).is_file():
+            raise DamagedFolder(f"{folder / name} is missing: the folder is incomplete")
+        if sha256(folder / name) != digest:
+            raise DamagedFolder(f"{folder / name} is truncated or changed: its sha256 is not the one in meta.json")
+    return meta

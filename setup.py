@@ -1,0 +1,29 @@
+"""Packaging: every fact comes from `settings.ini`, the file nbdev reads too."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+settings = ConfigParser(delimiters=["="])
+settings.read(root / "settings.ini", encoding="utf-8")
+cfg = settings["DEFAULT"]
+dev = cfg["dev_requirements"].split()
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["modern_llm", "modern_llm.*"]),
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": dev},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
+)
