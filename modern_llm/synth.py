@@ -1,18 +1,19 @@
 """The built-in world: endless seeded text with known answers and a known entropy floor.
 
-Four kinds of documents for pretraining (`documents`) and one source for each later stage (`instructions`, `preferences`,
-`problems`, `sentiment`). Item i of a source is a function of (split, seed, i), so a reader can stop and resume.
+Four kinds of documents for pretraining (`documents`) and one source for each later stage (`instructions`,
+`preferences`, `problems`, `sentiment`). Item i of a source is a function of (split, seed, i), so a reader can stop
+and resume.
 
 The floor. `Document.nats` is -log p(text) under the grammar, exactly: every draw is counted and distinct draws give
-distinct texts. The facts of the world depend on `world_seed` alone, so once learned they cost nothing; so do consequences
-inside a story, sums, and labels. By Gibbs' inequality no model that knows only the grammar does better on average:
-floor per token = sum of nats / sum of tokens, counting one closing end-of-text token for each document. The split is a
-hash of the text. A model that could also compute BLAKE2 hashes would save `SPLIT_NATS[split]` for each document, and the
-strict floor is lower by that much (2.3 nats a held-out document); `entropy_floor` reports both.
+distinct texts. The facts of the world depend on `world_seed` alone, so once learned they cost nothing; so do
+consequences inside a story, sums, and labels. By Gibbs' inequality no model that knows only the grammar does better
+on average: floor per token = sum of nats / sum of tokens, counting one closing end-of-text token for each document.
+The split is a hash of the text. A model that could also compute BLAKE2 hashes would save `SPLIT_NATS[split]` for each
+document, and the strict floor is lower by that much (2.3 nats a held-out document); `entropy_floor` reports both.
 
-Ground truths: a fact is what `World.facts` says; a story's last sentence says who has the object; a review's label is the
-majority of its three opinions; an instruction's output is unique; a preference's rejected answer breaks exactly the one
-rule it names. Standard library only.
+Ground truths: a fact is what `World.facts` says; a story's last sentence says who has the object; a review's label is
+the majority of its three opinions; an instruction's output is unique; a preference's rejected answer breaks exactly
+the one rule it names. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from modern_llm.synth_world import (ATTRIBUTES, LABELS, OBJECTS, PLACES, Review,
 
 __all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "RULES", "SPLIT_NATS", "SPLITS", "Choices", "Document",
            "Instruction", "Preference", "Problem", "Review", "World", "calculate", "check_solution", "documents",
-           "entropy_floor", "extract_answer", "instructions", "obeys", "preferences", "problems", "sentiment", "split_of",
-           "state", "world"]
+           "entropy_floor", "extract_answer", "instructions", "obeys", "preferences", "problems", "sentiment",
+           "split_of", "state", "world"]
 
 KINDS = {"story": 0.40, "facts": 0.20, "problem": 0.25, "review": 0.15}  # kind -> share of the documents
 SPLIT_NATS = {"train": -math.log(1 - HELDOUT_SHARE), "heldout": -math.log(HELDOUT_SHARE)}
@@ -78,9 +79,9 @@ def documents(split: str = "train", seed: int = 0, world_seed: int = 0, kinds: I
               start: int = 0) -> Iterator[Document]:
     """Endless documents from number `start` on; document i depends on (split, seed, world_seed, kinds, i) alone.
 
-    Args: `kinds`: names of KINDS to keep, in their usual proportions (None: all). A text belongs to one split for every
-    seed: a problem by its question, a review by its opinions, the others by their whole text, so that each single fact is
-    in many training documents.
+    Args: `kinds`: names of KINDS to keep, in their usual proportions (None: all). A text belongs to one split for
+    every seed: a problem by its question, a review by its opinions, the others by their whole text, so that each
+    single fact is in many training documents.
     """
     one_of("split", split, SPLITS)
     kept = tuple(KINDS) if kinds is None else tuple(dict.fromkeys(kinds))
@@ -90,10 +91,13 @@ def documents(split: str = "train", seed: int = 0, world_seed: int = 0, kinds: I
         one_of("kind", kind, KINDS)
     shares, facts = {kind: KINDS[kind] for kind in KINDS if kind in kept}, world(world_seed)
 
+    def write(c: Choices) -> tuple[str, str, str, dict]:
+        return _write_document(c, facts, shares)
+
     def generate() -> Iterator[Document]:
         for i in count(start):
             rng = random.Random(f"document/{seed}/{split}/{i}")
-            (text, _, kind, meta), nats = in_split(rng, split, lambda c: _write_document(c, facts, shares), lambda d: d[1])
+            (text, _, kind, meta), nats = in_split(rng, split, write, lambda written: written[1])
             yield Document(text, nats, kind, meta)
 
     return generate()
@@ -102,9 +106,10 @@ def documents(split: str = "train", seed: int = 0, world_seed: int = 0, kinds: I
 def entropy_floor(texts: Iterable[Document], tokens: int | None = None, split: str = "heldout") -> dict[str, float]:
     """Sums over documents of one split: what no model of the grammar can beat on average.
 
-    Args: `tokens`: how many tokens were predicted in them, one closing token each included; adds the figures per token.
-    Returns: documents, nats (sum), nats_per_document, standard_error (of that mean), strict_nats (sum for a model that can
-    also compute the split's hash), and with `tokens` nats_per_token and strict_nats_per_token.
+    Args: `tokens`: how many tokens were predicted in them, one closing token each included; adds the figures per
+    token.
+    Returns: documents, nats (sum), nats_per_document, standard_error (of that mean), strict_nats (sum for a model
+    that can also compute the split's hash), and with `tokens` nats_per_token and strict_nats_per_token.
     """
     one_of("split", split, SPLITS)
     nats = [text.nats for text in texts]
@@ -134,7 +139,7 @@ TASKS = {
     "copy": ("Repeat these words.", "Say these words again.", "Copy this list."),
     "reverse": ("Say these words from last to first.", "Turn this list around.", "Write these words backwards."),
     "count": ("How many words are here?", "Count these words.", "Give the number of words."),
-    "sentiment": ("Is this review positive or negative?", "Give the sentiment of this review.", "What is the sentiment?"),
+    "sentiment": ("Is this review positive or negative?", "Is this positive or negative?", "What is the sentiment?"),
 }
 
 
@@ -181,7 +186,8 @@ def _instruction_key(item: Instruction) -> str:
 
 def instructions(split: str = "train", seed: int = 0, world_seed: int = 0,
                  kinds: Iterable[str] | None = None) -> Iterator[Instruction]:
-    """Endless instructions, kinds equally likely. Instruction and input decide the split (the review in `sentiment`)."""
+    """Endless instructions, kinds equally likely. Instruction and input decide the split (the review in
+    `sentiment`)."""
     kept = INSTRUCTION_KINDS if kinds is None else tuple(dict.fromkeys(kinds))
     if not kept:
         raise ValueError(f"kinds=() is empty; leave it None or name some of {', '.join(INSTRUCTION_KINDS)}")
@@ -194,7 +200,8 @@ def instructions(split: str = "train", seed: int = 0, world_seed: int = 0,
 # --- preferences ------------------------------------------------------------------------------------------------------
 
 RULES = {"polite": 2, "kind": 2, "true": 1}  # rule -> relative frequency of pairs whose rejected answer breaks it
-OPENERS = (("Of course", "Not again"), ("My pleasure", "What a bore"), ("Good day", "Bad luck"))  # polite, rude: as long
+# pairs (kept, broken) of equal length
+OPENERS = (("Of course", "Not again"), ("My pleasure", "What a bore"), ("Good day", "Bad luck"))
 CLOSERS = (("Have a nice day.", "Now let me rest."), ("Ask me any time.", "Do not ask more."),
            ("I like to help.", "I hate to help."))
 
@@ -210,8 +217,8 @@ class Preference:
 
 
 def obeys(rule: str, text: str, world_seed: int = 0) -> bool:
-    """Whether an answer keeps a rule. polite: it opens with a polite phrase; kind: it closes with a kind sentence; true: it
-    states at least one fact, in the words of `state`, and no false one."""
+    """Whether an answer keeps a rule. polite: it opens with a polite phrase; kind: it closes with a kind sentence;
+    true: it states at least one fact, in the words of `state`, and no false one."""
     one_of("rule", rule, RULES)
     if rule == "polite":
         return text.strip().startswith(tuple(f"{polite}." for polite, _ in OPENERS))
@@ -233,7 +240,7 @@ def _write_preference(c: Choices, w: World) -> Preference:
 
 
 def preferences(split: str = "train", seed: int = 0, world_seed: int = 0) -> Iterator[Preference]:
-    """Endless preference pairs; the prompt decides the split, as in `instructions`. Length tells nothing: a broken manner
-    is exactly as long as the kept one, and true and false values have the same distribution of lengths."""
+    """Endless preference pairs; the prompt decides the split, as in `instructions`. Length tells nothing: a broken
+    manner is exactly as long as the kept one, and true and false values have the same distribution of lengths."""
     w = world(world_seed)
     return _endless("preference", split, seed, lambda c: _write_preference(c, w), lambda pair: pair.prompt + "\n")

@@ -1,10 +1,11 @@
 """Counted choices, the stable split, and word problems in GSM8K's format: the lower half of the built-in world.
 
-`Choices` is the only source of randomness in the synthetic data. Every draw adds -log p of what was drawn to `nats`, and
-every writer maps distinct choices to distinct texts, so `nats` is exactly -log p(text): the entropy floor of `synth`.
+`Choices` is the only source of randomness in the synthetic data. Every draw adds -log p of what was drawn to `nats`,
+and every writer maps distinct choices to distinct texts, so `nats` is exactly -log p(text): the entropy floor of
+`synth`.
 
-Ground truth of a word problem: its value is computed while it is written; every `<<a+b=c>>` in its answer is true; the
-answer is a function of the question (it costs zero nats); the last line is `#### value`. Standard library only.
+Ground truth of a word problem: its value is computed while it is written; every `<<a+b=c>>` in its answer is true;
+the answer is a function of the question (it costs zero nats); the last line is `#### value`. Standard library only.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def write_problem(choices: Choices, levels: Sequence[int] = tuple(LEVELS)) -> Pr
         told.append(f"Then {he} {verb} {more}.")
         lines.append((value, "+" if gain else "-", operand))
         value += operand if gain else -operand
-    told.append(choices.pick((f"How many {items} does {name} have now?", f"How many {items} does {he} have in the end?")))
+    ask = choices.pick((f"{name} have now?", f"{he} have in the end?"))
+    told.append(f"How many {items} does {ask}")
     answer = [f"{f'Then {he}' if i else name} has {_marked(*line, items)}." for i, line in enumerate(lines)]
     return Problem(" ".join(told), "\n".join([*answer, f"#### {value}"]), level, value)
 
@@ -145,8 +147,8 @@ def problems(split: str = "train", seed: int = 0, levels: Sequence[int] | None =
     """Endless word problems, levels equally likely. Problem i depends on (split, seed, levels, i) alone.
 
     The question's text decides the split, here and in the documents of `synth`: a held-out question is in no training
-    text, while its single steps (3+4) are. Levels: 1 one step on single digits; 2 two such steps; 3 two steps on two-digit
-    numbers; 4 a small product and two steps; 5 a two-digit product and three steps on two-digit numbers.
+    text, while its single steps (3+4) are. Levels: 1 one step on single digits; 2 two such steps; 3 two steps on two-
+    digit numbers; 4 a small product and two steps; 5 a two-digit product and three steps on two-digit numbers.
     """
     one_of("split", split, SPLITS)
     levels = tuple(LEVELS) if levels is None else tuple(levels)

@@ -1,8 +1,9 @@
 """The grammar of the built-in world: its facts, and how facts, stories and reviews are written from counted choices.
 
 Each writer takes a `Choices` and is injective: two different sequences of choices never give the same text (tests
-enumerate them), so the nats it counts are exactly -log p(text). What follows from earlier words is not a choice and costs
-nothing: the facts of the world, who has the object at the end of a story, the label of a review. Standard library only.
+enumerate them), so the nats it counts are exactly -log p(text). What follows from earlier words is not a choice and
+costs nothing: the facts of the world, who has the object at the end of a story, the label of a review. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def write_facts(c: Choices, w: World) -> tuple[str, dict]:
     return " ".join(told), {"people": people, "attribute": attribute, "same": same}
 
 
-# --- stories: who got what where, what happened to it, and who has it at the end ---------------------------------------
+# --- stories ----------------------------------------------------------------------------------------------------------
 
 TIMES = ("One day", "One morning", "One evening", "Last week", "Last night", "On Monday", "On Friday", "On Sunday")
 GOING = ("walked", "ran", "went", "drove")
@@ -138,9 +139,10 @@ def write_story(c: Choices, w: World) -> tuple[str, dict]:
     told = [f"{c.pick(TIMES)}, {hero} the {facts['job']} {c.pick(GOING)} to the {c.pick(PLACES)}."]
     if c.draw(2, (2, 1)):
         weather = c.pick(WEATHERS)
-        follows = {"hot": f"{he} gave {his} {facts['pet']} some water", "cold": f"{he} put on {his} {facts['colour']} hat",
-                   "wet": f"{he} took {his} {facts['pet']} home", "windy": f"{he} lost {his} {facts['colour']} hat"}
-        told.append(f"It was {weather}, so {follows[weather]}.")
+        pet, hat = f"{his} {facts['pet']}", f"{his} {facts['colour']} hat"
+        follows = {"hot": f"gave {pet} some water", "cold": f"put on {hat}", "wet": f"took {pet} home",
+                   "windy": f"lost {hat}"}
+        told.append(f"It was {weather}, so {he} {follows[weather]}.")
     sights = [_thing(c, SIGHTS)[0] for _ in range(c.pick((0, 2, 3)))]
     if sights:
         told.append(f"{He} saw {', '.join(sights[:-1])} and {sights[-1]}.")
@@ -149,7 +151,8 @@ def write_story(c: Choices, w: World) -> tuple[str, dict]:
     if c.draw(2):
         told.append(f'"{c.pick(SAYING)} {thing}," {he} {c.pick(SAID)}.')
     events, meta = _plot(c, w, hero, thing)
-    ending = c.pick((f"went home to the {facts['home']}", f"ate some {facts['food']}", f"played with {his} {facts['pet']}"))
+    ending = c.pick((f"went home to the {facts['home']}", f"ate some {facts['food']}",
+                     f"played with {his} {facts['pet']}"))
     told += [*events, f"{c.pick(LATE)} {hero} {ending}."]
     mood = c.pick(MOODS[meta["holder"] == hero])
     told.append(f"{He} was {mood}, because {meta['holder']} had the {meta['object']}.")
@@ -162,19 +165,22 @@ LABELS = ("negative", "positive")
 WHEN = ("last week", "last night", "on Monday", "on Friday", "on Sunday", "that evening", "one morning", "one day")
 ASPECTS = ATTRIBUTES["food"] + ("food", "music", "water", "garden")
 DEGREES = ("very", "quite", "so", "not")
-OPINIONS = {True: ("good", "nice", "great", "lovely", "fresh", "fine"), False: ("bad", "poor", "old", "cold", "dirty", "awful")}
+OPINIONS = {True: ("good", "nice", "great", "lovely", "fresh", "fine"),
+            False: ("bad", "poor", "old", "cold", "dirty", "awful")}
 
 
 @dataclass(frozen=True)
 class Review:
-    """A review of three opinions; `label` is what most of them are ("positive" or "negative"; `not good` is negative)."""
+    """A review of three opinions; `label` is what most of them are ("positive" or "negative"; `not good` is
+    negative)."""
 
     text: str
     label: str
 
 
 def write_review(c: Choices) -> Review:
-    """Who went where and when, then three opinions; the first two are joined by `and` if they agree, else by `but`."""
+    """Who went where and when, then three opinions; the first two are joined by `and` if they agree, else by
+    `but`."""
     opening = f"{c.pick(NAMES)} {c.pick(GOING)} to the {c.pick(PLACES)} {c.pick(WHEN)}."
     parts, signs = [], []
     for aspect in c.sample(ASPECTS, 3):

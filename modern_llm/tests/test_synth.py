@@ -69,10 +69,12 @@ WRITERS = {
 # --- the floor --------------------------------------------------------------------------------------------------------
 
 
-def test_probabilities_of_all_level_1_problems_sum_to_one_and_their_mean_is_the_entropy():
+def test_probabilities_of_all_level_1_problems_sum_to_one_and_their_mean_is_the_entropy(monkeypatch):
+    monkeypatch.setattr(synth_problems, "NAMES", synth.NAMES[:3])
+    monkeypatch.setattr(synth_problems, "ITEMS", synth_problems.ITEMS[:4])
     outcomes = list(everything(lambda c: write_problem(c, (1,)).question))
     total, n = total_probability(outcomes)
-    assert n > 100_000 and total == pytest.approx(1, abs=1e-9)
+    assert n > 10_000 and total == pytest.approx(1, abs=1e-9)
     entropy = math.fsum(math.exp(-nats) * nats for _, nats in outcomes)
     rng, sampled = random.Random(1), []
     for _ in range(4000):
@@ -84,13 +86,20 @@ def test_probabilities_of_all_level_1_problems_sum_to_one_and_their_mean_is_the_
 
 
 def test_probabilities_of_all_stories_of_a_small_grammar_sum_to_one(monkeypatch):
-    for table, size in dict(NAMES=2, WEATHERS=2, NEAR=2, SPOTS=2, OBJECTS=2, SIGHTS=2, TIMES=1, GOING=1, PLACES=1, GETTING=1,
-                            SIZES=1, SAYING=1, SAID=1, NEXT=1, LATE=1).items():
+    one = ("SIGHTS", "TIMES", "GOING", "PLACES", "GETTING", "SIZES", "SAYING", "SAID", "NEXT", "LATE")
+    two = ("NAMES", "WEATHERS", "NEAR", "SPOTS", "OBJECTS")
+    for table, size in {**dict.fromkeys(one, 1), **dict.fromkeys(two, 2)}.items():
         monkeypatch.setattr(synth_world, table, getattr(synth_world, table)[:size])
     monkeypatch.setitem(synth_world.ATTRIBUTES, "colour", ("red",))
     monkeypatch.setattr(synth_world, "MOODS", {True: ("happy",), False: ("sad",)})
     total, n = total_probability(everything(WRITERS["story"]))
     assert n > 10_000 and total == pytest.approx(1, abs=1e-9)
+
+
+def test_a_hidden_choice_would_be_noticed():
+    with pytest.raises(AssertionError, match="two ways"):
+        total_probability(everything(lambda c: "rain" if c.draw(3) == 0 else "sun"))
+    assert total_probability(everything(lambda c: "rain" if c.draw(2, (2, 1)) else "sun")) == (pytest.approx(1), 2)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -146,8 +155,9 @@ def test_the_choice_of_kind_counts():
     for kind, share in synth.KINDS.items():
         script = [list(synth.KINDS).index(kind)]
         alone, mixed = Scripted([0], random.Random(5)), Scripted(script, random.Random(5))
-        texts = [synth._write_document(alone, WORLD, {kind: share})[0], synth._write_document(mixed, WORLD, synth.KINDS)[0]]
-        assert texts[0] == texts[1] and mixed.nats - alone.nats == pytest.approx(-math.log(share))
+        text = synth._write_document(alone, WORLD, {kind: share})[0]
+        assert text == synth._write_document(mixed, WORLD, synth.KINDS)[0]
+        assert mixed.nats - alone.nats == pytest.approx(-math.log(share))
 
 
 def test_documents_are_as_described():
@@ -234,7 +244,8 @@ def test_facts_documents_state_the_facts_and_all_facts_are_in_the_training_split
                     if synth.state(speaker, a, v, i, pronoun) == sentence]
             assert len(true) == 1, sentence
             said.add((speaker, true[0]))
-        a, b, no, attribute = re.fullmatch(r"(\w+) and (\w+)( do not)? have the same (\w+)\.", sentences[-1].strip()).groups()
+        comparison = r"(\w+) and (\w+)( do not)? have the same (\w+)\."
+        a, b, no, attribute = re.fullmatch(comparison, sentences[-1].strip()).groups()
         assert (WORLD.facts[a][attribute] == WORLD.facts[b][attribute]) == (no is None)
     assert len(said) == 60
 
@@ -253,7 +264,8 @@ def test_story_endings_follow_from_the_text():
                 holder = meta["other"]
         assert (holder, held) == (meta["holder"], meta["object"])
         assert text.endswith(f", because {holder} had the {held}.")
-        assert all(WORLD.facts[name]["job"] == job for name, job in re.findall(r"([A-Z]\w+) the (\w+)", text) if name != "In")
+        jobs = re.findall(r"\b(?!In)([A-Z]\w+) the (\w+)", text)
+        assert jobs and all(WORLD.facts[name]["job"] == job for name, job in jobs)
         homes = re.findall(r"(\w+) went home to the (\w+)", text)
         assert all(WORLD.facts[name]["home"] == place for name, place in homes)
 
@@ -284,7 +296,8 @@ def test_problems_are_right_and_in_gsm8k_format():
 
 
 @pytest.mark.parametrize("text, answer", [
-    ("so\n#### 72", 72), ("#### 1,234", 1234), ("#### $5", 5), ("#### -3", -3), ("72", None), ("#### none", None), ("", None)])
+    ("so\n#### 72", 72), ("#### 1,234", 1234), ("#### $5", 5), ("#### -3", -3), ("72", None), ("#### no", None),
+    ("", None)])
 def test_extract_answer(text, answer):
     assert synth.extract_answer(text) == answer
 
@@ -292,8 +305,8 @@ def test_extract_answer(text, answer):
 @pytest.mark.parametrize("text, right", [
     ("3+4=<<3+4=7>>7", True), ("<<48/2=24>>24", True), ("$<<5*.5=2.5>>2.5", True), ("<<(1+2)*3=9>>9", True),
     ("<<1,000+1=1001>>1,001", True), ("<<1/3=.33>>.33", True), ("<<05+1=6>>6", True),
-    ("<<3+4=8>>8", False), ("<<3+4=7>>8", False), ("no marks", False), ("<<3+4=7>>7 <<1+", False), ("<<1/0=1>>1", False),
-    ("<<a+b=c>>c", False), ("<<2**9=512>>512", False), ("<<__import__('os')=1>>1", False)])
+    ("<<3+4=8>>8", False), ("<<3+4=7>>8", False), ("no marks", False), ("<<3+4=7>>7 <<1+", False),
+    ("<<1/0=1>>1", False), ("<<a+b=c>>c", False), ("<<2**9=512>>512", False), ("<<__import__('os')=1>>1", False)])
 def test_check_solution(text, right):
     assert synth.check_solution(text) is right
 
