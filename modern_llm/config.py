@@ -207,6 +207,16 @@ GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
 
+def lesson() -> PipelineConfig:
+    return PipelineConfig(
+        name="lesson",
+        description="0.2M parameters on the built-in world: what a stage notebook runs when opened, under 30 seconds",
+        model=ModelConfig(context_length=128, width=64, num_layers=3, num_heads=2, num_kv_heads=1, ffn_width=192),
+        data=DataConfig(max_train_tokens=300_000, max_validation_tokens=10_000),
+        pretrain=TrainConfig(max_steps=120, batch_size=16, warmup_steps=5, eval_every=20, checkpoint_every=40),
+    )
+
+
 def local_smoke() -> PipelineConfig:
     return PipelineConfig(
         name="local-smoke",
@@ -302,6 +312,7 @@ def h100_speedrun() -> PipelineConfig:
 
 
 PRESETS: dict[str, typing.Callable[[], PipelineConfig]] = {
+    "lesson": lesson,
     "local-smoke": local_smoke,
     "local-cpu": local_cpu,
     "local": local,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import seaborn as sns
 
@@ -22,3 +24,40 @@ def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "", col
                 rasterized=True, **options)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return ax
+
+
+def training_curves(metrics, floor: float | None = None, window: int = 1):
+    """Loss and validation loss against tokens (with the entropy floor, if known), and the learning rate beside them.
+
+    Args:
+        metrics: DataFrame of `metrics.jsonl`: tokens, loss, lr, and where validated val_loss.
+        floor: nats per token no model can beat; drawn dashed.
+        window: rows over which the training loss is averaged.
+    """
+    fig, (left, right) = figure(8, 3, columns=2, width_ratios=[3, 2])
+    millions = metrics.tokens / 1e6
+    left.plot(millions, metrics.loss.rolling(window, min_periods=1).mean(), lw=1.2, label="training")
+    if "val_loss" in metrics:
+        seen = metrics.val_loss.notna()
+        left.plot(millions[seen], metrics.val_loss[seen], "o-", ms=4, label="held out")
+    if floor is not None:
+        left.axhline(floor, color="black", lw=1, ls="--", label="entropy floor")
+    left.set(xlabel="tokens, millions", ylabel="nats per token")
+    left.legend()
+    right.plot(millions, metrics.lr, color=COLOURS[2], lw=1.5)
+    right.set(xlabel="tokens, millions", ylabel="learning rate (AdamW)", ylim=(0, None))
+    return fig
+
+
+def sample_sheet(samples: dict[str, list[str]], width: int = 100):
+    """Generated texts as Markdown, prompt by prompt: `samples` maps a heading (a step, a stage) to one text a prompt."""
+    from IPython.display import Markdown
+
+    parts = []
+    for texts in zip(*samples.values()):
+        lines = []
+        for heading, text in zip(samples, texts):
+            paragraphs = [textwrap.fill(line, width, replace_whitespace=False) for line in text.split("\n")]
+            lines += [f"[{heading}]", *paragraphs, ""]
+        parts.append("```text\n" + "\n".join(lines).rstrip().replace("```", "'''") + "\n```")
+    return Markdown("\n\n".join(parts))

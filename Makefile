@@ -1,0 +1,22 @@
+# Two targets matter: `make test` and `make lab`. Both make the environment first, and reuse it afterwards.
+SHELL := /bin/bash
+PYTHON_BIN := .venv/bin
+
+.PHONY: help env test lab export readme
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env:  ## make .venv and install the project (does nothing when up to date)
+	@bash scripts/environment.sh
+
+test: env  ## notebooks in step, run top to bottom, import rule, pytest
+	@$(PYTHON_BIN)/python -m pytest
+
+lab: env  ## open the notebooks in JupyterLab
+	@PATH="$(CURDIR)/$(PYTHON_BIN):$$PATH" jupyter lab --notebook-dir=$(CURDIR) nbs/index.ipynb
+
+export: env  ## after editing notebooks: clean them, export the package, write README.md
+	@PATH="$(CURDIR)/$(PYTHON_BIN):$$PATH" nbdev_clean
+	@PATH="$(CURDIR)/$(PYTHON_BIN):$$PATH" nbdev_export
+	@$(PYTHON_BIN)/python scripts/readme.py

@@ -1,0 +1,102 @@
+"""Plan and run stages: each is its notebook, executed by papermill into the run's folder. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from modern_llm.config import ConfigError, get_pipeline_preset, nearest
+from modern_llm.files import read_json
+from modern_llm.stage import choose_folder, refuse_unknown, resolve
+
+STAGES = {"pretrain": "03_pretrain.ipynb"}  # in the order of the pipeline
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan: what will be executed, where its record goes, and why it may be skipped."""
+
+    stage: str
+    notebook: Path
+    folder: Path
+    parameters: dict
+    action: str  # "run", "resume" or "skip"
+
+
+def notebooks_folder() -> Path:
+    """`nbs/` of the checkout. FileNotFoundError if the package was installed without it."""
+    folder = Path(__file__).resolve().parent.parent / "nbs"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no notebooks at {folder}: run from a checkout installed with `pip install -e .`")
+    return folder
+
+
+def declared_parameters(notebook: Path) -> list[str]:
+    """Names in the notebook's `parameters` cell."""
+    import papermill
+
+    return list(papermill.inspect_notebook(str(notebook)))
+
+
+def plan(stage: str = "all", **parameters) -> list[Step]:
+    """The stages to execute, with their state on disk taken into account; nothing is written.
+
+    A stage that is finished with the same parameters is skipped, one that was begun is resumed. Raises ConfigError for
+    an unknown stage, preset or parameter, and StageError for a run that exists with other parameters.
+    """
+    if stage != "all" and stage not in STAGES:
+        raise ConfigError(f"unknown stage {stage!r}{nearest(stage, [*STAGES, 'all'])}")
+    steps = []
+    for name in STAGES if stage == "all" else (stage,):
+        notebook = notebooks_folder() / STAGES[name]
+        refuse_unknown(parameters, declared_parameters(notebook))
+        given = {**parameters, "run": parameters.get("run") or get_pipeline_preset(parameters["preset"]).name}
+        resolve(name, given)
+        _, folder, _ = choose_folder(name, {**given, "force": True})
+        steps.append(Step(name, notebook, folder, *_decide(folder, given)))
+    return steps
+
+
+def _decide(folder: Path, given: dict) -> tuple[dict, str]:
+    if given.get("force") or not (folder / "params.json").exists():
+        return given, "run"
+    former = read_json(folder / "params.json")
+    ignored = ("resume", "force", "output_dir")
+    same = all(former.get(k) == v for k, v in given.items() if k not in ignored)
+    if not same:
+        return given, "run"  # the stage itself refuses, and says why
+    return ({**given, "resume": True}, "resume") if not (folder / "results.json").exists() else (given, "skip")
+
+
+def execute(step: Step) -> int:
+    """Run one stage through papermill with its output shown live; returns the exit code.
+
+    Ctrl-C is left to the kernel, which ends its step and checkpoints.
+    """
+    step.folder.mkdir(parents=True, exist_ok=True)
+    output = step.folder / "notebook.ipynb"
+    command = [sys.executable, "-m", "papermill", str(step.notebook), str(output), "--cwd", str(step.notebook.parent),
+               "--log-output", "--no-progress-bar", "--log-level", "WARNING"]
+    for name, value in step.parameters.items():
+        command += ["-p", name, str(value)]
+    environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    process = subprocess.Popen(command, env=environment)
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def summary(step: Step) -> str:
+    """The stage's headline figures, from its `results.json`."""
+    results = read_json(step.folder / "results.json")
+    lines = [f"{step.stage}: finished, record in {step.folder}"]
+    for row in results["table"]:
+        interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low") is not None else ""
+        lines.append(f"  {row['metric']:34} {row['value']:.3f}{interval}  {row['protocol']}")
+    return "\n".join(lines)

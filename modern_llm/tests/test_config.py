@@ -1,0 +1,82 @@
+"""Presets resolve, round-trip through JSON, and refuse what they do not know."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from modern_llm import config as c
+from modern_llm import counts
+
+
+@pytest.mark.parametrize("name", [*c.PRESETS, *c.ALIASES])
+def test_preset_resolves_and_round_trips(name, tmp_path):
+    preset = c.get_pipeline_preset(name)
+    path = tmp_path / "same.json"
+    path.write_text(json.dumps(c.to_dict(preset)))
+    assert c.get_pipeline_preset(str(path)) == preset
+    assert preset.name == c.ALIASES.get(name, name)
+
+
+def test_json_preset_starts_from_a_base(tmp_path):
+    path = tmp_path / "wide.json"
+    path.write_text(json.dumps({"base": "local-cpu", "model": {"width": 512}}))
+    wide = c.get_pipeline_preset(str(path))
+    assert wide == replace(c.local_cpu(), model=replace(c.local_cpu().model, width=512))
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"model": {"widht": 3}}, r"model\.widht.*did you mean 'width'"),
+    ({"modle": {}}, r"modle.*did you mean 'model'"),
+    ({"model": {"width": "128"}}, r"model\.width='128' is str, should be int"),
+    ({"model": {"width": True}}, r"model\.width=True is bool, should be int"),
+    ({"model": 3}, r"model=3 must be a JSON object"),
+    ({"data": {"sources": "synthetic"}}, r"data\.sources='synthetic' is str, should be a list"),
+    ({"model": {"num_heads": 3}}, r"num_heads=3 does not divide model\.width=128; use one of"),
+    ({"model": {"num_kv_heads": 3}}, r"num_kv_heads=3 does not divide model\.num_heads=4; use one of \[1, 2, 4\]"),
+    ({"pretrain": {"optimizer": "adam"}}, r"optimizer='adam' is unknown; did you mean 'adamw'"),
+    ({"pretrain": {"micro_batch_size": 5}}, r"micro_batch_size=5 does not divide"),
+    ({"data": {"tokenizer": "gpt2"}}, r"vocab_size=512 is under"),
+    ({"base": "local-smok"}, r"base='local-smok' is no preset; did you mean 'local-smoke'"),
+])
+def test_bad_json_names_place_and_remedy(values, message, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(c.ConfigError, match=message):
+        c.get_pipeline_preset(str(path))
+
+
+@pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[]", "must hold a JSON object")])
+def test_file_that_is_no_preset(text, message, tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(c.ConfigError, match=message):
+        c.get_pipeline_preset(str(path))
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(c.ConfigError, match="did you mean 'tacc-h100'"):
+        c.get_pipeline_preset("tacc-h10")
+    with pytest.raises(c.ConfigError, match="cannot be read"):
+        c.get_pipeline_preset("no-such-file.json")
+
+
+@pytest.mark.parametrize("name", list(c.PRESETS))
+def test_preset_fits_the_memory_it_names(name):
+    """Training fits the GPU (or 8 GB of main memory) it was sized for; inference fits 12 GB."""
+    preset = c.get_pipeline_preset(name)
+    limit = (preset.hardware.min_gpu_memory_gb or 8) * 2**30
+    assert counts.training_memory(preset.model, preset.pretrain)["total"] <= limit
+    assert counts.inference_memory(preset.model, batch=16, context=preset.model.context_length,
+                                   bytes_per_value=2)["total"] <= 12 * 2**30
+
+
+def test_published_model_has_253m_parameters():
+    assert round(counts.parameter_count(c.tacc_h100().model)["total"] / 1e6) == 253
+
+
+def test_config_and_cli_import_no_torch():
+    code = "import sys, modern_llm.cli, modern_llm.pipeline, modern_llm.stage, modern_llm.config; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

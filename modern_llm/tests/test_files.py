@@ -1,0 +1,89 @@
+"""Atomic writes under faults: the old content or the new one, never a part."""
+
+import os
+
+import pytest
+
+from modern_llm import files
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def write_version(folder, text):
+    with files.atomic_folder(folder, {"version": text}) as temporary:
+        (temporary / "a.txt").write_text(text)
+
+
+def test_folder_appears_whole_and_replaces(tmp_path):
+    folder = tmp_path / "checkpoint"
+    write_version(folder, "one")
+    write_version(folder, "two")
+    assert files.check_folder(folder)["version"] == "two"
+    assert names(tmp_path) == ["checkpoint"]
+
+
+def test_failure_inside_changes_nothing(tmp_path):
+    folder = tmp_path / "checkpoint"
+    write_version(folder, "one")
+    with pytest.raises(RuntimeError, match="boom"), files.atomic_folder(folder) as temporary:
+        (temporary / "a.txt").write_text("half")
+        raise RuntimeError("boom")
+    assert files.check_folder(folder)["version"] == "one"
+    assert names(tmp_path) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("after", range(4))
+def test_fault_at_any_file_operation_leaves_a_whole_folder(tmp_path, monkeypatch, call, after):
+    folder = tmp_path / "checkpoint"
+    write_version(folder, "one")
+    real, count = getattr(os, call), iter(range(100))
+
+    def failing(*arguments):
+        if next(count) == after:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, call, failing)
+        try:
+            write_version(folder, "two")
+            wrote = True
+        except OSError:
+            wrote = False
+    found = files.check_folder(files.find_folder(folder))["version"]
+    assert found == "two" if wrote else found in ("one", "two")
+    assert (files.find_folder(folder) / "a.txt").read_text() == found
+
+
+def test_damage_is_named(tmp_path):
+    folder = tmp_path / "checkpoint"
+    write_version(folder, "one")
+    (folder / "a.txt").write_text("onE")
+    with pytest.raises(files.DamagedFolder, match="a.txt is truncated or changed"):
+        files.check_folder(folder)
+    (folder / "a.txt").unlink()
+    with pytest.raises(files.DamagedFolder, match="a.txt is missing"):
+        files.check_folder(folder)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        files.find_folder(tmp_path / "nowhere")
+
+
+def test_text_is_replaced_or_kept(tmp_path, monkeypatch):
+    path = files.write_text(tmp_path / "f.txt", "old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError):
+        files.write_text(path, "new")
+    assert path.read_text() == "old" and names(tmp_path) == ["f.txt"]
+
+
+def test_json_refuses_nan(tmp_path):
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "f.json", {"loss": float("nan")})
+    assert names(tmp_path) == []

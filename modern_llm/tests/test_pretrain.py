@@ -1,0 +1,134 @@
+"""The pretraining stage as it is really run: by papermill, from several folders, killed and resumed, and from the CLI."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modern_llm import pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"preset": "lesson", "max_steps": 12, "overrides": "pretrain.checkpoint_every=4 pretrain.eval_every=6"}
+
+
+def papermill(output: Path, cwd: Path = ROOT, wait: bool = True, **parameters):
+    notebook = os.path.relpath(ROOT / "nbs" / "03_pretrain.ipynb", cwd)
+    command = [sys.executable, "-m", "papermill", notebook, str(output), "--no-progress-bar", "--log-output"]
+    for name, value in {**SMALL, **parameters}.items():
+        command += ["-p", name, str(value)]
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if not wait:
+        return process
+    text, _ = process.communicate(timeout=300)
+    return process.returncode, text
+
+
+def weights(folder: Path):
+    return load_file(folder / "checkpoint" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run, started by papermill from nbs/."""
+    place = tmp_path_factory.mktemp("straight")
+    code, text = papermill(place / "out.ipynb", cwd=ROOT / "nbs", run="straight", output_dir=place)
+    assert code == 0, text
+    return place / "straight" / "pretrain"
+
+
+def test_stage_leaves_its_record(straight):
+    present = {p.name for p in straight.iterdir()}
+    assert {"notebook.ipynb", "params.json", "metrics.jsonl", "results.json", "checkpoint"} <= present
+    metrics = pd.read_json(straight / "metrics.jsonl", lines=True)
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "val_loss"} <= set(metrics.columns)
+    assert metrics.step.max() == 12
+    results = json.loads((straight / "results.json").read_text())
+    measures = {row["metric"]: row for row in results["table"]}
+    bits = measures["bits per byte, synthetic"]
+    assert bits["low"] < bits["value"] < bits["high"] and bits["n"] > 0
+    notebook = json.loads((straight / "notebook.ipynb").read_text())
+    assert sum(1 for cell in notebook["cells"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})) >= 1
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+            "training_state.pt", "meta.json"} <= {p.name for p in (straight / "checkpoint").iterdir()}
+
+
+def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path):
+    process = papermill(tmp_path / "out.ipynb", wait=False, run="killed", output_dir=tmp_path)
+    folder = tmp_path / "killed" / "pretrain"
+    deadline = time.time() + 120
+    while not (folder / "checkpoint" / "meta.json").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in [process.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "results.json").exists(), "the run ended before it was killed: the test shows nothing"
+
+    code, text = papermill(tmp_path / "out.ipynb", run="killed", output_dir=tmp_path, resume=True)
+    assert code == 0, text
+    one, other = weights(straight), weights(folder)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    steps = pd.read_json(folder / "metrics.jsonl", lines=True).step
+    assert steps.is_unique and steps.max() == 12
+
+
+def test_papermill_with_an_unknown_parameter_fails(tmp_path):
+    code, text = papermill(tmp_path / "out.ipynb", max_step=3, output_dir=tmp_path / "runs")
+    assert code == 1 and "did you mean 'max_steps'" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def cli(*words, **environment):
+    command = [Path(sys.executable).parent / "modern-llm", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT)
+
+
+def test_cli_runs_skips_and_refuses(tmp_path):
+    words = ("run", "--preset", "lesson", "--stage", "pretrain", "--max-steps", 4, "--output-dir", tmp_path)
+    planned = cli(*words, "--dry-run")
+    assert planned.returncode == 0 and "pretrain: run" in planned.stdout and list(tmp_path.iterdir()) == []
+    first = cli(*words)
+    assert first.returncode == 0, first.stderr
+    assert "bits per byte" in first.stdout
+    assert (tmp_path / "lesson" / "pretrain" / "notebook.ipynb").is_file()
+    again = cli(*words)
+    assert again.returncode == 0 and "skipped" in again.stdout
+    other = cli(*words[:-3], 5, *words[-2:])
+    assert other.returncode != 0 and "resume=True" in other.stderr + other.stdout
+
+
+@pytest.mark.parametrize("words, message", [
+    (("run", "--preset", "local-smok"), "did you mean 'local-smoke'"),
+    (("run", "--stage", "pretrian"), "did you mean 'pretrain'"),
+    (("run", "-p", "sede=1"), "did you mean 'seed'"),
+    (("run", "-p", "seed"), "must look like seed=1"),
+    (("presets", "local-cup"), "did you mean 'local-cpu'"),
+    (("datasets", "wikitext-2"), "did you mean 'wikitext"),
+])
+def test_cli_refuses_with_one_line(words, message, tmp_path):
+    failed = cli(*words, MODERN_LLM_RUNS=str(tmp_path))
+    assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cli_datasets_exit_code(tmp_path):
+    environment = {"MODERN_LLM_DATA": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+    assert cli("datasets", "--preset", "local-smoke", **environment).returncode == 0
+    missing = cli("datasets", "--preset", "local-cpu", **environment)
+    assert missing.returncode == 1 and "tinystories" in missing.stdout and "missing" in missing.stdout
+
+
+def test_plan_resumes_what_was_begun(tmp_path):
+    folder = tmp_path / "lesson" / "pretrain"
+    folder.mkdir(parents=True)
+    (folder / "params.json").write_text(json.dumps({"preset": "lesson", "run": "lesson"}))
+    step, = pipeline.plan("pretrain", preset="lesson", output_dir=str(tmp_path))
+    assert step.action == "resume" and step.parameters["resume"] is True

@@ -1,0 +1,95 @@
+"""The project's own rules: notebooks and package in step, imports in order, documents true."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "modern_llm"
+
+# What each module may import of the package. A module that is not listed may import nothing of it.
+ALLOWED = {
+    "config": set(), "synth": {"synth_problems"}, "files": set(), "figures": set(), "counts": set(),
+    "layers": set(),
+    "attention": {"layers", "config"},
+    "models": {"layers", "attention", "config", "files", "counts"},
+    "sources": {"config", "synth", "files"},
+    "data": {"config", "synth", "files", "sources"}, "synth_problems": set(),
+    "trainer": {"config", "files", "optim"},
+    "optim": {"config"},
+    "stage": {"config", "files", "counts", "sources"},
+    "pipeline": {"config", "files", "stage"},
+    "cli": {"config", "files", "pipeline", "stage", "sources"},
+}
+NO_TORCH = {"config", "synth", "files", "figures", "counts", "pipeline", "cli", "stage"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = ("modern_llm." if node.level else "") + (node.module or "")
+            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return found
+
+
+MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_import_rule(module):
+    used = {name.split(".")[1] for name in imports(PACKAGE / f"{module}.py")
+            if name.startswith("modern_llm.") and name.split(".")[1] in MODULES}
+    assert used <= ALLOWED[module], f"{module} imports {used - ALLOWED[module]}"
+    if module in NO_TORCH:
+        top = imports(PACKAGE / f"{module}.py", top_level_only=True)
+        assert not any(name.split(".")[0] in ("torch", "datasets", "transformers") for name in top)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of what nbdev reads and writes."""
+    target = tmp_path_factory.mktemp("copy")
+    for name in ("nbs", "modern_llm"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+@pytest.mark.parametrize("command", ["nbdev_clean", "nbdev_export"])
+def test_nbdev_changes_nothing(copy, command):
+    read = lambda: {p.relative_to(copy): p.read_bytes() for p in copy.rglob("*") if p.suffix in (".py", ".ipynb")}
+    before = read()
+    subprocess.run([Path(sys.executable).parent / command], cwd=copy, check=True, capture_output=True,
+                   env={**os.environ, "PYTHONPATH": str(copy)})
+    changed = [str(k) for k in before.keys() | read().keys() if before.get(k) != read().get(k)]
+    assert changed == [], f"{command} changes {changed}: run `make export` and commit the result"
+
+
+def test_readme_is_the_index_notebook():
+    subprocess.run([sys.executable, ROOT / "scripts" / "readme.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_stored_notebook(path):
+    """Stored notebooks are small, without tracebacks, machine paths or progress bars, and every code cell was run."""
+    text = path.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    assert len(text) < 400_000
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    stored = json.dumps([{k: v for k, v in o.items() if k != "data"} for o in outputs]
+                        + [o.get("data", {}).get("text/plain", "") for o in outputs])
+    for dirt in ("/home/", "/root/", "/work/", "/tmp/", "it/s]", "vnd.jupyter.widget", " at 0x"):
+        assert dirt not in stored, f"{path.name} stores {dirt!r}"
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])

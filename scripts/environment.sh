@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the project into it; does nothing when it is up to date. Needs Python >= 3.10 and a package index.
+# PYTHON=python3.12 scripts/environment.sh picks the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stamp=.venv/.installed
+wanted=$(cat settings.ini setup.py constraints.txt | cksum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || { echo "$python not found: install Python 3.10 or newer, or say PYTHON=/path/to/python" >&2; exit 1; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  { echo "$($python --version) is too old: Python 3.10 or newer is needed (PYTHON=/path/to/python)" >&2; exit 1; }
+
+if [ ! -x .venv/bin/python ]; then
+  echo "Making .venv with $($python --version) ..."
+  "$python" -m venv .venv || { rm -rf .venv; echo "venv failed: on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
+fi
+pins=(-c constraints.txt)
+.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || pins=()   # the pins need 3.11; 3.10 takes the ranges
+echo "Installing the packages into .venv (about 90 seconds, 1.6 GB; once) ..."
+.venv/bin/python -m pip install --quiet --disable-pip-version-check "${pins[@]}" --editable '.[dev]' ||
+  { echo "pip failed (see above). Behind a mirror, set PIP_INDEX_URL; what was installed is kept, run again." >&2; exit 1; }
+echo "$wanted" > "$stamp"
+echo "The environment is ready: .venv"
