@@ -19,8 +19,33 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 # %% auto #0
-__all__ = ['rotary_frequencies', 'rotary_tables', 'apply_rotary', 'attention_mask', 'attention_weights', 'add_sink_key', 'attend',
+__all__ = ['attention_weights', 'rotary_frequencies', 'rotary_tables', 'apply_rotary', 'attention_mask', 'add_sink_key', 'attend',
            'KVCache', 'CausalSelfAttention']
+
+# %% ../nbs/01_attention.ipynb #attention-weights
+def attention_weights(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    mask: Bool[Tensor, "#b 1 t s"] | None = None,
+    sinks: Float[Tensor, "h"] | None = None,
+) -> Float[Tensor, "b h t s"]:
+    """The attention probabilities written out, for pictures and for checking `attend`: O(t·s) memory.
+
+    Args:
+        q: queries, the last t of the s positions.
+        k: keys; head h reads group h // (h/g).
+        mask: True where a query may read; None is plain causal.
+        sinks: one logit a head that joins every softmax; rows then sum to less than 1.
+    """
+    t, s = q.shape[-2], k.shape[-2]
+    if mask is None:
+        mask = torch.ones(1, 1, t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([column, scores], dim=-1).softmax(-1)[..., 1:]
 
 # %% ../nbs/01_attention.ipynb #rotary-frequencies
 def rotary_frequencies(head_width: int, theta: float = 10_000.0) -> Float[Tensor, "pairs"]:
@@ -93,31 +118,6 @@ def attention_mask(
     if pad_lengths is not None:
         mask = mask & (keys >= pad_lengths[:, None, None, None])
     return mask | (keys == queries)
-
-# %% ../nbs/01_attention.ipynb #attention-weights
-def attention_weights(
-    q: Float[Tensor, "b h t d"],
-    k: Float[Tensor, "b g s d"],
-    mask: Bool[Tensor, "#b 1 t s"] | None = None,
-    sinks: Float[Tensor, "h"] | None = None,
-) -> Float[Tensor, "b h t s"]:
-    """The attention probabilities written out, for pictures and for checking `attend`: O(t·s) memory.
-
-    Args:
-        q: queries, the last t of the s positions.
-        k: keys; head h reads group h // (h/g).
-        mask: True where a query may read; None is plain causal.
-        sinks: one logit a head that joins every softmax; rows then sum to less than 1.
-    """
-    t, s = q.shape[-2], k.shape[-2]
-    if mask is None:
-        mask = torch.ones(1, 1, t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is None:
-        return scores.softmax(-1)
-    column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.cat([column, scores], dim=-1).softmax(-1)[..., 1:]
 
 # %% ../nbs/01_attention.ipynb #with-sink-key
 def add_sink_key(
@@ -276,22 +276,21 @@ class CausalSelfAttention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "b t c"]:
-        """Attend over x, or over x and all that the cache holds.
+        """Attend over x and all that the cache holds.
 
         Args:
             x: the residual stream, normalised.
             rotary: `rotary_tables` of the positions of x.
-            segment_ids: document of every token (packed training rows); not together with a cache.
-            cache: read and extended in place; the caller advances it after the last layer.
+            segment_ids: document of every token in packed rows; not together with a cache.
+            cache: extended in place; the caller advances it after the last layer.
             layer: which layer of the cache is ours.
         """
         if cache is not None and segment_ids is not None:
             raise ValueError("CausalSelfAttention: segment_ids belong to packed training rows; leave them out with a cache")
         q, k, v = self.project(x, rotary)
-        pad_lengths = None
+        pad_lengths = None if cache is None else cache.pad_lengths
         if cache is not None:
             k, v = cache.update(layer, k, v)
-            pad_lengths = cache.pad_lengths
         t, s = q.shape[2], k.shape[2]
         if self.window is not None and s > self.window + t - 1:  # no query of this call sees that far back
             first = s - (self.window + t - 1)
