@@ -142,9 +142,8 @@ def add_sink_key(
     logit = (sinks * math.sqrt(d)).to(q.dtype).view(1, -1, 1, 1).expand(*q.shape[:-1], 1)
     q = torch.cat([q, F.pad(logit, (0, extra - 1))], dim=-1)
     k, v = F.pad(k, (0, extra, 1, 0)), F.pad(v, (0, extra, 1, 0))
-    is_sink = torch.zeros_like(k[:1, :1])
-    is_sink[..., 0, d] = 1
-    return q, k + is_sink, v
+    k[:, :, 0, d] = 1
+    return q, k, v
 
 # %% ../nbs/01_attention.ipynb #attend
 def attend(
@@ -176,7 +175,7 @@ def attend(
             mask = F.pad(mask, (1, 0), value=True)
         elif causal:
             q = F.pad(q, (0, 0, 1, 0))  # a query for the sink's own row keeps the triangle square
-    if mask is not None and k.shape[1] != q.shape[1]:  # the masked kernel on GPUs wants a key for every head
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # those kernels want a key for every head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=1 / math.sqrt(d), enable_gqa=k.shape[1] != q.shape[1]
@@ -268,14 +267,9 @@ class CausalSelfAttention(nn.Module):
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         return apply_rotary(self.q_norm(q), *rotary), apply_rotary(self.k_norm(k), *rotary), v
 
-    def forward(
-        self,
-        x: Float[Tensor, "b t c"],
-        rotary: tuple[Tensor, Tensor],
-        segment_ids: Int[Tensor, "b t"] | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
-    ) -> Float[Tensor, "b t c"]:
+    def forward(self, x: Float[Tensor, "b t c"], rotary: tuple[Tensor, Tensor],
+                segment_ids: Int[Tensor, "b t"] | None = None,
+                cache: KVCache | None = None, layer: int = 0) -> Float[Tensor, "b t c"]:
         """Attend over x and all that the cache holds.
 
         Args:
