@@ -23,8 +23,8 @@ from .optim import make_optimizers
 
 # %% auto #0
 __all__ = ['STATE_FILE', 'COUNTERS', 'CheckpointError', 'pick_device', 'compute_dtype', 'seed_everything', 'random_states',
-           'restore_random_states', 'WeightAverage', 'TrainingState', 'save_checkpoint', 'load_checkpoint',
-           'append_row', 'read_metrics', 'cut_metrics', 'RunFolder']
+           'restore_random_states', 'WeightAverage', 'load_moments', 'TrainingState', 'save_checkpoint',
+           'load_checkpoint', 'append_row', 'read_metrics', 'cut_metrics', 'RunFolder']
 
 # %% ../nbs/02f_checkpoints.ipynb #errors
 class CheckpointError(RuntimeError):
@@ -107,6 +107,14 @@ class WeightAverage:
 STATE_FILE = "training_state.pt"
 COUNTERS = ("step", "tokens", "seconds", "kept")
 
+# %% ../nbs/02f_checkpoints.ipynb #load-moments
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load an optimizer's state but keep its settings: a resumed run obeys the learning rate it is given now."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, setting in zip(optimizer.param_groups, settings):
+        group.update(setting)
+
 # %% ../nbs/02f_checkpoints.ipynb #training-state
 class TrainingState:
     """Everything an optimizer step changes, and nothing else: what a checkpoint must hold."""
@@ -155,7 +163,7 @@ class TrainingState:
         try:
             self.module.load_state_dict(state["module"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                load_moments(optimizer, saved)
             if self.average:
                 self.average.weights = {name: state["average"][name].to(self.device) for name in self.average.weights}
             if state["scaler"] and self.scaler.is_enabled():

@@ -267,6 +267,9 @@ class Recorder:
     def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Callable | None = None, share: float | None = None):
         self.files, self.cfg, self.evaluate, self.share = files, cfg, evaluate, share
         self.guard, self.window, self.bar = DivergenceGuard(), Window(), None
+        for row in read_metrics(files.metrics):  # of the sittings before this one
+            if row["loss"] is not None:
+                self.guard.check(row["step"], row["loss"], None, files.last_checkpoint)
 
     def observe(self, state: TrainingState, lr_factor: float, reason: str | None) -> None:
         """Do what is due: check, checkpoint, validate, write the row. So nothing bad is saved, nothing good is lost."""
@@ -285,7 +288,7 @@ class Recorder:
                 norm = None if state.scaler.is_enabled() else row["grad_norm"]  # the scaler skips such steps by itself
                 self.guard.check(step, row["loss"], norm, self.files.last_checkpoint)
             state.kept = max(state.kept, parts)
-            if check_point or reason:
+            if reason or (check_point and not self.guard.bad):  # a suspicious state never replaces a good one
                 self.files.save(state)
             if keep:
                 self.files.keep(state)
