@@ -67,41 +67,46 @@ def flops_per_token(cfg: ModelConfig, context: int | None = None) -> int:
 
 # %% ../nbs/02c_counts.ipynb #activation-bytes
 def activation_bytes(cfg: ModelConfig, value_bytes: int) -> int:
-    """Bytes that one token leaves behind in one layer for the backward pass, without `torch.compile`.
+    """Bytes that one token leaves behind in one layer for the backward pass, in eager mode.
 
-    The residual stream and the inputs of the norms on queries and keys are float32; the rest has `value_bytes`
-    (2 under bf16 autocast). Dropout masks and attention sinks add a few percent that are not counted.
+    Norms work in float32; under autocast each matrix makes its own low-precision copy of what the norm gave it.
+
+    Args:
+        cfg: the architecture.
+        value_bytes: 4 in float32, 2 under autocast.
     """
     kv_width = cfg.num_kv_heads * cfg.head_width
-    experts = cfg.experts_per_token if cfg.num_experts else 1
-    norms = 2 * cfg.width * (4 + value_bytes)  # what a norm read, and what the matrices after it read
-    attention = 2 * (cfg.width + kv_width) * value_bytes  # queries, keys, values, answer
-    qk_norm = 4 * (cfg.width + kv_width) if cfg.use_qk_norm else 0
-    feed_forward = 4 * experts * cfg.ffn_width * value_bytes  # gate, SiLU of it, linear path, product
-    routing = 2 * experts * cfg.width * value_bytes if cfg.num_experts else 0  # tokens sorted by expert; answers
-    return norms + attention + qk_norm + feed_forward + routing
+    copies = 2 if value_bytes == 4 else 5  # float32: shared; else one each for q, k, v and for gate, up
+    norms = 2 * 2 * 4 * cfg.width + copies * value_bytes * cfg.width
+    qk_norm = 2 * 4 * (cfg.width + kv_width) if cfg.use_qk_norm else 0
+    attention = value_bytes * (3 * cfg.width + 2 * kv_width)  # q, k, v, answer, and the answer laid out for o_proj
+    if not cfg.num_experts:
+        return norms + qk_norm + attention + 4 * value_bytes * cfg.ffn_width  # gate, SiLU of it, linear path, product
+    sorted_copies = 2 if value_bytes == 4 else 3  # a token as its expert read it (twice under autocast), and the answer
+    expert = sorted_copies * value_bytes * cfg.width + 4 * value_bytes * cfg.ffn_width
+    return norms + qk_norm + attention + cfg.experts_per_token * expert
 
 # %% ../nbs/02c_counts.ipynb #training-memory
 def training_memory(cfg: ModelConfig, train: TrainConfig) -> dict[str, int]:
-    """Bytes that training needs on a GPU, by part. An estimate for eager mode; `torch.compile` needs less.
+    """Bytes that training needs on a GPU, by part: an estimate for eager mode; `torch.compile` needs less.
 
-    Weights are float32 with a low-precision copy under autocast, which `precision="auto"` is taken to mean.
-    AdamW keeps two float32 values a parameter, Muon one.
+    Weights and gradients are float32, with a low-precision copy of the weights under autocast, which
+    `precision="auto"` is taken to mean. AdamW keeps two float32 values a parameter, Muon one. Not counted: dropout masks,
+    learned sinks, what the allocator wastes, and about half a gigabyte that CUDA takes for itself.
     """
     count = parameter_count(cfg)
     block_matrices = count["attention"] + count["feed_forward"] + count["router"]
     value_bytes = 4 if train.precision == "fp32" else 2
     tokens = train.micro_batch * cfg.context_length
-    per_layer = tokens * activation_bytes(cfg, value_bytes)
-    kept = per_layer + cfg.num_layers * tokens * 4 * cfg.width if train.gradient_checkpointing else \
-        cfg.num_layers * per_layer
+    layers = tokens * activation_bytes(cfg, value_bytes) * (1 if train.gradient_checkpointing else cfg.num_layers)
+    block_inputs = cfg.num_layers * tokens * 4 * cfg.width if train.gradient_checkpointing else 0
     parts = {
         "weights": 4 * count["total"],
-        "autocast_copies": 0 if value_bytes == 4 else value_bytes * count["total"],
+        "autocast_copies": 2 * count["total"] if value_bytes == 2 else 0,
         "gradients": 4 * count["total"],
         "optimizer": 8 * count["total"] - (4 * block_matrices if train.optimizer == "muon" else 0),
         "ema": 4 * count["total"] if train.ema_decay else 0,
-        "activations": kept,
+        "activations": layers + block_inputs + tokens * (8 + value_bytes) * cfg.width,  # the last: the last norm
         "logits": min(tokens, train.loss_chunk_tokens) * cfg.vocab_size * (value_bytes + 4 + 4),
     }
     return {**parts, "total": sum(parts.values())}

@@ -132,7 +132,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
             raise ValueError(f"generate: prompt {row} has token {min(prompt) if min(prompt) < 0 else max(prompt)}, outside "
                              f"0..{cfg.vocab_size - 1}: was another tokenizer used?")
 
-# %% ../nbs/02d_generation.ipynb #decode
+# %% ../nbs/02d_generation.ipynb #evaluating
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off inside the block; the former mode afterwards."""
@@ -143,7 +143,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(training)
 
-
+# %% ../nbs/02d_generation.ipynb #decode
 @torch.inference_mode()
 def decode(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as the rows grow together; finished rows leave once they are half of the batch."""
