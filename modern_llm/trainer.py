@@ -32,7 +32,7 @@ from .optim import LossOutput, learning_rate_factor
 __all__ = ['Batch', 'LossFunction', 'PEAK_FLOPS', 'micro_batches', 'batch_tokens', 'add_losses', 'rescale_gradients',
            'optimizer_step', 'prefetch', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'stop_signals',
            'run_progress', 'stop_reason', 'peak_flops', 'flops_share', 'prepare_module', 'validate', 'Recorder',
-           'TrainResult', 'Trainer']
+           'make_bar', 'TrainResult', 'Trainer']
 
 # %% ../nbs/03_trainer.ipynb #types
 Batch = dict[str, Tensor]
@@ -290,7 +290,7 @@ class Recorder:
             state.kept = max(state.kept, parts)
             if reason or (check_point and not self.guard.bad):  # a suspicious state never replaces a good one
                 self.files.save(state)
-            if keep:
+            if keep and not self.guard.bad:
                 self.files.keep(state)
             if judge:
                 row |= validate(state, self.evaluate)
@@ -299,6 +299,12 @@ class Recorder:
                 append_row(self.files.metrics, row)
             self.window.clear(state.tokens)
         self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "val_loss") if k in row}, refresh=False)
+
+# %% ../nbs/03_trainer.ipynb #bar
+def make_bar(state: TrainingState, cfg: TrainConfig, show: bool) -> tqdm:
+    """The progress bar: every half second on a terminal, every ten seconds in a notebook or a log file."""
+    seconds = 0.5 if sys.stderr.isatty() else 10
+    return tqdm(total=cfg.max_steps, initial=state.step, unit="step", disable=not show, mininterval=seconds)
 
 # %% ../nbs/03_trainer.ipynb #train-result
 @dataclass
@@ -332,26 +338,24 @@ class Trainer:
         device: str = "auto", seed: int = 0, resume: bool = False, should_stop: Callable[[], bool] | None = None,
         progress_bar: bool = True,
     ):
-        self.loss_fn, self.batches, self.cfg, self.should_stop = loss_fn, batches, cfg, should_stop or (lambda: False)
+        self.loss_fn, self.batches, self.cfg, self.progress_bar = loss_fn, batches, cfg, progress_bar
+        self.should_stop = should_stop or (lambda: False)
         seed_everything(seed)
         self.state = TrainingState(module, cfg, pick_device(device))
         self.files = RunFolder(folder, save_model)
         self.files.open(self.state, resume)
         prepare_module(module, cfg, self.state.device)
         self.recorder = Recorder(self.files, cfg, evaluate, flops_share(flops_per_token, self.state))
-        self.bar_options = dict(total=cfg.max_steps, unit="step", disable=not progress_bar,
-                                mininterval=0.5 if sys.stderr.isatty() else 10)
 
     def fit(self) -> TrainResult:
         """Train to the end of the steps or minutes, or until asked to stop; may be called again to go on."""
         state, cfg, recorder = self.state, self.cfg, self.recorder
-        reason = stop_reason(state, cfg, False, [])
-        start = time.perf_counter() - state.seconds
+        reason, start = stop_reason(state, cfg, False, []), time.perf_counter() - state.seconds
         batches = prefetch(self.batches, state.step, cfg.max_steps, cfg.batch_size, state.device.type == "cuda")
         restore_random_states(state.random)
         state.module.train()
         recorder.window.clear(state.tokens)
-        with contextlib.closing(batches), stop_signals() as caught, tqdm(initial=state.step, **self.bar_options) as bar:
+        with contextlib.closing(batches), stop_signals() as caught, make_bar(state, cfg, self.progress_bar) as bar:
             recorder.bar = bar
             while not reason:
                 try:

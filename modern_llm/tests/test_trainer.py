@@ -1,0 +1,317 @@
+"""The trainer under bad luck: kills, full disks, damaged and hostile files, wrong batches, lost runs."""
+
+import dataclasses
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modern_llm.checkpoints import CheckpointError, load_checkpoint, read_metrics
+from modern_llm.config import TrainConfig
+from modern_llm.files import DamagedFolder, sha256, read_json, write_json
+from modern_llm.optim import LossOutput, Muon, chunked_cross_entropy, lm_loss, make_optimizers
+from modern_llm.trainer import Trainer, TrainingDiverged
+
+CONFIG = TrainConfig(max_steps=14, batch_size=8, micro_batch_size=4, warmup_steps=3, ema_decay=0.9, log_every=3,
+                     eval_every=4, checkpoint_every=5, lr=0.01)
+
+
+class Toy(nn.Module):
+    def __init__(self, dropout: float = 0.1, width: int = 16):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(32, width)
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
+        self.drop, self.norm = nn.Dropout(dropout), nn.RMSNorm(width)
+        self.lm_head = nn.Linear(width, 32, bias=False)
+
+    def hidden(self, input_ids, segment_ids=None):
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = x + self.drop(F.silu(layer(x)))
+        return self.norm(x), x.new_zeros(())
+
+
+def toy(seed: int = 1, **options) -> Toy:
+    torch.manual_seed(seed)
+    return Toy(**options)
+
+
+def batches(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 32, (8, 6), generator=generator)
+    hide = torch.rand(8, 6, generator=generator) < 0.3
+    return {"input_ids": ids, "labels": ((3 * ids + 1) % 32).masked_fill(hide, -100)}
+
+
+def save_weights(model, folder):
+    torch.save(model.state_dict(), folder / "weights.pt")
+
+
+def trainer(model, folder, cfg=CONFIG, loss_fn=lm_loss, data=batches, **options) -> Trainer:
+    return Trainer(model, loss_fn, data, cfg, folder, device="cpu", progress_bar=False, **options)
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+def noisy_validation(model):  # draws random numbers, as sampling does
+    return {"loss": torch.rand(()).item() + random.random()}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resume_is_exact(tmp_path, optimizer, precision):
+    cfg = dataclasses.replace(CONFIG, optimizer=optimizer, precision=precision)
+    straight, resumed = toy(), toy(seed=7)
+    trainer(straight, tmp_path / "a", cfg, evaluate=noisy_validation, save_model=save_weights).fit()
+    stop_at = random.Random(f"{optimizer}{precision}").randrange(1, cfg.max_steps)
+    calls = iter(range(1, 100))
+    first = trainer(toy(), tmp_path / "b", cfg, should_stop=lambda: next(calls) == stop_at, save_model=save_weights).fit()
+    assert (first.step, first.stopped) == (stop_at, "stopped")
+    second = trainer(resumed, tmp_path / "b", cfg, seed=5, resume=True, save_model=save_weights).fit()
+    assert (second.step, second.stopped) == (14, "finished")
+    assert second.tokens == 14 * 48
+    assert same(straight, resumed)
+    weights = [torch.load(tmp_path / run / "checkpoint" / "weights.pt") for run in "ab"]
+    assert all(torch.equal(*pair) for pair in zip(*(w.values() for w in weights)))  # the averaged ones
+    assert not all(torch.equal(a, b) for a, b in zip(weights[0].values(), straight.state_dict().values()))
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from modern_llm.tests.test_trainer import batches, lm_loss, toy, trainer
+def data(step):
+    if step == 12: os.kill(os.getpid(), 9)
+    return batches(step)
+trainer(toy(), Path(sys.argv[1]), data=data).fit()
+"""
+
+
+def test_resume_after_kill_9(tmp_path):
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "b")], capture_output=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "b" / "checkpoint")[1]["step"] in (5, 10)
+    straight, resumed = toy(), toy(seed=3)
+    trainer(straight, tmp_path / "a").fit()
+    result = trainer(resumed, tmp_path / "b", resume=True).fit()
+    steps = [row["step"] for row in result.history]
+    assert same(straight, resumed) and steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("where", ["loss", "data", "validation", "signal"])
+def test_interrupt_ends_cleanly_and_resumes_exactly(tmp_path, where):
+    calls = {"loss": 0}
+
+    def loss_fn(model, batch):
+        calls["loss"] += 1
+        out = lm_loss(model, batch)  # dropout has drawn its numbers
+        if where == "loss" and calls["loss"] == 12:
+            raise KeyboardInterrupt
+        return out
+
+    def data(step):
+        if step == 6 and where == "data":
+            raise KeyboardInterrupt
+        if step == 6 and where == "signal":
+            os.kill(os.getpid(), signal.SIGINT)
+        return batches(step)
+
+    def validation(model):
+        if where == "validation":
+            raise KeyboardInterrupt
+        return {}
+
+    handler = signal.getsignal(signal.SIGINT)
+    result = trainer(toy(), tmp_path / "b", loss_fn=loss_fn, data=data, evaluate=validation).fit()
+    assert result.stopped == "interrupted" and 0 < result.step < 14
+    assert signal.getsignal(signal.SIGINT) is handler
+    straight, resumed = toy(), toy(seed=4)
+    trainer(straight, tmp_path / "a").fit()
+    trainer(resumed, tmp_path / "b", resume=True).fit()
+    assert same(straight, resumed)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "STOP"])
+def test_scheduler_stops(tmp_path, name):
+    def should_stop():
+        (tmp_path / "STOP").touch() if name == "STOP" else os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(0.01)
+        return False
+
+    result = trainer(toy(), tmp_path, should_stop=should_stop).fit()
+    assert result.stopped == "stopped" and result.step <= 2
+    assert trainer(toy(), tmp_path, resume=True).fit().stopped == "finished"
+
+
+def test_minutes(tmp_path):
+    cfg = dataclasses.replace(CONFIG, max_steps=10**6, max_minutes=1 / 120, log_every=1, final_lr_fraction=0.0)
+    result = trainer(toy(), tmp_path, cfg).fit()
+    assert result.stopped == "max_minutes" and 0.5 <= result.seconds < 10
+    rates = [row["lr"] for row in result.history]
+    assert rates[-1] < 0.5 * max(rates)
+
+
+def test_full_disk_leaves_the_old_checkpoint_and_the_run(tmp_path, monkeypatch):
+    full = [False]
+    write = torch.save
+
+    def save(*args):
+        if full[0]:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        write(*args)
+
+    monkeypatch.setattr(torch, "save", save)
+    model = toy()
+    run = trainer(model, tmp_path / "b", data=lambda step: (full.__setitem__(0, step >= 8), batches(step))[1])
+    with pytest.raises(CheckpointError, match="step 10: cannot write"):
+        run.fit()
+    assert load_checkpoint(tmp_path / "b" / "checkpoint")[1]["step"] == 5
+    assert not list((tmp_path / "b").glob(".*"))
+    run.batches, full[0] = batches, False
+    assert run.fit().stopped == "finished"  # goes on where it was
+    straight = toy()
+    trainer(straight, tmp_path / "a").fit()
+    assert same(model, straight)
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root writes everywhere")
+def test_unwritable_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError):
+        trainer(toy(), tmp_path / "run")
+
+
+def test_damaged_checkpoint(tmp_path):
+    trainer(toy(), tmp_path).fit()
+    path = tmp_path / "checkpoint" / "training_state.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DamagedFolder, match="training_state.pt"):
+        trainer(toy(), tmp_path, resume=True)
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("plain_pickle", [True, False])
+def test_hostile_checkpoint_runs_nothing(tmp_path, plain_pickle):
+    trainer(toy(), tmp_path).fit()
+    path, target = tmp_path / "checkpoint" / "training_state.pt", tmp_path / "was-here"
+    path.write_bytes(pickle.dumps(Hostile(target))) if plain_pickle else torch.save({"module": Hostile(target)}, path)
+    meta = read_json(path.with_name("meta.json"))
+    meta["sha256"]["training_state.pt"] = sha256(path)
+    write_json(path.with_name("meta.json"), meta)
+    with pytest.raises(DamagedFolder, match="refused"):
+        trainer(toy(), tmp_path, resume=True)
+    assert not target.exists()
+
+
+def test_other_model_or_used_folder_is_refused(tmp_path):
+    trainer(toy(), tmp_path).fit()
+    with pytest.raises(FileExistsError, match="resume=True"):
+        trainer(toy(), tmp_path)
+    with pytest.raises(CheckpointError, match="another model"):
+        trainer(toy(width=8), tmp_path, resume=True)
+    with pytest.raises(CheckpointError):
+        trainer(toy(), tmp_path, dataclasses.replace(CONFIG, optimizer="adamw"), resume=True)
+
+
+def test_non_finite_loss_is_never_saved(tmp_path):
+    def loss_fn(model, batch):
+        out = lm_loss(model, batch)
+        calls.append(0)
+        return LossOutput(out.total * (float("nan") if len(calls) > 14 else 1.0), out.count)
+
+    calls = []
+    with pytest.raises(TrainingDiverged, match=r"by step 8: .*checkpoint \(step 5\)"):
+        trainer(toy(), tmp_path, dataclasses.replace(CONFIG, log_every=8), loss_fn).fit()
+    state, meta = load_checkpoint(tmp_path / "checkpoint")
+    assert meta["step"] == 5 and all(value.isfinite().all() for value in state["module"].values())
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss"] is None
+
+
+def test_wrong_batches_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"batches\(3\).*batch_size=8"):
+        trainer(toy(), tmp_path, data=lambda step: {k: v[: 8 - (step == 3)] for k, v in batches(step).items()}).fit()
+
+
+def test_fully_masked_batch_changes_nothing_but_decay(tmp_path):
+    def data(step):
+        batch = batches(step)
+        return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+    model, before = toy(), toy()
+    trainer(model, tmp_path, dataclasses.replace(CONFIG, weight_decay=0.0), data=data).fit()
+    assert same(model, before)
+
+
+def test_accumulation_changes_only_rounding(tmp_path):
+    models = []
+    for size in (1, 2, 8):
+        models.append(toy(dropout=0.0))
+        trainer(models[-1], tmp_path / str(size), dataclasses.replace(CONFIG, micro_batch_size=size, optimizer="adamw")).fit()
+    for model in models[1:]:
+        for a, b in zip(models[0].parameters(), model.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_kept_checkpoints_are_evenly_spaced(tmp_path):
+    cfg = dataclasses.replace(CONFIG, max_steps=16)
+    trainer(toy(), tmp_path, cfg, save_model=save_weights).fit()
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000008", "step-000012"]
+    assert not list((tmp_path / "checkpoints").rglob("training_state.pt"))
+
+
+def test_a_lower_learning_rate_holds_after_resume(tmp_path):
+    trainer(toy(), tmp_path, dataclasses.replace(CONFIG, max_steps=5)).fit()
+    run = trainer(toy(), tmp_path, dataclasses.replace(CONFIG, lr=1e-5, muon_lr=1e-4), resume=True)
+    run.fit()
+    assert [group["peak_lr"] for o in run.state.optimizers for group in o.param_groups] == [1e-4, 1e-5, 1e-5]
+
+
+def test_compiled_blocks_keep_their_names(tmp_path):
+    model = toy()
+    names = list(model.state_dict())
+    trainer(model, tmp_path, dataclasses.replace(CONFIG, compile=True))
+    assert list(model.state_dict()) == names
+
+
+def test_frozen_and_tied_parameters():
+    model = toy()
+    model.lm_head.weight = model.embed_tokens.weight
+    model.layers[0].weight.requires_grad_(False)
+    optimizers = make_optimizers(model, CONFIG)
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(model.parameters())) - 1
+    assert isinstance(optimizers[0], Muon) and len(optimizers[0].param_groups[0]["params"]) == 1
+    with pytest.raises(ValueError, match="nothing to train"):
+        make_optimizers(model.requires_grad_(False), CONFIG)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_cross_entropy_scales_with_upstream(dtype):
+    torch.manual_seed(0)
+    hidden = torch.randn(13, 8, dtype=dtype, requires_grad=True)
+    weight, labels = torch.randn(40, 8, dtype=dtype, requires_grad=True), torch.randint(0, 40, (13,))
+    full = F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum") * 3
+    chunked = chunked_cross_entropy(hidden, weight, labels, 4) * 3
+    tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.1)
+    torch.testing.assert_close(chunked, full, **tolerance)
+    for a, b in zip(torch.autograd.grad(chunked, (hidden, weight)), torch.autograd.grad(full, (hidden, weight))):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **tolerance)
