@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ CACHE_VERSION = 3
 
 def _write_cache(folder: Path, items: Iterable, end: int, dtype: str, limit: int | None, bar: tqdm) -> dict:
     """Stream (ids, bytes, nats) into the files of a TokenCache; whole documents up to `limit`. Returns its counts."""
-    lengths, sizes, nats, total = [], [], [], 0
+    lengths, sizes, nats, total = array("q"), array("q"), array("d"), 0
     with open(folder / "tokens.bin", "wb") as file:
         for ids, size, floor in items:
             if lengths and limit is not None and total + len(ids) + 1 > limit:

@@ -343,11 +343,11 @@ def read_file(path: str | Path) -> Iterator[dict]:
 
 # %% ../nbs/02a1_sources.ipynb #rows
 @lru_cache(maxsize=4)
-def load_hub(info: DatasetInfo, split: str):
+def load_hub(name: str, split: str):
     """A split from the hub or its local cache, memory-mapped. DatasetNotFound instead of a long wait when offline."""
     import huggingface_hub
 
-    datasets = _library()
+    datasets, info = _library(), dataset_info(name)
     state = hub_state(info)
     if state not in ("cached", "reachable"):
         raise DatasetNotFound(f"data set {info.name!r} ({info.hub}): {state}")
@@ -379,7 +379,7 @@ def rows(name: str, split: str = "train") -> Iterator[dict]:
     stored, low, high = split_plan(source.splits, split)
     key = source.info.key or (lambda row: "\n".join(str(row.get(field)) for field in source.info.fields))
     tables = ([(path, read_file(path)) for path in source.files[stored]] if source.files
-              else [(source.info.hub, load_hub(source.info, stored))])
+              else [(source.info.hub, load_hub(source.info.name, stored))])
     yield from keep_side(_checked(source, tables), key, low, high, first_held_out=source.where == "file")
 
 
@@ -484,7 +484,7 @@ def content_id(name: str, split: str = "train", world_seed: int = 0) -> str:
             stats = [(path, path.stat()) for path in source.files[stored]]
             parts += [_file_sha256(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         else:
-            parts.append(load_hub(source.info, stored)._fingerprint)
+            parts.append(load_hub(source.info.name, stored)._fingerprint)
     return hashlib.sha256("\n".join([source.info.name, f"reader {READER_VERSION}", *parts]).encode()).hexdigest()
 
 # %% ../nbs/02a1_sources.ipynb #check-sources
@@ -492,7 +492,7 @@ def download(name: str) -> None:
     """Fetch every split of a data set into the hub's local cache, for machines that have no network later."""
     info = dataset_info(name)
     for split in info.hub_splits if info.hub else ():
-        load_hub(info, split)
+        load_hub(name, split)
 
 
 def check_sources(names: Iterable[str] | None = None) -> list[dict]:

@@ -125,6 +125,40 @@ def test_checking_every_source_needs_neither_network_nor_torch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
 
 
+CACHED = """
+import json, sys
+from pathlib import Path
+home = Path(sys.argv[1])
+(home / "a.jsonl").write_text("".join(json.dumps({"text": f"story {i}"}) + chr(10) for i in range(9)))
+import datasets
+datasets.load_dataset("json", data_files=str(home / "a.jsonl"))
+made = next((home / "datasets/json").glob("default-*/*/*/dataset_info.json")).parent
+place = home / "datasets/roneneldan___tiny_stories/default/0.0.0" / made.name
+place.parent.mkdir(parents=True)
+made.rename(place)
+(place / "json-train.arrow").rename(place / "tiny_stories-train.arrow")
+info = json.loads((place / "dataset_info.json").read_text())
+info.update(builder_name="parquet", dataset_name="tiny_stories", config_name="default")
+(place / "dataset_info.json").write_text(json.dumps(info))
+from modern_llm import sources
+assert sources.check_sources(["tinystories"])[0]["where"] == "hub (cached)"
+assert list(sources.documents("tinystories"))[:2] == ["story 0", "story 1"]
+assert sources.content_id("tinystories") == sources.content_id("roneneldan/TinyStories")
+try:
+    next(sources.documents("tinystories", "validation"))
+except sources.DatasetNotFound as error:
+    assert "roneneldan/TinyStories could not be loaded" in str(error)
+else:
+    raise AssertionError("a split that was never downloaded was found")
+"""
+
+
+def test_the_copy_an_earlier_download_left_is_read_offline(tmp_path):
+    """The layout of the hub's cache, made by hand: no network here or there."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", CACHED, str(tmp_path)], check=True, timeout=120, env=environment)
+
+
 @pytest.mark.parametrize("name, text", [
     ("tinystories/train.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in STORIES)),
     ("tinystories/train.jsonl.gz", "".join(json.dumps({"text": text}) + "\n" for text in STORIES)),
