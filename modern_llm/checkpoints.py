@@ -35,7 +35,10 @@ def pick_device(name: str = "auto") -> torch.device:
     """The device of that name; "auto" = the first of cuda, mps, cpu that is there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -61,16 +64,16 @@ def random_states() -> dict:
     """The states of those generators, as plain values and tensors."""
     kind, keys, *rest = np.random.get_state()
     states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
-    return {**states, "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {**states, "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []}
 
 
 def restore_random_states(states: dict) -> None:
-    """Put the generators back; GPUs that are not here any more are skipped."""
+    """Put the generators back; that of a GPU is left out where there is none any more."""
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"])
-    for device, state in zip(range(torch.cuda.device_count()), states["cuda"]):
-        torch.cuda.set_rng_state(state, device)
+    for state in states["cuda"] if torch.cuda.is_available() else []:
+        torch.cuda.set_rng_state(state)
 
 # %% ../nbs/02f_checkpoints.ipynb #weight-average
 class WeightAverage:

@@ -29,14 +29,16 @@ from .config import TrainConfig
 from .optim import LossOutput, learning_rate_factor
 
 # %% auto #0
-__all__ = ['Batch', 'LossFunction', 'PEAK_FLOPS', 'micro_batches', 'batch_tokens', 'add_losses', 'rescale_gradients',
-           'optimizer_step', 'prefetch', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'stop_signals',
-           'run_progress', 'stop_reason', 'peak_flops', 'flops_share', 'prepare_module', 'validate', 'Recorder',
-           'make_bar', 'TrainResult', 'Trainer']
+__all__ = ['Batch', 'LossFunction', 'Evaluate', 'SaveModel', 'PEAK_FLOPS', 'micro_batches', 'batch_tokens', 'add_losses',
+           'rescale_gradients', 'optimizer_step', 'prefetch', 'Window', 'TrainingDiverged', 'DivergenceGuard',
+           'stop_signals', 'run_progress', 'stop_reason', 'peak_flops', 'flops_share', 'prepare_module', 'validate',
+           'Recorder', 'make_bar', 'TrainResult', 'Trainer']
 
 # %% ../nbs/03_trainer.ipynb #types
 Batch = dict[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], LossOutput]
+Evaluate = Callable[[nn.Module], dict[str, float]]
+SaveModel = Callable[[nn.Module, Path], None]
 
 # %% ../nbs/03_trainer.ipynb #micro-batches
 def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
@@ -254,7 +256,7 @@ def prepare_module(module: nn.Module, cfg: TrainConfig, device: torch.device) ->
         torch.set_float32_matmul_precision("high")
 
 # %% ../nbs/03_trainer.ipynb #validate
-def validate(state: TrainingState, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+def validate(state: TrainingState, evaluate: Evaluate) -> dict[str, float]:
     """What `evaluate` finds in the weights that would be saved, every name beginning with val_."""
     with state.as_product() as module, state.autocast():
         found = evaluate(module)
@@ -264,7 +266,7 @@ def validate(state: TrainingState, evaluate: Callable[[nn.Module], dict[str, flo
 class Recorder:
     """Looks at a run after every step: stops a lost one, writes checkpoints and metrics, validates, moves the bar."""
 
-    def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Callable | None = None, share: float | None = None):
+    def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Evaluate | None = None, share: float | None = None):
         self.files, self.cfg, self.evaluate, self.share = files, cfg, evaluate, share
         self.guard, self.window, self.bar = DivergenceGuard(), Window(), None
         for row in read_metrics(files.metrics):  # of the sittings before this one
@@ -333,10 +335,9 @@ class Trainer:
 
     def __init__(
         self, module: nn.Module, loss_fn: LossFunction, batches: Callable[[int], Batch], cfg: TrainConfig,
-        folder: str | Path, *, evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-        save_model: Callable[[nn.Module, Path], None] | None = None, flops_per_token: float | None = None,
-        device: str = "auto", seed: int = 0, resume: bool = False, should_stop: Callable[[], bool] | None = None,
-        progress_bar: bool = True,
+        folder: str | Path, *, evaluate: Evaluate | None = None, save_model: SaveModel | None = None,
+        flops_per_token: float | None = None, device: str = "auto", seed: int = 0, resume: bool = False,
+        should_stop: Callable[[], bool] | None = None, progress_bar: bool = True,
     ):
         self.loss_fn, self.batches, self.cfg, self.progress_bar = loss_fn, batches, cfg, progress_bar
         self.should_stop = should_stop or (lambda: False)
