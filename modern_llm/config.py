@@ -221,7 +221,8 @@ def local_smoke() -> PipelineConfig:
     return PipelineConfig(
         name="local-smoke",
         description="about 1M parameters on the built-in world: minutes on 2 CPU cores, no network",
-        data=DataConfig(max_train_tokens=2_500_000, max_validation_tokens=40_000),
+        data=DataConfig(max_train_tokens=2_000_000, max_validation_tokens=40_000),
+        pretrain=TrainConfig(max_steps=450, batch_size=16, lr=4e-3, muon_lr=3e-2, eval_every=75, checkpoint_every=150),
     )
 
 
