@@ -72,7 +72,10 @@ def run(preset, stage, run_name, output_dir, max_steps, extra, resume, force, dr
         if dry_run:
             continue
         if code := pipeline.execute(step):
-            click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}", err=True)
+            if pipeline.status(step) in ("stopped", "interrupted"):
+                click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from there", err=True)
+            else:
+                click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}", err=True)
             sys.exit(code)
         click.echo(pipeline.summary(step))
 

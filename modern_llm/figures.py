@@ -6,6 +6,7 @@ import textwrap
 
 import matplotlib.pyplot as plt
 import seaborn as sns
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 COLOURS = sns.color_palette("colorblind")
 
@@ -27,7 +28,7 @@ def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "", col
 
 
 def training_curves(metrics, floor: float | None = None, window: int = 1):
-    """Loss and validation loss against tokens (with the entropy floor, if known), and the learning rate beside them.
+    """Loss and validation loss against tokens on a log scale (with the entropy floor, if known), and the learning rate beside them.
 
     Args:
         metrics: DataFrame of `metrics.jsonl`: tokens, loss, lr, and where validated val_loss.
@@ -42,7 +43,10 @@ def training_curves(metrics, floor: float | None = None, window: int = 1):
         left.plot(millions[seen], metrics.val_loss[seen], "o-", ms=4, label="held out")
     if floor is not None:
         left.axhline(floor, color="black", lw=1, ls="--", label="entropy floor")
-    left.set(xlabel="tokens, millions", ylabel="nats per token")
+    left.set(xlabel="tokens, millions", ylabel="nats per token", yscale="log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     left.legend()
     right.plot(millions, metrics.lr, color=COLOURS[2], lw=1.5)
     right.set(xlabel="tokens, millions", ylabel="learning rate (AdamW)", ylim=(0, None))

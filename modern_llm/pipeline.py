@@ -14,6 +14,7 @@ from modern_llm.files import read_json
 from modern_llm.stage import choose_folder, refuse_unknown, resolve
 
 STAGES = {"pretrain": "03_pretrain.ipynb"}  # in the order of the pipeline
+STOP_FILE = "STOP"  # the trainer looks for it after every step
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,30 @@ def _decide(folder: Path, given: dict) -> tuple[dict, str]:
 def execute(step: Step) -> int:
     """Run one stage through papermill with its output shown live; returns the exit code.
 
-    Ctrl-C is left to the kernel, which ends its step and checkpoints.
+    Ctrl-C asks the stage to stop: it finishes its optimizer step, writes a checkpoint and ends. A second one kills it.
     """
     step.folder.mkdir(parents=True, exist_ok=True)
-    output = step.folder / "notebook.ipynb"
-    command = [sys.executable, "-m", "papermill", str(step.notebook), str(output), "--cwd", str(step.notebook.parent),
-               "--log-output", "--no-progress-bar", "--log-level", "WARNING"]
+    command = [sys.executable, "-m", "papermill", str(step.notebook), str(step.folder / "notebook.ipynb"),
+               "--cwd", str(step.notebook.parent), "--log-output", "--no-progress-bar", "--log-level", "WARNING"]
     for name, value in step.parameters.items():
-        command += ["-p", name, str(value)]
-    environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    process = subprocess.Popen(command, env=environment)
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return process.wait()
-    finally:
-        signal.signal(signal.SIGINT, former)
+        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
+    process = subprocess.Popen(command, start_new_session=True)  # out of reach of the terminal's Ctrl-C
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            if (step.folder / STOP_FILE).exists():
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+            (step.folder / STOP_FILE).touch()
+            print("stopping after this step, with a checkpoint; Ctrl-C again kills", file=sys.stderr, flush=True)
+
+
+def status(step: Step) -> str:
+    """What `run.json` says of the stage: "running", "finished", "stopped", …; "unknown" if it never began."""
+    path = step.folder.parent / "run.json"
+    stages = read_json(path)["stages"] if path.exists() else {}
+    return stages.get(step.stage, {}).get("status", "unknown")
 
 
 def summary(step: Step) -> str:

@@ -252,7 +252,7 @@ def _clock(seconds: float) -> str:
 def choose_folder(stage: str, parameters: dict) -> tuple[str, Path, bool]:
     """Run name, stage folder and whether to resume. An existing stage is never touched without `resume` or `force`."""
     root = Path(parameters.get("output_dir") or runs_folder()).expanduser().resolve()
-    name = parameters.get("run") or Path(parameters["preset"]).stem
+    name = str(parameters.get("run") or Path(parameters["preset"]).stem)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigError(f"run={name!r} is no folder name: use letters, digits, '.', '_' and '-'")
     folder, resume, force = root / name / stage, parameters.get("resume"), parameters.get("force")

@@ -105,6 +105,25 @@ def test_cli_runs_skips_and_refuses(tmp_path):
     assert other.returncode != 0 and "resume=True" in other.stderr + other.stdout
 
 
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+    command = [Path(sys.executable).parent / "modern-llm", "run", "--preset", "lesson", "--max-steps", "40", "--output-dir",
+               str(tmp_path), "--run", "123"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    folder = tmp_path / "123" / "pretrain"
+    deadline = time.time() + 120
+    while not (folder / "metrics.jsonl").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "the same command goes on from there" in text, text
+    assert json.loads((tmp_path / "123" / "run.json").read_text())["stages"]["pretrain"]["status"] == "stopped"
+    assert (folder / "checkpoint" / "model.safetensors").is_file() and not (folder / "results.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0 and "pretrain: resume" in again.stdout, again.stderr
+    steps = pd.read_json(folder / "metrics.jsonl", lines=True).step
+    assert steps.is_unique and steps.max() == 40
+
+
 @pytest.mark.parametrize("words, message", [
     (("run", "--preset", "local-smok"), "did you mean 'local-smoke'"),
     (("run", "--stage", "pretrian"), "did you mean 'pretrain'"),
