@@ -89,7 +89,10 @@ def next_token_probabilities(logits: Float[Tensor, "b v"], sampling: Sampling) -
 
 # %% ../nbs/02d_generation.ipynb #penalise
 def penalise_repetition(logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"], penalty: float) -> Float[Tensor, "b v"]:
-    """Shrink the odds of the tokens marked in `seen`: positive logits are divided by the penalty, negative ones multiplied."""
+    """Shrink the odds of the tokens marked in `seen`: positive logits are divided by the penalty, negative ones multiplied.
+
+    Source: Keskar et al. 2019 (1909.05858), section 4.1, which divides all of them.
+    """
     if penalty == 1:
         return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -160,6 +163,9 @@ def decode(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: S
     for step in range(max(room)):
         with evaluating(model):
             logits = model.lm_head(model.hidden(ids, cache=cache)[0][:, -1])
+        if not logits.isfinite().all():
+            raise ValueError(f"generate: the model's logits are not finite at new token {step}: its weights have diverged or are "
+                             "damaged; load an earlier checkpoint")
         logits = penalise_repetition(logits, seen[rows], sampling.repetition_penalty)
         tokens = draw(next_token_probabilities(logits, sampling), uniforms[rows, step])
         seen[rows, tokens] = True
@@ -198,7 +204,8 @@ def generate(
         `max_new_tokens`, or when prompt and answer fill the context.
 
     Raises:
-        ValueError: a setting out of range, or a prompt that is empty, too long, or of another tokenizer.
+        ValueError: a setting out of range, a prompt that is empty, too long, or of another tokenizer, or logits that are
+            not finite.
     """
     settings, answers = Sampling(**sampling), [[] for _ in prompts]
     check_prompts(prompts, model.cfg)
