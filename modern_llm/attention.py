@@ -221,7 +221,11 @@ class KVCache:
     def update(
         self, layer: int, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t d"]
     ) -> tuple[Float[Tensor, "b g s d"], Float[Tensor, "b g s d"]]:
-        """Write t new tokens of one layer; return views of all its keys and values so far."""
+        """Write t new tokens of one layer; return views of all its keys and values so far.
+
+        Raises:
+            ValueError: they do not fit `max_length`.
+        """
         end = self.length + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"KVCache: {end} tokens do not fit max_length={self.max_length}; allocate a longer cache")
@@ -278,6 +282,9 @@ class CausalSelfAttention(nn.Module):
             segment_ids: document of every token in packed rows; not together with a cache.
             cache: extended in place; the caller advances it after the last layer.
             layer: which layer of the cache is ours.
+
+        Raises:
+            ValueError: segment_ids together with a cache.
         """
         if cache is not None and segment_ids is not None:
             raise ValueError("CausalSelfAttention: segment_ids belong to packed training rows; leave them out with a cache")

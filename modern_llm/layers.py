@@ -132,7 +132,7 @@ def dispatch(
     answers = torch.cat([expert(group) for expert, group in zip(experts, groups)])
     back = torch.empty_like(order)
     back[order] = torch.arange(n * k, device=order.device)
-    return (answers[back].view(n, k, -1) * weights.to(answers.dtype).unsqueeze(-1)).sum(1)
+    return (answers[back].unflatten(0, (n, k)) * weights.to(answers.dtype).unsqueeze(-1)).sum(1)
 
 # %% ../nbs/00_layers.ipynb #moe
 class MixtureOfExperts(nn.Module):
