@@ -48,12 +48,14 @@ def attention_weights(
     return torch.cat([column, scores], dim=-1).softmax(-1)[..., 1:]
 
 # %% ../nbs/01_attention.ipynb #rotary-frequencies
-def rotary_frequencies(head_width: int, theta: float = 10_000.0) -> Float[Tensor, "pairs"]:
+def rotary_frequencies(
+    head_width: int, theta: float = 10_000.0, device: torch.device | str | None = None
+) -> Float[Tensor, "pairs"]:
     """Angular speeds of the d/2 channel pairs, in radians a token, from 1 down to almost 1/theta.
 
     Source: Su et al. 2021 (2104.09864), section 3.2.2.
     """
-    return theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+    return theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
 
 # %% ../nbs/01_attention.ipynb #rotary-tables
 def rotary_tables(
@@ -68,7 +70,7 @@ def rotary_tables(
         head_width: channels d of one head, even.
         theta: base of the wavelengths.
     """
-    angles = positions[..., None].float() * rotary_frequencies(head_width, theta).to(positions.device)
+    angles = positions[..., None].float() * rotary_frequencies(head_width, theta, positions.device)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
