@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import textwrap
 
 import click
 
@@ -110,17 +112,27 @@ def presets(preset: str | None) -> None:
 
 @main.command()
 @click.option("--preset", metavar="NAME|FILE.json", help="Check what this preset needs; exit code 1 if any is missing.")
+@click.option("--download", is_flag=True, help="First fetch them from the Hugging Face hub into its local cache.")
 @click.argument("names", nargs=-1)
-def datasets(preset: str | None, names: tuple[str, ...]) -> None:
+def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None:
     """Look for every data source (or those of NAMES) and print where it was found, or why not.
 
     Sources are looked up in $MODERN_LLM_DATA, a folder of plain files, then on the Hugging Face hub and in its cache.
     The exit code is 0 only if all that was asked for is there; without names or a preset, the table alone is printed.
+
+    \b
+    modern-llm datasets --preset local-cpu
+    modern-llm datasets --download tinystories       once, where there is a network
     """
-    from modern_llm.sources import check_sources
+    from modern_llm import reading
+    from modern_llm.sources import check_sources, remedy
 
     try:
         wanted = list(get_pipeline_preset(preset).data.sources) if preset else list(names)
+        if download and not wanted:
+            raise Failure("--download needs the names of data sets, or --preset")
+        for name in wanted if download else ():
+            reading.download(name)
         rows = check_sources(wanted or None)
     except (ConfigError, ValueError) as error:
         raise Failure(str(error)) from error
@@ -128,7 +140,12 @@ def datasets(preset: str | None, names: tuple[str, ...]) -> None:
     widths = {c: max(len(c), *(len(str(row[c])) for row in rows)) for c in columns}
     for row in [dict(zip(columns, columns)), *rows]:
         click.echo("  ".join(str(row[c]).ljust(widths[c]) for c in columns).rstrip())
-    if wanted and any(row["status"] != "found" for row in rows):
+    missing = [row["name"] for row in rows if row["status"] != "found"]
+    if missing:
+        root = os.environ.get("MODERN_LLM_DATA") or "not set"
+        text = f"Missing: {', '.join(missing)} (MODERN_LLM_DATA is {root}). For each of them, {remedy()}"
+        click.echo("\n" + textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
+    if wanted and missing:
         sys.exit(1)
 
 

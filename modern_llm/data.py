@@ -22,14 +22,12 @@ from tqdm import tqdm
 
 from .config import DataConfig
 from .files import DamagedFolder, atomic_folder, check_folder, find_folder, read_json
-from .sources import DATASET_REGISTRY, DataError, DatasetInfo, DatasetNotFound, check_sources, content_id
-from .sources import documents, find_source, rows
-from .tokens import CHAT_TOKENS, END_OF_TEXT, bytes_per_token, cache_root, disk_errors, encode_documents
-from .tokens import end_of_text_id, gpt2_tokenizer, load_tokenizer, make_tokenizer, one_builder
-from .tokens import save_tokenizer, tokenizer_digest, train_tokenizer
+from .reading import content_id, documents
+from .sources import DataError, find_source
+from .tokens import cache_root, disk_errors, encoded, end_of_text_id, one_builder, tokenizer_digest
 
 # %% auto #0
-__all__ = ['SYNTHETIC_TOKENS', 'CACHE_VERSION', 'TokenCache', 'encoded', 'build_token_cache', 'best_fit_rows', 'pack_documents',
+__all__ = ['SYNTHETIC_TOKENS', 'CACHE_VERSION', 'TokenCache', 'build_token_cache', 'best_fit_rows', 'pack_documents',
            'row_pattern', 'Pieces', 'PackedBatches', 'validation_batches', 'bits_per_byte', 'load_corpus', 'data_card']
 
 # %% ../nbs/02a_data.ipynb #token-cache
@@ -92,7 +90,11 @@ class TokenCache:
         nats = None if self.nats is None else self.nats[:keep]
         return TokenCache(self.folder, self.meta, self.tokens, self.offsets[:keep + 1], self.bytes[:keep], nats)
 
-# %% ../nbs/02a_data.ipynb #encoded-batches
+# %% ../nbs/02a_data.ipynb #write-cache
+SYNTHETIC_TOKENS = 2_500_000  # of an endless source, when no limit is given
+CACHE_VERSION = 3
+
+
 def _with_nats(name: str, split: str, world_seed: int) -> Iterator[tuple[str, float]]:
     if name != "synthetic":
         yield from ((text, math.nan) for text in documents(name, split, world_seed))
@@ -101,41 +103,6 @@ def _with_nats(name: str, split: str, world_seed: int) -> Iterator[tuple[str, fl
 
     part = "train" if split == "train" else "heldout"
     yield from ((item.text, item.nats) for item in synth.documents(split=part, seed=0, world_seed=world_seed))
-
-
-def _cut_points(text: str, size: int) -> list[str]:
-    """Pieces of about `size` characters that a byte-level BPE encodes as it would the whole: cuts before a space."""
-    pieces = []
-    while len(text) > 2 * size:
-        cut = next((i for i in range(size, 2 * size) if text[i] == " " and text[i - 1].isalpha()
-                    and text[i + 1].isalpha()), size)
-        pieces.append(text[:cut])
-        text = text[cut:]
-    return [*pieces, text]
-
-
-def encoded(items: Iterable[tuple[str, float]], tokenizer: Tokenizer, batch_chars: int = 2_000_000,
-            ) -> Iterator[tuple[list[int], int, float]]:
-    """(ids, UTF-8 bytes, nats) of each document; at most about `batch_chars` characters are in work at once."""
-    batch, size, due = [], 0, batch_chars // 64  # the first batches are small, for callers who want only a few
-
-    def flush() -> Iterator[tuple[list[int], int, float]]:
-        pieces = [_cut_points(text, 100_000) for text, _ in batch]
-        ids = iter(encode_documents(tokenizer, [piece for parts in pieces for piece in parts]))
-        for (text, nats), parts in zip(batch, pieces):
-            yield [token for _ in parts for token in next(ids)], len(text.encode()), nats
-
-    for text, nats in items:
-        batch.append((text, nats))
-        size += len(text)
-        if size >= due:
-            yield from flush()
-            batch, size, due = [], 0, min(2 * due, batch_chars)
-    yield from flush()
-
-# %% ../nbs/02a_data.ipynb #write-cache
-SYNTHETIC_TOKENS = 2_500_000  # of an endless source, when no limit is given
-CACHE_VERSION = 3
 
 
 def _write_cache(folder: Path, items: Iterable, end: int, dtype: str, limit: int | None, bar: tqdm) -> dict:
@@ -175,8 +142,6 @@ def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: i
     source = find_source(name)
     if source.where == "built-in":
         max_tokens = max_tokens or SYNTHETIC_TOKENS
-    if source.note:
-        warnings.warn(f"{source.info.name}: {source.note}", stacklevel=2)
     dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
     identity = [CACHE_VERSION, content_id(name, split, world_seed), tokenizer_digest(tokenizer), split, max_tokens]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
@@ -190,7 +155,7 @@ def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: i
         except (DamagedFolder, ValueError, KeyError) as error:
             warnings.warn(f"the token cache is damaged and is built again: {error}", stacklevel=2)
         meta = {"fingerprint": fingerprint, "source": source.info.name, "split": split, "where": source.where,
-                "licence": source.info.licence, "dtype": dtype, "world_seed": world_seed,
+                "licence": source.info.licence, "note": source.note, "dtype": dtype, "world_seed": world_seed,
                 "tokenizer": identity[2]}
         bar = tqdm(desc=f"tokenising {short} {split}", unit=" tokens", unit_scale=True, mininterval=10, delay=5,
                    disable=not progress)
@@ -262,23 +227,18 @@ def row_pattern(lengths: np.ndarray, capacity: int, min_density: float = 0.97) -
     fill = np.bincount(row, weights=lengths).astype(np.int64)
     keep = min(len(fill), max(-(-total // capacity), int(total / capacity / max(min_density, 1e-9))))
     fullest = np.argsort(-fill, kind="stable")
-    number = np.empty(len(fill), dtype=np.int64)
-    number[fullest] = np.arange(len(fill))
-    row, room = number[row], capacity - fill[fullest][:keep][::-1]
-    whole, cut = np.flatnonzero(row < keep), np.flatnonzero(row >= keep)
-    document_ends, room_ends = np.cumsum(lengths[cut]), np.cumsum(room)
-    ends = np.union1d(document_ends, room_ends)
-    ends = ends[(ends > 0) & (ends <= lengths[cut].sum())]
-    starts = np.concatenate([[0], ends])[:len(ends)].astype(np.int64)
-    source = np.searchsorted(document_ends, starts, side="right")
-    parts = {
-        "document": np.concatenate([whole, cut[source]]),
-        "offset": np.concatenate([0 * whole, starts - (document_ends - lengths[cut])[source]]),
-        "length": np.concatenate([lengths[whole], ends - starts]),
-        "row": np.concatenate([row[whole], keep - 1 - np.searchsorted(room_ends, starts, side="right")]),
-    }
-    assert parts["length"].sum() == total, "packing lost tokens"
-    return parts
+    row, room = np.argsort(fullest)[row], capacity - fill[fullest]  # rows are numbered anew, the fullest first
+    parts = [(document, 0, lengths[document], row[document]) for document in np.flatnonzero(row < keep)]
+    at, used = keep - 1, 0
+    for document in np.flatnonzero(row >= keep):
+        offset = 0
+        while offset < lengths[document]:
+            if used == room[at]:
+                at, used = at - 1, 0
+            size = min(room[at] - used, lengths[document] - offset)
+            parts.append((document, offset, size, at))
+            offset, used = offset + size, used + size
+    return dict(zip(("document", "offset", "length", "row"), np.array(parts, dtype=np.int64).T))
 
 # %% ../nbs/02a_data.ipynb #pieces
 @dataclass(frozen=True)
@@ -406,12 +366,13 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path 
 
 
 def data_card(caches: Iterable[TokenCache]) -> pd.DataFrame:
-    """One row a cache: what it holds, where it is from, and the fingerprint that names it."""
+    """One row a cache: what it holds, where it is from, what to know about it, and the fingerprint that names it."""
     return pd.DataFrame([{
         "source": cache.meta["source"], "split": cache.meta["split"], "documents": len(cache),
         "tokens": cache.num_tokens, "bytes": cache.num_bytes,
         "bytes per token": round(cache.num_bytes / cache.num_tokens, 3),
         "floor bits per byte": None if cache.floor_nats is None
         else round(bits_per_byte(cache.floor_nats, cache.num_bytes), 4),
-        "found": cache.meta["where"], "licence": cache.meta["licence"], "fingerprint": cache.fingerprint,
+        "found": cache.meta["where"], "licence": cache.meta["licence"], "note": cache.meta.get("note", ""),
+        "fingerprint": cache.fingerprint,
     } for cache in caches])

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
-from modern_llm import data, sources, tokens
+from modern_llm import cli, data, reading, sources, tokens
 from modern_llm.config import DataConfig
 from modern_llm.sources import DataError, DatasetNotFound
 
@@ -118,6 +119,18 @@ def test_a_missing_data_set_says_what_was_tried():
         sources.find_source("gsm8k")
 
 
+def test_the_command_says_how_to_get_what_is_missing(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(reading, "load_hub", lambda name, split: fetched.append((name, split)))
+    asked = CliRunner().invoke(cli.main, ["datasets", "--download", "tinystories", "synthetic"])
+    assert fetched == [("tinystories", "train"), ("tinystories", "validation")]
+    assert asked.exit_code == 1 and "Missing: tinystories (MODERN_LLM_DATA is not set)." in asked.output, asked.output
+    assert "datasets --download NAME" in asked.output.replace("\n", " ") and asked.output.count("HF_HUB_OFFLINE") == 1
+    assert "Missing" not in CliRunner().invoke(cli.main, ["datasets", "synthetic"]).output
+    refused = CliRunner().invoke(cli.main, ["datasets", "--download"])
+    assert refused.exit_code == 2 and "needs the names" in refused.output
+
+
 def test_checking_every_source_needs_neither_network_nor_torch():
     code = ("import sys; from modern_llm.sources import check_sources; rows = check_sources(); "
             "assert rows[0]['status'] == 'found' and rows[1]['status'] == 'missing', rows; "
@@ -140,12 +153,12 @@ made.rename(place)
 info = json.loads((place / "dataset_info.json").read_text())
 info.update(builder_name="parquet", dataset_name="tiny_stories", config_name="default")
 (place / "dataset_info.json").write_text(json.dumps(info))
-from modern_llm import sources
+from modern_llm import reading, sources
 assert sources.check_sources(["tinystories"])[0]["where"] == "hub (cached)"
-assert list(sources.documents("tinystories"))[:2] == ["story 0", "story 1"]
-assert sources.content_id("tinystories") == sources.content_id("roneneldan/TinyStories")
+assert list(reading.documents("tinystories"))[:2] == ["story 0", "story 1"]
+assert reading.content_id("tinystories") == reading.content_id("roneneldan/TinyStories")
 try:
-    next(sources.documents("tinystories", "validation"))
+    next(reading.documents("tinystories", "validation"))
 except sources.DatasetNotFound as error:
     assert "roneneldan/TinyStories could not be loaded" in str(error)
 else:
@@ -171,7 +184,7 @@ def test_generic_mirror_files(name, text, tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path))
     source = name.split("/")[0]
-    train, held = (list(sources.documents(source, split)) for split in ("train", "validation"))
+    train, held = (list(reading.documents(source, split)) for split in ("train", "validation"))
     assert len(train) + len(held) == 300 and held and not set(train) & set(held)
     assert sources.check_sources([source])[0]["where"] == "mirror"
 
@@ -180,11 +193,11 @@ def test_null_is_a_word_in_a_tsv(tmp_path, monkeypatch):
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2" / "dev.tsv").write_text("sentence\tlabel\nnull\t0\n")
     monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path))
-    assert list(sources.rows("sst2", "validation")) == [{"sentence": "null", "label": 0}]
+    assert list(reading.rows("sst2", "validation")) == [{"sentence": "null", "label": 0}]
 
 
 def test_splits_that_nobody_stored_are_cut():
-    plan = sources.split_plan
+    plan = reading.split_plan
     assert plan(["train", "validation"], "train") == ("train", 0, 100)
     assert [plan(["train"], split) for split in ("train", "validation")] == [("train", 2, 100), ("train", 0, 2)]
     assert plan(["train", "test"], "test") == ("test", 0, 100)
@@ -197,16 +210,16 @@ def test_splits_that_nobody_stored_are_cut():
 
 def test_articles_with_and_without_blank_lines():
     spaced = ["", " = A = ", "", " one ", " = t / 2 = ", " two ", "", " = = S = = ", "", " three ", "", " = B = ", "", " x "]
-    assert [article.split("\n")[0].strip() for article in sources.articles(spaced)] == ["= A =", "= B ="]
+    assert [article.split("\n")[0].strip() for article in reading.articles(spaced)] == ["= A =", "= B ="]
     dense = [line for line in spaced if line and line != " = t / 2 = "]
-    assert len(list(sources.articles(dense))) == 2
-    assert list(sources.articles([])) == []
+    assert len(list(reading.articles(dense))) == 2
+    assert list(reading.articles([])) == []
 
 
 def test_paragraphs_of_a_plain_text_stay_together(tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("\n\n".join(f"Paragraph {i} " + "word " * 100 for i in range(400)), encoding="utf-8")
-    train, held = (list(sources.documents(str(path), split)) for split in ("train", "validation"))
+    train, held = (list(reading.documents(str(path), split)) for split in ("train", "validation"))
     assert held and sum(text.count("Paragraph") for text in train + held) == 400
     assert all(1900 < len(text) < 2700 for text in train)
     assert held[0].startswith("Paragraph 0 ")
@@ -232,7 +245,7 @@ def test_an_unusable_file_is_named_with_its_line(name, content, message, tmp_pat
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        list(sources.documents(str(path), "train")) and list(sources.documents(str(path), "validation"))
+        list(reading.documents(str(path), "train")) and list(reading.documents(str(path), "validation"))
     assert str(path) in str(caught.value)
 
 
@@ -240,7 +253,7 @@ def test_characters_that_utf8_cannot_hold_are_replaced(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a \\ud83d b"}\n')
     try:
-        assert list(sources.documents(str(path), "validation"))[0].encode()
+        assert list(reading.documents(str(path), "validation"))[0].encode()
     except DataError as error:  # a JSON reader may refuse it
         assert "a.jsonl" in str(error)
 
@@ -250,7 +263,7 @@ def test_characters_that_utf8_cannot_hold_are_replaced(tmp_path):
 
 def test_a_cache_holds_every_document(stories, tokenizer, tmp_path):
     cache = build(stories, tokenizer, tmp_path)
-    texts = list(sources.documents(str(stories), "train"))
+    texts = list(reading.documents(str(stories), "train"))
     assert len(cache) == len(texts) and cache.num_bytes == sum(len(text.encode()) for text in texts)
     assert [tokenizer.decode(cache[i][1:].tolist()) for i in range(len(cache))] == texts
     assert all(cache[i][0] == 0 for i in range(len(cache))) and cache.tokens[-1] == 0
@@ -314,12 +327,12 @@ def test_a_failed_build_leaves_nothing(stories, tokenizer, tmp_path, monkeypatch
 
 def test_long_documents_are_encoded_as_a_whole_would_be(tokenizer):
     text = " ".join(STORIES)
-    pieces = data._cut_points(text, 100)
+    pieces = tokens._cut_points(text, 100)
     assert "".join(pieces) == text and len(pieces) > 100 and max(map(len, pieces)) <= 200
     ids = tokens.encode_documents(tokenizer, pieces)
     assert [token for piece in ids for token in piece] == tokenizer.encode(text).ids
-    assert list(map(len, data._cut_points("x" * 450, 100))) == [100, 100, 100, 150]
-    [(ids, size, _)] = data.encoded([("é" + text, 0.0)], tokenizer)
+    assert list(map(len, tokens._cut_points("x" * 450, 100))) == [100, 100, 100, 150]
+    [(ids, size, _)] = tokens.encoded([("é" + text, 0.0)], tokenizer)
     assert tokenizer.decode(ids) == "é" + text and size == len(text) + 2
 
 
@@ -435,16 +448,17 @@ def test_a_real_mirror(tmp_path, monkeypatch):
     gpt2 = tokens.gpt2_tokenizer()
     assert gpt2.encode("Hello world<|user|>").ids == [15496, 995, 50258] and gpt2.get_vocab_size() == 50261
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", UserWarning)
         caches = {name: data.build_token_cache(name, "validation", gpt2, 300_000, tmp_path, progress=False)
                   for name in ("wikitext-2-raw-v1", "tinystories")}
+    assert data.data_card(caches.values())["note"].tolist() == [sources.DATASET_REGISTRY["wikitext-2-raw-v1"].note, ""]
     assert len(caches["wikitext-2-raw-v1"]) == 60 and 240_000 < caches["wikitext-2-raw-v1"].num_tokens < 262_000
     batches = data.PackedBatches(list(caches.values()), 256, 8)
     assert batches.density >= 0.97
     for name, fields in (("gsm8k", {"question", "answer"}), ("sst2", {"sentence", "label"}),
                          ("alpaca", {"instruction", "output"}), ("hh-rlhf", {"chosen", "rejected"})):
         if name in present:
-            assert fields <= set(next(sources.rows(name, "train")))
+            assert fields <= set(next(reading.rows(name, "train")))
 
 
 MIRROR = os.environ.get("MODERN_LLM_DATA", "")

@@ -130,7 +130,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     (("run", "-p", "sede=1"), "did you mean 'seed'"),
     (("run", "-p", "seed"), "must look like seed=1"),
     (("presets", "local-cup"), "did you mean 'local-cpu'"),
-    (("datasets", "wikitext-2"), "did you mean 'wikitext"),
+    (("datasets", "tinystorys"), "did you mean 'tinystories'"),
 ])
 def test_cli_refuses_with_one_line(words, message, tmp_path):
     failed = cli(*words, MODERN_LLM_RUNS=str(tmp_path))

@@ -23,18 +23,19 @@ ALLOWED = {
     "generation": {"attention", "config", "models"},  # the model as a type only
     "models": {"layers", "attention", "generation", "config", "files"},
     "scoring": set(),
-    "sources": {"config", "files", "synth"},
-    "tokens": {"config", "files", "sources"},
-    "data": {"config", "files", "sources", "tokens", "synth"},
+    "sources": {"config"},
+    "reading": {"config", "files", "sources", "synth"},
+    "tokens": {"config", "files", "sources", "reading"},
+    "data": {"config", "files", "sources", "reading", "tokens", "synth"},
     "optim": {"config"},
     "checkpoints": {"config", "files", "optim"},
     "trainer": {"config", "files", "optim", "checkpoints"},
     "stage": {"config", "files", "counts", "sources"},
     "pipeline": {"config", "files", "stage"},
-    "cli": {"config", "files", "pipeline", "stage", "sources"},
+    "cli": {"config", "files", "pipeline", "stage", "sources", "reading"},
 }
-NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "stage", "pipeline",
-            "cli"}
+NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage",
+            "pipeline", "cli"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
