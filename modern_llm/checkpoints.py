@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,10 +34,11 @@ class CheckpointError(RuntimeError):
 
 # %% ../nbs/02f_checkpoints.ipynb #device
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" = the first of cuda, mps, cpu that is there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    """The device of that name; "auto" = the first of cuda, mps, cpu that is there. ValueError names those there are."""
+    there = [kind for kind in ("cuda", "mps", "cpu") if torch.get_device_module(kind).is_available()]
+    device = torch.device(there[0] if name == "auto" else name)
+    if device.type not in there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device={name!r} is not available here; there is: {', '.join(there)}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
@@ -171,10 +174,10 @@ class TrainingState:
                 self.average.weights = {name: state["average"][name].to(self.device) for name in self.average.weights}
             if state["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
+            vars(self).update({name: state[name] for name in ("random", *COUNTERS)})
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint of step {state['step']} does not fit this run (another model, "
+            raise CheckpointError(f"the checkpoint of step {state.get('step')} does not fit this run (another model, "
                                   f"optimizer or ema_decay?): {error}") from error
-        vars(self).update({name: state[name] for name in ("random", *COUNTERS)})
 
 # %% ../nbs/02f_checkpoints.ipynb #save-checkpoint
 def save_checkpoint(
@@ -217,10 +220,17 @@ def load_checkpoint(folder: str | Path) -> tuple[dict, dict]:
 
 # %% ../nbs/02f_checkpoints.ipynb #metrics
 def append_row(path: Path, row: dict) -> dict:
-    """Add one line to a JSON-lines file; numbers that are not finite become null."""
+    """Add one line to a JSON-lines file; numbers that are not finite become null. CheckpointError if the disk is full."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+    except OSError as error:
+        if path.exists():
+            os.truncate(path, size)  # half a line would make the file unreadable
+        raise CheckpointError(f"step {row.get('step')}: cannot write {path}: {error.strerror}; make room (or make it "
+                              "writable), then go on from the last checkpoint with resume=True") from error
     return row
 
 
@@ -252,6 +262,8 @@ class RunFolder:
         self.stop_file.unlink(missing_ok=True)
         if not resume and (self.metrics.exists() or any(self.folder.glob("checkpoint*"))):
             raise FileExistsError(f"{self.folder} holds a run already: pass resume=True, or choose another folder")
+        for left_by_a_kill in [*self.folder.glob(".checkpoint.*.tmp"), *self.folder.glob("checkpoints/.step-*.tmp")]:
+            shutil.rmtree(left_by_a_kill)
         with contextlib.suppress(FileNotFoundError):  # stopped before its first checkpoint: start anew
             state.load_state_dict(load_checkpoint(self.checkpoint)[0])
             self.last_checkpoint = f"{self.checkpoint} (step {state.step})"

@@ -166,7 +166,10 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, group: dict, params: list[Tensor]) -> None:
         grads = [p.grad for p in params]
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         dtype = group["dtype"] or (torch.bfloat16 if params[0].is_cuda else torch.float32)
@@ -209,15 +212,15 @@ def make_optimizers(module: nn.Module, cfg: TrainConfig) -> list[torch.optim.Opt
     return optimizers
 
 # %% ../nbs/02b_optim.ipynb #schedule
-def learning_rate_factor(progress: float, cfg: TrainConfig) -> float:
-    """Learning rate as a share of its peak, at `progress` of the run (0 = start, 1 = end).
+def learning_rate_factor(step: float, progress: float, cfg: TrainConfig) -> float:
+    """Learning rate as a share of its peak, after `step` steps and at `progress` of the run (0 = start, 1 = end).
 
-    "wsd" rises linearly for warmup_steps, stays, and falls linearly over the last decay_fraction; "cosine" falls
-    from the end of the warm-up on. Both end at final_lr_fraction.
+    It rises linearly for warmup_steps. Then "wsd" stays, and falls linearly over the last decay_fraction; "cosine"
+    falls from the end of the warmup on. Both end at final_lr_fraction.
     """
-    progress = min(max(progress, 0.0), 1.0)
+    progress, share = min(max(progress, 0.0), 1.0), step / cfg.max_steps
     warmup = min(cfg.warmup_steps / cfg.max_steps, 1.0)
-    rise = 1.0 if progress >= warmup else progress / warmup
+    rise = 1.0 if share >= warmup else share / warmup
     if cfg.schedule == "cosine":
         fall = 0.5 * (1 + math.cos(math.pi * max(0.0, progress - warmup) / max(1 - warmup, 1e-9)))
     else:

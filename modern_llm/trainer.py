@@ -360,7 +360,8 @@ class Trainer:
             recorder.bar = bar
             while not reason:
                 try:
-                    factor = learning_rate_factor(run_progress(state.step + 0.5, state.seconds, cfg), cfg)
+                    progress = run_progress(state.step + 0.5, state.seconds, cfg)
+                    factor = learning_rate_factor(state.step + 0.5, progress, cfg)
                     recorder.window.add(*optimizer_step(state, self.loss_fn, next(batches), cfg, factor))
                     state.seconds, state.random = time.perf_counter() - start, random_states()
                     reason = stop_reason(state, cfg, self.should_stop() or self.files.stop_file.exists(), caught)

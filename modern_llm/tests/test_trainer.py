@@ -101,11 +101,13 @@ def test_resume_after_kill_9(tmp_path):
     process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "b")], capture_output=True, timeout=300)
     assert process.returncode == -signal.SIGKILL
     assert load_checkpoint(tmp_path / "b" / "checkpoint")[1]["step"] in (5, 10)
+    (tmp_path / "b" / ".checkpoint.12345678.tmp").mkdir()  # as a kill while writing leaves it
     straight, resumed = toy(), toy(seed=3)
     trainer(straight, tmp_path / "a").fit()
     result = trainer(resumed, tmp_path / "b", resume=True).fit()
     steps = [row["step"] for row in result.history]
     assert same(straight, resumed) and steps == sorted(set(steps))
+    assert not list((tmp_path / "b").glob(".*"))
 
 
 @pytest.mark.parametrize("where", ["loss", "data", "validation", "signal"])
@@ -161,6 +163,17 @@ def test_minutes(tmp_path):
     assert rates[-1] < 0.5 * max(rates)
 
 
+def test_slow_first_steps_do_not_shorten_the_warmup(tmp_path):
+    cfg = dataclasses.replace(CONFIG, max_steps=10**3, max_minutes=1 / 60, warmup_steps=4, decay_fraction=0.2, log_every=1)
+
+    def data(step):
+        time.sleep(0.4 * (step == 0))  # as compilation would
+        return batches(step)
+
+    rates = [row["lr"] / cfg.lr for row in trainer(toy(), tmp_path, cfg, data=data).fit().history[:4]]
+    assert rates == pytest.approx([0.125, 0.375, 0.625, 0.875])
+
+
 def test_full_disk_leaves_the_old_checkpoint_and_the_run(tmp_path, monkeypatch):
     full = [False]
     write = torch.save
@@ -182,6 +195,30 @@ def test_full_disk_leaves_the_old_checkpoint_and_the_run(tmp_path, monkeypatch):
     straight = toy()
     trainer(straight, tmp_path / "a").fit()
     assert same(model, straight)
+
+
+def test_full_disk_while_logging_names_the_file_and_leaves_it_readable(tmp_path, monkeypatch):
+    def half(path, *args, **options):
+        if not str(path).endswith("metrics.jsonl") or not full[0]:
+            return open(path, *args, **options)
+        with open(path, "a") as file:
+            file.write('{"step": ')
+        raise OSError(28, "No space left on device")
+
+    full = [False]
+    monkeypatch.setattr("modern_llm.checkpoints.open", half, raising=False)
+    run = trainer(toy(), tmp_path, data=lambda step: (full.__setitem__(0, step >= 8), batches(step))[1])
+    with pytest.raises(CheckpointError, match=r"cannot write .*metrics.jsonl: No space left.*resume=True"):
+        run.fit()
+    full[0] = False
+    result = trainer(toy(), tmp_path, resume=True).fit()
+    assert (result.step, result.stopped) == (14, "finished")
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="device='cuda:99' is not available here; there is: .*cpu"):
+        Trainer(toy(), lm_loss, batches, CONFIG, tmp_path / "run", device="cuda:99")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root writes everywhere")
