@@ -26,7 +26,7 @@ from .optim import make_optimizers
 # %% auto #0
 __all__ = ['STATE_FILE', 'COUNTERS', 'CheckpointError', 'pick_device', 'compute_dtype', 'seed_everything', 'random_states',
            'restore_random_states', 'WeightAverage', 'load_moments', 'TrainingState', 'save_checkpoint',
-           'load_checkpoint', 'append_row', 'read_metrics', 'cut_metrics', 'RunFolder']
+           'load_checkpoint', 'whole_lines', 'append_row', 'read_metrics', 'cut_metrics', 'RunFolder']
 
 # %% ../nbs/02f_checkpoints.ipynb #errors
 class CheckpointError(RuntimeError):
@@ -219,18 +219,24 @@ def load_checkpoint(folder: str | Path) -> tuple[dict, dict]:
         raise DamagedFolder(f"{path} is refused, it holds more than tensors and plain values: {reason}") from error
 
 # %% ../nbs/02f_checkpoints.ipynb #metrics
-def append_row(path: Path, row: dict) -> dict:
-    """Add one line to a JSON-lines file; numbers that are not finite become null. CheckpointError if the disk is full."""
-    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+@contextlib.contextmanager
+def whole_lines(path: Path) -> Iterator[None]:
+    """Inside, a write that fails (a full disk) leaves the file as it was, and becomes a CheckpointError naming it."""
     size = path.stat().st_size if path.exists() else 0
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        yield
     except OSError as error:
         if path.exists():
             os.truncate(path, size)  # half a line would make the file unreadable
-        raise CheckpointError(f"step {row.get('step')}: cannot write {path}: {error.strerror}; make room (or make it "
-                              "writable), then go on from the last checkpoint with resume=True") from error
+        raise CheckpointError(f"cannot write {path}: {error.strerror}; make room (or make it writable), then go on "
+                              "from the last checkpoint with resume=True") from error
+
+
+def append_row(path: Path, row: dict) -> dict:
+    """Add one line to a JSON-lines file; numbers that are not finite become null."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with whole_lines(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
     return row
 
 
@@ -245,7 +251,8 @@ def read_metrics(path: str | Path) -> list[dict]:
 def cut_metrics(path: Path, step: int) -> None:
     """Drop the rows after `step`: the resumed run will write them again."""
     rows = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
-    write_text(path, "".join(rows))
+    with whole_lines(path):
+        write_text(path, "".join(rows))
 
 # %% ../nbs/02f_checkpoints.ipynb #run-folder
 class RunFolder:
