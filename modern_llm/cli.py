@@ -73,7 +73,11 @@ def run(preset, stage, run_name, output_dir, max_steps, extra, resume, force, dr
         click.echo(f"{step.stage}: {step.action} {step.notebook.name} -> {step.folder}")
         if dry_run:
             continue
-        if code := pipeline.execute(step):
+        try:
+            code = pipeline.execute(step)
+        except StageError as error:
+            raise Failure(str(error)) from error
+        if code:
             if pipeline.status(step) in ("stopped", "interrupted"):
                 click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from there", err=True)
             else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ def _one_of(place: str, value: str, options: tuple[str, ...]) -> None:
 def _positive(place: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{place}.{name}={value} must be greater than 0")
+        _require(0 < value < math.inf, f"{place}.{name}={value} must be greater than 0, and finite")
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,13 @@ class TrainConfig:
         _one_of("train.optimizer", self.optimizer, OPTIMIZERS)
         _one_of("train.schedule", self.schedule, SCHEDULES)
         _one_of("train.precision", self.precision, PRECISIONS)
+        _require(self.micro_batch_size is None or self.micro_batch_size > 0,
+                 f"train.micro_batch_size={self.micro_batch_size} must be greater than 0, or null for the whole batch")
         _require(self.batch_size % self.micro_batch == 0,
                  f"train.micro_batch_size={self.micro_batch} does not divide train.batch_size={self.batch_size}")
         _require(self.max_minutes is None or self.max_minutes > 0,
                  f"train.max_minutes={self.max_minutes} must be greater than 0, or null for no limit")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"train.betas={list(self.betas)} must lie in [0, 1)")
         for name, high in (("decay_fraction", 1.0), ("final_lr_fraction", 1.0), ("ema_decay", 0.999999)):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= high, f"train.{name}={value} must lie in [0, {high}]")
@@ -191,6 +195,7 @@ class PipelineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in 0..2**63 - 1")
         if self.data.tokenizer == "bpe":
             _require(self.data.tokenizer_vocab_size <= self.model.vocab_size,
                      f"data.tokenizer_vocab_size={self.data.tokenizer_vocab_size} exceeds "
@@ -346,7 +351,7 @@ def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
         raise ConfigError(f"preset file {str(path)!r} is not valid JSON: {error}") from error
     _require(isinstance(values, dict), f"preset file {str(path)!r} must hold a JSON object")
     base = values.pop("base", None)
-    _require(base is None or ALIASES.get(base, base) in PRESETS,
+    _require(base is None or isinstance(base, str) and ALIASES.get(base, base) in PRESETS,
              f"{path}: base={base!r} is no preset{nearest(str(base), PRESETS)}")
     start = get_pipeline_preset(base) if base else PipelineConfig(name=path.stem)
     return override(start, values, place=str(path))

@@ -339,15 +339,21 @@ def validation_batches(cache: TokenCache, context_length: int, batch_size: int, 
                        ) -> Iterator[dict[str, torch.Tensor]]:
     """Batches in which every token of the cache is a label exactly once; the last batch may have fewer rows.
 
+    Besides what `PackedBatches` gives they hold document_ids (b, t): the document of every token, -1 for padding.
+
     Args:
         max_tokens: only `cache.head(max_tokens)`, whose bytes and entropy floor then are the ones to divide by.
     """
-    pieces = Pieces.of([cache.head(max_tokens)], context_length)
+    cache = cache.head(max_tokens)
+    pieces = Pieces.of([cache], context_length)
     row = pack_documents(pieces.length, context_length)
     members = np.split(np.argsort(row, kind="stable"), np.cumsum(np.bincount(row))[:-1])
-    rows = [[(i, 0, pieces.length[i]) for i in row] for row in members]
-    for i in range(0, len(rows), batch_size):
-        yield pieces.batch(rows[i:i + batch_size])
+    document = np.searchsorted(cache.offsets, pieces.start, side="right") - 1
+    for i in range(0, len(members), batch_size):
+        batch = pieces.batch([[(piece, 0, pieces.length[piece]) for piece in row] for row in members[i:i + batch_size]])
+        owners = [np.append(-1, document[row]) for row in members[i:i + batch_size]]
+        ids = [owner[segments] for owner, segments in zip(owners, batch["segment_ids"].numpy())]
+        yield {**batch, "document_ids": torch.from_numpy(np.stack(ids))}
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -9,9 +10,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import ConfigError, get_pipeline_preset, nearest
+from modern_llm.config import ConfigError, PipelineConfig, get_pipeline_preset, nearest, to_dict
 from modern_llm.files import read_json
-from modern_llm.stage import choose_folder, refuse_unknown, resolve
+from modern_llm.stage import StageError, choose_folder, refuse_unknown, resolve
 
 STAGES = {"pretrain": "03_pretrain.ipynb"}  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
@@ -36,41 +37,47 @@ def notebooks_folder() -> Path:
     return folder
 
 
-def declared_parameters(notebook: Path) -> list[str]:
-    """Names in the notebook's `parameters` cell."""
+def declared_parameters(notebook: Path) -> dict:
+    """Names and defaults in the notebook's `parameters` cell."""
     import papermill
 
-    return list(papermill.inspect_notebook(str(notebook)))
+    return {name: ast.literal_eval(found["default"]) for name, found in papermill.inspect_notebook(str(notebook)).items()}
 
 
 def plan(stage: str = "all", **parameters) -> list[Step]:
     """The stages to execute, with their state on disk taken into account; nothing is written.
 
-    A stage that is finished with the same parameters is skipped, one that was begun is resumed. Raises ConfigError for
-    an unknown stage, preset or parameter, and StageError for a run that exists with other parameters.
+    A stage that is finished with the same parameters and settings is skipped, one that was begun is resumed. Raises
+    ConfigError for an unknown stage, preset or parameter; a run that exists with other settings is refused by the stage.
     """
     if stage != "all" and stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, [*STAGES, 'all'])}")
     steps = []
     for name in STAGES if stage == "all" else (stage,):
         notebook = notebooks_folder() / STAGES[name]
-        refuse_unknown(parameters, declared_parameters(notebook))
+        declared = declared_parameters(notebook)
+        refuse_unknown(parameters, declared)
         given = {**parameters, "run": parameters.get("run") or get_pipeline_preset(parameters["preset"]).name}
-        resolve(name, given)
+        config = resolve(name, {**declared, **given})
         _, folder, _ = choose_folder(name, {**given, "force": True})
-        steps.append(Step(name, notebook, folder, *_decide(folder, given)))
+        action = "run" if given.get("force") else decide(name, folder, config)
+        steps.append(Step(name, notebook, folder, {**given, "resume": True} if action == "resume" else given, action))
     return steps
 
 
-def _decide(folder: Path, given: dict) -> tuple[dict, str]:
-    if given.get("force") or not (folder / "params.json").exists():
-        return given, "run"
-    former = read_json(folder / "params.json")
-    ignored = ("resume", "force", "output_dir")
-    same = all(former.get(k) == v for k, v in given.items() if k not in ignored)
-    if not same:
-        return given, "run"  # the stage itself refuses, and says why
-    return ({**given, "resume": True}, "resume") if not (folder / "results.json").exists() else (given, "skip")
+def decide(stage: str, folder: Path, config: PipelineConfig) -> str:
+    """"run", "resume" or "skip": what to do about a stage whose folder may hold an earlier attempt.
+
+    With other settings than that attempt's the answer is "run", which the stage itself refuses, saying why.
+    """
+    if not (folder / "params.json").exists():
+        return "run"
+    former, wanted = read_json(folder.parent / "run.json")["config"], to_dict(config)
+    for settings in (former, wanted):
+        settings[stage].pop("micro_batch_size")  # fitted to the memory there was
+    if former != wanted:
+        return "run"
+    return "skip" if (folder / "results.json").exists() else "resume"
 
 
 def execute(step: Step) -> int:
@@ -78,9 +85,12 @@ def execute(step: Step) -> int:
 
     Ctrl-C asks the stage to stop: it finishes its optimizer step, writes a checkpoint and ends. A second one kills it.
     """
-    step.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        step.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StageError(f"cannot write to {step.folder}: {error.strerror}; choose another --output-dir") from error
     command = [sys.executable, "-m", "papermill", str(step.notebook), str(step.folder / "notebook.ipynb"),
-               "--cwd", str(step.notebook.parent), "--log-output", "--no-progress-bar", "--log-level", "WARNING"]
+               "--log-output", "--no-progress-bar", "--log-level", "WARNING"]
     for name, value in step.parameters.items():
         command += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
     process = subprocess.Popen(command, start_new_session=True)  # out of reach of the terminal's Ctrl-C

@@ -20,13 +20,11 @@ __all__ = ['document_nats', 'ratio_interval', 'held_out_measures']
 # %% ../nbs/02e_scoring.ipynb #document-nats
 @torch.inference_mode()
 def document_nats(model: nn.Module, batches: Iterable[dict[str, Tensor]], isolate_documents: bool = False) -> pd.DataFrame:
-    """Nats and tokens of every document in packed batches: one row a document, in the order of the batches.
-
-    A document cut over several rows counts as several. Labels of -100 are not scored.
+    """Nats and tokens of every document, one row each, indexed by its number in the corpus.
 
     Args:
-        model: has `hidden(input_ids, segment_ids) -> (hidden, aux)` and `lm_head`; scored as it is, in eval mode.
-        batches: dicts of input_ids, labels and segment_ids, each (b, t).
+        model: has `hidden(input_ids, segment_ids) -> (hidden, aux)` and `lm_head`; scored in eval mode.
+        batches: dicts of input_ids, labels, segment_ids and document_ids, each (b, t); labels of -100 are not scored.
         isolate_documents: attention stops at document boundaries, as it should if the model was trained so.
 
     Raises:
@@ -36,20 +34,17 @@ def document_nats(model: nn.Module, batches: Iterable[dict[str, Tensor]], isolat
     was_training, found = model.training, []
     model.eval()
     for batch in batches:
-        batch = {name: value.to(device) for name, value in batch.items()}
-        segments, labels = batch["segment_ids"], batch["labels"]
-        hidden, _ = model.hidden(batch["input_ids"], segments if isolate_documents else None)
+        labels = batch["labels"]
+        segments = batch["segment_ids"].to(device) if isolate_documents else None
+        hidden, _ = model.hidden(batch["input_ids"].to(device), segments)
         nats = torch.stack([F.cross_entropy(model.lm_head(h).float(), y, reduction="none", ignore_index=-100)
-                            for h, y in zip(hidden, labels)])
-        size = int(segments.max()) + 1
-        group = torch.arange(len(labels), device=device)[:, None] * size + segments
-        sums = torch.zeros(2, len(labels) * size, dtype=torch.float64, device=device)
-        sums.index_add_(1, group.flatten(), torch.stack([nats.double(), (labels != -100).double()]).flatten(1))
-        found.append(sums.T[sums[1] > 0].cpu())
+                            for h, y in zip(hidden, labels.to(device))]).cpu()
+        scored = labels != -100
+        found.append(pd.DataFrame({"document": batch["document_ids"][scored].numpy(), "nats": nats[scored].double().numpy()}))
     model.train(was_training)
-    if not found or not sum(map(len, found)):
+    if not sum(map(len, found)):
         raise ValueError("document_nats: no batch has a labelled token; is the held-out split empty?")
-    return pd.DataFrame(torch.cat(found).numpy(), columns=["nats", "tokens"])
+    return pd.concat(found).groupby("document").nats.agg(nats="sum", tokens="size")
 
 # %% ../nbs/02e_scoring.ipynb #ratio-interval
 def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, float]:

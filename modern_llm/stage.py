@@ -10,6 +10,7 @@ import ast
 import atexit
 import dataclasses
 import datetime
+import json
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -45,18 +47,18 @@ def runs_folder() -> Path:
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 
-def injected_parameters(cells: list[str]) -> dict[str, object]:
-    """The assignments of papermill's injected cell, found among the executed cells (IPython's `In`)."""
-    found = {}
+def injected_parameters(cells: list[str]) -> list[str]:
+    """The names assigned in papermill's injected cell, found among the executed cells (IPython's `In`)."""
+    found = []
     for source in cells:
         if source.startswith("# Parameters\n"):
             for node in ast.parse(source).body:
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    found[node.targets[0].id] = ast.literal_eval(node.value)
+                    found.append(node.targets[0].id)
     return found
 
 
-def refuse_unknown(given: dict, declared: list[str]) -> None:
+def refuse_unknown(given: Iterable[str], declared: Iterable[str]) -> None:
     """Raise ConfigError for a parameter the stage does not have: papermill itself only warns."""
     for name in given:
         if name not in declared and not name.startswith("PAPERMILL_"):
@@ -66,29 +68,45 @@ def refuse_unknown(given: dict, declared: list[str]) -> None:
 def parse_overrides(text: str) -> dict:
     """`"model.num_experts=4 data.sources=synthetic"` as the nested dict that `config.override` takes.
 
-    Values are JSON where they parse as JSON, else strings; a comma makes a list of strings.
+    Values are JSON where they parse as JSON, else strings; a comma makes a list.
     """
-    import json
-
+    try:
+        items = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"overrides={text!r} cannot be read: {error}") from error
     nested: dict = {}
-    for item in shlex.split(text):
+    for item in items:
         path, equals, raw = item.partition("=")
-        if not equals:
-            raise ConfigError(f"overrides: {item!r} must look like model.width=256")
-        try:
-            value = json.loads(raw)
-        except ValueError:
-            value = raw.split(",") if "," in raw else raw
         *parents, leaf = path.split(".")
+        if not equals or not leaf:
+            raise ConfigError(f"overrides: {item!r} must look like model.width=256")
         place = nested
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"overrides: {path!r} is set both as a value and as a section")
+        value = _json_or_text(raw) if raw[:1] in '[{"' or "," not in raw else [_json_or_text(r) for r in raw.split(",")]
         place[leaf] = [value] if path == "data.sources" and isinstance(value, str) else value
     return nested
 
 
+def _json_or_text(raw: str) -> object:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw
+
+
+KINDS = {"preset": (str,), "run": (str, int), "overrides": (str,), "device": (str,), "output_dir": (str,),
+         "resume": (bool,), "force": (bool,)}
+
+
 def resolve(stage: str, parameters: dict) -> PipelineConfig:
     """The preset with the notebook's parameters put in: overrides, seed, device, and the stage's max_steps/minutes."""
+    for name, kind in KINDS.items():
+        if not isinstance(value := parameters.get(name), (*kind, type(None))):
+            wanted = "True or False" if bool in kind else "text"
+            raise ConfigError(f"parameters: {name}={value!r} is {type(value).__name__}, should be {wanted}")
     resolved = configs.get_pipeline_preset(parameters["preset"])
     resolved = configs.override(resolved, parse_overrides(parameters.get("overrides") or ""), "overrides")
     train = {k: parameters[k] for k in ("max_steps", "max_minutes") if parameters.get(k) is not None}
@@ -113,18 +131,6 @@ def available_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def pick_device(wanted: str) -> str:
-    """`wanted`, or for "auto" the best device there is. Raises StageError if the one asked for is not there."""
-    import torch
-
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if wanted == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there[wanted.split(":")[0]]:
-        raise StageError(f"device={wanted!r} is not available here; there is: {', '.join(d for d in there if there[d])}")
-    return wanted
-
-
 def fit_micro_batch(config: PipelineConfig, stage: str, memory: int) -> PipelineConfig:
     """The config with the largest micro-batch whose training memory fits in `memory` bytes (the result is the same)."""
     train = getattr(config, stage)
@@ -145,12 +151,14 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
     """
     import torch
 
+    from modern_llm.checkpoints import pick_device
     from modern_llm.sources import DatasetNotFound, find_source
+    from modern_llm.tokens import gpt2_tokenizer
 
     missing = []
     device, hardware = "cpu", config.hardware
     try:
-        device = pick_device(hardware.device)
+        device = str(pick_device(hardware.device))
         if hardware.device == "auto" and hardware.min_gpu_memory_gb:
             if not device.startswith("cuda"):
                 missing.append(f"device: needs a CUDA GPU with {hardware.min_gpu_memory_gb:g} GB, this machine has none")
@@ -159,8 +167,8 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
                 missing.append(f"device: needs {hardware.min_gpu_memory_gb:g} GB of GPU memory, there are {there:.0f} GB")
             elif hardware.needs_bf16 and not torch.cuda.is_bf16_supported():
                 missing.append(f"device: needs bf16, which {torch.cuda.get_device_name(device)} has not")
-    except StageError as error:
-        missing.append(str(error))
+    except ValueError as error:
+        missing.append(f"device: {error}")
     memory = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
     try:
         fitted = fit_micro_batch(config, stage, memory)
@@ -175,11 +183,17 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
             find_source(name)
         except DatasetNotFound as error:
             missing.append(f"data: {error}")
+    if config.data.tokenizer == "gpt2":
+        try:
+            gpt2_tokenizer()
+        except DatasetNotFound as error:
+            missing.append(f"data: {error}")
     if missing:
         raise StageError(
             f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: preset=local-cpu "
             "(real text on a CPU) or preset=local-smoke (built-in data, needs nothing). To force the device, say "
-            "device=cpu, with max_steps=2 and overrides such as 'pretrain.batch_size=2 data.sources=synthetic'."
+            f"device=cpu, with max_steps=2 and overrides such as '{stage}.batch_size=2 {stage}.micro_batch_size=1 "
+            "data.sources=synthetic data.tokenizer=bpe'."
         )
     return fitted, device
 
@@ -274,8 +288,12 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     """
     refuse_unknown(injected_parameters(namespace.get("In", [])), declared)
     parameters = {name: namespace[name] for name in declared}
-    config, device = preflight(resolve(stage, parameters), stage)
+    config = resolve(stage, parameters)
     name, folder, resume = choose_folder(stage, parameters)
+    if resume:  # another micro-batch would round differently
+        former = read_json(folder.parent / "run.json")["config"][stage]["micro_batch_size"]
+        config = configs.override(config, {stage: {"micro_batch_size": former}})
+    config, device = preflight(config, stage)
     now = time.time()
     try:
         if parameters.get("force") and folder.exists():
@@ -290,8 +308,19 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
         raise StageError(f"cannot write to {folder}: {error.strerror}; choose another place with output_dir=…") from error
     result = StageRun(stage, name, config, device, folder, resume, now)
     result._record("running")
+    _mark_failures(result, namespace)
     _keep_notebook(folder / "notebook.ipynb", namespace)
     return result
+
+
+def _mark_failures(stage: StageRun, namespace: dict) -> None:
+    """From now on a cell that raises marks the stage as failed in `run.json` (unless it says how it ended)."""
+    def after_cell(result) -> None:
+        if result.error_in_exec is not None and not isinstance(result.error_in_exec, StageError):
+            stage._record("failed")
+
+    if shell := namespace.get("get_ipython", lambda: None)():
+        shell.events.register("post_run_cell", after_cell)
 
 
 def notebook_path(namespace: dict) -> Path | None:

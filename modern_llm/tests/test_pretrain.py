@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from modern_llm import pipeline
+from modern_llm.config import get_pipeline_preset, to_dict
+from modern_llm.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"preset": "lesson", "max_steps": 12, "overrides": "pretrain.checkpoint_every=4 pretrain.eval_every=6"}
@@ -80,6 +82,14 @@ def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path):
     assert steps.is_unique and steps.max() == 12
 
 
+def test_a_stage_that_fails_says_so_in_its_record(tmp_path):
+    code, text = papermill(tmp_path / "out.ipynb", run="bad", output_dir=tmp_path,
+                           overrides="pretrain.muon_lr=1e9 pretrain.lr=1e9 pretrain.log_every=1 pretrain.grad_clip=0")
+    assert code == 1 and "diverged by step" in text and "last good checkpoint" in text
+    assert json.loads((tmp_path / "bad" / "run.json").read_text())["stages"]["pretrain"]["status"] == "failed"
+    assert not (tmp_path / "bad" / "pretrain" / "results.json").exists()
+
+
 def test_papermill_with_an_unknown_parameter_fails(tmp_path):
     code, text = papermill(tmp_path / "out.ipynb", max_step=3, output_dir=tmp_path / "runs")
     assert code == 1 and "did you mean 'max_steps'" in text
@@ -92,7 +102,7 @@ def cli(*words, **environment):
 
 
 def test_cli_runs_skips_and_refuses(tmp_path):
-    words = ("run", "--preset", "lesson", "--stage", "pretrain", "--max-steps", 4, "--output-dir", tmp_path)
+    words = ("run", "--preset", "lesson", "--stage", "pretrain", "--max-steps", 4, "--output-dir", os.path.relpath(tmp_path, ROOT))
     planned = cli(*words, "--dry-run")
     assert planned.returncode == 0 and "pretrain: run" in planned.stdout and list(tmp_path.iterdir()) == []
     first = cli(*words)
@@ -145,9 +155,16 @@ def test_cli_datasets_exit_code(tmp_path):
     assert missing.returncode == 1 and "tinystories" in missing.stdout and "missing" in missing.stdout
 
 
-def test_plan_resumes_what_was_begun(tmp_path):
+def test_plan_runs_resumes_skips_or_leaves_the_refusal_to_the_stage(tmp_path):
+    options = {"preset": "lesson", "output_dir": str(tmp_path)}
+    action = lambda **more: pipeline.plan("pretrain", **options, **more)[0].action
+    assert action() == "run"
     folder = tmp_path / "lesson" / "pretrain"
     folder.mkdir(parents=True)
-    (folder / "params.json").write_text(json.dumps({"preset": "lesson", "run": "lesson"}))
-    step, = pipeline.plan("pretrain", preset="lesson", output_dir=str(tmp_path))
-    assert step.action == "resume" and step.parameters["resume"] is True
+    config = to_dict(get_pipeline_preset("lesson"))
+    write_json(tmp_path / "lesson" / "run.json", {"config": config})
+    write_json(folder / "params.json", {})
+    assert action() == "resume"
+    write_json(folder / "results.json", {})
+    assert action() == "skip"
+    assert action(max_steps=4) == action(seed=1) == action(force=True) == "run"

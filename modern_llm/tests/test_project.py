@@ -30,7 +30,7 @@ ALLOWED = {
     "optim": {"config"},
     "checkpoints": {"config", "files", "optim"},
     "trainer": {"config", "files", "optim", "checkpoints"},
-    "stage": {"config", "files", "counts", "sources"},
+    "stage": {"config", "files", "counts", "sources", "checkpoints", "tokens"},
     "pipeline": {"config", "files", "stage"},
     "cli": {"config", "files", "pipeline", "stage", "sources", "reading"},
 }

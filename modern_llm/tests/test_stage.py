@@ -23,6 +23,13 @@ def begin(tmp_path, cells=(), **values):
     ({"overrides": "model.width"}, ConfigError, "must look like"),
     ({"max_steps": 0}, ConfigError, "max_steps=0 must be greater"),
     ({"max_steps": "many"}, ConfigError, "max_steps='many' is str, should be int"),
+    ({"seed": 10**30}, ConfigError, "seed=1000.* must lie in"),
+    ({"force": "no"}, ConfigError, "force='no' is str, should be True or False"),
+    ({"preset": 7}, ConfigError, "preset=7 is int, should be text"),
+    ({"overrides": "model=3 model.width=2"}, ConfigError, "both as a value and as a section"),
+    ({"overrides": "pretrain.micro_batch_size=-4"}, ConfigError, "micro_batch_size=-4 must be greater"),
+    ({"overrides": "pretrain.betas=2,3"}, ConfigError, "betas=.2.0, 3.0. must lie in"),
+    ({"overrides": "pretrain.lr=Infinity"}, ConfigError, "lr=inf must be .* finite"),
     ({"device": "gpu"}, ConfigError, "hardware.device='gpu' is unknown"),
     ({"run": "../up"}, ConfigError, "is no folder name"),
     ({"overrides": "data.sources=no-such-data"}, st.StageError, "no-such-data"),
@@ -47,14 +54,14 @@ def test_preset_too_big_for_this_machine(tmp_path, monkeypatch):
     monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
     with pytest.raises(st.StageError) as caught:
         begin(tmp_path, preset="tacc-h100")
-    for part in ("needs a CUDA GPU with 70 GB", "memory: ", "data: ", "wikitext-103-raw-v1", "local-cpu", "device=cpu"):
+    for part in ("data.tokenizer=bpe", "needs a CUDA GPU with 70 GB", "memory: ", "data: ", "wikitext-103-raw-v1", "local-cpu", "device=cpu"):
         assert part in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_big_model_is_forced_onto_the_cpu(tmp_path):
     run = begin(tmp_path, preset="tacc-h100", device="cpu", max_steps=2,
-                overrides="data.sources=synthetic pretrain.batch_size=2 pretrain.micro_batch_size=1")
+                overrides="pretrain.batch_size=2 pretrain.micro_batch_size=1 data.sources=synthetic data.tokenizer=bpe")
     assert (run.device, run.config.pretrain.max_steps, run.config.data.sources) == ("cpu", 2, ("synthetic",))
 
 
