@@ -24,7 +24,7 @@ def document_nats(model: nn.Module, batches: Iterable[dict[str, Tensor]], isolat
 
     Args:
         model: has `hidden(input_ids, segment_ids) -> (hidden, aux)` and `lm_head`; scored in eval mode.
-        batches: dicts of input_ids, labels, segment_ids and document_ids, each (b, t); labels of -100 are not scored.
+        batches: dicts of input_ids, labels and document_ids, each (b, t); labels of -100 are not scored.
         isolate_documents: attention stops at document boundaries, as it should if the model was trained so.
 
     Raises:
@@ -35,7 +35,7 @@ def document_nats(model: nn.Module, batches: Iterable[dict[str, Tensor]], isolat
     model.eval()
     for batch in batches:
         labels = batch["labels"]
-        segments = batch["segment_ids"].to(device) if isolate_documents else None
+        segments = batch["document_ids"].to(device) + 1 if isolate_documents else None
         hidden, _ = model.hidden(batch["input_ids"].to(device), segments)
         nats = torch.stack([F.cross_entropy(model.lm_head(h).float(), y, reduction="none", ignore_index=-100)
                             for h, y in zip(hidden, labels.to(device))]).cpu()

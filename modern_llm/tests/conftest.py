@@ -9,4 +9,3 @@ os.environ["MODERN_LLM_RUNS"] = os.path.join(_scratch.name, "runs")
 os.environ["MODERN_LLM_CACHE"] = os.path.join(_scratch.name, "cache")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ.setdefault("MPLBACKEND", "agg")
