@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from .attention import CausalSelfAttention, KVCache, rotary_tables
 from .config import ModelConfig, override, to_dict
 from .files import DamagedFolder, check_folder, find_folder, read_json, write_json
-from .generation import generate, stream
 from .layers import MixtureOfExperts, RMSNorm, SwiGLU
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,9 +69,9 @@ def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path):
     deadline = time.time() + 120
     while not (folder / "checkpoint" / "meta.json").exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in [process.pid, *map(int, children)]:
-        os.kill(pid, signal.SIGKILL)
+    papermill_process = psutil.Process(process.pid)
+    for victim in [papermill_process, *papermill_process.children(recursive=True)]:
+        victim.kill()
     process.wait()
     assert not (folder / "results.json").exists(), "the run ended before it was killed: the test shows nothing"
 
@@ -118,7 +119,8 @@ def test_cli_runs_skips_and_refuses(tmp_path):
 def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     command = [Path(sys.executable).parent / "modern-llm", "run", "--preset", "lesson", "--max-steps", "40", "--output-dir",
                str(tmp_path), "--run", "123"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     folder = tmp_path / "123" / "pretrain"
     deadline = time.time() + 120
     while not (folder / "metrics.jsonl").exists() and time.time() < deadline and process.poll() is None:

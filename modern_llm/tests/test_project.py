@@ -21,7 +21,7 @@ ALLOWED = {
     "attention": {"layers", "config"},
     "counts": {"config"},
     "generation": {"attention", "config", "models"},  # the model as a type only
-    "models": {"layers", "attention", "generation", "config", "files"},
+    "models": {"layers", "attention", "config", "files"},
     "scoring": set(),
     "sources": {"config"},
     "reading": {"config", "files", "sources", "synth"},
@@ -61,6 +61,27 @@ def test_import_rule(module):
     if module in NO_TORCH:
         top = imports(PACKAGE / f"{module}.py", top_level_only=True)
         assert not any(name.split(".")[0] in ("torch", "datasets", "transformers") for name in top)
+
+
+def chapters() -> dict[str, tuple[float, str]]:
+    """Module -> (order in the book, notebook) for every chapter that exports."""
+    found = {}
+    for path in (ROOT / "nbs").glob("*.ipynb"):
+        sources = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        order = next((float(line[8:]) for line in sources[0].splitlines() if line.startswith("- order:")), None)
+        module = next((s.split()[2] for s in sources if s.startswith("#| default_exp")), None)
+        if module:
+            found[module] = order, path.stem
+    return found
+
+
+def test_a_chapter_imports_earlier_chapters_only():
+    book = chapters()
+    assert {"layers", "attention", "models", "data", "trainer"} <= book.keys()
+    for module, (order, notebook) in book.items():
+        for name in imports(PACKAGE / f"{module}.py"):
+            other = name.split(".")[1] if name.startswith("modern_llm.") else ""
+            assert other not in book or book[other][0] < order, f"{notebook} comes before {book[other][1]}, which it imports"
 
 
 @pytest.fixture(scope="module")
