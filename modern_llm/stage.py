@@ -193,7 +193,7 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
             f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: preset=local-cpu "
             "(real text on a CPU) or preset=local-smoke (built-in data, needs nothing). To force the device, say "
             f"device=cpu, with max_steps=2 and overrides such as '{stage}.batch_size=2 {stage}.micro_batch_size=1 "
-            "data.sources=synthetic data.tokenizer=bpe data.max_validation_tokens=2000'."
+            f"{stage}.compile=false data.sources=synthetic data.tokenizer=bpe data.max_validation_tokens=2000'."
         )
     return fitted, device
 
