@@ -18,6 +18,8 @@ from pathlib import Path
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PREFERENCE_LOSSES = ("sigmoid", "ipo")
+VERIFIER_KINDS = ("generator", "encoder")
 
 
 class ConfigError(ValueError):
@@ -145,28 +147,125 @@ class TrainConfig:
     keep_checkpoints: int = 3  # weights kept along the way, evenly spaced, besides the last
 
     def __post_init__(self) -> None:
-        _positive("train", self, "max_steps", "batch_size", "lr", "muon_lr", "log_every", "eval_every",
+        place = type(self).__name__.removesuffix("Config").lower()  # the stages' configs inherit these checks
+        _positive(place, self, "max_steps", "batch_size", "lr", "muon_lr", "log_every", "eval_every",
                   "checkpoint_every", "loss_chunk_tokens")
-        _one_of("train.optimizer", self.optimizer, OPTIMIZERS)
-        _one_of("train.schedule", self.schedule, SCHEDULES)
-        _one_of("train.precision", self.precision, PRECISIONS)
+        _one_of(f"{place}.optimizer", self.optimizer, OPTIMIZERS)
+        _one_of(f"{place}.schedule", self.schedule, SCHEDULES)
+        _one_of(f"{place}.precision", self.precision, PRECISIONS)
         _require(self.micro_batch_size is None or self.micro_batch_size > 0,
-                 f"train.micro_batch_size={self.micro_batch_size} must be greater than 0, or null for the whole batch")
+                 f"{place}.micro_batch_size={self.micro_batch_size} must be greater than 0, or null for the whole batch")
         _require(self.batch_size % self.micro_batch == 0,
-                 f"train.micro_batch_size={self.micro_batch} does not divide train.batch_size={self.batch_size}")
+                 f"{place}.micro_batch_size={self.micro_batch} does not divide {place}.batch_size={self.batch_size}")
         _require(self.max_minutes is None or self.max_minutes > 0,
-                 f"train.max_minutes={self.max_minutes} must be greater than 0, or null for no limit")
-        _require(all(0 <= beta < 1 for beta in self.betas), f"train.betas={list(self.betas)} must lie in [0, 1)")
+                 f"{place}.max_minutes={self.max_minutes} must be greater than 0, or null for no limit")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"{place}.betas={list(self.betas)} must lie in [0, 1)")
         for name, high in (("decay_fraction", 1.0), ("final_lr_fraction", 1.0), ("ema_decay", 0.999999)):
             value = getattr(self, name)
-            _require(value is None or 0 <= value <= high, f"train.{name}={value} must lie in [0, {high}]")
+            _require(value is None or 0 <= value <= high, f"{place}.{name}={value} must lie in [0, {high}]")
         for name in ("weight_decay", "grad_clip", "warmup_steps", "keep_checkpoints"):
-            _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
+            _require(getattr(self, name) >= 0, f"{place}.{name}={getattr(self, name)} must not be negative")
 
     @property
     def micro_batch(self) -> int:
         """Sequences per forward pass."""
         return self.micro_batch_size or self.batch_size
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """Instruction tuning: the settings of its optimisation and what it reads. Read by chapter 04."""
+
+    sources: tuple[str, ...] = ("synthetic", "synthetic-problems")  # of instructions; names of chapter 04
+    weights: tuple[float, ...] = (0.5, 0.5)  # share of the examples drawn from each source
+    replay_fraction: float = 0.1  # share of the rows that are pretraining text
+    max_train_examples: int = 20_000  # a source
+    max_validation_examples: int = 300  # a source
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(len(self.sources) > 0, "sft.sources is empty; name at least one, for example 'synthetic'")
+        _require(len(self.sources) == len(self.weights),
+                 f"sft.weights={list(self.weights)} must have one number for each of sft.sources={list(self.sources)}")
+        _require(all(0 < w < math.inf for w in self.weights), f"sft.weights={list(self.weights)} must be greater than 0")
+        _require(0 <= self.replay_fraction < 1, f"sft.replay_fraction={self.replay_fraction} must lie in [0, 1)")
+        _positive("sft", self, "max_train_examples", "max_validation_examples")
+
+
+@dataclass(frozen=True)
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation; a row of a batch is a pair. Read by chapter 05."""
+
+    sources: tuple[str, ...] = ("synthetic",)  # of preference pairs
+    loss: str = "sigmoid"  # "sigmoid" = DPO, "ipo"
+    beta: float = 0.1  # strength of the pull back to the reference
+    label_smoothing: float = 0.0  # share of pairs believed to be labelled the wrong way round (cDPO)
+    length_normalised: bool = False  # log-probability per token instead of per answer
+    sft_weight: float = 0.0  # weight of the chosen answer's negative log-probability per token
+    max_train_pairs: int = 5_000  # a source
+    max_validation_pairs: int = 200  # a source
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(len(self.sources) > 0, "dpo.sources is empty; name at least one, for example 'synthetic'")
+        _one_of("dpo.loss", self.loss, PREFERENCE_LOSSES)
+        _positive("dpo", self, "beta", "max_train_pairs", "max_validation_pairs")
+        _require(0 <= self.label_smoothing < 0.5, f"dpo.label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
+        _require(self.loss == "sigmoid" or self.label_smoothing == 0, "dpo.label_smoothing is for dpo.loss='sigmoid'")
+        _require(self.sft_weight >= 0, f"dpo.sft_weight={self.sft_weight} must not be negative")
+
+
+@dataclass(frozen=True)
+class VerifierConfig(TrainConfig):
+    """The verifier: whose answers it learns from, and how it is trained. Read by chapter 06."""
+
+    kind: str = "generator"  # "generator" = starts from the generator's weights; "encoder" = a small one from scratch
+    problems: str = "synthetic"  # source of word problems: "synthetic" or "gsm8k"
+    levels: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the synthetic problems
+    train_problems: int = 300
+    validation_problems: int = 100
+    samples_per_problem: int = 16  # the generator's own answers
+    temperature: float = 1.0  # of those answers
+    max_new_tokens: int = 128
+    perturbed_fraction: float = 0.2  # share of the training answers that are gold ones, half of them spoilt
+    lm_weight: float = 0.5  # of the joint language-model loss on right answers
+    head_dropout: float = 0.1  # on the hidden state that the score is read from
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("verifier.kind", self.kind, VERIFIER_KINDS)
+        _one_of("verifier.problems", self.problems, ("synthetic", "gsm8k"))
+        _positive("verifier", self, "train_problems", "validation_problems", "samples_per_problem", "temperature",
+                  "max_new_tokens")
+        for name in ("perturbed_fraction", "head_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"verifier.{name}={getattr(self, name)} must lie in [0, 1)")
+        _require(self.lm_weight >= 0, f"verifier.lm_weight={self.lm_weight} must not be negative")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured, on how many items. Read by chapter 07."""
+
+    problems: str = "synthetic"  # word problems: "synthetic" or "gsm8k"
+    levels: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the synthetic problems, equally many each
+    num_problems: int = 200
+    samples_per_problem: int = 16  # for pass@k, majority@k and the verifier
+    sampled_problems: int = 100  # how many of the problems are sampled from
+    temperature: float = 1.0  # of the samples
+    max_new_tokens: int = 128
+    sentiment: str = "synthetic"  # "synthetic" or "sst2"
+    num_sentences: int = 200
+    shots: int = 4  # demonstrations in front of each sentence
+    num_instructions: int = 200  # built-in instructions, where the preset trains on them
+    num_pairs: int = 200  # preference pairs, from dpo.sources
+    max_perplexity_tokens: int = 100_000  # a source
+
+    def __post_init__(self) -> None:
+        _one_of("eval.problems", self.problems, ("synthetic", "gsm8k"))
+        _one_of("eval.sentiment", self.sentiment, ("synthetic", "sst2"))
+        _positive("eval", self, "num_problems", "samples_per_problem", "sampled_problems", "temperature", "max_new_tokens",
+                  "num_sentences", "num_instructions", "num_pairs", "max_perplexity_tokens")
+        _require(self.shots >= 0, f"eval.shots={self.shots} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -191,6 +290,10 @@ class PipelineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: TrainConfig = field(default_factory=TrainConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     seed: int = 0
 

@@ -30,8 +30,8 @@ ITEMS = ("apples", "balls", "books", "hats", "lamps", "keys", "maps", "cups", "k
 GAINS = ("buys", "finds", "gets", "takes")
 LOSSES = ("sells", "loses", "breaks", "gives away")
 # level -> (range of the start, range of the number of boxes or None, steps after the start, range of their operands)
-LEVELS = {1: ((2, 9), None, 1, (1, 9)), 2: ((2, 9), None, 2, (1, 9)), 3: ((11, 59), None, 2, (11, 39)),
-          4: ((2, 9), (2, 9), 2, (2, 19)), 5: ((12, 39), (3, 9), 3, (11, 79))}
+LEVELS = {1: ((2, 9), None, 1, (1, 9)), 2: ((2, 9), None, 2, (1, 9)), 3: ((2, 9), None, 3, (1, 9)),
+          4: ((11, 59), None, 3, (2, 19)), 5: ((12, 39), (3, 9), 3, (11, 79))}
 _LOG = [0.0] + [math.log(n) for n in range(1, 1025)]
 
 
@@ -147,8 +147,8 @@ def problems(split: str = "train", seed: int = 0, levels: Sequence[int] | None =
     """Endless word problems, levels equally likely. Problem i depends on (split, seed, levels, i) alone.
 
     The question's text decides the split, here and in the documents of `synth`: a held-out question is in no training
-    text, while its single steps (3+4) are. Levels: 1 one step on single digits; 2 two such steps; 3 two steps on two-
-    digit numbers; 4 a small product and two steps; 5 a two-digit product and three steps on two-digit numbers.
+    text, while its single steps (3+4) are. Levels: 1 one step on single digits; 2 two such steps; 3 three; 4 three
+    steps on numbers up to 19 from a two-digit start; 5 a product and three steps on two-digit numbers.
     """
     one_of("split", split, SPLITS)
     levels = tuple(LEVELS) if levels is None else tuple(levels)
