@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Sampling', 'next_token_probabilities', 'penalise_repetition', 'row_uniforms', 'draw', 'ready_tokens', 'check_prompts',
-           'evaluating', 'decode', 'generate', 'stream']
+           'evaluating', 'Row', 'decode', 'generate', 'stream']
 
 # %% ../nbs/02d_generation.ipynb #sampling
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Sampling:
         stop: token sequences that end a row; they are not part of the answer.
         eos_id: a token that ends a row; not part of the answer.
         seed: of the draws. Row i draws its own stream of numbers, whatever the other rows do.
+        samples: answers to every prompt, which is read once; the rows of a prompt follow each other.
+        force: given the tokens of an answer so far, those that must come next; empty where the model is free.
     """
 
     max_new_tokens: int
@@ -51,6 +53,8 @@ class Sampling:
     stop: Sequence[Sequence[int]] = ()
     eos_id: int | None = None
     seed: int = 0
+    samples: int = 1
+    force: Callable[[list[int]], Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         for name, ok, remedy in (
@@ -61,6 +65,7 @@ class Sampling:
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1], or None"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off"),
             ("stop", all(len(sequence) > 0 for sequence in self.stop), "sequences of at least one token"),
+            ("samples", self.samples >= 1, "1 or more"),
         ):
             if not ok:
                 raise ValueError(f"generate: {name}={getattr(self, name)!r} must be {remedy}")
@@ -146,39 +151,78 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(training)
 
+# %% ../nbs/02d_generation.ipynb #row
+@dataclass
+class Row:
+    """One answer while it is written."""
+
+    room: int  # tokens it may have
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)  # of every token, at temperature 1
+    shown: int = 0  # tokens already handed out
+    forced: list[int] = field(default_factory=list)  # tokens that must come next
+    done: bool = False
+
+    def advance(self, token: int, log_prob: float, sampling: Sampling) -> list[int]:
+        """Add a token; returns the ones that are now known to be part of the answer."""
+        self.tokens.append(token)
+        self.log_probs.append(log_prob)
+        ready, ended = ready_tokens(self.tokens, sampling.endings)
+        self.done = ended or len(self.tokens) == self.room
+        if self.done and not ended:
+            ready = len(self.tokens)
+        new, self.shown = self.tokens[self.shown:ready], max(self.shown, ready)
+        if sampling.force is not None and not self.done:
+            self.forced = self.forced[1:] or list(sampling.force(self.tokens))
+        return new
+
 # %% ../nbs/02d_generation.ipynb #decode
 @torch.inference_mode()
-def decode(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) as the rows grow together; finished rows leave once they are half of the batch."""
-    device, rows, longest = model.embed_tokens.weight.device, list(range(len(prompts))), max(map(len, prompts))
-    room = [min(sampling.max_new_tokens, model.cfg.context_length - len(prompt)) for prompt in prompts]
+def decode(
+    model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: Sampling, answers: list[Row] | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) as the rows grow together; finished rows leave once they are half of the batch.
+
+    `answers`, an empty list, is filled with the `Row`s, whose log-probabilities the caller may want.
+    """
+    device, longest, vocabulary = model.embed_tokens.weight.device, max(map(len, prompts)), model.cfg.vocab_size
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     pad_lengths = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    cache = model.new_cache(len(prompts), longest + max(room), pad_lengths)
-    uniforms = row_uniforms(sampling.seed, len(prompts), max(room)).to(device)
-    seen = torch.zeros(len(prompts), model.cfg.vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        seen[row, list(prompt)] = True
-    answers, shown, active = [[] for _ in prompts], [0] * len(prompts), {row for row in rows if room[row]}
-    for step in range(max(room)):
+    answers = [] if answers is None else answers
+    answers += [Row(min(sampling.max_new_tokens, model.cfg.context_length - len(prompt))) for prompt in prompts
+                for _ in range(sampling.samples)]
+    rows, steps = [i for i, row in enumerate(answers)], max(row.room for row in answers)
+    active = {i for i, row in enumerate(answers) if row.room}
+    cache = model.new_cache(len(prompts), longest + steps, pad_lengths)
+    uniforms = row_uniforms(sampling.seed, len(answers), steps).to(device)
+    penalised = sampling.repetition_penalty != 1
+    seen = torch.zeros(len(answers) if penalised else 0, vocabulary, dtype=torch.bool, device=device)
+    for i in range(len(seen)):
+        seen[i, list(prompts[i // sampling.samples])] = True
+    for step in range(steps):
         with evaluating(model):
-            logits = model.lm_head(model.hidden(ids, cache=cache)[0][:, -1])
+            logits = model.lm_head(model.hidden(ids, cache=cache)[0][:, -1]).float()
         if not logits.isfinite().all():
             raise ValueError(f"generate: the model's logits are not finite at new token {step}: its weights have diverged or are "
                              "damaged; load an earlier checkpoint")
-        logits = penalise_repetition(logits, seen[rows], sampling.repetition_penalty)
+        if step == 0 and sampling.samples > 1:
+            copies = torch.arange(len(prompts), device=device).repeat_interleave(sampling.samples)
+            cache.select(copies)
+            logits = logits[copies]
+        if penalised:
+            logits = penalise_repetition(logits, seen[rows], sampling.repetition_penalty)
         tokens = draw(next_token_probabilities(logits, sampling), uniforms[rows, step])
-        seen[rows, tokens] = True
-        for row, token in zip(rows, tokens.tolist()):
-            if row not in active:
-                continue
-            answers[row].append(token)
-            ready, ended = ready_tokens(answers[row], sampling.endings)
-            if ended or step + 1 == room[row]:
-                active.discard(row)
-                ready = ready if ended else step + 1
-            yield from ((row, token) for token in answers[row][shown[row]:ready])
-            shown[row] = max(shown[row], ready)
+        for i, row in enumerate(rows):
+            if answers[row].forced:
+                tokens[i] = answers[row].forced[0]
+        if penalised:
+            seen[rows, tokens] = True
+        log_probs = logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist()):
+            if row in active:
+                yield from ((row, shown) for shown in answers[row].advance(token, log_prob, sampling))
+                if answers[row].done:
+                    active.discard(row)
         if 2 * len(active) <= len(rows):
             keep = [i for i, row in enumerate(rows) if row in active]
             if not keep:
@@ -189,30 +233,35 @@ def decode(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: S
 
 # %% ../nbs/02d_generation.ipynb #generate
 def generate(
-    model: ModernDecoderLM, prompts: Sequence[Sequence[int]], *, on_token: Callable[[int, int], None] | None = None, **sampling
+    model: ModernDecoderLM, prompts: Sequence[Sequence[int]], *, on_token: Callable[[int, int], None] | None = None,
+    log_probs: list[list[float]] | None = None, **sampling
 ) -> list[list[int]]:
     """Continue every prompt, together in one left-padded batch with a cache of keys and values.
 
     Args:
         model: left in the mode (training or evaluation) that it came in.
-        prompts: token ids, a list a row.
+        prompts: token ids of each.
         on_token: called with (row, token) as soon as a token is known to be part of the answer.
+        log_probs: an empty list; every row's log-probabilities at temperature 1 are put there, that of the ending included.
         sampling: the fields of `Sampling`; `max_new_tokens` is required.
 
     Returns:
-        The new tokens of every row, without the ending. A row ends at a stop sequence, at `eos_id`, after
+        The new tokens of every row (prompt by prompt, sample by sample), without the ending. A row ends at a stop sequence, at `eos_id`, after
         `max_new_tokens`, or when prompt and answer fill the context.
 
     Raises:
         ValueError: a setting out of range, a prompt that is empty, too long, or of another tokenizer, or logits that are
             not finite.
     """
-    settings, answers = Sampling(**sampling), [[] for _ in prompts]
+    settings, rows = Sampling(**sampling), []
+    answers = [[] for _ in range(len(prompts) * settings.samples)]
     check_prompts(prompts, model.cfg)
-    for row, token in decode(model, prompts, settings) if len(prompts) else ():
+    for row, token in decode(model, prompts, settings, rows) if len(prompts) else ():
         answers[row].append(token)
         if on_token is not None:
             on_token(row, token)
+    if log_probs is not None:
+        log_probs += [row.log_probs for row in rows]
     return answers
 
 
