@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['document_nats', 'ratio_interval', 'held_out_measures']
+__all__ = ['document_nats', 'ratio_interval', 'held_out_measures', 'completion_log_probs', 'proportion_interval', 'mean_interval',
+           'paired_difference', 'auc', 'within_group_auc']
 
 # %% ../nbs/02e_scoring.ipynb #document-nats
 @torch.inference_mode()
@@ -73,3 +74,70 @@ def held_out_measures(scores: pd.DataFrame, num_bytes: int, source: str) -> list
     forms = {"nats per token": lambda x: x, "perplexity": math.exp, "bits per byte": lambda x: x * per_byte}
     return [{"metric": f"{name}, {source}", **{k: form(loss[k]) for k in ("value", "low", "high")}, "n": loss["n"],
              "protocol": protocol} for name, form in forms.items()]
+
+# %% ../nbs/02e_scoring.ipynb #completion-log-probs
+def completion_log_probs(model: nn.Module, batch: dict[str, Tensor], chunk_rows: int = 8) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's labelled tokens, summed, and how many they are: two (b,) tensors.
+
+    Args:
+        batch: input_ids and labels (b, t), labels shifted, -100 where nothing is counted; one answer a row.
+        chunk_rows: rows whose logits exist at once when no gradient is wanted.
+    """
+    hidden, _ = model.hidden(batch["input_ids"])
+    labels = batch["labels"]
+    scored = labels != -100
+    log_probs = []
+    for h, y in zip(hidden.split(chunk_rows), labels.split(chunk_rows)):
+        nats = F.cross_entropy(model.lm_head(h).float().flatten(0, 1), y.flatten(), reduction="none", ignore_index=-100)
+        log_probs.append(-nats.view_as(y).sum(1))
+    return torch.cat(log_probs), scored.sum(1)
+
+# %% ../nbs/02e_scoring.ipynb #proportion-interval
+def proportion_interval(right: float, n: int) -> dict[str, float]:
+    """A share of n items with its 95% interval: value, low, high, n. Source: Wilson 1927.
+
+    Raises:
+        ValueError: n is 0: an evaluation without items.
+    """
+    if n < 1:
+        raise ValueError(f"proportion_interval: n={n}, there is nothing to evaluate; is the data set or its filter empty?")
+    share, z2 = right / n, 1.96**2
+    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+    low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
+    return {"value": share, "low": max(0.0, low), "high": min(1.0, high), "n": n}
+
+# %% ../nbs/02e_scoring.ipynb #means
+def mean_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """The mean over items with its 95% bootstrap interval: value, low, high, n."""
+    values = np.asarray(values, float)
+    return ratio_interval(values, np.ones(len(values)), draws, seed)
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Mean of a - b over the same items with its 95% bootstrap interval. ValueError if they are not equally many."""
+    if len(a) != len(b):
+        raise ValueError(f"paired_difference: {len(a)} and {len(b)} items; both must be measured on the same ones")
+    return mean_interval(np.asarray(a, float) - np.asarray(b, float), draws, seed)
+
+# %% ../nbs/02e_scoring.ipynb #auc
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Probability that a random right item scores above a random wrong one, ties counted half; NaN without both kinds."""
+    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    right, wrong = scores[labels], np.sort(scores[~labels])
+    if not len(right) or not len(wrong):
+        return math.nan
+    below = np.searchsorted(wrong, right, side="left") + np.searchsorted(wrong, right, side="right")
+    return float(below.mean() / (2 * len(wrong)))
+
+
+def within_group_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Mean AUC over the groups that hold right and wrong items, with its 95% bootstrap interval over groups; n groups.
+
+    Raises:
+        ValueError: no group holds both.
+    """
+    table = pd.DataFrame({"score": np.asarray(scores, float), "label": np.asarray(labels, bool), "group": np.asarray(groups)})
+    values = [value for _, group in table.groupby("group") if not math.isnan(value := auc(group.score, group.label))]
+    if not values:
+        raise ValueError("within_group_auc: no group has right and wrong items; sample more answers, or other problems")
+    return mean_interval(np.array(values))
