@@ -41,6 +41,7 @@ class Sampling:
         eos_id: a token that ends a row; not part of the answer.
         seed: of the draws. Row i draws its own stream of numbers, whatever the other rows do.
         samples: answers to every prompt, which is read once; the rows of a prompt follow each other.
+        streams: numbers of the rows' streams, if not 0, 1, 2 …: a row's draws then do not depend on its place in the batch.
         force: given the tokens of an answer so far, those that must come next; empty where the model is free.
     """
 
@@ -54,6 +55,7 @@ class Sampling:
     eos_id: int | None = None
     seed: int = 0
     samples: int = 1
+    streams: Sequence[int] | None = None
     force: Callable[[list[int]], Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
@@ -103,10 +105,13 @@ def penalise_repetition(logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"],
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 # %% ../nbs/02d_generation.ipynb #draw
-def row_uniforms(seed: int, rows: int, steps: int) -> Float[Tensor, "rows steps"]:
-    """Numbers in [0, 1), a generator of its own for each row, always made on the CPU: the same on every device."""
-    streams = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(rows)]
-    return torch.stack([torch.rand(steps, generator=stream) for stream in streams])
+def row_uniforms(seed: int, streams: Sequence[int], steps: int) -> Float[Tensor, "rows steps"]:
+    """Numbers in [0, 1), a generator of its own for each row, always made on the CPU: the same on every device.
+
+    A longer row begins with the numbers of a shorter one.
+    """
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63) for stream in streams]
+    return torch.stack([torch.rand(steps, generator=generator) for generator in generators])
 
 
 def draw(p: Float[Tensor, "b v"], u: Float[Tensor, "b"]) -> Int[Tensor, "b"]:
@@ -194,7 +199,7 @@ def decode(
     rows, steps = [i for i, row in enumerate(answers)], max(row.room for row in answers)
     active = {i for i, row in enumerate(answers) if row.room}
     cache = model.new_cache(len(prompts), longest + steps, pad_lengths)
-    uniforms = row_uniforms(sampling.seed, len(answers), steps).to(device)
+    uniforms = row_uniforms(sampling.seed, sampling.streams or range(len(answers)), steps).to(device)
     penalised = sampling.repetition_penalty != 1
     seen = torch.zeros(len(answers) if penalised else 0, vocabulary, dtype=torch.bool, device=device)
     for i in range(len(seen)):

@@ -29,6 +29,8 @@ ALLOWED = {
     "data": {"config", "files", "sources", "reading", "tokens", "synth"},
     "optim": {"config"},
     "checkpoints": {"config", "files", "optim"},
+    "chat": {"data", "generation", "models", "tokens"},  # the model as a type only
+    "tasks": {"chat", "config", "models", "reading", "scoring", "synth"},
     "trainer": {"config", "files", "optim", "checkpoints"},
     "stage": {"config", "files", "counts", "sources", "checkpoints", "tokens"},
     "pipeline": {"config", "files", "stage"},
