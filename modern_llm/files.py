@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -61,6 +61,22 @@ def write_json(path: str | Path, value: object) -> Path:
 def read_json(path: str | Path) -> dict:
     """The JSON object in a file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def kept_frame(path: str | Path, make: Callable[[], object]):
+    """The pandas table kept in `path` (JSON lines); if there is none, what `make()` returns, kept there for the next time.
+
+    For work that a resumed stage must not repeat. The table that is returned is always the one read from the file.
+    """
+    import io
+
+    import pandas as pd
+
+    path = Path(path)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, make().to_json(orient="records", lines=True, double_precision=15, force_ascii=False))
+    return pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False, precise_float=True)
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def mark(problems: Sequence[Problem], answers: Sequence[Answer], samples: int = 
         table.append({
             "problem": row // samples, "sample": row % samples, "level": problem.level, "text": said.text,
             "value": math.nan if value is None else float(value), "right": value == problem.value, "ended": said.ended,
-            "tokens": len(said.log_probs), "log_prob": float(np.mean(said.log_probs)) if said.log_probs else -math.inf,
+            "tokens": len(said.log_probs), "log_prob": float(np.mean(said.log_probs)) if said.log_probs else -1e6,  # JSON has no infinity
             "consistent": synth.check_solution(said.text)})
     return pd.DataFrame(table)
 
