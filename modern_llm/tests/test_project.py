@@ -32,11 +32,13 @@ ALLOWED = {
     "chat": {"data", "generation", "models", "tokens"},  # the model as a type only
     "tasks": {"chat", "config", "models", "reading", "scoring", "synth"},
     "trainer": {"config", "files", "optim", "checkpoints"},
-    "stage": {"config", "files", "counts", "sources", "checkpoints", "tokens"},
-    "pipeline": {"config", "files", "stage"},
+    "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks"},
+    "inputs": {"config", "files", "sources", "tokens"},
+    "stage": {"config", "files", "counts", "checkpoints", "inputs", "models"},
+    "pipeline": {"config", "files", "stage", "inputs", "report"},
     "cli": {"config", "files", "pipeline", "stage", "sources", "reading"},
 }
-NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage",
+NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
             "pipeline", "cli"}
 
 
