@@ -224,22 +224,27 @@ class VerifierConfig(TrainConfig):
     levels: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the synthetic problems
     train_problems: int = 300
     validation_problems: int = 100
-    samples_per_problem: int = 16  # the generator's own answers
+    samples_per_problem: int = 16  # the generator's own answers to each training problem
+    validation_samples: int = 16  # to each held-out problem
     temperature: float = 1.0  # of those answers
     max_new_tokens: int = 128
     perturbed_fraction: float = 0.2  # share of the training answers that are gold ones, half of them spoilt
     lm_weight: float = 0.5  # of the joint language-model loss on right answers
     head_dropout: float = 0.1  # on the hidden state that the score is read from
+    surprise: bool = True  # the score also reads how unlikely the verifier's own language model finds the answer so far
+    gold_problems: int = 3_000  # further training problems whose gold answers, whole and spoilt, are mixed in
+    comparison_steps: int = 0  # steps that the variants on the page are trained for; 0 = no variants
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("verifier.kind", self.kind, VERIFIER_KINDS)
         _one_of("verifier.problems", self.problems, ("synthetic", "gsm8k"))
-        _positive("verifier", self, "train_problems", "validation_problems", "samples_per_problem", "temperature",
-                  "max_new_tokens")
+        _positive("verifier", self, "train_problems", "validation_problems", "samples_per_problem",
+                  "validation_samples", "temperature", "max_new_tokens")
         for name in ("perturbed_fraction", "head_dropout"):
             _require(0 <= getattr(self, name) < 1, f"verifier.{name}={getattr(self, name)} must lie in [0, 1)")
-        _require(self.lm_weight >= 0, f"verifier.lm_weight={self.lm_weight} must not be negative")
+        for name in ("lm_weight", "gold_problems", "comparison_steps"):
+            _require(getattr(self, name) >= 0, f"verifier.{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -248,14 +253,16 @@ class EvalConfig:
 
     problems: str = "synthetic"  # word problems: "synthetic" or "gsm8k"
     levels: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the synthetic problems, equally many each
-    num_problems: int = 200
+    num_problems: int = 250
+    problem_shots: int = 1  # solved examples in front of a base model's problem, as far as they fit
+    sampled_levels: tuple[int, ...] = (2, 3, 4)  # the synthetic problems that are sampled from: those of middle difficulty
+    sampled_problems: int = 150  # at most so many
     samples_per_problem: int = 16  # for pass@k, majority@k and the verifier
-    sampled_problems: int = 100  # how many of the problems are sampled from
     temperature: float = 1.0  # of the samples
     max_new_tokens: int = 128
     sentiment: str = "synthetic"  # "synthetic" or "sst2"
     num_sentences: int = 200
-    shots: int = 4  # demonstrations in front of each sentence
+    shots: int = 4  # demonstrations in front of each sentence, as far as they fit
     num_instructions: int = 200  # built-in instructions, where the preset trains on them
     num_pairs: int = 200  # preference pairs, from dpo.sources
     max_perplexity_tokens: int = 100_000  # a source
@@ -265,7 +272,11 @@ class EvalConfig:
         _one_of("eval.sentiment", self.sentiment, ("synthetic", "sst2"))
         _positive("eval", self, "num_problems", "samples_per_problem", "sampled_problems", "temperature", "max_new_tokens",
                   "num_sentences", "num_instructions", "num_pairs", "max_perplexity_tokens")
-        _require(self.shots >= 0, f"eval.shots={self.shots} must not be negative")
+        for name in ("shots", "problem_shots"):
+            _require(getattr(self, name) >= 0, f"eval.{name}={getattr(self, name)} must not be negative")
+        for name in ("levels", "sampled_levels"):
+            _require(set(getattr(self, name)) <= {1, 2, 3, 4, 5} and len(getattr(self, name)) > 0,
+                     f"eval.{name}={list(getattr(self, name))} must name some of the levels 1 to 5")
 
 
 @dataclass(frozen=True)
@@ -322,6 +333,8 @@ def lesson() -> PipelineConfig:
         model=ModelConfig(context_length=128, width=64, num_layers=3, num_heads=2, num_kv_heads=1, ffn_width=192),
         data=DataConfig(max_train_tokens=300_000, max_validation_tokens=10_000),
         pretrain=TrainConfig(max_steps=120, batch_size=16, warmup_steps=5, eval_every=20, checkpoint_every=40),
+        sft=SFTConfig(max_steps=60, batch_size=8, lr=4e-3, muon_lr=3e-2, warmup_steps=5, decay_fraction=0.6, eval_every=20,
+                      checkpoint_every=30, max_train_examples=2000, max_validation_examples=40),
     )
 
 
@@ -341,6 +354,8 @@ def local_cpu() -> PipelineConfig:
         model=ModelConfig(vocab_size=4096, width=256, num_layers=6, num_kv_heads=2, ffn_width=768),
         data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"), tokenizer_vocab_size=4096),
         pretrain=TrainConfig(max_steps=2000, max_minutes=45, batch_size=16, eval_every=100, checkpoint_every=200),
+        sft=SFTConfig(sources=("alpaca", "gsm8k", "sst2"), weights=(0.5, 0.3, 0.2), max_steps=600, max_minutes=15, batch_size=16,
+                      lr=2e-3, muon_lr=1e-2, checkpoint_every=200, max_validation_examples=100),
     )
 
 
@@ -353,6 +368,9 @@ def local() -> PipelineConfig:
         data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"), tokenizer="gpt2", max_train_tokens=50_000_000),
         pretrain=TrainConfig(max_steps=1600, batch_size=32, micro_batch_size=4, warmup_steps=50, compile=True,
                              gradient_checkpointing=True),
+        sft=SFTConfig(sources=("alpaca", "oasst1", "gsm8k", "sst2"), weights=(0.5, 0.1, 0.2, 0.2), max_train_examples=60_000,
+                      max_steps=600, batch_size=32, micro_batch_size=4, lr=1e-3, muon_lr=5e-3, compile=True,
+                      gradient_checkpointing=True),
         hardware=HardwareConfig(min_gpu_memory_gb=11),
     )
 
@@ -367,6 +385,9 @@ def tacc_h100() -> PipelineConfig:
                         max_validation_tokens=300_000),
         pretrain=TrainConfig(max_steps=40_000, batch_size=128, micro_batch_size=32, warmup_steps=200, compile=True,
                              log_every=20, eval_every=500, checkpoint_every=1000),
+        sft=SFTConfig(sources=("alpaca", "oasst1", "gsm8k", "sst2"), weights=(0.5, 0.1, 0.2, 0.2), max_train_examples=60_000,
+                      max_steps=5000, batch_size=64, micro_batch_size=32, lr=3e-4, muon_lr=2e-3, warmup_steps=100, compile=True,
+                      log_every=20, eval_every=250, checkpoint_every=1000),
         hardware=HardwareConfig(min_gpu_memory_gb=70, needs_bf16=True),
     )
 
@@ -378,6 +399,7 @@ def tacc_a100() -> PipelineConfig:
         name="tacc-a100",
         description="the tacc-h100 run on one 40 GB A100",
         pretrain=replace(base.pretrain, micro_batch_size=16),
+        sft=replace(base.sft, micro_batch_size=16),
         hardware=replace(base.hardware, min_gpu_memory_gb=38),
     )
 
@@ -394,6 +416,8 @@ def tacc_smoke() -> PipelineConfig:
                      max_validation_tokens=20_000),
         pretrain=replace(base.pretrain, max_steps=40, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5,
                          eval_every=20, checkpoint_every=20),
+        sft=replace(base.sft, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
+                    checkpoint_every=10, max_train_examples=500, max_validation_examples=16),
         hardware=HardwareConfig(min_gpu_memory_gb=8, needs_bf16=True),
     )
 
@@ -407,6 +431,7 @@ def gpu_full() -> PipelineConfig:
         model=replace(base.model, use_qk_norm=False, zero_init_outputs=False),
         pretrain=replace(base.pretrain, optimizer="adamw", lr=3e-4, schedule="cosine", warmup_steps=2000,
                          final_lr_fraction=0.1),
+        sft=replace(base.sft, optimizer="adamw", lr=1e-4, schedule="cosine"),
     )
 
 
@@ -417,6 +442,7 @@ def h100_speedrun() -> PipelineConfig:
         name="h100-speedrun",
         description="the best 253M model one H100 or H200 makes in 60 minutes",
         pretrain=replace(base.pretrain, max_minutes=60, max_steps=6000, warmup_steps=100, ema_decay=0.998),
+        sft=replace(base.sft, max_steps=600, max_minutes=6),
     )
 
 
