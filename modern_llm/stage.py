@@ -25,15 +25,15 @@ from pathlib import Path
 
 from modern_llm import config as configs
 from modern_llm import counts
-from modern_llm.config import ConfigError, PipelineConfig
+from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
 from modern_llm.files import read_json, write_json
+from modern_llm.inputs import (
+    DATA, StageError, changes, described, find_checkpoint, is_model, make_bases, missing_data, no_inputs, own_inputs, say, sections,
+    setting, start_of,
+)
 
 GIB = 2**30
 RECORDED_PACKAGES = ("torch", "datasets", "tokenizers", "safetensors", "papermill", "pandas", "modern_llm")
-
-
-class StageError(RuntimeError):
-    """The stage cannot start. The message names the value, the place and the remedy."""
 
 
 def runs_folder() -> Path:
@@ -86,8 +86,11 @@ def parse_overrides(text: str) -> dict:
             if not isinstance(place, dict):
                 raise ConfigError(f"overrides: {path!r} is set both as a value and as a section")
         value = _json_or_text(raw) if raw[:1] in '[{"' or "," not in raw else [_json_or_text(r) for r in raw.split(",")]
-        place[leaf] = [value] if path == "data.sources" and isinstance(value, str) else value
+        place[leaf] = [value] if leaf in LISTS and not isinstance(value, list) else value
     return nested
+
+
+LISTS = ("sources", "weights", "levels", "sampled_levels")  # settings where one value stands for a list of one
 
 
 def _json_or_text(raw: str) -> object:
@@ -98,7 +101,7 @@ def _json_or_text(raw: str) -> object:
 
 
 KINDS = {"preset": (str,), "run": (str, int), "overrides": (str,), "device": (str,), "output_dir": (str,),
-         "resume": (bool,), "force": (bool,)}
+         "checkpoint": (str,), "resume": (bool,), "force": (bool,)}
 
 
 def resolve(stage: str, parameters: dict) -> PipelineConfig:
@@ -143,8 +146,29 @@ def fit_micro_batch(config: PipelineConfig, stage: str, memory: int) -> Pipeline
     raise StageError(f"memory: even one sequence at a time needs {need / GIB:.1f} GB, there are {memory / GIB:.1f} GB")
 
 
+def settings_of(config: PipelineConfig, stage: str) -> object | None:
+    """The config section named after the stage; the attention stage has none."""
+    return getattr(config, stage, None)
+
+
+def memory_needed(config: PipelineConfig, stage: str) -> int:
+    """Bytes to train in this stage, or to run the model where it does not train: a closed-form estimate."""
+    if isinstance(train := settings_of(config, stage), TrainConfig):
+        return counts.training_memory(config.model, train)["total"]
+    return counts.inference_memory(config.model, batch=16, bytes_per_value=4)["total"]
+
+
+def fit_to_memory(config: PipelineConfig, stage: str, memory: int) -> PipelineConfig:
+    """The config with a micro-batch that fits; StageError if not even one row does."""
+    if isinstance(settings_of(config, stage), TrainConfig):
+        return fit_micro_batch(config, stage, memory)
+    if (need := memory_needed(config, stage)) > 0.9 * memory:
+        raise StageError(f"memory: the model needs {need / GIB:.1f} GB, there are {memory / GIB:.1f} GB")
+    return config
+
+
 def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
-    """Check device, memory and data before anything is written; returns the fitted config and the device.
+    """Check device, memory and the data the stage reads before anything is written; returns the fitted config and the device.
 
     Raises StageError that lists everything missing at once and says what to run instead. A device named by hand
     (not "auto") lifts the preset's demands on the GPU.
@@ -152,8 +176,6 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
     import torch
 
     from modern_llm.checkpoints import pick_device
-    from modern_llm.sources import DatasetNotFound, find_source
-    from modern_llm.tokens import gpt2_tokenizer
 
     missing = []
     device, hardware = "cpu", config.hardware
@@ -170,32 +192,32 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
     except ValueError as error:
         missing.append(f"device: {error}")
     memory = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
+    fitted = config
     try:
-        fitted = fit_micro_batch(config, stage, memory)
+        fitted = fit_to_memory(config, stage, memory)
+        if missing:
+            missing.append(f"memory: estimated {memory_needed(fitted, stage) / GIB:.1f} GB, {memory / GIB:.1f} GB free on {device}")
     except StageError as error:
         missing.append(str(error))
-    else:
-        need = counts.training_memory(fitted.model, getattr(fitted, stage))["total"] / GIB
-        if missing:
-            missing.append(f"memory: estimated {need:.1f} GB to train, {memory / GIB:.1f} GB free on {device}")
-    for name in config.data.sources:
-        try:
-            find_source(name)
-        except DatasetNotFound as error:
-            missing.append(f"data: {error}")
-    if config.data.tokenizer == "gpt2":
-        try:
-            gpt2_tokenizer()
-        except DatasetNotFound as error:
-            missing.append(f"data: {error}")
+    missing += missing_data(config, [stage])
     if missing:
-        raise StageError(
-            f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: preset=local-cpu "
-            "(real text on a CPU) or preset=local-smoke (built-in data, needs nothing). To force the device, say "
-            f"device=cpu, with max_steps=2 and overrides such as '{stage}.batch_size=2 {stage}.micro_batch_size=1 "
-            f"{stage}.compile=false data.sources=synthetic data.tokenizer=bpe data.max_validation_tokens=2000'."
-        )
+        raise StageError(f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: preset=local-cpu "
+                         "(real text on a CPU) or preset=local-smoke (built-in data, needs nothing)." + _forced(config, stage))
     return fitted, device
+
+
+def _forced(config: PipelineConfig, stage: str) -> str:
+    """How to try the stage all the same, on another device and built-in data."""
+    words = [f"{path}=synthetic" for path in DATA[stage]]
+    if "sft.sources=synthetic" in words:
+        words.append("sft.weights=1")
+    if stage == "pretrain":
+        words += ["data.tokenizer=bpe", "data.max_validation_tokens=2000"]
+    steps = ""
+    if isinstance(settings_of(config, stage), TrainConfig):
+        words = [f"{stage}.batch_size=2", f"{stage}.micro_batch_size=1", f"{stage}.compile=false", *words]
+        steps = "max_steps=2 and "
+    return f" To force the device, say device=cpu, with {steps}overrides such as '{' '.join(words)}'." if words else ""
 
 
 def git_commit() -> str:
@@ -228,7 +250,7 @@ def machine(device: str) -> dict:
 
 @dataclasses.dataclass
 class StageRun:
-    """A stage under way: its config, its device, its folder, and whether it goes on where it was."""
+    """A stage under way: its config, its device, its folder, what it starts from, and whether it goes on where it was."""
 
     stage: str
     run: str
@@ -237,6 +259,18 @@ class StageRun:
     folder: Path  # runs/<run>/<stage>
     resume: bool
     started: float
+    inputs: dict[str, Path] = dataclasses.field(default_factory=dict)  # checkpoints, by the stage that made them
+    earlier_seconds: float = 0.0  # of the sittings before this one
+
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint to start from; None for pretraining."""
+        return start_of(self.inputs)
+
+    @property
+    def report(self) -> Path:
+        """The folder of the run's report and figures."""
+        return report_folder(self.folder.parent)
 
     def finish(self, results: dict) -> dict:
         """Write `results.json`, mark the stage finished in `run.json`, and return the results."""
@@ -254,9 +288,48 @@ class StageRun:
     def _record(self, status: str) -> None:
         path = self.folder.parent / "run.json"
         record = read_json(path)
-        record["stages"][self.stage] = {"status": status, "started": _clock(self.started),
-                                        "seconds": round(time.time() - self.started, 1)}
+        seconds = self.earlier_seconds + time.time() - self.started
+        record["stages"][self.stage] = {"status": status, "started": _clock(self.started), "seconds": round(seconds, 1),
+                                        **(this_process() if status == "running" else {})}
         write_json(path, record)
+
+
+def report_folder(run_folder: Path) -> Path:
+    """`report/` of the checkout for a run that is kept in its `runs/`; a run elsewhere keeps its report with it."""
+    checkout = Path(__file__).resolve().parent.parent
+    inside = (checkout / "settings.ini").is_file() and run_folder.resolve().parent == checkout / "runs"
+    return checkout / "report" if inside else run_folder / "report"
+
+
+def this_process() -> dict:
+    """What identifies this process on this host: its number may be given to another one later, with another start."""
+    import psutil
+
+    return {"host": platform.node(), "pid": os.getpid(), "pid_started": round(psutil.Process().create_time(), 2)}
+
+
+def is_alive(entry: dict) -> bool:
+    """Whether the process that a stage's entry in `run.json` names still runs on this host, and is not this one."""
+    import psutil
+
+    if entry.get("host") != platform.node() or entry.get("pid") in (None, os.getpid()):
+        return False
+    try:
+        process = psutil.Process(entry["pid"])
+        return abs(process.create_time() - entry["pid_started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def refuse_if_alive(run_folder: Path, stage: str, patience: float = 15.0) -> None:
+    """Wait a little for the process that works on this stage to end; StageError naming it if it goes on."""
+    path, deadline = run_folder / "run.json", time.time() + patience
+    entry = read_json(path)["stages"].get(stage, {}) if path.exists() else {}
+    while is_alive(entry):
+        if time.time() > deadline:
+            raise StageError(f"stage {stage} of run {run_folder.name!r} is being run by process {entry['pid']} on this machine; wait for it, "
+                             f"stop it (kill {entry['pid']}), or choose another run name")
+        time.sleep(0.2)
 
 
 def _clock(seconds: float) -> str:
@@ -283,34 +356,95 @@ def choose_folder(stage: str, parameters: dict) -> tuple[str, Path, bool]:
 def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     """Start a stage from a notebook: `begin("pretrain", globals(), [names of the parameters])`.
 
-    Resolves the preset, refuses unknown parameters, checks the machine, makes `runs/<run>/<stage>/`, and writes
-    `params.json` and `run.json`. Nothing is written when a check fails.
+    Resolves the preset, refuses unknown parameters, finds the checkpoints to start from, checks the machine, makes
+    `runs/<run>/<stage>/`, and writes `params.json` and `run.json`. Nothing is written when a check fails.
     """
     refuse_unknown(injected_parameters(namespace.get("In", [])), declared)
     parameters = {name: namespace[name] for name in declared}
-    config = resolve(stage, parameters)
+    config = resolved = resolve(stage, parameters)
     name, folder, resume = choose_folder(stage, parameters)
-    if resume:  # another micro-batch would round differently
-        former = read_json(folder.parent / "run.json")["config"][stage]["micro_batch_size"]
-        config = configs.override(config, {stage: {"micro_batch_size": former}})
+    refuse_if_alive(folder.parent, stage)
+    former = read_json(folder / "params.json") if resume else {}
+    inputs = choose_inputs(stage, config, parameters, folder, former)
+    if start := start_of(inputs):
+        config = with_model_of(config, start)
+    if resume and isinstance(settings_of(config, stage), TrainConfig):  # another micro-batch would round differently
+        config = configs.override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     config, device = preflight(config, stage)
-    now = time.time()
+    stage_run = StageRun(stage, name, config, device, folder, resume, time.time(), inputs)
     try:
         if parameters.get("force") and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        run_file = folder.parent / "run.json"
-        former = read_json(run_file)["stages"] if run_file.exists() else {}
-        write_json(run_file, {"run": name, "preset": config.name, "config": configs.to_dict(config),
-                              "git_commit": git_commit(), "seed": config.seed, **machine(device), "stages": former})
-        write_json(folder / "params.json", {"stage": stage, **parameters, "run": name})
+        _write_record(stage_run, parameters, resolved)
     except OSError as error:
         raise StageError(f"cannot write to {folder}: {error.strerror}; choose another place with output_dir=…") from error
-    result = StageRun(stage, name, config, device, folder, resume, now)
-    result._record("running")
-    _mark_failures(result, namespace)
+    _mark_failures(stage_run, namespace)
     _keep_notebook(folder / "notebook.ipynb", namespace)
-    return result
+    return stage_run
+
+
+def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: Path, former: dict) -> dict[str, Path]:
+    """The checkpoints a stage starts from; a line says which. `former` is its `params.json` when it is resumed."""
+    if stage == "pretrain":
+        return {}
+    run_folder = folder.parent
+    named = run_folder.parent / str(parameters.get("run") or Path(parameters["preset"]).stem)  # run_folder may carry a time
+    if parameters.get("checkpoint"):
+        inputs = {"checkpoint": find_checkpoint(parameters["checkpoint"])}
+    elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named)):
+        if config.name != "lesson":
+            raise no_inputs(stage, run_folder)
+        inputs = {name: Path(entry["path"]) for name, entry in former.get("inputs", {}).items()}
+        if not inputs or not all(map(is_model, inputs.values())):
+            _, device = preflight(config, stage)
+            inputs = make_bases(stage, config, parameters, device)
+    now = described(inputs)
+    if changed := changes(*({n: e["sha256"][:12] for n, e in side.items()} for side in (former.get("inputs", now), now))):
+        raise StageError(f"stage {stage} was begun from other weights ({'; '.join(changed)}): say force=True to delete it and "
+                         "begin anew, or choose another run name")
+    say(f"{stage}: starts from {start_of(inputs)}" + (f"; uses {', '.join(inputs)}" if len(inputs) > 1 else ""))
+    return inputs
+
+
+def with_model_of(config: PipelineConfig, checkpoint: Path) -> PipelineConfig:
+    """The config with the architecture of a checkpoint in place of the preset's; a line says what differs."""
+    from modern_llm.models import read_config
+
+    model = read_config(checkpoint)
+    if differing := changes(configs.to_dict(config.model), configs.to_dict(model), "model."):
+        say("  the model is the checkpoint's, not the preset's: " + "; ".join(differing))
+    data = config.data  # later stages read the checkpoint's tokenizer, not these two settings; they must only fit each other
+    if data.tokenizer == "bpe" or model.vocab_size < configs.GPT2_VOCAB_SIZE:
+        data = dataclasses.replace(data, tokenizer="bpe", tokenizer_vocab_size=min(data.tokenizer_vocab_size, model.vocab_size))
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def former_micro_batch(folder: Path, stage: str) -> int | None:
+    """The micro-batch that an earlier sitting of the stage was fitted to."""
+    record = read_json(folder / "params.json").get("config") or read_json(folder.parent / "run.json")["config"]
+    return record[stage]["micro_batch_size"]
+
+
+def _write_record(run: StageRun, parameters: dict, resolved: PipelineConfig) -> None:
+    """`params.json` of the stage, and `run.json`, which keeps what it says of the other stages.
+
+    `params.json` holds the settings as asked for (`resolved`), to be compared with those asked for the next time.
+    """
+    path = run.folder.parent / "run.json"
+    former = read_json(path) if path.exists() else {"stages": {}, "config": {}}
+    config = configs.to_dict(run.config)
+    config |= {name: former["config"][name] for name in former["stages"] if name != run.stage and name in former["config"]}
+    if run.resume:
+        run.earlier_seconds = former["stages"].get(run.stage, {}).get("seconds", 0.0)
+    write_json(path, {"run": run.run, "preset": run.config.name, "config": config, "git_commit": git_commit(), "seed": run.config.seed,
+                      **machine(run.device), "stages": former["stages"]})
+    wanted = sections(resolved, run.stage)
+    if isinstance(fitted := settings_of(run.config, run.stage), TrainConfig):
+        wanted[run.stage]["micro_batch_size"] = fitted.micro_batch_size
+    write_json(run.folder / "params.json", {"stage": run.stage, **parameters, "run": run.run, "config": wanted,
+                                            "inputs": described(run.inputs)})
+    run._record("running")
 
 
 def _mark_failures(stage: StageRun, namespace: dict) -> None:
@@ -354,25 +488,47 @@ def _keep_notebook(target: Path, namespace: dict) -> None:
 
 
 def config_table(config: PipelineConfig, stage: str):
-    """What the stage will do, as a table: sizes, closed-form estimates, data and the optimisation settings."""
+    """What the stage will do, as a table: the model, the data it reads, its optimisation, and its own settings."""
     import pandas as pd
 
-    model, train = config.model, getattr(config, stage)
+    model, settings = config.model, settings_of(config, stage)
     parameters = counts.parameter_count(model)
-    tokens = train.max_steps * train.batch_size * model.context_length
-    memory = counts.training_memory(model, train)["total"]
+    data = {name: None for path in DATA[stage] for value in [setting(config, path)]
+            for name in ([value] if isinstance(value, str) else value)}
     rows = [
         ("preset", config.name, config.description),
         ("parameters", f"{parameters['total']:,}", f"{parameters['active']:,} active for a token"),
         ("shape", f"{model.num_layers} layers × {model.width}", f"{model.num_heads} heads, {model.num_kv_heads} key/value "
          f"groups, feed-forward {model.ffn_width}, context {model.context_length}"),
-        ("data", ", ".join(config.data.sources), f"tokenizer {config.data.tokenizer}, vocabulary {model.vocab_size}"),
-        ("batch", f"{train.batch_size} × {model.context_length} tokens", f"in micro-batches of {train.micro_batch}"),
-        ("budget", f"{train.max_steps:,} steps = {tokens / 1e6:,.1f}M tokens",
-         f"{tokens * counts.flops_per_token(model):.1e} FLOPs"
-         + (f", at most {train.max_minutes:g} minutes" if train.max_minutes else "")),
-        ("optimizer", train.optimizer, f"lr {train.lr:g}" + (f", Muon {train.muon_lr:g}" if train.optimizer == "muon"
-         else "") + f", weight decay {train.weight_decay:g}, {train.schedule}"),
-        ("memory", f"{memory / GIB:.2f} GB", "estimated, to train"),
     ]
+    if stage == "pretrain":
+        rows.append(("data", ", ".join(data), f"tokenizer {config.data.tokenizer}, vocabulary {model.vocab_size}"))
+    elif data:
+        rows.append(("data", ", ".join(data), ""))
+    if isinstance(settings, TrainConfig):
+        rows += _optimisation(config, stage, settings)
+    rows.append(("memory", f"{memory_needed(config, stage) / GIB:.2f} GB",
+                 "estimated, to train" if isinstance(settings, TrainConfig) else "estimated, to run the model"))
+    if settings is not None:
+        shared = {field.name for field in dataclasses.fields(TrainConfig)} | {path.split(".")[1] for path in DATA[stage]}
+        own = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name not in shared}
+        rows += [(name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), "")
+                 for name, value in own.items()]
     return pd.DataFrame(rows, columns=["", "value", "detail"]).set_index("")
+
+
+def _optimisation(config: PipelineConfig, stage: str, train: TrainConfig) -> list[tuple[str, str, str]]:
+    """Batch, budget and optimizer; only in pretraining is every row as long as the context."""
+    limit = f"at most {train.max_minutes:g} minutes" if train.max_minutes else ""
+    batch, budget, detail = f"{train.batch_size} rows", f"{train.max_steps:,} steps", limit
+    if stage == "pretrain":
+        tokens = train.max_steps * train.batch_size * config.model.context_length
+        batch = f"{train.batch_size} × {config.model.context_length} tokens"
+        budget += f" = {tokens / 1e6:,.1f}M tokens"
+        detail = f"{tokens * counts.flops_per_token(config.model):.1e} FLOPs" + (f", {limit}" if limit else "")
+    return [
+        ("batch", batch, f"in micro-batches of {train.micro_batch}"),
+        ("budget", budget, detail),
+        ("optimizer", train.optimizer, f"lr {train.lr:g}" + (f", Muon {train.muon_lr:g}" if train.optimizer == "muon" else "")
+         + f", weight decay {train.weight_decay:g}, {train.schedule}"),
+    ]

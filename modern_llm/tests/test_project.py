@@ -31,6 +31,7 @@ ALLOWED = {
     "checkpoints": {"config", "files", "optim"},
     "chat": {"data", "generation", "models", "tokens"},  # the model as a type only
     "tasks": {"chat", "config", "models", "reading", "scoring", "synth"},
+    "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tokens"},
     "trainer": {"config", "files", "optim", "checkpoints"},
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks"},
     "inputs": {"config", "files", "sources", "tokens"},

@@ -1,0 +1,294 @@
+"""What a stage starts from: earlier checkpoints of its run, one given by hand, or (preset "lesson") a small base made once.
+
+Plain plumbing under `stage`. Also the facts about stages that both a stage and the pipeline need: which notebook it is,
+which settings it depends on, which data it reads. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from modern_llm.config import PipelineConfig, to_dict
+from modern_llm.files import find_folder, read_json, sha256
+
+NOTEBOOKS = {"pretrain": "03_pretrain.ipynb", "sft": "04_sft.ipynb", "dpo": "05_dpo.ipynb", "verifier": "06_verifier.ipynb",
+             "eval": "07_eval.ipynb", "attention": "08_attention_viz.ipynb"}  # in the order of the pipeline
+
+# Settings that a stage's result depends on, besides the checkpoints it starts from.
+SECTIONS = {
+    "pretrain": ("model", "data", "pretrain", "seed"),
+    "sft": ("data", "sft", "seed"),
+    "dpo": ("data", "dpo", "seed"),
+    "verifier": ("data", "verifier", "seed"),
+    "eval": ("data", "eval", "sft.sources", "dpo.sources", "seed"),
+    "attention": ("data", "seed"),
+}
+# Where data sets are named that a stage reads.
+DATA = {
+    "pretrain": ("data.sources",),
+    "sft": ("sft.sources", "data.sources"),
+    "dpo": ("dpo.sources",),
+    "verifier": ("verifier.problems",),
+    "eval": ("data.sources", "dpo.sources", "eval.problems", "eval.sentiment"),
+    "attention": (),
+}
+GENERATORS = ("dpo", "sft", "pretrain")  # the stages that make a language model, the last one first
+FIRST_OF = {"sft": ("pretrain",), "dpo": ("sft",), "verifier": ("dpo", "sft"), "attention": GENERATORS}
+ALL_OF = {"eval": ("pretrain", "sft", "dpo", "verifier")}
+BASES = {"sft": ("pretrain",), "dpo": ("pretrain", "sft"), "verifier": ("pretrain", "sft"), "eval": ("pretrain", "sft"),
+         "attention": ("pretrain",)}  # what is made for the preset "lesson" when there is nothing
+
+
+class StageError(RuntimeError):
+    """The stage cannot start. The message names the value, the place and the remedy."""
+
+
+def say(text: str, end: str = "\n") -> None:
+    """A line for whoever watches, not for the notebook's record: it may name times and places."""
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def notebooks_folder() -> Path:
+    """`nbs/` of the checkout. FileNotFoundError if the package was installed without it."""
+    folder = Path(__file__).resolve().parent.parent / "nbs"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no notebooks at {folder}: run from a checkout installed with `pip install -e .`")
+    return folder
+
+
+# ---- settings and data of a stage ------------------------------------------------------------------------------------
+
+
+def setting(config: PipelineConfig, path: str) -> object:
+    """The value at a dotted path."""
+    value: object = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def sections(config: PipelineConfig, stage: str) -> dict:
+    """The settings that the stage's result depends on, as plain JSON values keyed by their dotted path."""
+    found = {}
+    for path in SECTIONS[stage]:
+        value = setting(config, path)
+        found[path] = to_dict(value) if dataclasses.is_dataclass(value) else json.loads(json.dumps(value))
+    return found
+
+
+def changes(former: dict, wanted: dict, place: str = "") -> list[str]:
+    """`sft.lr: 0.003 -> 0.001` for every setting that differs; micro-batches are left out: they follow the memory."""
+    lines = []
+    for name in dict.fromkeys([*former, *wanted]):
+        path, one, other = f"{place}{name}", former.get(name), wanted.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            lines += changes(one, other, f"{path}.")
+        elif one != other and name != "micro_batch_size":
+            lines.append(f"{path}: {json.dumps(one)} -> {json.dumps(other)}")
+    return lines
+
+
+def data_names(config: PipelineConfig, stage: str) -> list[str]:
+    """The data sets that the stage reads and that have to be found; what is built in is always there."""
+    found: list[str] = []
+    for path in DATA[stage]:
+        value = setting(config, path)
+        found += [value] if isinstance(value, str) else list(value)
+    return [name for name in dict.fromkeys(found) if not name.startswith("synthetic")]
+
+
+def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
+    """Why each data set that the stages read and that is not here cannot be had; nothing is downloaded."""
+    from modern_llm.sources import DatasetNotFound, find_source
+
+    problems = []
+    for name in dict.fromkeys(name for stage in stages for name in data_names(config, stage)):
+        try:
+            find_source(name)
+        except DatasetNotFound as error:
+            problems.append(f"data: {error}")
+    if "pretrain" in stages and config.data.tokenizer == "gpt2":
+        from modern_llm.tokens import gpt2_tokenizer
+
+        try:
+            gpt2_tokenizer()
+        except DatasetNotFound as error:
+            problems.append(f"data: {error}")
+    return problems
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a saved model."""
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at `path`: that folder itself, the one of a stage folder, or the last one of a run folder.
+
+    StageError lists what was tried.
+    """
+    given = Path(path).expanduser().resolve()
+    tried = [given, given / "checkpoint", *(given / stage / "checkpoint" for stage in GENERATORS)]
+    for folder in tried:
+        for candidate in (folder, folder.with_name(folder.name + ".previous")):  # left by a kill between two renames
+            if is_model(candidate) and candidate != given.with_name(given.name + ".previous"):
+                return candidate
+    raise StageError(f"checkpoint={str(path)!r}: no folder with config.json and model.safetensors. Tried "
+                     + ", ".join(map(str, tried)) + ". Give a checkpoint folder, a stage's folder or a run's folder.")
+
+
+def own_checkpoint(run_folder: Path, stage: str) -> Path | None:
+    """The checkpoint of a finished stage of a run."""
+    if not (run_folder / stage / "results.json").is_file():
+        return None
+    try:
+        return find_folder(run_folder / stage / "checkpoint")
+    except FileNotFoundError:
+        return None
+
+
+def own_inputs(stage: str, run_folder: Path) -> dict[str, Path]:
+    """The checkpoints of earlier stages of the same run that the stage starts from or judges; empty if there are none."""
+    there = {name: folder for name in FIRST_OF.get(stage, ALL_OF.get(stage, ()))
+             if (folder := own_checkpoint(run_folder, name))}
+    if stage in FIRST_OF:
+        return dict(list(there.items())[:1])
+    if "sft" in there and "pretrain" not in there:  # a run that began at SFT: its base is what it was given
+        given = read_json(run_folder / "sft" / "params.json").get("inputs", {}).get("checkpoint")
+        if given and is_model(Path(given["path"])):
+            there = {"pretrain": Path(given["path"]), **there}
+    return there if there.keys() & set(GENERATORS) else {}
+
+
+def start_of(inputs: dict[str, Path]) -> Path | None:
+    """The checkpoint to start from: the one given by hand, else of the last stage that made a language model."""
+    return next((inputs[name] for name in ("checkpoint", *GENERATORS) if name in inputs), None)
+
+
+def weights_digest(folder: Path) -> str:
+    """A digest of a checkpoint's weights: from its `meta.json`, else of the files themselves."""
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    known = read_json(folder / "meta.json")["sha256"] if (folder / "meta.json").is_file() else {}
+    digests = [known.get(name) or sha256(folder / name) for name in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def described(inputs: dict[str, Path]) -> dict[str, dict[str, str]]:
+    """Path and digest of every input, as they go into `params.json`."""
+    return {name: {"path": str(folder), "sha256": weights_digest(folder)} for name, folder in inputs.items()}
+
+
+def no_inputs(stage: str, run_folder: Path) -> StageError:
+    """The error of a stage that has nothing to start from."""
+    needs = BASES[stage][-1] if stage != "attention" else "pretrain"
+    return StageError(
+        f"stage {stage} starts from an earlier checkpoint, and {run_folder} has none: no finished stage "
+        f"{' or '.join(FIRST_OF.get(stage, GENERATORS))}. Run `modern-llm run --run {run_folder.name} --stage {needs}` first, or "
+        f"`--stage all`, or give a checkpoint: --checkpoint PATH (in a notebook, checkpoint = \"PATH\").")
+
+
+# ---- executing a notebook --------------------------------------------------------------------------------------------
+
+# A first small interpreter asks Linux to kill it when its parent dies, then becomes papermill; a kernel watches its own parent.
+_WITH_ITS_PARENT = """
+import os, sys
+if sys.platform == "linux":
+    import ctypes, signal
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("the parent died first")
+os.execv(sys.executable, [sys.executable, "-m", "papermill", *sys.argv[2:]])
+"""
+
+
+def start_papermill(notebook: Path, output: Path, parameters: dict, live: bool = True, **options) -> subprocess.Popen:
+    """Execute a notebook in a process group of its own, which is killed when this process dies."""
+    words = [str(notebook), str(output), "--no-progress-bar", "--log-level", "WARNING", *["--log-output"] * live]
+    for name, value in parameters.items():
+        words += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
+    command = [sys.executable, "-I", "-S", "-c", _WITH_ITS_PARENT, str(os.getpid()), *words]
+    return subprocess.Popen(command, start_new_session=True, **options)  # out of reach of the terminal's Ctrl-C
+
+
+# ---- the small base of the lesson preset -----------------------------------------------------------------------------
+
+
+def code_digest(notebook: Path) -> str:
+    """A digest of the notebook's code and of every module of the package that it imports, directly or not."""
+    package, seen, texts = Path(__file__).resolve().parent, set(), []
+    cells = [cell for cell in read_json(notebook)["cells"] if cell["cell_type"] == "code"]
+    waiting = ["".join(cell["source"]) for cell in cells]
+    while waiting:
+        texts.append(text := waiting.pop())
+        code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("%", "!")))
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("modern_llm")):
+                module = (node.module or "").removeprefix("modern_llm").lstrip(".")
+                for name in (module, *(alias.name for alias in node.names)):
+                    path = package / f"{name}.py"
+                    if path.is_file() and path not in seen:
+                        seen.add(path)
+                        waiting.append(path.read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()
+
+
+def base_name(stages: tuple[str, ...], config: PipelineConfig, device: str) -> str:
+    """The run name of the last of `stages`, made one from the other: it changes with their settings and their code."""
+    parts = [device, *(part for stage in stages for part in (sections(config, stage), code_digest(notebooks_folder() / NOTEBOOKS[stage])))]
+    return f"{config.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
+
+
+def make_bases(stage: str, config: PipelineConfig, parameters: dict, device: str) -> dict[str, Path]:
+    """The checkpoints that `stage` needs, made by the notebooks of the earlier stages, once, and kept in the cache.
+
+    Another process that wants the same base waits for the first. One line says what was made, what reused, and where.
+    """
+    from modern_llm.tokens import cache_root, one_builder
+
+    root, chain = cache_root() / "bases", BASES[stage]
+    made: dict[str, Path] = {}
+    say(f"{stage}: nothing to start from in this run, so it takes a small base:", end="")
+    for count, earlier in enumerate(chain, 1):
+        folder = root / base_name(chain[:count], config, device)
+        with one_builder(folder):
+            began, ready = time.time(), own_checkpoint(folder, earlier)
+            if ready is None:
+                say(f" {earlier}, made once …", end="")
+                _make_base(earlier, folder, start_of(made), parameters)
+            how = "made before" if ready else f"{time.time() - began:.0f} s"
+        say(f" {earlier} ({how})" if ready else f" {how};", end=";" if ready else "")
+        made[earlier] = own_checkpoint(folder, earlier)
+    say(f" in {root}")
+    return made
+
+
+def _make_base(stage: str, folder: Path, start: Path | None, parameters: dict) -> None:
+    notebook = notebooks_folder() / NOTEBOOKS[stage]
+    values = {name: parameters[name] for name in ("preset", "seed", "device", "overrides") if parameters.get(name) not in (None, "")}
+    values |= {"run": folder.name, "output_dir": str(folder.parent), "resume": True}
+    if start:
+        values["checkpoint"] = str(start)
+    (folder / stage).mkdir(parents=True, exist_ok=True)
+    process = start_papermill(notebook, folder / stage / "notebook.ipynb", values, live=False, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
+    try:
+        text, _ = process.communicate()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode or own_checkpoint(folder, stage) is None:
+        last = "\n".join(text.strip().splitlines()[-8:])
+        raise StageError(f"the small base could not be made: {notebook.name} failed, see {folder / stage / 'notebook.ipynb'}\n{last}")
