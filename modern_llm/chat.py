@@ -147,7 +147,7 @@ class Answer:
 
 def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], ending: int, *, samples: int = 1,
                   max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-                  force: Callable[[list[int]], Sequence[int]] | None = None, batch_rows: int = 256,
+                  force: Callable[[list[int]], Sequence[int]] | None = None, batch_rows: int = 512,
                   progress: str = "") -> list[Answer]:
     """`samples` answers to every encoded prompt, prompt by prompt, in batches of similar length; the order is kept.
 
