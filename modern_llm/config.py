@@ -204,12 +204,13 @@ class DPOConfig(TrainConfig):
     sft_weight: float = 0.0  # weight of the chosen answer's negative log-probability per token
     max_train_pairs: int = 5_000  # a source
     max_validation_pairs: int = 200  # a source
+    max_new_tokens: int = 128  # of the model's own answers to held-out prompts
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(len(self.sources) > 0, "dpo.sources is empty; name at least one, for example 'synthetic'")
         _one_of("dpo.loss", self.loss, PREFERENCE_LOSSES)
-        _positive("dpo", self, "beta", "max_train_pairs", "max_validation_pairs")
+        _positive("dpo", self, "beta", "max_train_pairs", "max_validation_pairs", "max_new_tokens")
         _require(0 <= self.label_smoothing < 0.5, f"dpo.label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
         _require(self.loss == "sigmoid" or self.label_smoothing == 0, "dpo.label_smoothing is for dpo.loss='sigmoid'")
         _require(self.sft_weight >= 0, f"dpo.sft_weight={self.sft_weight} must not be negative")
@@ -335,6 +336,13 @@ def lesson() -> PipelineConfig:
         pretrain=TrainConfig(max_steps=120, batch_size=16, warmup_steps=5, eval_every=20, checkpoint_every=40),
         sft=SFTConfig(max_steps=60, batch_size=8, lr=4e-3, muon_lr=3e-2, warmup_steps=5, decay_fraction=0.6, eval_every=20,
                       checkpoint_every=30, max_train_examples=2000, max_validation_examples=40),
+        dpo=DPOConfig(max_steps=40, batch_size=16, optimizer="adamw", lr=4e-4, weight_decay=0.0, warmup_steps=4, log_every=1,
+                      eval_every=10, checkpoint_every=20, keep_checkpoints=0, max_train_pairs=640, max_validation_pairs=100,
+                      max_new_tokens=40),
+        verifier=VerifierConfig(levels=(1, 2, 3), max_steps=20, batch_size=8, lr=4e-3, muon_lr=2e-2, warmup_steps=2, log_every=2,
+                                eval_every=10, checkpoint_every=10, keep_checkpoints=0, train_problems=40, validation_problems=40,
+                                samples_per_problem=4, validation_samples=8, max_new_tokens=80, gold_problems=400,
+                                comparison_steps=20),
     )
 
 
@@ -343,7 +351,14 @@ def local_smoke() -> PipelineConfig:
         name="local-smoke",
         description="about 1M parameters on the built-in world: minutes on 2 CPU cores, no network",
         data=DataConfig(max_train_tokens=2_000_000, max_validation_tokens=40_000),
-        pretrain=TrainConfig(max_steps=450, batch_size=16, lr=4e-3, muon_lr=3e-2, eval_every=75, checkpoint_every=150),
+        pretrain=TrainConfig(max_steps=360, batch_size=16, lr=4e-3, muon_lr=3e-2, eval_every=60, checkpoint_every=120),
+        sft=SFTConfig(weights=(0.35, 0.65), max_steps=250, batch_size=16, lr=4e-3, muon_lr=3e-2, warmup_steps=10,
+                      decay_fraction=0.6, eval_every=125, checkpoint_every=100, keep_checkpoints=0),
+        dpo=DPOConfig(max_steps=100, batch_size=16, optimizer="adamw", lr=1e-4, weight_decay=0.0, warmup_steps=10, log_every=1,
+                      eval_every=20, checkpoint_every=50, keep_checkpoints=0, max_train_pairs=1600, max_new_tokens=40),
+        verifier=VerifierConfig(levels=(2, 3, 4), max_steps=120, batch_size=16, lr=2e-3, muon_lr=1e-2, warmup_steps=10,
+                                decay_fraction=0.7, eval_every=40, checkpoint_every=40, keep_checkpoints=0, train_problems=200,
+                                validation_problems=150, samples_per_problem=8, temperature=0.8, max_new_tokens=112),
     )
 
 
@@ -356,6 +371,11 @@ def local_cpu() -> PipelineConfig:
         pretrain=TrainConfig(max_steps=2000, max_minutes=45, batch_size=16, eval_every=100, checkpoint_every=200),
         sft=SFTConfig(sources=("alpaca", "gsm8k", "sst2"), weights=(0.5, 0.3, 0.2), max_steps=600, max_minutes=15, batch_size=16,
                       lr=2e-3, muon_lr=1e-2, checkpoint_every=200, max_validation_examples=100),
+        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=150, max_minutes=8, batch_size=8, optimizer="adamw", lr=5e-5, weight_decay=0.0,
+                      sft_weight=0.1, log_every=5, eval_every=50, checkpoint_every=50, keep_checkpoints=0, max_train_pairs=1200,
+                      max_validation_pairs=100),
+        verifier=VerifierConfig(problems="gsm8k", max_steps=200, max_minutes=6, batch_size=8, lr=1e-3, muon_lr=5e-3, train_problems=80,
+                                validation_problems=40, samples_per_problem=4, validation_samples=8, keep_checkpoints=0),
     )
 
 
@@ -371,7 +391,11 @@ def local() -> PipelineConfig:
         sft=SFTConfig(sources=("alpaca", "oasst1", "gsm8k", "sst2"), weights=(0.5, 0.1, 0.2, 0.2), max_train_examples=60_000,
                       max_steps=600, batch_size=32, micro_batch_size=4, lr=1e-3, muon_lr=5e-3, compile=True,
                       gradient_checkpointing=True),
+        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=600, batch_size=32, micro_batch_size=2, optimizer="adamw", lr=2e-6,
+                      weight_decay=0.0, eval_every=100, max_train_pairs=20_000, max_new_tokens=256),
         hardware=HardwareConfig(min_gpu_memory_gb=11),
+        verifier=VerifierConfig(problems="gsm8k", max_steps=600, batch_size=32, micro_batch_size=4, lr=3e-4, muon_lr=2e-3, compile=True,
+                                gradient_checkpointing=True, train_problems=1500, validation_problems=300, max_new_tokens=256),
     )
 
 
@@ -388,7 +412,14 @@ def tacc_h100() -> PipelineConfig:
         sft=SFTConfig(sources=("alpaca", "oasst1", "gsm8k", "sst2"), weights=(0.5, 0.1, 0.2, 0.2), max_train_examples=60_000,
                       max_steps=5000, batch_size=64, micro_batch_size=32, lr=3e-4, muon_lr=2e-3, warmup_steps=100, compile=True,
                       log_every=20, eval_every=250, checkpoint_every=1000),
+        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=3000, batch_size=64, micro_batch_size=8, optimizer="adamw", lr=1e-6,
+                      weight_decay=0.0, warmup_steps=100, eval_every=250, checkpoint_every=500, max_train_pairs=170_000,
+                      max_validation_pairs=500, max_new_tokens=256),
         hardware=HardwareConfig(min_gpu_memory_gb=70, needs_bf16=True),
+        verifier=VerifierConfig(problems="gsm8k", max_steps=3000, batch_size=64, micro_batch_size=16, lr=1e-4, muon_lr=1e-3,
+                                warmup_steps=100, compile=True, log_every=20, eval_every=500, checkpoint_every=500,
+                                train_problems=7000, validation_problems=400, samples_per_problem=32, validation_samples=32,
+                                max_new_tokens=256, head_dropout=0.2),
     )
 
 
@@ -400,7 +431,9 @@ def tacc_a100() -> PipelineConfig:
         description="the tacc-h100 run on one 40 GB A100",
         pretrain=replace(base.pretrain, micro_batch_size=16),
         sft=replace(base.sft, micro_batch_size=16),
+        dpo=replace(base.dpo, micro_batch_size=4),
         hardware=replace(base.hardware, min_gpu_memory_gb=38),
+        verifier=replace(base.verifier, micro_batch_size=8),
     )
 
 
@@ -418,7 +451,12 @@ def tacc_smoke() -> PipelineConfig:
                          eval_every=20, checkpoint_every=20),
         sft=replace(base.sft, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
                     checkpoint_every=10, max_train_examples=500, max_validation_examples=16),
+        dpo=replace(base.dpo, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
+                    checkpoint_every=10, max_train_pairs=320, max_validation_pairs=16, max_new_tokens=64),
         hardware=HardwareConfig(min_gpu_memory_gb=8, needs_bf16=True),
+        verifier=replace(base.verifier, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
+                         checkpoint_every=10, train_problems=20, validation_problems=10, samples_per_problem=4,
+                         validation_samples=4, max_new_tokens=64),
     )
 
 
@@ -443,6 +481,7 @@ def h100_speedrun() -> PipelineConfig:
         description="the best 253M model one H100 or H200 makes in 60 minutes",
         pretrain=replace(base.pretrain, max_minutes=60, max_steps=6000, warmup_steps=100, ema_decay=0.998),
         sft=replace(base.sft, max_steps=600, max_minutes=6),
+        dpo=replace(base.dpo, max_steps=300, max_minutes=4, max_train_pairs=20_000),
     )
 
 

@@ -33,8 +33,11 @@ ALLOWED = {
     "tasks": {"chat", "config", "models", "reading", "scoring", "synth"},
     "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tokens"},
     "trainer": {"config", "files", "optim", "checkpoints"},
+    "evals": {"chat", "data", "files", "scoring", "tasks", "tokens"},
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks"},
     "inputs": {"config", "files", "sources", "tokens"},
+    "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
+    "report": {"config", "figures", "files"},
     "stage": {"config", "files", "counts", "checkpoints", "inputs", "models"},
     "pipeline": {"config", "files", "stage", "inputs", "report"},
     "cli": {"config", "files", "pipeline", "stage", "sources", "reading"},
