@@ -39,6 +39,7 @@ ALLOWED = {
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report": {"config", "figures", "files"},
     "stage": {"config", "files", "counts", "checkpoints", "inputs", "models"},
+    "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "stage", "inputs", "report"},
     "cli": {"config", "files", "pipeline", "stage", "sources", "reading"},
 }
