@@ -41,10 +41,11 @@ ALLOWED = {
     "stage": {"config", "files", "counts", "checkpoints", "inputs", "models"},
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "stage", "inputs", "report"},
-    "cli": {"config", "files", "pipeline", "stage", "sources", "reading"},
+    "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "stage", "tokens"},
+    "cli": {"config", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
 }
 NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
-            "pipeline", "cli"}
+            "pipeline", "cli", "report"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
