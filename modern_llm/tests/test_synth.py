@@ -281,7 +281,7 @@ def test_review_labels_are_the_majority():
 
 def test_problems_are_right_and_in_gsm8k_format():
     line = r"(\w+|Then s?he) has (\d+)([+*-])(\d+)=<<\2\3\4=(\d+)>>\5 \w+\."
-    steps = {1: 1, 2: 2, 3: 2, 4: 3, 5: 4}
+    steps = {1: 1, 2: 2, 3: 3, 4: 3, 5: 4}
     for problem in islice(synth.problems(), 2000):
         *worked, last = problem.answer.split("\n")
         assert len(worked) == steps[problem.level] and all(re.fullmatch(line, text) for text in worked)
