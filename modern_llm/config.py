@@ -261,6 +261,7 @@ class EvalConfig:
     samples_per_problem: int = 16  # for pass@k, majority@k and the verifier
     temperature: float = 1.0  # of the samples
     max_new_tokens: int = 128
+    batch_rows: int = 256  # answers written at once
     sentiment: str = "synthetic"  # "synthetic" or "sst2"
     num_sentences: int = 200
     shots: int = 4  # demonstrations in front of each sentence, as far as they fit
@@ -272,7 +273,7 @@ class EvalConfig:
         _one_of("eval.problems", self.problems, ("synthetic", "gsm8k"))
         _one_of("eval.sentiment", self.sentiment, ("synthetic", "sst2"))
         _positive("eval", self, "num_problems", "samples_per_problem", "sampled_problems", "temperature", "max_new_tokens",
-                  "num_sentences", "num_instructions", "num_pairs", "max_perplexity_tokens")
+                  "batch_rows", "num_sentences", "num_instructions", "num_pairs", "max_perplexity_tokens")
         for name in ("shots", "problem_shots"):
             _require(getattr(self, name) >= 0, f"eval.{name}={getattr(self, name)} must not be negative")
         for name in ("levels", "sampled_levels"):
@@ -343,6 +344,9 @@ def lesson() -> PipelineConfig:
                                 eval_every=10, checkpoint_every=10, keep_checkpoints=0, train_problems=40, validation_problems=40,
                                 samples_per_problem=4, validation_samples=8, max_new_tokens=80, gold_problems=400,
                                 comparison_steps=20),
+        eval=EvalConfig(levels=(1, 2, 3), num_problems=30, sampled_levels=(1, 2, 3), sampled_problems=18, samples_per_problem=4,
+                        max_new_tokens=72, num_sentences=30, shots=1, num_instructions=30, num_pairs=30,
+                        max_perplexity_tokens=10_000),
     )
 
 
@@ -359,6 +363,7 @@ def local_smoke() -> PipelineConfig:
         verifier=VerifierConfig(levels=(2, 3, 4), max_steps=120, batch_size=16, lr=2e-3, muon_lr=1e-2, warmup_steps=10,
                                 decay_fraction=0.7, eval_every=40, checkpoint_every=40, keep_checkpoints=0, train_problems=200,
                                 validation_problems=150, samples_per_problem=8, temperature=0.8, max_new_tokens=112),
+        eval=EvalConfig(shots=2, max_perplexity_tokens=40_000),
     )
 
 
@@ -376,6 +381,8 @@ def local_cpu() -> PipelineConfig:
                       max_validation_pairs=100),
         verifier=VerifierConfig(problems="gsm8k", max_steps=200, max_minutes=6, batch_size=8, lr=1e-3, muon_lr=5e-3, train_problems=80,
                                 validation_problems=40, samples_per_problem=4, validation_samples=8, keep_checkpoints=0),
+        eval=EvalConfig(problems="gsm8k", num_problems=100, sampled_problems=24, samples_per_problem=8, sentiment="sst2",
+                        num_sentences=100, num_instructions=100, num_pairs=100, max_perplexity_tokens=30_000),
     )
 
 
@@ -393,6 +400,8 @@ def local() -> PipelineConfig:
                       gradient_checkpointing=True),
         dpo=DPOConfig(sources=("hh-rlhf",), max_steps=600, batch_size=32, micro_batch_size=2, optimizer="adamw", lr=2e-6,
                       weight_decay=0.0, eval_every=100, max_train_pairs=20_000, max_new_tokens=256),
+        eval=EvalConfig(problems="gsm8k", num_problems=200, problem_shots=4, sampled_problems=50, max_new_tokens=256, batch_rows=64,
+                        sentiment="sst2", num_sentences=872, num_pairs=500, max_perplexity_tokens=300_000),
         hardware=HardwareConfig(min_gpu_memory_gb=11),
         verifier=VerifierConfig(problems="gsm8k", max_steps=600, batch_size=32, micro_batch_size=4, lr=3e-4, muon_lr=2e-3, compile=True,
                                 gradient_checkpointing=True, train_problems=1500, validation_problems=300, max_new_tokens=256),
@@ -415,6 +424,8 @@ def tacc_h100() -> PipelineConfig:
         dpo=DPOConfig(sources=("hh-rlhf",), max_steps=3000, batch_size=64, micro_batch_size=8, optimizer="adamw", lr=1e-6,
                       weight_decay=0.0, warmup_steps=100, eval_every=250, checkpoint_every=500, max_train_pairs=170_000,
                       max_validation_pairs=500, max_new_tokens=256),
+        eval=EvalConfig(problems="gsm8k", num_problems=1319, problem_shots=4, sampled_problems=500, samples_per_problem=32,
+                        max_new_tokens=256, sentiment="sst2", num_sentences=872, num_pairs=1000, max_perplexity_tokens=300_000),
         hardware=HardwareConfig(min_gpu_memory_gb=70, needs_bf16=True),
         verifier=VerifierConfig(problems="gsm8k", max_steps=3000, batch_size=64, micro_batch_size=16, lr=1e-4, muon_lr=1e-3,
                                 warmup_steps=100, compile=True, log_every=20, eval_every=500, checkpoint_every=500,
@@ -453,6 +464,8 @@ def tacc_smoke() -> PipelineConfig:
                     checkpoint_every=10, max_train_examples=500, max_validation_examples=16),
         dpo=replace(base.dpo, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
                     checkpoint_every=10, max_train_pairs=320, max_validation_pairs=16, max_new_tokens=64),
+        eval=replace(base.eval, num_problems=16, problem_shots=1, sampled_problems=4, samples_per_problem=4, max_new_tokens=64,
+                     num_sentences=32, num_pairs=32, max_perplexity_tokens=20_000),
         hardware=HardwareConfig(min_gpu_memory_gb=8, needs_bf16=True),
         verifier=replace(base.verifier, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
                          checkpoint_every=10, train_problems=20, validation_problems=10, samples_per_problem=4,
