@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,14 +50,18 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     return index
 
 # %% ../nbs/03a_chat.ipynb #encode-chat
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> list[int]:
-    """Token ids of a conversation. ValueError for a role that is not one of ROLES."""
-    ids = [end_of_text_id(tokenizer)]
-    texts = encode_documents(tokenizer, [message["content"] for message in messages])
-    for message, text in zip(messages, texts):
+def _pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[int]]:
+    """The ids of each message, its role's token and the closing <|end|> included."""
+    texts, close = encode_documents(tokenizer, [message["content"] for message in messages]), end_id(tokenizer)
+    for message in messages:
         if message["role"] not in ROLES:
             raise ValueError(f"message role {message['role']!r} is unknown; use one of {', '.join(ROLES)}")
-        ids += [special_id(tokenizer, f"<|{message['role']}|>"), *text, end_id(tokenizer)]
+    return [[special_id(tokenizer, f"<|{message['role']}|>"), *text, close] for message, text in zip(messages, texts)]
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> list[int]:
+    """Token ids of a conversation. ValueError for a role that is not one of ROLES."""
+    ids = [end_of_text_id(tokenizer), *chain.from_iterable(_pieces(tokenizer, messages))]
     return ids + [special_id(tokenizer, "<|assistant|>")] * generation_prompt
 
 
@@ -67,10 +72,10 @@ def encode_prompt(tokenizer: Tokenizer, request: str) -> list[int]:
 # %% ../nbs/03a_chat.ipynb #encode-example
 def encode_example(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
     """Input ids and labels of a conversation: only what the assistant says, and the <|end|> behind it, has labels."""
-    ids, trained = encode_chat(tokenizer, messages), []
-    for message in messages:
-        trained += [-100] + [message["role"] == "assistant"] * (len(encode_documents(tokenizer, [message["content"]])[0]) + 1)
-    labels = [token if mark is True else -100 for token, mark in zip(ids[1:], trained)]
+    ids, labels = [end_of_text_id(tokenizer)], []
+    for message, piece in zip(messages, _pieces(tokenizer, messages)):
+        ids += piece
+        labels += [-100, *piece[1:]] if message["role"] == "assistant" else [-100] * len(piece)
     return ids[:-1], labels
 
 # %% ../nbs/03a_chat.ipynb #batches

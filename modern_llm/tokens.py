@@ -62,6 +62,8 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[in
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:
+        if len(texts) < 8:  # waking the threads would take longer than the work
+            return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally:
         tokenizer.encode_special_tokens = before
