@@ -1,15 +1,19 @@
-"""The command line: `modern-llm run`, `datasets`, `presets`. Imports no torch, so that `--help` is instant."""
+"""The command line: `modern-llm run`, `status`, `chat` and so on. Imports no torch, so that `--help` is instant."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import click
 
-from modern_llm.config import ALIASES, PRESETS, ConfigError, get_pipeline_preset, to_dict
+from modern_llm.config import ALIASES, PRESETS, ConfigError, get_pipeline_preset, nearest, to_dict
 
 
 class Failure(click.ClickException):
@@ -18,72 +22,131 @@ class Failure(click.ClickException):
     exit_code = 2
 
 
+STAGES = "pretrain, sft, dpo, verifier, eval, attention, report, or all"
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="modern_llm")
 def main() -> None:
     """Train a small modern language model, stage by stage; every stage is a notebook.
 
     \b
-    modern-llm run                                   the default preset, local-smoke, from the start
-    modern-llm run --preset local-cpu -p max_minutes=10
+    modern-llm run                                   every stage of the default preset, local-smoke, and a report
+    modern-llm run --preset local-cpu -p max_minutes=6
+    modern-llm run --stage sft --checkpoint runs/local-smoke/pretrain --run mine
+    modern-llm status                                what was run, how long it took, what came out
+    modern-llm chat --run local-smoke                talk to the model
+    modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm presets local-cpu                     every setting of a preset, as JSON
     modern-llm datasets --preset local-cpu           is the data it needs there?
     """
 
 
+RUN_OPTIONS = (
+    click.option("--run", "run_name", metavar="NAME", help="A run: its folder under runs/."),
+    click.option("--stage", metavar="STAGE", help="Whose weights: pretrain, sft or dpo; the last that is there unless told."),
+    click.option("--checkpoint", metavar="PATH", help="A checkpoint, stage or run folder, instead of --run."),
+    click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS)."),
+    click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 = always the likeliest token."),
+    click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or the best there is."),
+)
+
+
+def model_options(command):
+    """The options of the commands that load a model."""
+    for option in reversed(RUN_OPTIONS):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True, metavar="NAME|FILE.json",
               help="What to run; `modern-llm presets` lists the names.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE", help="pretrain, or all.")
+@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{STAGES}.")
 @click.option("--run", "run_name", metavar="NAME", help="Folder under runs/; the preset's name unless told.")
+@click.option("--checkpoint", metavar="PATH",
+              help="Start from these weights: a checkpoint, stage or run folder. With --stage all, pretraining is left out.")
 @click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
-@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many optimizer steps.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many optimizer steps, in every stage that trains.")
 @click.option("-p", "extra", multiple=True, metavar="KEY=VALUE",
-              help="A parameter of the stage notebook: seed=1, max_minutes=10, device=cpu, "
-                   "overrides='model.num_experts=4 pretrain.lr=1e-3'.")
-@click.option("--resume", is_flag=True, help="Go on with a stage that was begun (done by itself if nothing changed).")
-@click.option("--force", is_flag=True, help="Delete what the stage left before and begin anew.")
+              help="A parameter of the stage notebooks: seed=1, max_minutes=10 (each stage that trains), device=cpu, "
+                   "overrides='model.num_experts=4 sft.lr=1e-3'.")
+@click.option("--resume", is_flag=True,
+              help="Go on with a stage that was begun, also with other settings (done by itself if nothing changed).")
+@click.option("--force", is_flag=True, help="Delete what a stage left and begin anew; with --stage all, only where something changed.")
+@click.option("--no-overwrite", is_flag=True, help="Skip every stage that has results, whatever its settings were.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
-def run(preset, stage, run_name, output_dir, max_steps, extra, resume, force, dry_run) -> None:
+def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resume, force, no_overwrite, dry_run) -> None:
     """Run the stages of a preset; each one's executed notebook is its record.
 
-    A stage that is finished with the same parameters is skipped; one that was interrupted is resumed.
+    A stage that is finished, with the settings and the weights it starts from unchanged, is skipped; one that was
+    interrupted is resumed. So the same command goes on after any stop. Where something did change, nothing is touched
+    until you say --force, --resume, --no-overwrite, or another --run.
 
     \b
-    modern-llm run --preset local-smoke --stage pretrain --max-steps 10
-    modern-llm run --preset local-cpu -p max_minutes=10 --run ten-minutes
-    modern-llm run -p overrides="model.use_attention_sinks=true" --run sinks
+    modern-llm run                                                        all of local-smoke, minutes on a CPU
+    modern-llm run --preset local-smoke --stage pretrain --max-steps 10   one stage, a few steps
+    modern-llm run --preset local-cpu -p max_minutes=6 --run six-minutes  six minutes for each stage that trains
+    modern-llm run --stage dpo --checkpoint runs/local-smoke/sft --run other-dpo -p overrides="dpo.loss=ipo"
+    modern-llm run -p overrides="sft.lr=1e-3" --force                     redo SFT and what follows, keep pretraining
+    modern-llm run -p seed=1 --run seed-1 --dry-run                       what would be done?
     """
     from modern_llm import pipeline
     from modern_llm.stage import StageError
 
     parameters = {"preset": preset, **_key_values(extra)}
-    for name, value in (("run", run_name), ("output_dir", output_dir), ("max_steps", max_steps),
+    for name, value in (("run", run_name), ("checkpoint", checkpoint), ("output_dir", output_dir), ("max_steps", max_steps),
                         ("resume", resume), ("force", force)):
         if value:
             parameters[name] = value
+    began = time.time()
     try:
-        steps = pipeline.plan(stage, **parameters)
+        plan = pipeline.Plan(stage, no_overwrite, **parameters)
+        if dry_run:
+            _print_plan(plan)
+            return
+        if stage == "all":
+            if checkpoint:
+                click.echo(f"pretrain: left out, the run starts from {plan.parameters[plan.stages[0]]['checkpoint']}")
+            plan.check_data()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's warning stops like Ctrl-C
+        for name in plan.stages:
+            _run_step(plan.step(name))
     except (ConfigError, StageError, FileNotFoundError) as error:
         raise Failure(str(error)) from error
-    for step in steps:
-        if step.action == "skip":
-            click.echo(f"{step.stage}: finished before with these parameters, skipped ({step.folder})")
-            continue
-        click.echo(f"{step.stage}: {step.action} {step.notebook.name} -> {step.folder}")
-        if dry_run:
-            continue
-        try:
-            code = pipeline.execute(step)
-        except StageError as error:
-            raise Failure(str(error)) from error
-        if code:
-            if pipeline.status(step) in ("stopped", "interrupted"):
-                click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from there", err=True)
-            else:
-                click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}", err=True)
-            sys.exit(code)
-        click.echo(pipeline.summary(step))
+    if stage == "all":
+        rows = pipeline.runs_table(plan.run_folder.parent, plan.run_folder.name)
+        click.echo(f"\n{_table([{key: row[key] for key in ('stage', 'status', 'minutes', 'figures')} for row in rows])}")
+        click.echo(f"\n{len(plan.stages)} stages in {(time.time() - began) / 60:.1f} minutes; run {plan.run_folder}")
+
+
+def _print_plan(plan) -> None:
+    pending = False
+    for name in plan.stages:
+        step = plan.step(name, pending)
+        click.echo(f"{name}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
+        pending = pending or step.action != "skip"
+
+
+def _run_step(step) -> None:
+    """Execute what a step asks for; leaves the program with the stage's exit code if it fails."""
+    from modern_llm import pipeline
+
+    if step.action == "skip":
+        click.echo(f"{step.stage}: skipped, {step.why} ({step.folder})")
+        return
+    click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
+    code = pipeline.execute(step)
+    if code:
+        if pipeline.status(step) in ("stopped", "interrupted"):
+            click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from there", err=True)
+        else:
+            click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}. When the cause is "
+                       "mended, the same command goes on there", err=True)
+        sys.exit(code)
+    click.echo(pipeline.summary(step))
 
 
 def _key_values(items: tuple[str, ...]) -> dict:
@@ -100,6 +163,103 @@ def _key_values(items: tuple[str, ...]) -> dict:
 
 
 @main.command()
+@click.argument("name", metavar="[RUN]", required=False)
+@click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
+def status(name: str | None, output_dir: str | None) -> None:
+    """Show the runs (or one): their stages, how they ended, when they began, what they took and what came out.
+
+    \b
+    modern-llm status
+    modern-llm status local-smoke
+    """
+    from modern_llm.pipeline import runs_table
+    from modern_llm.stage import runs_folder
+
+    root = Path(output_dir or runs_folder()).expanduser()
+    rows = runs_table(root, name)
+    if not rows and name:
+        there = sorted(path.parent.name for path in root.glob("*/run.json"))
+        raise Failure(f"no run {name!r} in {root}{nearest(name, there) if there else ', nor any other'}")
+    click.echo(_table(rows) if rows else f"no runs in {root} yet; `modern-llm run` makes the first")
+
+
+def _table(rows: list[dict]) -> str:
+    """Rows as aligned text under their column names."""
+    columns = list(rows[0])
+    widths = {c: max(len(c), *(len(str(row[c])) for row in rows)) for c in columns}
+    lines = [dict(zip(columns, columns)), *rows]
+    return "\n".join("  ".join(str(row[c]).ljust(widths[c]) for c in columns).rstrip() for row in lines)
+
+
+@main.command()
+@model_options
+def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, seed, device) -> None:
+    """Talk to a model in the terminal; its words appear as they are drawn.
+
+    Earlier turns are kept as long as they fit into the context. /new forgets them, /quit (or Ctrl-D) ends.
+
+    \b
+    modern-llm chat --run local-smoke
+    modern-llm chat --checkpoint runs/local-smoke/sft/checkpoint --temperature 0
+    echo "Tom has 3 hats and buys 4 hats. How many hats?" | modern-llm chat --run local-smoke
+    """
+    from modern_llm.talk import Chat, open_model
+
+    with _said_in_one_line():
+        model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device, purpose="chat")
+    talk = Chat(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    click.echo(f"{folder}; /new forgets the conversation, /quit ends", err=True)
+    show_prompt = sys.stdin.isatty()
+    while True:
+        if show_prompt:
+            click.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        request = line.strip()
+        if not line or request == "/quit":
+            break
+        if request == "/new":
+            talk.history.clear()
+        elif request:
+            with _said_in_one_line():
+                for piece in talk.reply(request):
+                    click.echo(piece, nl=False)
+                    sys.stdout.flush()
+            click.echo()
+
+
+@main.command()
+@model_options
+@click.option("--prompt", default="", help="Text to continue; a model that chats answers it. Nothing: it begins a document.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many samples.")
+def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, seed, device, prompt, count) -> None:
+    """Print what a model makes of a prompt: a base model continues it, one that chats answers it.
+
+    \b
+    modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
+    modern-llm sample --run local-smoke --prompt "What is 3 plus 4?" -n 5 --temperature 1
+    """
+    from modern_llm.talk import open_model, samples
+
+    with _said_in_one_line():
+        model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device, purpose="sample")
+        click.echo(str(folder), err=True)
+        for text in samples(model, tokenizer, folder, prompt, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
+            click.echo(f"--- {text}")
+
+
+@contextlib.contextmanager
+def _said_in_one_line():
+    """Turn the errors a user can mend into one message without a traceback."""
+    from modern_llm.files import DamagedFolder
+    from modern_llm.stage import StageError
+
+    try:
+        yield
+    except (ValueError, StageError, FileNotFoundError, DamagedFolder) as error:
+        raise Failure(str(error)) from error
+
+
+@main.command()
 @click.argument("preset", required=False)
 def presets(preset: str | None) -> None:
     """List the presets, or print one (a name or a JSON file) with every setting."""
@@ -112,6 +272,14 @@ def presets(preset: str | None) -> None:
     for name in PRESETS:
         aka = "".join(f" (= {alias})" for alias, target in ALIASES.items() if target == name)
         click.echo(f"{name + aka:24} {get_pipeline_preset(name).description}")
+
+
+def _wanted(preset: str) -> list[str]:
+    """Every data set that the stages of a preset read."""
+    from modern_llm.inputs import NOTEBOOKS, data_names
+
+    config = get_pipeline_preset(preset)
+    return list(dict.fromkeys(name for stage in NOTEBOOKS for name in data_names(config, stage))) or ["synthetic"]
 
 
 @main.command()
@@ -132,7 +300,7 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
     from modern_llm.sources import check_sources, remedy
 
     try:
-        wanted = list(get_pipeline_preset(preset).data.sources) if preset else list(names)
+        wanted = _wanted(preset) if preset else list(names)
         if download and not wanted:
             raise Failure("--download needs the names of data sets, or --preset")
         for name in wanted if download else ():
@@ -140,10 +308,7 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
         rows = check_sources(wanted or None)
     except (ConfigError, ValueError) as error:
         raise Failure(str(error)) from error
-    columns = list(rows[0])
-    widths = {c: max(len(c), *(len(str(row[c])) for row in rows)) for c in columns}
-    for row in [dict(zip(columns, columns)), *rows]:
-        click.echo("  ".join(str(row[c]).ljust(widths[c]) for c in columns).rstrip())
+    click.echo(_table(rows))
     missing = [row["name"] for row in rows if row["status"] != "found"]
     if missing:
         root = os.environ.get("MODERN_LLM_DATA") or "not set"

@@ -37,7 +37,7 @@ SECTIONS = {
 DATA = {
     "pretrain": ("data.sources",),
     "sft": ("sft.sources", "data.sources"),
-    "dpo": ("dpo.sources",),
+    "dpo": ("dpo.sources", "data.sources"),
     "verifier": ("verifier.problems",),
     "eval": ("data.sources", "dpo.sources", "eval.problems", "eval.sentiment"),
     "attention": (),
@@ -53,9 +53,9 @@ class StageError(RuntimeError):
     """The stage cannot start. The message names the value, the place and the remedy."""
 
 
-def say(text: str, end: str = "\n") -> None:
+def say(text: str) -> None:
     """A line for whoever watches, not for the notebook's record: it may name times and places."""
-    print(text, end=end, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
 def notebooks_folder() -> Path:
@@ -109,14 +109,20 @@ def data_names(config: PipelineConfig, stage: str) -> list[str]:
 
 def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
     """Why each data set that the stages read and that is not here cannot be had; nothing is downloaded."""
-    from modern_llm.sources import DatasetNotFound, find_source
+    from modern_llm.sources import DatasetNotFound, dataset_info, find_source, missing_reason, remedy
 
-    problems = []
+    problems, absent = [], {}
     for name in dict.fromkeys(name for stage in stages for name in data_names(config, stage)):
         try:
             find_source(name)
         except DatasetNotFound as error:
-            problems.append(f"data: {error}")
+            try:
+                absent[name] = missing_reason(dataset_info(name))
+            except DatasetNotFound:  # an unknown name: the message knows the nearest one
+                problems.append(f"data: {error}")
+    if absent:
+        name, reason = next(iter(absent.items()))
+        problems.append(f"data: {', '.join(absent)} not found. Tried, for {name}, {reason}. Remedy, for each: {remedy()}")
     if "pretrain" in stages and config.data.tokenizer == "gpt2":
         from modern_llm.tokens import gpt2_tokenizer
 
@@ -191,13 +197,13 @@ def described(inputs: dict[str, Path]) -> dict[str, dict[str, str]]:
     return {name: {"path": str(folder), "sha256": weights_digest(folder)} for name, folder in inputs.items()}
 
 
-def no_inputs(stage: str, run_folder: Path) -> StageError:
+def no_inputs(stage: str, run_folder: Path, preset: str) -> StageError:
     """The error of a stage that has nothing to start from."""
     needs = BASES[stage][-1] if stage != "attention" else "pretrain"
     return StageError(
         f"stage {stage} starts from an earlier checkpoint, and {run_folder} has none: no finished stage "
-        f"{' or '.join(FIRST_OF.get(stage, GENERATORS))}. Run `modern-llm run --run {run_folder.name} --stage {needs}` first, or "
-        f"`--stage all`, or give a checkpoint: --checkpoint PATH (in a notebook, checkpoint = \"PATH\").")
+        f"{' or '.join(FIRST_OF.get(stage, GENERATORS))}. Run `modern-llm run --preset {preset} --run {run_folder.name} --stage "
+        f"{needs}` first, or `--stage all`, or give a checkpoint: --checkpoint PATH (in a notebook, checkpoint = \"PATH\").")
 
 
 # ---- executing a notebook --------------------------------------------------------------------------------------------
@@ -214,13 +220,14 @@ os.execv(sys.executable, [sys.executable, "-m", "papermill", *sys.argv[2:]])
 """
 
 
-def start_papermill(notebook: Path, output: Path, parameters: dict, live: bool = True, **options) -> subprocess.Popen:
-    """Execute a notebook in a process group of its own, which is killed when this process dies."""
-    words = [str(notebook), str(output), "--no-progress-bar", "--log-level", "WARNING", *["--log-output"] * live]
+def start_papermill(notebook: Path, output: Path, parameters: dict) -> subprocess.Popen:
+    """Execute a notebook in a process group of its own, which is killed when this process dies; its output is piped here."""
+    words = [str(notebook), str(output), "--no-progress-bar", "--log-output"]
     for name, value in parameters.items():
         words += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
     command = [sys.executable, "-I", "-S", "-c", _WITH_ITS_PARENT, str(os.getpid()), *words]
-    return subprocess.Popen(command, start_new_session=True, **options)  # out of reach of the terminal's Ctrl-C
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True)  # out of reach of the terminal's Ctrl-C
 
 
 # ---- the small base of the lesson preset -----------------------------------------------------------------------------
@@ -260,18 +267,17 @@ def make_bases(stage: str, config: PipelineConfig, parameters: dict, device: str
 
     root, chain = cache_root() / "bases", BASES[stage]
     made: dict[str, Path] = {}
-    say(f"{stage}: nothing to start from in this run, so it takes a small base:", end="")
+    how = []
     for count, earlier in enumerate(chain, 1):
         folder = root / base_name(chain[:count], config, device)
         with one_builder(folder):
             began, ready = time.time(), own_checkpoint(folder, earlier)
             if ready is None:
-                say(f" {earlier}, made once …", end="")
+                say(f"{stage}: nothing to start from in this run: making a small base, stage {earlier}, once …")
                 _make_base(earlier, folder, start_of(made), parameters)
-            how = "made before" if ready else f"{time.time() - began:.0f} s"
-        say(f" {earlier} ({how})" if ready else f" {how};", end=";" if ready else "")
+            how.append(f"{earlier} ({'made before' if ready else f'made in {time.time() - began:.0f} s'}, {folder.name})")
         made[earlier] = own_checkpoint(folder, earlier)
-    say(f" in {root}")
+    say(f"{stage}: small base: {', '.join(how)}, kept in {root}")
     return made
 
 
@@ -282,10 +288,9 @@ def _make_base(stage: str, folder: Path, start: Path | None, parameters: dict) -
     if start:
         values["checkpoint"] = str(start)
     (folder / stage).mkdir(parents=True, exist_ok=True)
-    process = start_papermill(notebook, folder / stage / "notebook.ipynb", values, live=False, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True)
+    process = start_papermill(notebook, folder / stage / "notebook.ipynb", values)
     try:
-        text, _ = process.communicate()
+        text = process.communicate()[0].decode("utf-8", "replace")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

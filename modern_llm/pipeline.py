@@ -1,108 +1,283 @@
-"""Plan and run stages: each is its notebook, executed by papermill into the run's folder. Imports no torch."""
+"""Plan and run stages: each is its notebook, executed by papermill into the run's folder; the last writes the report.
+
+What has to be done is read from the disk alone, stage by stage, so that the same command goes on after any stop.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import ast
+import hashlib
+import importlib.util
 import os
+import shutil
 import signal
-import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import ConfigError, PipelineConfig, get_pipeline_preset, nearest, to_dict
-from modern_llm.files import read_json
-from modern_llm.stage import StageError, choose_folder, refuse_unknown, resolve
+from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, get_pipeline_preset, nearest
+from modern_llm.files import read_json, write_json
+from modern_llm.inputs import (
+    NOTEBOOKS, SECTIONS, StageError, changes, described, find_checkpoint, missing_data, no_inputs, notebooks_folder, own_inputs,
+    sections, start_papermill,
+)
+from modern_llm.stage import KINDS, choose_folder, is_alive, refuse_if_alive, refuse_unknown, report_folder, resolve
 
-STAGES = {"pretrain": "03_pretrain.ipynb"}  # in the order of the pipeline
+STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
+COMMON = {*KINDS, "seed", "max_steps", "max_minutes"}  # parameters that are already in the settings that are compared
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a plan: what will be executed, where its record goes, and why it may be skipped."""
+    """One stage: where its record goes, with which parameters, and what is to be done about it."""
 
     stage: str
-    notebook: Path
     folder: Path
     parameters: dict
-    action: str  # "run", "resume" or "skip"
+    action: str  # "run", "resume", "skip", or "look again" in a plan where an earlier stage is still to run
+    why: str = ""
 
 
-def notebooks_folder() -> Path:
-    """`nbs/` of the checkout. FileNotFoundError if the package was installed without it."""
-    folder = Path(__file__).resolve().parent.parent / "nbs"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no notebooks at {folder}: run from a checkout installed with `pip install -e .`")
-    return folder
+# ---- what to do ------------------------------------------------------------------------------------------------------
 
 
-def declared_parameters(notebook: Path) -> dict:
-    """Names and defaults in the notebook's `parameters` cell."""
-    import papermill
-
-    return {name: ast.literal_eval(found["default"]) for name, found in papermill.inspect_notebook(str(notebook)).items()}
-
-
-def plan(stage: str = "all", **parameters) -> list[Step]:
-    """The stages to execute, with their state on disk taken into account; nothing is written.
-
-    A stage that is finished with the same parameters and settings is skipped, one that was begun is resumed. Raises
-    ConfigError for an unknown stage, preset or parameter; a run that exists with other settings is refused by the stage.
-    """
-    if stage != "all" and stage not in STAGES:
+def chosen_stages(stage: str, parameters: dict) -> list[str]:
+    """The stages that `stage` ("all" or one name) stands for. With a checkpoint, "all" begins behind pretraining."""
+    if stage not in (*STAGES, "all"):
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, [*STAGES, 'all'])}")
-    steps = []
-    for name in STAGES if stage == "all" else (stage,):
-        notebook = notebooks_folder() / STAGES[name]
-        declared = declared_parameters(notebook)
-        refuse_unknown(parameters, declared)
-        given = {**parameters, "run": parameters.get("run") or get_pipeline_preset(parameters["preset"]).name}
-        config = resolve(name, {**declared, **given})
-        _, folder, _ = choose_folder(name, {**given, "force": True})
-        action = "run" if given.get("force") else decide(name, folder, config)
-        steps.append(Step(name, notebook, folder, {**given, "resume": True} if action == "resume" else given, action))
-    return steps
+    if stage != "all":
+        return [stage]
+    there = [name for name in NOTEBOOKS if declared_parameters(name)]
+    if importlib.util.find_spec("modern_llm.report"):
+        there.append("report")
+    return [name for name in there if not (name == "pretrain" and parameters.get("checkpoint"))]
 
 
-def decide(stage: str, folder: Path, config: PipelineConfig) -> str:
-    """"run", "resume" or "skip": what to do about a stage whose folder may hold an earlier attempt.
+def declared_parameters(stage: str) -> dict:
+    """Names and defaults in the `parameters` cell of the stage's notebook; empty if there is none."""
+    if stage == "report":
+        return {"preset": "", "run": "", "output_dir": "", "force": False}
+    path = notebooks_folder() / NOTEBOOKS[stage]
+    if not path.is_file():
+        return {}
+    cells = [cell for cell in read_json(path)["cells"] if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    body = ast.parse("".join(cells[0]["source"])).body if cells else []
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)}
 
-    With other settings than that attempt's the answer is "run", which the stage itself refuses, saying why.
+
+class Plan:
+    """What a command asks for: its stages, each with the parameters it declares. Wrong ones are refused here, at once.
+
+    Raises ConfigError for an unknown stage, preset or parameter, StageError for data that is not here.
     """
-    if not (folder / "params.json").exists():
-        return "run"
-    former, wanted = read_json(folder.parent / "run.json")["config"], to_dict(config)
-    for settings in (former, wanted):
-        settings[stage].pop("micro_batch_size")  # fitted to the memory there was
-    if former != wanted:
-        return "run"
-    return "skip" if (folder / "results.json").exists() else "resume"
+
+    def __init__(self, stage: str = "all", no_overwrite: bool = False, **parameters):
+        self.stages, self.alone, self.no_overwrite = chosen_stages(stage, parameters), stage != "all", no_overwrite
+        if stage in ("pretrain", "report") and parameters.get("checkpoint"):
+            raise ConfigError(f"stage {stage} does not start from a checkpoint; leave --checkpoint out, or choose a later stage")
+        preset = get_pipeline_preset(parameters["preset"])
+        given = {**parameters, "run": str(parameters.get("run") or preset.name)}
+        if given.get("checkpoint"):
+            given["checkpoint"] = str(find_checkpoint(given["checkpoint"]))
+        declared = {name: declared_parameters(name) for name in self.stages}
+        common = {"resume", "force", "run"} if self.stages == ["report"] else {"run"}
+        refuse_unknown(given, {*common, *(name for names in declared.values() for name in names)})
+        self.parameters, self.configs = {}, {}
+        for name in self.stages:
+            own = {key: value for key, value in given.items() if key in declared[name]}
+            if name != self.stages[0]:
+                own.pop("checkpoint", None)  # "all" from a checkpoint: only its first stage starts there
+            self.parameters[name] = own
+            self.configs[name] = preset if name == "report" else resolve(name, {**declared[name], **own})
+        _, folder, _ = choose_folder(self.stages[0], {**given, "force": True})
+        self.run_folder = folder.parent
+
+    def step(self, stage: str, pending: bool = False) -> Step:
+        """What to do about a stage, given what is on disk now; `pending` if an earlier stage of the plan is still to run."""
+        folder, given = self.run_folder / stage, self.parameters[stage]
+        if stage == "report":
+            return self._report_step(pending)
+        done, begun = (folder / "results.json").is_file(), (folder / "params.json").is_file()
+        if done and self.no_overwrite:
+            return Step(stage, folder, given, "skip", "has results, which --no-overwrite keeps")
+        if not begun:
+            self._need_inputs(stage, pending)
+            return Step(stage, folder, given, "run")
+        settings, inputs = self._changed(stage, folder, pending)
+        changed = settings + inputs
+        if given.get("force") and (self.alone or changed):
+            return Step(stage, folder, given, "run", "begun anew" + (f": {'; '.join(changed)}" if changed else ""))
+        kept = {name: value for name, value in given.items() if name != "force"}
+        if not changed:
+            if pending:
+                return Step(stage, folder, kept, "look again", "its inputs may change")
+            action = "skip" if done else "resume"
+            return Step(stage, folder, {**kept, "resume": True}, action, "finished before, nothing has changed" if done else "")
+        if given.get("resume") and not inputs:
+            return Step(stage, folder, {**kept, "resume": True}, "resume", "; ".join(settings))
+        raise StageError(
+            f"stage {stage} {'is finished' if done else 'was begun'} in {folder}, and since then this has changed:\n  - "
+            + "\n  - ".join(changed) + "\nSay --force to delete it and begin anew"
+            + (" (with --stage all: only what has changed)" if not self.alone else "")
+            + ", or --run NAME for another run" + (", or --resume to go on with the new settings" if not inputs else "")
+            + (", or --no-overwrite to keep it" if done else "") + ".")
+
+    def _inputs(self, stage: str) -> dict[str, Path]:
+        given = self.parameters[stage].get("checkpoint")
+        return {"checkpoint": Path(given)} if given else own_inputs(stage, self.run_folder)
+
+    def _need_inputs(self, stage: str, pending: bool) -> None:
+        if stage != "pretrain" and not pending and not self._inputs(stage) and self.configs[stage].name != "lesson":
+            raise no_inputs(stage, self.run_folder, self.configs[stage].name)
+
+    def _changed(self, stage: str, folder: Path, pending: bool) -> tuple[list[str], list[str]]:
+        """What differs from what the stage was begun with: its settings, and the weights it starts from."""
+        record = read_json(folder / "params.json")
+        given = {name: value for name, value in self.parameters[stage].items() if name not in COMMON}
+        settings = changes(record.get("config", {}), sections(self.configs[stage], stage)) + changes(
+            {name: record.get(name) for name in given}, given)
+        now, former = described(self._inputs(stage)), record.get("inputs", {})
+        if pending or (not now and self.configs[stage].name == "lesson"):  # not made yet, or a base from the cache
+            return settings, []
+        digests = [{name: entry["sha256"][:12] for name, entry in side.items()} for side in (former, now)]
+        return settings, changes(*digests, "weights of ")
+
+    def _report_step(self, pending: bool) -> Step:
+        folder, given = self.run_folder, self.parameters["report"]
+        if not pending and not any(folder.glob("*/results.json")):
+            raise StageError(f"run {folder.name!r} has no finished stage in {folder}: there is nothing to report yet")
+        path = folder / "run.json"
+        former = read_json(path).get("report", {}) if path.is_file() else {}
+        there = bool(former) and Path(former["path"]).is_file()
+        if there and self.no_overwrite:
+            return Step("report", folder, given, "skip", "there is one, which --no-overwrite keeps")
+        if there and not pending and not (self.alone or given.get("force")) and former["of"] == results_digest(folder):
+            return Step("report", folder, given, "skip", f"written before from these results: {former['path']}")
+        return Step("report", folder, given, "look again" if pending and there else "run")
+
+    def check_data(self) -> None:
+        """StageError naming every data set that the stages still to run will want and that is not here."""
+        steps = [name for name in self.stages if name != "report" and not (self.run_folder / name / "results.json").is_file()]
+        if steps and (problems := missing_data(self.configs[steps[0]], steps)):
+            raise StageError(f"preset {self.configs[steps[0]].name!r} cannot run here:\n  - " + "\n  - ".join(problems))
+
+
+def results_digest(run_folder: Path) -> str:
+    """A digest of everything the stages of a run found."""
+    parts = [(run_folder / name / "results.json") for name in NOTEBOOKS]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.is_file())).hexdigest()
+
+
+# ---- doing it --------------------------------------------------------------------------------------------------------
 
 
 def execute(step: Step) -> int:
-    """Run one stage through papermill with its output shown live; returns the exit code.
+    """Run one stage with its output shown live; returns the exit code.
 
-    Ctrl-C asks the stage to stop: it finishes its optimizer step, writes a checkpoint and ends. A second one kills it.
+    Ctrl-C asks a stage that trains to stop: it finishes its optimizer step, writes a checkpoint and ends. A second one
+    kills it; a stage that does not train is killed at once and begins anew, or where its kept work ends.
     """
+    if step.stage == "report":
+        return write_the_report(step)
+    refuse_if_alive(step.folder.parent, step.stage)
+    output = step.folder / "notebook.ipynb"
+    if (step.folder / "results.json").is_file() and step.action == "run":  # the stage deletes the old record once its checks pass
+        output = step.folder.parent / f".{step.stage}.ipynb"
     try:
-        step.folder.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StageError(f"cannot write to {step.folder}: {error.strerror}; choose another --output-dir") from error
-    command = [sys.executable, "-m", "papermill", str(step.notebook), str(step.folder / "notebook.ipynb"),
-               "--log-output", "--no-progress-bar", "--log-level", "WARNING"]
-    for name, value in step.parameters.items():
-        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
-    process = subprocess.Popen(command, start_new_session=True)  # out of reach of the terminal's Ctrl-C
-    while True:
+    notebook = notebooks_folder() / NOTEBOOKS[step.stage]
+    process = start_papermill(notebook, output, step.parameters)
+    relay = threading.Thread(target=show, args=(process.stdout,), daemon=True)
+    relay.start()
+    code = None
+    while code is None:
         try:
-            return process.wait()
+            code = process.wait()
         except KeyboardInterrupt:
-            if (step.folder / STOP_FILE).exists():
+            if (step.folder / STOP_FILE).exists() or not trains(step.stage):
                 os.killpg(process.pid, signal.SIGKILL)
+                mark(step, "interrupted")
                 raise
             (step.folder / STOP_FILE).touch()
             print("stopping after this step, with a checkpoint; Ctrl-C again kills", file=sys.stderr, flush=True)
+    relay.join(timeout=5)
+    if output.parent != step.folder:
+        began = not (step.folder / "results.json").is_file() or code == 0
+        os.replace(output, step.folder / "notebook.ipynb") if began else output.unlink(missing_ok=True)
+    return code
+
+
+def trains(stage: str) -> bool:
+    """Whether the stage has an optimisation run of its own."""
+    return isinstance(getattr(PipelineConfig(), stage, None), TrainConfig)
+
+
+def mark(step: Step, status: str) -> None:
+    """Note in `run.json` how a stage ended that could not do so itself."""
+    path = step.folder.parent / "run.json"
+    if path.is_file() and step.stage in (record := read_json(path))["stages"]:
+        record["stages"][step.stage]["status"] = status
+        write_json(path, record)
+
+
+def write_the_report(step: Step) -> int:
+    """Write the report of the run and note it in `run.json`."""
+    from modern_llm.report import write_report
+
+    path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))
+    record = read_json(step.folder / "run.json")
+    write_json(step.folder / "run.json", {**record, "report": {"path": str(path), "of": results_digest(step.folder)}})
+    return 0
+
+
+NOISE = ("[IPKernelApp]", "Executing Cell", "Ending Cell", "Input Notebook:", "Output Notebook:", "Executing notebook with kernel",
+         "<Figure size", "<IPython.core.display", "Black is not installed", "Starting kernel", "Kernel is running over TCP")
+
+
+def show(stream) -> None:
+    """Pass on what papermill prints; if nobody listens any more, read it all the same, so that the stage is not held up."""
+    try:
+        _show(stream)
+    except (BrokenPipeError, ValueError):
+        for _ in stream:
+            pass
+
+
+def _show(stream) -> None:
+    """Text and tables as they are, progress bars on one line, papermill's own messages left out."""
+    bar, due, held = False, 0.0, None
+    for raw in stream:
+        line = raw.decode("utf-8", "replace").rstrip("\n")
+        if line.startswith("\r") or (bar and not line.strip()):  # papermill ends every refresh of a bar with a newline
+            text = line.rsplit("\r", 1)[-1]
+            if text.strip() and (sys.stderr.isatty() or time.time() >= due or "100%" in text):
+                sys.stderr.write(f"\r{text}\x1b[K" if sys.stderr.isatty() else f"{text}\n")
+                sys.stderr.flush()
+                due = time.time() + 10
+            bar = True
+            continue
+        if bar and sys.stderr.isatty():
+            sys.stderr.write("\n")
+        bar = False
+        if line == "Traceback (most recent call last):" and held is None:
+            held = []
+        if held is not None:  # papermill's own traceback: the notebook's, which follows, is enough
+            held.append(line)
+            if line.startswith("papermill.exceptions.PapermillExecutionError"):
+                held = None
+        elif not line.startswith(NOISE):
+            print(line, flush=True)
+    if held:
+        print("\n".join(held), flush=True)
+
+
+# ---- what was done ---------------------------------------------------------------------------------------------------
 
 
 def status(step: Step) -> str:
@@ -112,11 +287,53 @@ def status(step: Step) -> str:
     return stages.get(step.stage, {}).get("status", "unknown")
 
 
+HEADLINES = {  # how the names of a stage's telling figures begin
+    "pretrain": ("bits per byte", "above the floor"),
+    "sft": ("ends by itself and parses", "instruction exact match, SFT", "perplexity tax"),
+    "dpo": ("preference accuracy, after", "implicit-reward accuracy", "perplexity tax"),
+    "verifier": ("within-problem AUC", "weighted_vote@", "best_of_n@"),
+}
+
+
+def headline(stage: str, results: dict) -> str:
+    """A few figures of a stage on one line."""
+    rows = [row for row in results.get("table", []) if row.get("value") is not None]
+    first = [next((row for row in rows if row["metric"].startswith(start)), None) for start in HEADLINES.get(stage, ())]
+    chosen = [row for row in first if row] or rows[:3]
+    return ", ".join(f"{row['metric']} {row['value']:.3g}" for row in chosen)
+
+
 def summary(step: Step) -> str:
-    """The stage's headline figures, from its `results.json`."""
+    """The stage's figures, from its `results.json`."""
+    if step.stage == "report":
+        return f"report: {read_json(step.folder / 'run.json')['report']['path']}"
     results = read_json(step.folder / "results.json")
     lines = [f"{step.stage}: finished, record in {step.folder}"]
-    for row in results["table"]:
+    for row in results.get("table", []):
         interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low") is not None else ""
-        lines.append(f"  {row['metric']:34} {row['value']:.3f}{interval}  {row['protocol']}")
+        value = "none" if row["value"] is None else f"{row['value']:.3f}"
+        lines.append(f"  {row['metric']:40} {value}{interval}  {row.get('protocol', '')}")
     return "\n".join(lines)
+
+
+def runs_table(root: Path, only: str | None = None) -> list[dict]:
+    """One row a stage of every run in a folder, as the files tell it: run, stage, status, minutes, headline."""
+    rows = []
+    for path in sorted(root.glob("*/run.json"), key=lambda path: path.stat().st_mtime):
+        if only and path.parent.name != only:
+            continue
+        record = read_json(path)
+        stages = record.get("stages", {})
+        for stage in [*(name for name in NOTEBOOKS if name in stages), *(name for name in stages if name not in NOTEBOOKS)]:
+            entry, results = stages[stage], path.parent / stage / "results.json"
+            state = entry["status"]
+            if state == "running" and not is_alive(entry) and entry.get("pid") != os.getpid():
+                state = "killed" if entry.get("pid") else "unknown"
+            figures = headline(stage, read_json(results)) if results.is_file() else ""
+            minutes = f"{entry['seconds'] / 60:.1f}" if entry.get("seconds") and state not in ("running", "killed") else ""
+            rows.append({"run": path.parent.name, "stage": stage, "status": state, "started": entry["started"][:16].replace("T", " "),
+                         "minutes": minutes, "figures": figures})
+        if report := record.get("report"):
+            rows.append({"run": path.parent.name, "stage": "report", "status": "finished" if Path(report["path"]).is_file() else "gone",
+                         "started": "", "minutes": "", "figures": report["path"]})
+    return rows

@@ -201,8 +201,9 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
         missing.append(str(error))
     missing += missing_data(config, [stage])
     if missing:
-        raise StageError(f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: preset=local-cpu "
-                         "(real text on a CPU) or preset=local-smoke (built-in data, needs nothing)." + _forced(config, stage))
+        raise StageError(f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: "
+                         + "preset=local-cpu (real text on a CPU) or " * (config.name != "local-cpu")
+                         + "preset=local-smoke (built-in data, needs nothing)." + _forced(config, stage))
     return fitted, device
 
 
@@ -394,7 +395,7 @@ def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: 
         inputs = {"checkpoint": find_checkpoint(parameters["checkpoint"])}
     elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named)):
         if config.name != "lesson":
-            raise no_inputs(stage, run_folder)
+            raise no_inputs(stage, run_folder, config.name)
         inputs = {name: Path(entry["path"]) for name, entry in former.get("inputs", {}).items()}
         if not inputs or not all(map(is_model, inputs.values())):
             _, device = preflight(config, stage)

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from modern_llm import pipeline
-from modern_llm.config import get_pipeline_preset, to_dict
+from modern_llm.config import get_pipeline_preset
 from modern_llm.files import write_json
+from modern_llm.inputs import StageError, sections
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"preset": "lesson", "max_steps": 12, "overrides": "pretrain.checkpoint_every=4 pretrain.eval_every=6"}
@@ -113,7 +114,7 @@ def test_cli_runs_skips_and_refuses(tmp_path):
     again = cli(*words)
     assert again.returncode == 0 and "skipped" in again.stdout
     other = cli(*words[:-3], 5, *words[-2:])
-    assert other.returncode != 0 and "resume=True" in other.stderr + other.stdout
+    assert other.returncode == 2 and "max_steps: 4 -> 5" in other.stderr and "--force" in other.stderr
 
 
 def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tmp_path):
@@ -159,14 +160,14 @@ def test_cli_datasets_exit_code(tmp_path):
 
 def test_plan_runs_resumes_skips_or_leaves_the_refusal_to_the_stage(tmp_path):
     options = {"preset": "lesson", "output_dir": str(tmp_path)}
-    action = lambda **more: pipeline.plan("pretrain", **options, **more)[0].action
+    action = lambda **more: pipeline.Plan("pretrain", **options, **more).step("pretrain").action
     assert action() == "run"
     folder = tmp_path / "lesson" / "pretrain"
     folder.mkdir(parents=True)
-    config = to_dict(get_pipeline_preset("lesson"))
-    write_json(tmp_path / "lesson" / "run.json", {"config": config})
-    write_json(folder / "params.json", {})
+    write_json(folder / "params.json", {"config": sections(get_pipeline_preset("lesson"), "pretrain"), "inputs": {}})
     assert action() == "resume"
     write_json(folder / "results.json", {})
     assert action() == "skip"
-    assert action(max_steps=4) == action(seed=1) == action(force=True) == "run"
+    assert action(force=True) == "run" and action(max_steps=4, resume=True) == "resume" and action(seed=1, no_overwrite=True) == "skip"
+    with pytest.raises(StageError, match="seed: 0 -> 1"):
+        action(seed=1)

@@ -31,13 +31,14 @@ ALLOWED = {
     "checkpoints": {"config", "files", "optim"},
     "chat": {"data", "generation", "models", "tokens"},  # the model as a type only
     "tasks": {"chat", "config", "models", "reading", "scoring", "synth"},
-    "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tokens"},
+    "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tasks", "tokens"},
     "trainer": {"config", "files", "optim", "checkpoints"},
     "evals": {"chat", "data", "files", "scoring", "tasks", "tokens"},
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks"},
     "inputs": {"config", "files", "sources", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
-    "report": {"config", "figures", "files"},
+    "report_figures": {"figures"}, "report_page": {"files"},
+    "report": {"config", "counts", "files", "report_figures", "report_page"},
     "stage": {"config", "files", "counts", "checkpoints", "inputs", "models"},
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "stage", "inputs", "report"},
@@ -45,7 +46,7 @@ ALLOWED = {
     "cli": {"config", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
 }
 NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
-            "pipeline", "cli", "report"}
+            "pipeline", "cli", "report", "report_figures", "report_page"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
