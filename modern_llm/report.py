@@ -1,0 +1,526 @@
+"""`report/<run>_report.md` from the files of a run and nothing else: the same files give the same text.
+
+A plain module without torch, so that a report can be written on a machine that could not train. A section whose stage
+has not run says so, with the command that fills it. Nothing that is there is overwritten.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import itertools
+import json
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modern_llm.config import ModelConfig, override
+from modern_llm.counts import flops_per_token, parameter_count
+from modern_llm.files import write_text
+from modern_llm.report_page import (
+    EVAL_FILES, STAGES, Page, ReportError, Run, folded, interval, markdown_table, measures, number, text_block,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TITLES = {"pretrain": "Pretraining", "sft": "Instruction tuning (SFT)", "dpo": "Preference optimisation (DPO)",
+          "verifier": "Verifier", "eval": "Evaluation", "attention": "Attention"}
+# What is shown of a stage in one line: the first metric of its table that begins so.
+HEADLINES = {"pretrain": ("bits per byte",), "sft": ("ends by itself and parses", "instruction exact match, SFT"),
+             "dpo": ("preference accuracy, after",), "verifier": ("within-problem AUC",), "eval": (),
+             "attention": ("induction, best head",)}
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
+
+
+def model_of(run: Run) -> ModelConfig | None:
+    """The architecture in the run's settings."""
+    values = run.record.get("config", {}).get("model")
+    return override(ModelConfig(), values, "run.json: config.model") if values else None
+
+
+def headline(run: Run, stage: str) -> str:
+    """The stage's most telling figure."""
+    rows = run.results.get(stage, {}).get("table", [])
+    found = next((row for start in HEADLINES[stage] for row in rows if row["metric"].startswith(start)), None)
+    if stage == "eval" and stage in run.results:
+        return f"{len(run.frame('eval/ledger.csv')) or len(rows)} measures"
+    return f"{found['metric']}: {interval(found)}" if found else ""
+
+
+def summary(page: Page) -> None:
+    run, record = page.run, page.run.record
+    started = [entry["started"] for entry in run.stages.values() if entry.get("started")]
+    seconds = sum(entry.get("seconds", 0) for entry in run.stages.values())
+    cfg = model_of(run)
+    size = f"{parameter_count(cfg)['total']:,} parameters" if cfg else "unknown size"
+    page.add(f"# Report of the run `{run.folder.name}`",
+             f"Preset `{run.preset}`, {size}, seed {record.get('seed', 'unknown')}; {len(run.results)} of {len(STAGES)} stages "
+             f"finished, {seconds / 60:.1f} minutes in all{f', begun {min(started)}' if started else ''}.")
+    page.origin(short=False)
+
+
+def pipeline(page: Page) -> None:
+    page.add("## Pipeline")
+    rows = []
+    for stage in STAGES:
+        entry, results = page.run.stages.get(stage, {}), page.run.results.get(stage, {})
+        rows.append({"stage": stage, "status": entry.get("status", "not run"), "steps": results.get("steps"),
+                     "tokens": results.get("tokens"), "minutes": entry["seconds"] / 60 if "seconds" in entry else None,
+                     "ended by": results.get("ended_by"), "headline": headline(page.run, stage)})
+    page.add(markdown_table(rows))
+    for stage in STAGES:
+        status = page.run.stages.get(stage, {}).get("status")
+        if stage not in page.run.results:
+            page.add(f"`{stage}` {'was not run' if not status else f'is {status}'}: `{page.run.command(stage)}`")
+
+
+def architecture(page: Page) -> None:
+    from modern_llm import report_figures
+
+    page.add("## Architecture")
+    cfg = model_of(page.run)
+    if cfg is None:
+        page.add("`run.json` holds no settings of a model.")
+        return
+    counts = parameter_count(cfg)
+    kind = f"mixture of {cfg.num_experts} experts, {cfg.experts_per_token} a token" if cfg.num_experts else "SwiGLU"
+    page.add(markdown_table([{"": name, "value": value} for name, value in {
+        "kind": "decoder-only transformer, RMSNorm before each branch, rotary positions",
+        "layers × width": f"{cfg.num_layers} × {cfg.width}",
+        "attention": f"{cfg.num_heads} heads of {cfg.head_width} channels, {cfg.num_kv_heads} key/value groups"
+                     + (", QK-norm" if cfg.use_qk_norm else "") + (", learned sinks" if cfg.use_attention_sinks else "")
+                     + (f", window {cfg.sliding_window}" if cfg.sliding_window else ""),
+        "feed-forward": f"{kind}, hidden width {cfg.ffn_width}",
+        "vocabulary": f"{cfg.vocab_size:,}, embedding {'tied to' if cfg.tie_embeddings else 'apart from'} the head",
+        "context": f"{cfg.context_length:,} tokens",
+        "parameters": f"{counts['total']:,}, {counts['active']:,} of them work on a token",
+        "training FLOPs a token": f"{flops_per_token(cfg):.2e}",
+    }.items()]))
+    parts = {name: count for name, count in counts.items() if name not in ("total", "active")}
+    page.picture("parameters.png", report_figures.parameters, parts, caption="Where the parameters are.")
+
+
+def data(page: Page) -> None:
+    page.add("## Data")
+    results = page.run.results
+    headings = {("pretrain", "data"): "Pretraining text (the fingerprint changes when the data do)",
+                ("sft", "examples"): "Instructions", ("dpo", "pairs"): "Preference pairs",
+                ("verifier", "data"): "The generator's own answers, on which the verifier learns"}
+    if not any(results.get(stage, {}).get(key) for stage, key in headings):
+        page.missing("pretrain")
+        return
+    page.origin()
+    for (stage, key), heading in headings.items():
+        if rows := results.get(stage, {}).get(key):
+            page.add(f"**{heading}**", markdown_table(rows))
+
+
+def training(page: Page) -> None:
+    from modern_llm import report_figures
+
+    page.add("## Training curves and what each stage measured")
+    for stage in STAGES[:4]:
+        page.add(f"### {TITLES[stage]}")
+        if page.missing(stage):
+            continue
+        results, metrics = page.run.results[stage], page.run.frame(f"{stage}/metrics.jsonl")
+        if stage == "dpo":
+            page.picture("dpo_preferences.png", report_figures.preference_curves, metrics,
+                         caption="Dots: held-out pairs; lines: training batches.")
+        floor = results.get("floor")
+        page.picture(f"{stage}.png", report_figures.curves, metrics, floor=floor,
+                     caption="Training and held-out loss against tokens."
+                             + (" Dashed: the entropy floor, below which no model's expected loss lies." if floor else ""))
+        if "alarms" in results:
+            raised = [f"**{a.get('alarm')}** at step {number(a.get('step'))} ({a.get('detail')})" for a in results["alarms"]]
+            page.add(f"Alarms: {'; '.join(raised) or 'none'}.")
+        page.add(measures(results.get("table", [])))
+        if results.get("variants"):
+            page.add("Variants, a few steps each:", markdown_table(results["variants"]))
+
+
+def main_rows(ledger: pd.DataFrame) -> pd.DataFrame:
+    """The ledger without differences, kinds of errors and parts of a measure (levels); of a curve the largest @k only."""
+    kept = ledger[~ledger.metric.str.contains(" minus |^error, ", regex=True)].copy()
+    there = set(zip(kept.stage, kept.task, kept.metric))
+    part = [", " in row.metric and (row.stage, row.task, row.metric.rpartition(", ")[0]) in there for row in kept.itertuples()]
+    kept = kept[[not (is_part and task != "perplexity") for is_part, task in zip(part, kept.task)]]
+    sizes = kept.metric.str.extract(r"@(\d+)$")[0].astype(float)
+    largest = sizes.groupby([kept.stage, kept.task]).transform("max")
+    return kept[sizes.isna() | (sizes == largest)]
+
+
+PANELS = (("perplexity", "bits per byte"), ("sentiment", "accuracy"), ("instructions", "exact match"),
+          ("preferences", "accuracy"), ("problems", "exact match"), ("problems, calculator", "exact match"),
+          ("problems, sampled", "majority@"), ("problems, sampled", "weighted_vote@"))  # task, beginning of the metric
+
+
+def results(page: Page) -> None:
+    import pandas as pd
+
+    from modern_llm import report_figures
+
+    page.add("## Results")
+    ledger = page.run.frame("eval/ledger.csv")
+    if page.missing("eval"):
+        return
+    page.origin()
+    if ledger.empty:
+        page.add(measures(page.run.results["eval"].get("table", [])))
+        return
+    rows = main_rows(ledger)
+    stages = list(dict.fromkeys(ledger.stage))
+    by_measure = {}
+    for row in rows.to_dict("records"):
+        line = by_measure.setdefault((row["task"], row["metric"]), {"task": row["task"], "metric": row["metric"]})
+        line[row["stage"]] = interval(row)
+        line["n"] = int(row["n"]) if row["n"] == row["n"] else None
+    panels = [row | {"panel": f"{row['task']}\n{row['metric']}"} for task, start in PANELS for row in rows.to_dict("records")
+              if row["task"] == task and row["metric"].startswith(start) and row["low"] == row["low"]]
+    if panels:
+        page.picture("results.png", report_figures.stage_results, pd.DataFrame(panels),
+                     caption="Each measure by stage, with 95% intervals.")
+    page.add(markdown_table(by_measure.values(), ["task", "metric", *stages, "n"]))
+    page.add("Brackets are 95% intervals over the items measured, not over seeds.")
+    unpaired = ledger[~ledger.metric.str.contains(" minus ", regex=False)]
+    protocols = unpaired.drop_duplicates(["task", "protocol"])[["stage", "task", "protocol"]].to_dict("records")
+    page.add(folded("Protocols", markdown_table(protocols)))
+    every = [{**row, "value": interval(row)} for row in ledger.to_dict("records")]
+    page.add(folded(f"All {len(every)} rows of the ledger", markdown_table(every, ["stage", "task", "metric", "value", "n"])))
+    analysis = page.run.json("eval/gsm8k_analysis.json")
+    by_level = [{"stage": stage, "level": int(name.split()[-1]), **row} for stage, found in analysis.get("stages", {}).items()
+                for name, row in found.get("greedy by level", {}).items() if name.split()[-1].isdigit()]
+    if by_level:
+        page.picture("levels.png", report_figures.levels, pd.DataFrame(by_level),
+                     caption="Word problems by number of steps, greedy answers.")
+
+
+def stage_gains(page: Page) -> None:
+    from modern_llm import report_figures
+
+    page.add("## Stage gains")
+    table = page.run.frame("eval/stage_gains.csv")
+    if table.empty:
+        if not page.missing("eval"):
+            page.add("`eval/stage_gains.csv` is empty: there was only one stage to measure.")
+        return
+    table["significant"] = table.significant.astype(str) == "True"
+    kept = table[~table.metric.str.startswith("error, ")]
+    page.add("Each row compares two stages item by item. *Significant* means that the paired 95% interval leaves out 0; with "
+             f"{len(kept)} comparisons, about {0.05 * len(kept):.0f} would do so by chance.")
+    page.origin()
+    shares = kept[~kept.task.eq("perplexity")]
+    labels = shares.stage + " − " + shares.against + ": " + shares.task + ", " + shares.metric
+    if len(shares):
+        page.picture("gains.png", report_figures.gains, shares.assign(label=labels).head(40),
+                     caption="Changes with their paired intervals; filled points are significant. Perplexity: see the table.")
+    page.add(markdown_table({**{name: row[name] for name in ("stage", "against", "task", "metric", "value")},
+                             "change [95% interval]": interval({**row, "value": row["change"]}), "n": int(row["n"]),
+                             "significant": "yes" if row["significant"] else "no"} for row in kept.to_dict("records")))
+
+
+def verifier(page: Page) -> None:
+    import pandas as pd
+
+    from modern_llm import report_figures
+
+    page.add("## What the verifier is worth")
+    if page.missing("verifier"):
+        return
+    found = page.run.results["verifier"]
+    page.origin([page.run.record.get("config", {}).get("verifier", {}).get("problems", "")])
+    telling = ("within-problem AUC", "pooled AUC", "calibration error", "weighted", "best_of_n")
+    page.add(measures(row for row in found.get("table", []) if row["metric"].startswith(telling)))
+    if found.get("rerank"):
+        table = pd.DataFrame(found["rerank"])
+        page.picture("rerank.png", report_figures.rerank, table,
+                     caption="The verifier stage's held-out problems: share right by way of choosing; bands are 95% intervals.")
+        last = table[table["size"] == table["size"].max()]
+        page.add(markdown_table({"way to choose": row["method"].replace("_", " "), "answers": row["size"],
+                                 "share right": interval(row), "n": row.get("n")} for row in last.to_dict("records")))
+    if found.get("calibration"):
+        page.picture("calibration.png", report_figures.calibration, pd.DataFrame(found["calibration"]),
+                     caption="Calibration: below the dashed line the verifier is too sure.")
+    curves = page.run.json("eval/gsm8k_analysis.json").get("curves", {})
+    for stage in dict.fromkeys(row["stage"] for rows in curves.values() for row in rows):
+        rows = [{"method": method, **row} for method, line in curves.items() for row in line if row["stage"] == stage]
+        page.picture(f"rerank_eval_{stage}.png", report_figures.rerank, pd.DataFrame(rows),
+                     caption=f"The evaluation's problems, samples of {stage}; pass: at least one of them is right.")
+
+
+def samples(page: Page) -> None:
+    page.add("## Samples")
+    if not any(found.get("samples") for found in page.run.results.values()):
+        page.missing("pretrain")
+        return
+    for stage, found in page.run.results.items():
+        if not found.get("samples"):
+            continue
+        page.add(f"### {TITLES[stage]}")
+        for item in found["samples"] if isinstance(found["samples"], list) else [found["samples"]]:
+            page.add(text_block(item.items() if isinstance(item, dict) else [(stage, item)]))
+
+
+def attention(page: Page) -> None:
+    page.add("## Attention")
+    if page.missing("attention"):
+        return
+    found, folder = page.run.results["attention"], page.run.folder / "attention" / "figures"
+    there = []
+    for path in sorted(folder.glob("attention_*.png")):
+        page.pictures.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, page.pictures / path.name)
+        there.append(path.name)
+    page.add("\n".join(f"* {sentence}" for sentence in found.get("observations", [])))
+    if found.get("roles"):
+        rules = [f"{role} ({name} ≥ {threshold:g})" for role, (name, threshold) in found["roles"].items()]
+        page.add(f"Roles by threshold: {', '.join(rules)}; a head that reaches none is mixed.")
+    if "attention_heads.png" in there:
+        page.add(f"![heads]({page.link}/attention_heads.png)", "*Every square is a head; dark is 1.*")
+    for name in found.get("examples", {}):
+        files = [f"attention_{kind}_{name.replace(', ', '_')}.png" for kind in ("keys", "maps")]
+        shown = [f"![{name}]({page.link}/{file})" for file in files if file in there]
+        if shown:
+            page.add(folded(f"{name}: the head that reads the key words most, and all heads", " ".join(shown)))
+    if found.get("heads"):
+        page.add(folded("The table of heads", markdown_table(found["heads"])))
+    page.add(measures(found.get("table", [])))
+
+
+def across_seeds(page: Page) -> None:
+    page.add("## Across seeds")
+    if len(page.seeds) < 2:
+        seed = page.run.record.get("seed", 0)
+        page.add("**Not run: one seed only.** Intervals elsewhere in this report are over held-out items. For another seed: "
+                 f"`modern-llm run --preset {shlex.quote(page.run.preset)} --run {page.run.folder.name}-seed{seed + 1} "
+                 f"--stage all -p seed={seed + 1}`, then write the report again.")
+        return
+    table = summarise_seeds([run.folder for run in page.seeds])
+    page.origin()
+    named = [f"`{run.folder.name}` (seed {run.record.get('seed')})" for run in page.seeds]
+    page.add(f"Median and range of {len(named)} runs: {', '.join(named)}.")
+    kept = table[~table.metric.str.contains(r"level \d|error, ", regex=True)]
+    rows = [{"stage": row["stage"], "task": row["task"], "metric": row["metric"], "median": row["median"],
+             "range": f"{number(row['low'])} … {number(row['high'])}", "runs": row["runs"]} for row in kept.to_dict("records")]
+    page.add(markdown_table(rows))
+
+
+def reproduce(page: Page) -> None:
+    run, record = page.run, page.run.record
+    commit = record.get("git_commit", "unknown")
+    lines = [f"git checkout {commit.removesuffix('+changes')}"] if commit != "unknown" else []
+    lines += [run.command(stage) for stage in STAGES if stage in run.params]
+    lines.append(f"modern-llm run --preset {shlex.quote(run.preset)} --run {run.folder.name} --stage report")
+    page.add("## Commands", "Stage by stage, exactly as it was run:", "```bash\n" + "\n".join(lines) + "\n```")
+    if commit.endswith("+changes"):
+        page.add("The tree had changes that were not committed: the commit alone does not give this run back.")
+    machine = {"commit": commit, "device": f"{record.get('device', '')} ({record.get('device_name', '')})",
+               **{name: record.get(name) for name in ("threads", "platform", "seed")}, **record.get("versions", {})}
+    page.add("## Hardware, versions, seed", "Of the stage that ran last.",
+             markdown_table({"": name, "value": value} for name, value in machine.items()))
+
+
+def cost(page: Page) -> None:
+    from modern_llm import report_figures
+
+    page.add("## Cost")
+    cfg, rows, device = model_of(page.run), [], page.run.record.get("device", "cpu")
+    unit = "GPU minutes" if device.startswith("cuda") else "CPU minutes (threads × minutes)"
+    threads = 1 if device.startswith("cuda") else page.run.record.get("threads") or 1
+    for stage in STAGES:
+        seconds, found = page.run.stages.get(stage, {}).get("seconds"), page.run.results.get(stage, {})
+        if seconds is None:
+            continue
+        tokens = found.get("tokens")
+        trained = found.get("train_seconds")
+        rows.append({"stage": stage, "minutes": seconds / 60, "of them training": trained / 60 if trained else None,
+                     unit: seconds / 60 * threads, "tokens": tokens, "tokens/s": found.get("tokens_per_s"),
+                     "training FLOPs": tokens * flops_per_token(cfg) if tokens and cfg else None})
+    if not rows:
+        page.add("No stage has run.")
+        return
+    page.picture("cost.png", report_figures.cost, {row["stage"]: row["minutes"] for row in rows})
+    summed = ("minutes", "of them training", unit, "tokens", "training FLOPs")
+    rows.append({"stage": "all", **{name: sum(row[name] or 0 for row in rows) for name in summed}})
+    for row in rows:
+        row["training FLOPs"] = row["training FLOPs"] and f"{row['training FLOPs']:.2e}"
+    page.add(markdown_table(rows), "FLOPs are the closed form of chapter 02c, 3 × the forward pass a token.")
+
+
+def provenance(page: Page) -> None:
+    files = [{"file": str(path.relative_to(page.run.folder)), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+             for path in page.run.sources_of_the_report()]
+    page.add("## Made from", folded(f"{len(files)} files", markdown_table(files)))
+
+
+SECTIONS = (summary, pipeline, results, stage_gains, verifier, across_seeds, training, samples, attention, architecture, data,
+            cost, reproduce, provenance)
+
+
+# ---- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def summarise_seeds(runs: list[Path]) -> pd.DataFrame:
+    """Median and range of every measure over runs that differ in their seed.
+
+    Returns:
+        stage, task, metric, median, low, high, runs (how many have it), values (one a run).
+
+    Raises:
+        ReportError: fewer than two runs, two of the same seed, different presets, or other settings that differ.
+    """
+    import pandas as pd
+
+    found = [Run(Path(folder)) for folder in runs]
+    why = not_comparable(found)
+    if why:
+        raise ReportError(why)
+    rows = []
+    for run in found:
+        for stage, entry in run.stages.items():
+            rows.append({"stage": stage, "task": "", "metric": "minutes", "value": entry.get("seconds", 0) / 60})
+        for stage, results in run.results.items():
+            if stage != "eval":
+                rows += [{"stage": stage, "task": "own table", "metric": row["metric"], "value": row["value"]}
+                         for row in results.get("table", [])]
+        ledger = run.frame("eval/ledger.csv")
+        rows += ledger[["stage", "task", "metric", "value"]].to_dict("records") if len(ledger) else []
+    table = pd.DataFrame(rows, columns=["stage", "task", "metric", "value"]).dropna(subset="value")
+    grouped = table.groupby(["stage", "task", "metric"], sort=False).value
+    return grouped.agg(median="median", low="min", high="max", runs="size", values=list).reset_index()
+
+
+def not_comparable(runs: Sequence[Run]) -> str:
+    """Why runs cannot be summarised as seeds of one recipe; empty if they can."""
+    if len(runs) < 2:
+        return f"summarise_seeds: {len(runs)} run is too few; give the folders of at least two"
+    for run in runs:
+        if not run.record:
+            return f"summarise_seeds: {run.folder} has no run.json; give folders of runs"
+    seeds = [run.record.get("seed") for run in runs]
+    if len(set(seeds)) < len(seeds):
+        return (f"summarise_seeds: seeds {seeds} of {[run.folder.name for run in runs]} are not all different; "
+                "leave one of the same seed out")
+    first = _recipe(runs[0])
+    for run in runs[1:]:
+        other = _recipe(run)
+        differing = [name for name in first.keys() & other.keys() if first[name] != other[name]]
+        if differing:
+            return (f"summarise_seeds: runs {runs[0].folder.name!r} and {run.folder.name!r} differ in "
+                    f"{', '.join(sorted(differing))}, not only in their seed; leave one out")
+    return ""
+
+
+def _recipe(run: Run) -> dict[str, str]:
+    """The settings of the stages that ran, but for the seed and what follows from the machine's memory."""
+    config = json.loads(json.dumps(run.record.get("config", {})))
+    for section in config.values():
+        if isinstance(section, dict):
+            section.pop("micro_batch_size", None)
+    kept = {"name", "model", "data", *run.results}
+    return {name: json.dumps(value, sort_keys=True) for name, value in config.items() if name in kept}
+
+
+def runs_of_other_seeds(run: str, runs: Path) -> list[Run]:
+    """`run` and its siblings `<run>-seed…` that have results and the same settings, by seed; of one seed the first only."""
+    stem = re.sub(r"-seed\d+$", "", run)
+    siblings = sorted(path.name for path in runs.glob(f"{stem}-seed*") if path.name.removeprefix(f"{stem}-seed").isdigit())
+    names = [run, stem, *siblings]
+    kept: list[Run] = []
+    for name in dict.fromkeys(names):
+        candidate = Run(runs / name)
+        if candidate.results and (not kept or not not_comparable([*kept, candidate])):
+            kept.append(candidate)
+    return sorted(kept, key=lambda one: one.record.get("seed", 0))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+LINK = "@figures@"  # stands for the pictures' folder until the report has a name
+
+
+def render(run: Run, pictures: Path, link: str, seeds: list[Run]) -> str:
+    """The text of a report; its pictures are drawn into `pictures` and called by `link`."""
+    page = Page(run, pictures, link, seeds)
+    for section in SECTIONS:
+        section(page)
+    return "\n\n".join(page.parts) + "\n"
+
+
+def publish_results(run: Run, folder: Path) -> None:
+    """Copy the numbers behind a report beside it: each stage's results.json, and the evaluation's tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in run.results:
+        shutil.copyfile(run.folder / stage / "results.json", folder / f"{stage}.json")
+    for name in EVAL_FILES:
+        if (path := run.folder / "eval" / name).is_file():
+            shutil.copyfile(path, folder / name)
+
+
+def write_report(run: str, runs: Path, out: Path, force: bool = False, seeds: Sequence[str] = ()) -> Path:
+    """Write `out`/<run>_report.md, its pictures to `out`/figures/<run>/ and its numbers to `out`/results/<run>/.
+
+    Args:
+        run: name of the run.
+        runs: the folder that holds it.
+        out: where reports are kept.
+        force: overwrite the report that is there. Without it a report that would say the same is kept, and another one
+            gets the time in its name.
+        seeds: names of runs to summarise as seeds of one recipe; those named <run>-seed… if empty.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ReportError: there is no such run, or `seeds` are not comparable.
+    """
+    runs, out = Path(runs), Path(out)
+    found = Run(runs / run)
+    if not found.record:
+        there = sorted(path.parent.name for path in runs.glob("*/run.json"))
+        raise ReportError(f"run {run!r}: {found.folder} has no run.json; the runs in {runs} are {', '.join(there) or 'none'}")
+    siblings = [Run(runs / name) for name in seeds]
+    if seeds and (why := not_comparable(siblings)):
+        raise ReportError(why)
+    siblings = siblings or runs_of_other_seeds(run, runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as scratch:
+            pictures = Path(scratch) / "figures"
+            pictures.mkdir()
+            text = render(found, pictures, LINK, siblings)
+            ending = "" if force else free_ending(run, out, text)
+            path = out / f"{run}_report{ending or ''}.md"
+            if ending is not None:
+                publish_results(found, out / "results" / f"{run}{ending}")
+                replace_folder(pictures, out / "figures" / f"{run}{ending}")
+                write_text(path, text.replace(LINK, f"figures/{run}{ending}"))
+            return path
+    except OSError as error:
+        raise ReportError(f"cannot write the report to {out}: {error.strerror}; choose another output folder") from error
+
+
+def free_ending(run: str, out: Path, text: str) -> str | None:
+    """What to add to the names of a report so that none is overwritten; None if the one that is there says the same."""
+    path = out / f"{run}_report.md"
+    if not path.is_file():
+        return ""
+    if path.read_text(encoding="utf-8") == text.replace(LINK, f"figures/{run}"):
+        return None if (out / "figures" / run).is_dir() else ""
+    stamp = datetime.datetime.now().strftime("-%Y%m%d-%H%M%S")
+    endings = (stamp if count == 1 else f"{stamp}-{count}" for count in itertools.count(1))
+    return next(ending for ending in endings if not (out / f"{run}_report{ending}.md").exists())
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put the folder `new` in the place of `old`."""
+    old.parent.mkdir(exist_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.move(new, old)

@@ -1,0 +1,199 @@
+"""What a report is made of: the files of a run, read when asked for, and a page of Markdown with pictures. No torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modern_llm.files import read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STAGES = ("pretrain", "sft", "dpo", "verifier", "eval", "attention")
+EVAL_FILES = ("ledger.csv", "stage_gains.csv", "comparison_table.csv", "task_metrics.json", "gsm8k_analysis.json",
+              "base_eval.json", "sft_eval.json", "dpo_eval.json", "verifier_eval.json")
+
+
+class ReportError(ValueError):
+    """The report cannot be written. The message names the value, the place and the remedy."""
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def number(value: object) -> str:
+    """Three decimals, fewer of large numbers, thousands apart; what is no number, as it is; nothing for None."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 1000):
+        return f"{int(value):,}"
+    if value == 0 or 5e-4 <= abs(value) < 1e6:
+        digits = 3 if abs(value) < 100 else 1 if abs(value) < 10_000 else 0
+        return f"{value:,.{digits}f}"
+    return f"{value:.5f}" if 1e-5 <= abs(value) < 1 else f"{value:.2e}"
+
+
+def interval(row: dict) -> str:
+    """`0.397 [0.388, 0.406]`, or the value alone."""
+    low, high = row.get("low"), row.get("high")
+    known = low is not None and high is not None and low == low
+    return f"{number(row.get('value'))} [{number(low)}, {number(high)}]" if known else number(row.get("value"))
+
+
+def markdown_table(rows: Iterable[dict], columns: Sequence[str] | None = None) -> str:
+    """Rows as a Markdown table; columns are those of any row, in the order they appear."""
+    rows = list(rows)
+    columns = list(columns or dict.fromkeys(name for row in rows for name in row))
+    cell = lambda value: number(value).replace("|", "\\|").replace("\n", " ⏎ ")
+    lines = ["| " + " | ".join(map(cell, columns)) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows])
+
+
+def measures(table: Iterable[dict]) -> str:
+    """A stage's own table: metric, value with interval, n, protocol."""
+    return markdown_table([{"metric": row["metric"], "value [95% interval]": interval(row), "n": row.get("n"),
+                            "protocol": row.get("protocol", "")} for row in table])
+
+
+def folded(summary: str, text: str) -> str:
+    """Text that opens on a click."""
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def text_block(pairs: Iterable[tuple[str, object]], longest: int = 600) -> str:
+    """Headed texts, one below the other, as they are."""
+    clean = lambda text: str(text)[:longest] + (" […]" if len(str(text)) > longest else "")
+    body = "\n".join(f"[{name}] {clean(value)}" for name, value in pairs)
+    return "```text\n" + body.replace("```", "'''") + "\n```"
+
+
+# ---- the files of a run ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind, read when asked for; what is absent is empty."""
+
+    folder: Path
+
+    def json(self, name: str) -> dict:
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            return read_json(path)
+        except ValueError as error:
+            raise ReportError(f"{path} is not valid JSON ({error}): delete it and run that stage again") from error
+
+    @cached_property
+    def record(self) -> dict:
+        return self.json("run.json")
+
+    @cached_property
+    def results(self) -> dict[str, dict]:
+        """results.json of every stage that has one."""
+        return {stage: found for stage in STAGES if (found := self.json(f"{stage}/results.json"))}
+
+    @cached_property
+    def params(self) -> dict[str, dict]:
+        return {stage: found for stage in STAGES if (found := self.json(f"{stage}/params.json"))}
+
+    @property
+    def stages(self) -> dict[str, dict]:
+        """Status, start and seconds of the stages, from `run.json`."""
+        return self.record.get("stages", {})
+
+    @property
+    def preset(self) -> str:
+        named = [str(params["preset"]) for params in self.params.values() if params.get("preset")]
+        return named[0] if named else self.record.get("preset", "")
+
+    @property
+    def sources(self) -> list[str]:
+        """Every data set that the run's settings name."""
+        config = self.record.get("config", {})
+        named = [config.get("data", {}).get("sources", [])]
+        for stage in self.results:
+            section = config.get(stage, {})
+            found = [section[key] for key in ("sources", "problems", "sentiment") if section.get(key)]
+            named += [value if isinstance(value, list) else [value] for value in found]
+        return list(dict.fromkeys(name for names in named for name in names))
+
+    def command(self, stage: str, preset: str = "") -> str:
+        """The command that runs this stage as it was run, or would be."""
+        given = self.params.get(stage, {})
+        preset = str(given.get("preset") or preset or self.preset)
+        words = ["modern-llm", "run", "--preset", preset, "--run", self.folder.name, "--stage", stage]
+        for name in ("checkpoint", "output_dir", "max_steps"):
+            if given.get(name) not in (None, ""):
+                words += [f"--{name.replace('_', '-')}", str(given[name])]
+        for name in ("seed", "max_minutes", "device", "overrides"):
+            if given.get(name) not in (None, ""):
+                words += ["-p", f"{name}={given[name]}"]
+        return shlex.join(words)
+
+    def frame(self, name: str) -> pd.DataFrame:
+        """A CSV or JSON-lines file as a table; empty if there is none."""
+        import pandas as pd
+
+        path = self.folder / name
+        if not path.is_file() or not path.stat().st_size:
+            return pd.DataFrame()
+        if path.suffix == ".csv":
+            empty = {column: [""] for column in ("value", "low", "high", "n")}
+            return pd.read_csv(path, keep_default_na=False, na_values=empty)
+        return pd.read_json(path, lines=True)
+
+    def sources_of_the_report(self) -> list[Path]:
+        """The files a report is made from."""
+        names = [f"{stage}/{name}" for stage in STAGES for name in ("params.json", "metrics.jsonl", "results.json")]
+        paths = [self.folder / name for name in [*names, *(f"eval/{name}" for name in EVAL_FILES)]]
+        return [path for path in paths if path.is_file()]
+
+
+@dataclass
+class Page:
+    """A report in the making: its run, where its pictures go, how the text calls them, and the text so far."""
+
+    run: Run
+    pictures: Path
+    link: str
+    seeds: list[Run] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+
+    def add(self, *texts: str) -> None:
+        self.parts += [text for text in texts if text]
+
+    def picture(self, name: str, draw: Callable, *arguments, caption: str = "", **options) -> None:
+        """Draw a figure into the pictures' folder and show it; nothing if there is nothing to draw."""
+        if draw(*arguments, self.pictures / name, **options) is not None:
+            self.add(f"![{caption or name}]({self.link}/{name})", f"*{caption}*" if caption else "")
+
+    def missing(self, *stages: str) -> bool:
+        """Whether none of the stages has results; if so, say what to do about it."""
+        if any(stage in self.run.results for stage in stages):
+            return False
+        for stage in stages:
+            status = self.run.stages.get(stage, {}).get("status")
+            said = f"{stage}: not run." if not status else f"{stage}: {status}, no results."
+            self.add(f"**{said}** This fills it in:\n\n```bash\n{self.run.command(stage)}\n```")
+        return True
+
+    def origin(self, names: Iterable[str] | None = None, short: bool = True) -> None:
+        """Say beside the numbers which of the data are synthetic."""
+        names = self.run.sources if names is None else list(names)
+        made_up = [name for name in names if str(name).startswith("synthetic")]
+        if made_up:
+            real = [name for name in names if name not in made_up]
+            text = f"**Synthetic data:** {', '.join(f'`{name}`' for name in made_up)}"
+            if not short:
+                text += (" are written by a program, with known answers: numbers on them say what the method does, not how the "
+                         "model fares on human text")
+            self.add(f"> {text}." + (f" Real data: {', '.join(f'`{name}`' for name in real)}." if real else ""))
