@@ -118,7 +118,7 @@ def test_cli_runs_skips_and_refuses(tmp_path):
 
 
 def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tmp_path):
-    command = [Path(sys.executable).parent / "modern-llm", "run", "--preset", "lesson", "--max-steps", "40", "--output-dir",
+    command = [Path(sys.executable).parent / "modern-llm", "run", "--preset", "lesson", "--stage", "pretrain", "--max-steps", "40", "--output-dir",
                str(tmp_path), "--run", "123"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))

@@ -1,0 +1,284 @@
+"""The pipeline as it is really run: skipped, resumed, refused, killed; and what can be asked of a run afterwards."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from modern_llm import inputs, pipeline
+from modern_llm.cli import main
+from modern_llm.config import ConfigError
+from modern_llm.files import read_json, write_json
+from modern_llm.inputs import NOTEBOOKS, StageError
+from modern_llm.stage import is_alive, refuse_if_alive, this_process
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=6 pretrain.eval_every=6 "
+         "pretrain.checkpoint_every=2 sft.max_steps=60 sft.checkpoint_every=2 sft.eval_every=60 sft.batch_size=2 "
+         "sft.max_train_examples=60 sft.max_validation_examples=4 dpo.max_steps=20 dpo.batch_size=2 dpo.checkpoint_every=2 "
+         "dpo.eval_every=20 dpo.max_train_pairs=20 dpo.max_validation_pairs=4 verifier.max_steps=20 verifier.batch_size=4 "
+         "verifier.checkpoint_every=2 verifier.eval_every=20 verifier.train_problems=6 verifier.validation_problems=4 "
+         "verifier.samples_per_problem=2 verifier.validation_samples=2 verifier.gold_problems=20 verifier.max_new_tokens=8")
+# Every stage takes half a minute to be killed, finished and compared; the default proves it where the others start from.
+KILLED = ("sft", "dpo", "verifier") if os.environ.get("MODERN_LLM_SLOW_TESTS") else ("sft",)
+
+
+def words(stage: str, place: Path, *more: object, overrides: str = SMALL) -> list[str]:
+    return ["run", "--preset", "lesson", "--stage", stage, "--run", "it", "--output-dir", str(place), "-p", f"overrides={overrides}",
+            *map(str, more)]
+
+
+def start(*command: str) -> subprocess.Popen:
+    return subprocess.Popen([Path(sys.executable).parent / "modern-llm", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, cwd=ROOT)
+
+
+def finish(*command: str) -> str:
+    process = start(*command)
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text
+    return text
+
+
+def ask(*command: object, **options) -> tuple[int, str]:
+    """The exit code and the output of a command that is answered in this process."""
+    result = CliRunner().invoke(main, [str(word) for word in command], **options)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A folder of runs with one run, `it`, pretrained and instruction-tuned without a break."""
+    place = tmp_path_factory.mktemp("tuned")
+    finish(*words("pretrain", place))
+    finish(*words("sft", place))
+    return place
+
+
+@pytest.fixture
+def runs(tuned, tmp_path):
+    """A copy of it, to be changed."""
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def weights(folder: Path) -> dict:
+    return {path.name + name: tensor for path in sorted((folder / "checkpoint").glob("*.safetensors"))
+            for name, tensor in load_file(path).items()}
+
+
+def test_a_stage_records_what_it_depends_on(tuned):
+    record = read_json(tuned / "it" / "sft" / "params.json")
+    pretrained = tuned / "it" / "pretrain" / "checkpoint"
+    assert set(record["config"]) == {"data", "sft", "seed"} and record["config"]["sft"]["max_steps"] == 60
+    assert record["inputs"] == {"pretrain": {"path": str(pretrained),
+                                             "sha256": read_json(pretrained / "meta.json")["sha256"]["model.safetensors"]}}
+    entries = read_json(tuned / "it" / "run.json")["stages"]
+    assert {name: entry["status"] for name, entry in entries.items()} == {"pretrain": "finished", "sft": "finished"}
+
+
+def plan(place, stage="all", overrides=SMALL, **more):
+    plan = pipeline.Plan(stage, preset="lesson", run="it", output_dir=str(place), overrides=overrides, **more)
+    return lambda name, pending=False: plan.step(name, pending)
+
+
+def test_unchanged_stages_are_skipped_and_others_follow(tuned):
+    code, text = ask(*words("all", tuned, "--dry-run"))
+    lines = dict(line.split(": ", 1) for line in text.splitlines())
+    assert code == 0 and list(lines) == list(pipeline.STAGES)
+    assert lines["pretrain"].startswith("skip") and lines["sft"].startswith("skip") and lines["dpo"].startswith("run")
+    code, text = ask(*words("sft", tuned))
+    assert code == 0 and "sft: skipped, finished before, nothing has changed" in text
+
+
+def test_a_changed_setting_touches_its_own_stage_only(tuned):
+    other = plan(tuned, overrides=SMALL + " sft.lr=1e-3")
+    assert other("pretrain").action == "skip"
+    with pytest.raises(StageError, match=r"sft is finished.*\n  - sft.lr: 0.00\d+ -> 0.001\n.*--force.*--run NAME"):
+        other("sft")
+    forced = plan(tuned, overrides=SMALL + " sft.lr=1e-3", force=True)
+    assert [forced(name).action for name in ("pretrain", "sft")] == ["skip", "run"] and "sft.lr" in forced("sft").why
+    assert plan(tuned, "pretrain", force=True)("pretrain").action == "run"
+    assert plan(tuned, overrides=SMALL + " sft.lr=1e-3", no_overwrite=True)("sft").action == "skip"
+    assert plan(tuned, overrides=SMALL + " sft.max_steps=61", resume=True)("sft").action == "resume"
+
+
+def test_a_stage_whose_start_was_made_anew_is_refused(runs):
+    meta = runs / "it" / "pretrain" / "checkpoint" / "meta.json"
+    sums = read_json(meta)
+    sums["sha256"]["model.safetensors"] = "0" * 64
+    write_json(meta, sums)
+    with pytest.raises(StageError, match="weights of pretrain: .* -> \"000000000000\""):
+        plan(runs)("sft")
+    assert plan(runs, force=True)("sft").action == "run"
+    code, text = ask(*words("all", runs))
+    assert code == 2 and "--force" in text and (runs / "it" / "sft" / "results.json").exists()
+
+
+def test_parameters_go_to_the_stages_that_declare_them(tuned):
+    everything = pipeline.Plan("all", preset="lesson", max_minutes=6, max_steps=9)
+    assert all(everything.parameters[name]["max_minutes"] == 6 for name in ("pretrain", "sft", "dpo", "verifier"))
+    assert "max_minutes" not in everything.parameters["eval"] and "max_steps" not in everything.parameters["attention"]
+    assert everything.configs["dpo"].dpo.max_steps == 9
+    for stage, name in (("all", "max_step"), ("eval", "max_minutes")):
+        with pytest.raises(ConfigError, match=f"unknown parameter '{name}'"):
+            pipeline.Plan(stage, preset="lesson", **{name: 3})
+    given = pipeline.Plan("all", preset="lesson", checkpoint=str(tuned / "it"), output_dir=str(tuned), run="from")
+    assert given.stages[0] == "sft" and given.parameters["sft"]["checkpoint"].endswith("it/sft/checkpoint")
+    assert "checkpoint" not in given.parameters["dpo"]
+    with pytest.raises(ConfigError, match="does not start from a checkpoint"):
+        pipeline.Plan("pretrain", preset="lesson", checkpoint=str(tuned / "it"))
+
+
+def test_checkpoints_are_found_by_folder_stage_and_run(tuned, tmp_path):
+    stage = tuned / "it" / "pretrain"
+    assert inputs.find_checkpoint(stage / "checkpoint") == inputs.find_checkpoint(stage) == stage / "checkpoint"
+    assert inputs.find_checkpoint(tuned / "it") == tuned / "it" / "sft" / "checkpoint"
+    with pytest.raises(StageError, match="Tried .*/nothing, .*/nothing/checkpoint, .*/nothing/dpo/checkpoint"):
+        inputs.find_checkpoint(tmp_path / "nothing")
+    shutil.copytree(stage, tmp_path / "killed")
+    os.rename(tmp_path / "killed" / "checkpoint", tmp_path / "killed" / "checkpoint.previous")
+    assert inputs.find_checkpoint(tmp_path / "killed").name == "checkpoint.previous"
+
+
+def test_nothing_to_start_from_names_the_remedies(tmp_path):
+    code, text = ask("run", "--preset", "local-smoke", "--stage", "dpo", "--output-dir", tmp_path)
+    assert code == 2 and "--stage sft" in text and "--checkpoint PATH" in text and list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_of_later_stages_stops_the_pipeline_at_its_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path / "none"))
+    code, text = ask(*words("all", tmp_path, overrides="dpo.sources=hh-rlhf"))
+    assert code == 2 and "hh-rlhf" in text and list(tmp_path.iterdir()) == []
+
+
+# ---- kills -----------------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    deadline = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    assert condition(), process.communicate()[0] if process.poll() is not None else "not in time"
+
+
+@pytest.mark.parametrize("stage", KILLED)
+def test_killed_command_leaves_no_orphan_and_the_same_command_finishes_it(stage, tuned, tmp_path):
+    """kill -9 of `modern-llm` alone: papermill and its kernel die with it; the result is that of an unbroken run."""
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    for name in KILLED[KILLED.index(stage):]:
+        shutil.rmtree(tmp_path / "it" / name, ignore_errors=True)
+    if stage == "dpo" and not (tuned / "it" / "dpo").exists():
+        finish(*words("dpo", tuned))
+    if stage == "verifier":
+        finish(*words("verifier", tuned))
+        shutil.copytree(tuned / "it" / "dpo", tmp_path / "it" / "dpo", dirs_exist_ok=True)
+    folder = tmp_path / "it" / stage
+    process = start(*words(stage, tmp_path))
+    wait_for((folder / "checkpoint" / "meta.json").exists, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2, "papermill and a kernel are expected"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive and not (folder / "results.json").exists()
+    assert [row["status"] for row in pipeline.runs_table(tmp_path) if row["stage"] == stage] == ["killed"]
+
+    text = finish(*words(stage, tmp_path))
+    assert f"{stage}: resume" in text
+    one, other = weights(tuned / "it" / stage), weights(folder)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_stage_that_another_process_runs_is_refused(tmp_path, capfd):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        entry = {**this_process(), "pid": sleeper.pid, "pid_started": psutil.Process(sleeper.pid).create_time(), "status": "running"}
+        (tmp_path / "it").mkdir()
+        write_json(tmp_path / "it" / "run.json", {"stages": {"sft": entry}})
+        assert is_alive(entry)
+        assert not is_alive({**entry, "pid_started": entry["pid_started"] - 100}), "a number that was given to another process"
+        assert not is_alive({**entry, "host": "elsewhere"}) and not is_alive(this_process())
+        with pytest.raises(StageError, match=f"run by process {sleeper.pid} on this machine"):
+            refuse_if_alive(tmp_path / "it", "sft", patience=0.3)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    refuse_if_alive(tmp_path / "it", "sft", patience=5)
+
+
+# ---- afterwards ------------------------------------------------------------------------------------------------------
+
+
+def test_status_needs_no_torch_and_shows_the_figures(tuned):
+    code, text = ask("status", "--output-dir", tuned)
+    assert code == 0 and all(part in text for part in ("pretrain", "sft", "finished", "bits per byte"))
+    code, text = ask("status", "ot", "--output-dir", tuned)
+    assert code == 2 and "did you mean 'it'" in text
+    check = "import sys; from modern_llm.cli import main; main(['status'], standalone_mode=False); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0
+
+
+def test_chat_and_sample(tuned):
+    where = ("--run", "it", "--output-dir", tuned, "--max-new-tokens", 8)
+    code, text = ask("chat", *where, input="What is 3 plus 4?\n\n/new\nAnd 5 plus 2?\n/quit\nnever read\n")
+    assert code == 0 and len(text.splitlines()) >= 3
+    assert ask("chat", *where, input="What is 3 plus 4?\n\n/new\nAnd 5 plus 2?\n")[1] == text, "the seed decides"
+    code, text = ask("chat", *where, "--stage", "pretrain", input="hello\n")
+    assert code == 2 and "base model" in text
+    code, text = ask("sample", *where, "--stage", "pretrain", "--prompt", "Mia has {}", "-n", 2)
+    assert code == 0 and text.count("--- Mia has {}") == 2
+    assert ask("sample", "--checkpoint", tuned / "it" / "sft", "-n", 1, "--max-new-tokens", 4)[0] == 0
+    for command, message in ((("sample", "--output-dir", tuned), "runs in .*: it"), (("sample", *where, "--stage", "eval"), "no language model"),
+                             (("chat", "--run", "nobody", "--output-dir", tuned), "Tried")):
+        code, text = ask(*command)
+        assert code == 2 and message.split(".*")[-1] in text
+
+
+def test_a_long_conversation_forgets_its_beginning(tuned):
+    from modern_llm.talk import Chat, open_model
+
+    model, tokenizer, _ = open_model("it", "sft", None, str(tuned))
+    talk = Chat(model, tokenizer, max_new_tokens=8, temperature=0)
+    for _ in range(12):
+        assert isinstance("".join(talk.reply("Tom has 3 hats. He buys 4 hats. How many hats does he have?")), str)
+    assert 2 <= len(talk.history) < 24 and talk.history[0]["role"] == "user"
+    with pytest.raises(ValueError, match="ask something shorter"):
+        list(talk.reply("word " * 200))
+
+
+def test_help_teaches_by_example():
+    for command in ((), ("run",), ("status",), ("chat",), ("sample",), ("datasets",)):
+        code, text = ask(*command, "--help")
+        assert code == 0 and "modern-llm" in text.split("Options:")[0].split("\n", 1)[1]
+    check = "import sys, modern_llm.cli; assert not {'torch', 'pandas', 'papermill', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_every_stage_has_a_notebook_with_the_same_ten_parameters():
+    common = {"preset", "run", "seed", "device", "overrides", "output_dir", "resume", "force"}
+    for stage in NOTEBOOKS:
+        declared = pipeline.declared_parameters(stage)
+        assert common <= declared.keys() and declared["preset"] == "lesson" and declared["run"] == ""
+        assert ("checkpoint" in declared) == (stage != "pretrain")
+        assert ({"max_steps", "max_minutes"} <= declared.keys()) == pipeline.trains(stage)
+
+
+def test_the_screen_shows_text_and_bars_but_not_papermill(capfd):
+    lines = ["[IPKernelApp] WARNING | noise", "a table", "  with rows", "\r  0%|    | 0/2", "", "\r100%|####| 2/2", "", "after",
+             "Traceback (most recent call last):", '  File "nbclient"', "papermill.exceptions.PapermillExecutionError: ", "the notebook's error"]
+    pipeline.show([(line + "\n").encode() for line in lines])
+    out, err = capfd.readouterr()
+    assert out == "a table\n  with rows\nafter\nthe notebook's error\n"
+    assert "100%" in err and "Traceback" not in out + err
