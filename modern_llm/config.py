@@ -19,6 +19,7 @@ OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PREFERENCE_LOSSES = ("sigmoid", "ipo")
+REPLAY_SOURCES = ("text", "synthetic", "synthetic-problems", "gsm8k")
 VERIFIER_KINDS = ("generator", "encoder")
 
 
@@ -202,6 +203,8 @@ class DPOConfig(TrainConfig):
     label_smoothing: float = 0.0  # share of pairs believed to be labelled the wrong way round (cDPO)
     length_normalised: bool = False  # log-probability per token instead of per answer
     sft_weight: float = 0.0  # weight of the chosen answer's negative log-probability per token
+    replay_weight: float = 0.0  # weight of the nats per token of an earlier example that goes along with every pair
+    replay_sources: tuple[str, ...] = ("text",)  # in equal parts; "text" (pretraining), "synthetic", "synthetic-problems", "gsm8k"
     max_train_pairs: int = 5_000  # a source
     max_validation_pairs: int = 200  # a source
     max_new_tokens: int = 128  # of the model's own answers to held-out prompts
@@ -213,7 +216,11 @@ class DPOConfig(TrainConfig):
         _positive("dpo", self, "beta", "max_train_pairs", "max_validation_pairs", "max_new_tokens")
         _require(0 <= self.label_smoothing < 0.5, f"dpo.label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
         _require(self.loss == "sigmoid" or self.label_smoothing == 0, "dpo.label_smoothing is for dpo.loss='sigmoid'")
-        _require(self.sft_weight >= 0, f"dpo.sft_weight={self.sft_weight} must not be negative")
+        for name in ("sft_weight", "replay_weight"):
+            _require(getattr(self, name) >= 0, f"dpo.{name}={getattr(self, name)} must not be negative")
+        _require(len(self.replay_sources) > 0, "dpo.replay_sources is empty; to replay nothing say dpo.replay_weight=0")
+        for name in self.replay_sources:
+            _one_of("dpo.replay_sources", name, REPLAY_SOURCES)
 
 
 @dataclass(frozen=True)
@@ -335,13 +342,15 @@ def lesson() -> PipelineConfig:
         model=ModelConfig(context_length=128, width=64, num_layers=3, num_heads=2, num_kv_heads=1, ffn_width=192),
         data=DataConfig(max_train_tokens=300_000, max_validation_tokens=10_000),
         pretrain=TrainConfig(max_steps=120, batch_size=16, warmup_steps=5, eval_every=20, checkpoint_every=40),
-        sft=SFTConfig(max_steps=60, batch_size=8, lr=4e-3, muon_lr=3e-2, warmup_steps=5, decay_fraction=0.6, eval_every=20,
-                      checkpoint_every=30, max_train_examples=2000, max_validation_examples=40),
-        dpo=DPOConfig(max_steps=40, batch_size=16, optimizer="adamw", lr=4e-4, weight_decay=0.0, warmup_steps=4, log_every=1,
-                      eval_every=10, checkpoint_every=20, keep_checkpoints=0, max_train_pairs=640, max_validation_pairs=100,
+        sft=SFTConfig(max_steps=100, batch_size=8, lr=2e-3, muon_lr=1e-2, warmup_steps=5, decay_fraction=0.6, eval_every=20,
+                      checkpoint_every=50, weights=(0.7, 0.3), replay_fraction=0.2, max_train_examples=2000,
+                      max_validation_examples=40),
+        dpo=DPOConfig(max_steps=30, batch_size=8, optimizer="adamw", lr=1e-3, weight_decay=0.0, warmup_steps=3, log_every=1,
+                      eval_every=10, checkpoint_every=10, keep_checkpoints=0, sft_weight=1.0, replay_weight=1.0,
+                      replay_sources=("text", "synthetic", "synthetic-problems"), max_train_pairs=240, max_validation_pairs=60,
                       max_new_tokens=40),
-        verifier=VerifierConfig(levels=(1, 2, 3), max_steps=20, batch_size=8, lr=4e-3, muon_lr=2e-2, warmup_steps=2, log_every=2,
-                                eval_every=10, checkpoint_every=10, keep_checkpoints=0, train_problems=40, validation_problems=40,
+        verifier=VerifierConfig(levels=(1, 2, 3), max_steps=20, batch_size=8, lr=2e-3, muon_lr=1e-2, warmup_steps=2, log_every=2,
+                                perturbed_fraction=0.6, lm_weight=2.0, eval_every=10, checkpoint_every=10, keep_checkpoints=0, train_problems=40, validation_problems=40,
                                 samples_per_problem=4, validation_samples=8, max_new_tokens=80, gold_problems=400,
                                 comparison_steps=20),
         eval=EvalConfig(levels=(1, 2, 3), num_problems=30, sampled_levels=(1, 2, 3), sampled_problems=18, samples_per_problem=4,
@@ -358,8 +367,10 @@ def local_smoke() -> PipelineConfig:
         pretrain=TrainConfig(max_steps=360, batch_size=16, lr=4e-3, muon_lr=3e-2, eval_every=60, checkpoint_every=120),
         sft=SFTConfig(weights=(0.35, 0.65), max_steps=250, batch_size=16, lr=4e-3, muon_lr=3e-2, warmup_steps=10,
                       decay_fraction=0.6, eval_every=125, checkpoint_every=100, keep_checkpoints=0),
-        dpo=DPOConfig(max_steps=100, batch_size=16, optimizer="adamw", lr=1e-4, weight_decay=0.0, warmup_steps=10, log_every=1,
-                      eval_every=20, checkpoint_every=50, keep_checkpoints=0, max_train_pairs=1600, max_new_tokens=40),
+        dpo=DPOConfig(max_steps=100, batch_size=8, optimizer="adamw", lr=3e-4, weight_decay=0.0, warmup_steps=10, log_every=1,
+                      eval_every=25, checkpoint_every=25, keep_checkpoints=0, sft_weight=1.0, replay_weight=1.5,
+                      replay_sources=("text", "synthetic", "synthetic-problems", "synthetic-problems"), max_train_pairs=800,
+                      max_new_tokens=40),
         verifier=VerifierConfig(levels=(2, 3, 4), max_steps=120, batch_size=16, lr=2e-3, muon_lr=1e-2, warmup_steps=10,
                                 decay_fraction=0.7, eval_every=40, checkpoint_every=40, keep_checkpoints=0, train_problems=200,
                                 validation_problems=150, samples_per_problem=8, temperature=0.8, max_new_tokens=112),
