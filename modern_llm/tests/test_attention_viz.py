@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from modern_llm.attention_viz import (ROLES, attention_maps, examples, head_role, head_table, heads_figure, induction_attention, key_table,
-                                      maps_figure, observations, planted_repetition, repetition_gain, row_measures, save_png,
-                                      tokenise_example, without_head)
+from modern_llm.attention_viz import (ROLES, attention_maps, examples, head_role, head_table, heads_figure, induction_attention,
+                                      key_table, maps_figure, observations, planted_repetition, repetition_gain, row_measures,
+                                      save_png, tokenise_example, without_head)
 from modern_llm.config import ModelConfig
 from modern_llm.models import ModernDecoderLM
 from modern_llm.tokens import end_of_text_id, train_tokenizer
 
 KINDS = {
-    "plain": {}, "one group": {"num_kv_heads": 1}, "every head its own": {"num_kv_heads": 4}, "sinks": {"use_attention_sinks": True},
-    "window": {"sliding_window": 3}, "sinks and window": {"use_attention_sinks": True, "sliding_window": 3},
+    "plain": {}, "one group": {"num_kv_heads": 1}, "every head its own": {"num_kv_heads": 4},
+    "sinks": {"use_attention_sinks": True}, "window": {"sliding_window": 3},
+    "sinks and window": {"use_attention_sinks": True, "sliding_window": 3},
     "no qk norm": {"use_qk_norm": False}, "experts": {"num_experts": 2},
 }
 
@@ -138,10 +139,10 @@ def test_from_model_to_sentences(tokenizer, tmp_path):
     saved = repetition_gain(model, planted, control)
     gain = {"value": saved.mean().item(), "low": saved.min().item(), "high": saved.max().item()}
     told = observations(heads, gain, 0.05, keys)
-    assert len(told) == 6 + len(items) and "no induction head" in told[5]
+    assert len(told) == 6 + len(items) and "threshold of induction: 0." in told[5]
     strongest = heads.copy()
     strongest.loc[(1, 3), ["induction", "role"]] = [0.9, "induction"]
-    assert "head 1.3 puts 0.90" in observations(strongest, gain, 0.05, keys)[5]
+    assert "head 1.3 puts 0.90" in (said := observations(strongest, gain, 0.05, keys)[5]) and "threshold of induction: 1." in said
     for name, fig in {"heads": heads_figure(heads), "maps": maps_figure(maps[0])}.items():
         save_png(fig, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
