@@ -1,20 +1,21 @@
 """A stage starts only when it can, and refuses by naming the value, the place and the remedy; nothing is written then."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from modern_llm import stage as st
 from modern_llm.config import ConfigError
-from modern_llm.files import read_json
+from modern_llm.files import atomic_folder, read_json, write_json
 
 DECLARED = ["preset", "run", "seed", "max_steps", "max_minutes", "device", "overrides", "output_dir", "resume", "force"]
 
 
-def begin(tmp_path, cells=(), **values):
+def begin(tmp_path, cells=(), stage="pretrain", **values):
     parameters = {"preset": "lesson", "run": "", "seed": 0, "max_steps": None, "max_minutes": None, "device": "",
-                  "overrides": "", "output_dir": str(tmp_path), "resume": False, "force": False, **values}
-    return st.begin("pretrain", {**parameters, "In": list(cells)}, DECLARED)
+                  "overrides": "", "output_dir": str(tmp_path), "checkpoint": "", "resume": False, "force": False, **values}
+    return st.begin(stage, {**parameters, "In": list(cells)}, DECLARED + ["checkpoint"] * (stage != "pretrain"))
 
 
 @pytest.mark.parametrize("values, error, message", [
@@ -30,6 +31,10 @@ def begin(tmp_path, cells=(), **values):
     ({"overrides": "pretrain.micro_batch_size=-4"}, ConfigError, "micro_batch_size=-4 must be greater"),
     ({"overrides": "pretrain.betas=2,3"}, ConfigError, "betas=.2.0, 3.0. must lie in"),
     ({"overrides": "pretrain.lr=Infinity"}, ConfigError, "lr=inf must be .* finite"),
+    ({"stage": "sft", "checkpoint": 3}, ConfigError, "checkpoint=3 is int, should be text"),
+    ({"stage": "eval", "max_steps": 3}, ConfigError, "max_steps is no setting of EvalConfig"),
+    ({"stage": "sft", "preset": "local-smoke"}, st.StageError, "no finished stage pretrain.*--stage pretrain.*--checkpoint PATH"),
+    ({"stage": "dpo", "preset": "local-smoke", "checkpoint": "/no/where"}, st.StageError, "Tried /no/where, /no/where/checkpoint"),
     ({"device": "gpu"}, ConfigError, "hardware.device='gpu' is unknown"),
     ({"run": "../up"}, ConfigError, "is no folder name"),
     ({"overrides": "data.sources=no-such-data"}, st.StageError, "no-such-data"),
@@ -119,3 +124,119 @@ def test_every_package_setting_is_json():
     config = st.resolve("pretrain", {"preset": "lesson", "seed": 3, "device": "cpu", "max_minutes": 2})
     assert (config.seed, config.hardware.device, config.pretrain.max_minutes) == (3, "cpu", 2.0)
     json.dumps(st.machine("cpu"))
+
+
+# ---- what a stage starts from ----------------------------------------------------------------------------------------
+
+
+def finished(runs: Path, stage: str, seed: int = 0, run: str = "lesson", width: int = 32) -> Path:
+    """A run's stage as it looks when it is finished, with an untrained model."""
+    import torch
+
+    from modern_llm.config import ModelConfig
+    from modern_llm.models import ModernDecoderLM, save_model
+
+    torch.manual_seed(seed)
+    folder = runs / run / stage
+    with atomic_folder(folder / "checkpoint") as temporary:
+        save_model(temporary, ModernDecoderLM(ModelConfig(width=width, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=32)))
+    write_json(folder / "params.json", {"stage": stage, "inputs": {}})
+    write_json(folder / "results.json", {"table": []})
+    return folder / "checkpoint"
+
+
+def test_stages_start_from_the_last_checkpoint_of_their_run(tmp_path):
+    made = {stage: finished(tmp_path, stage, seed) for seed, stage in enumerate(("pretrain", "sft"))}
+    assert begin(tmp_path).run.startswith("lesson-2"), "the name is taken"
+    assert begin(tmp_path, stage="dpo").inputs == {"sft": made["sft"]}
+    assert begin(tmp_path, stage="verifier").inputs == {"sft": made["sft"]}
+    judged = begin(tmp_path, stage="eval")
+    assert judged.inputs == made and judged.start == made["sft"] and judged.config.model.width == 32
+    assert begin(tmp_path, stage="attention").start == made["sft"]
+    made["dpo"] = finished(tmp_path, "dpo", 2)
+    made["verifier"] = finished(tmp_path, "verifier", 3)
+    assert begin(tmp_path, stage="verifier", run="lesson", force=True).inputs == {"dpo": made["dpo"]}
+    finished(tmp_path, "verifier", 3)
+    judged = begin(tmp_path, stage="eval", run="lesson", force=True)
+    assert judged.inputs == made and judged.start == made["dpo"]
+    record = read_json(judged.folder / "params.json")
+    assert set(record["config"]) == {"data", "eval", "sft.sources", "dpo.sources", "seed"}
+    assert record["inputs"]["dpo"]["sha256"] == read_json(made["dpo"] / "meta.json")["sha256"]["model.safetensors"]
+
+
+def test_an_unfinished_stage_is_no_start(tmp_path):
+    finished(tmp_path, "pretrain", run="mine")
+    (tmp_path / "mine" / "pretrain" / "results.json").unlink()
+    with pytest.raises(st.StageError, match="no finished stage pretrain"):
+        begin(tmp_path, stage="sft", preset="local-smoke", run="mine")
+    assert begin(tmp_path, stage="sft", preset="local-smoke", run="mine", checkpoint=str(tmp_path / "mine")).start.parent.name == "pretrain"
+
+
+def test_a_checkpoint_given_by_hand_is_the_only_input_and_decides_the_architecture(tmp_path, capsys):
+    given = finished(tmp_path, "pretrain", run="other")
+    finished(tmp_path, "pretrain", run="mine", width=64)
+    run = begin(tmp_path, stage="sft", run="mine", checkpoint=str(given), overrides="model.width=128")
+    assert run.inputs == {"checkpoint": given} and run.config.model.width == 32
+    assert "model.width: 128 -> 32" in capsys.readouterr().err
+    again = begin(tmp_path, stage="sft", run="mine", checkpoint=str(given), resume=True)
+    assert again.resume and again.inputs == run.inputs
+    with pytest.raises(st.StageError, match="was begun from other weights"):
+        begin(tmp_path, stage="sft", run="mine", resume=True)
+
+
+def test_a_run_that_began_at_sft_is_judged_against_what_it_was_given(tmp_path):
+    given = finished(tmp_path, "pretrain", run="other")
+    sft = finished(tmp_path, "sft", 1, run="mine")
+    write_json(tmp_path / "mine" / "sft" / "params.json", {"inputs": {"checkpoint": {"path": str(given), "sha256": ""}}})
+    assert begin(tmp_path, stage="eval", run="mine").inputs == {"pretrain": given, "sft": sft}
+
+
+@pytest.mark.parametrize("stage, source", [("sft", "sft.sources=alpaca sft.weights=1"), ("dpo", "dpo.sources=hh-rlhf"),
+                                           ("verifier", "verifier.problems=gsm8k"), ("eval", "eval.sentiment=sst2")])
+def test_a_stage_asks_for_the_data_it_reads_and_no_other(tmp_path, monkeypatch, stage, source):
+    monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
+    finished(tmp_path, "pretrain")
+    finished(tmp_path, "sft")
+    with pytest.raises(st.StageError, match=f"data: {source.split('=')[1].split()[0]} not found"):
+        begin(tmp_path, stage=stage, overrides=source, run="lesson", force=True)
+    other = "attention" if stage != "attention" else "dpo"
+    assert begin(tmp_path, stage=other, overrides=source, run="lesson", force=True).start
+
+
+def test_the_record_keeps_what_it_says_of_other_stages(tmp_path):
+    begin(tmp_path, run="mine", max_steps=7).finish({"table": []})
+    finished(tmp_path, "pretrain", run="mine")
+    begin(tmp_path, stage="sft", run="mine", max_steps=9)
+    record = read_json(tmp_path / "mine" / "run.json")
+    assert record["config"]["pretrain"]["max_steps"] == 7 and record["config"]["sft"]["max_steps"] == 9
+    assert record["stages"]["pretrain"]["status"] == "finished" and "pid" not in record["stages"]["pretrain"]
+    assert record["stages"]["sft"]["status"] == "running" and record["stages"]["sft"]["pid"] > 0
+
+
+def test_the_config_table_shows_every_stage(tmp_path):
+    config = st.resolve("pretrain", {"preset": "lesson"})
+    for stage, rows in {"pretrain": {"budget", "data"}, "sft": {"replay fraction", "optimizer"}, "dpo": {"beta", "batch"},
+                        "verifier": {"lm weight"}, "eval": {"num problems", "data"}, "attention": {"parameters"}}.items():
+        assert rows <= set(st.config_table(config, stage).index), stage
+
+
+def test_the_lesson_preset_makes_its_small_base_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
+    small = ("pretrain.max_steps=2 pretrain.batch_size=2 data.max_train_tokens=20000 data.max_validation_tokens=2000 "
+             "data.tokenizer_vocab_size=300")
+    first = begin(tmp_path / "runs", stage="sft", overrides=small)
+    assert "making a small base" in capsys.readouterr().err
+    assert first.start.is_relative_to(tmp_path / "cache" / "bases") and set(first.inputs) == {"pretrain"}
+    second = begin(tmp_path / "runs", stage="attention", overrides=small + " sft.lr=1e-4")
+    assert "made before" in capsys.readouterr().err and second.inputs == first.inputs
+    other = st.resolve("sft", {"preset": "lesson", "overrides": small, "seed": 5})
+    from modern_llm.inputs import base_name
+
+    names = {base_name(("pretrain",), config, "cpu") for config in (first.config, second.config, other)}
+    assert len(names) == 2, "another seed makes another base, another learning rate of SFT does not"
+
+
+def test_reports_of_runs_kept_elsewhere_stay_with_them(tmp_path):
+    assert st.report_folder(tmp_path / "mine") == tmp_path / "mine" / "report"
+    checkout = Path(st.__file__).resolve().parent.parent
+    assert st.report_folder(checkout / "runs" / "mine") == checkout / "report"
