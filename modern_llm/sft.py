@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,13 @@ import torch
 
 from . import synth
 from .chat import Example as Encoded
-from .chat import PackedExamples, continuations, encode_chat, encode_example, end_id, padded_batch
+from .chat import Answer, PackedExamples, continuations, encode_chat, encode_example, end_id, padded_batch
 from .config import SFTConfig, nearest
 from .data import PackedBatches, TokenCache
 from .reading import rows
 from .scoring import document_nats, proportion_interval, ratio_interval
 from .tasks import problem_request, sentences, strict_answer, word_problems
+from .tokens import encode_documents, end_of_text_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SENTIMENT_REQUEST', 'SOURCES', 'Example', 'best_paths', 'instructions', 'encode_examples', 'load_examples', 'mixture',
-           'SFTBatches', 'parses', 'is_right', 'answer_quality', 'shares', 'example_nats', 'perplexity_ratio']
+           'SFTBatches', 'parses', 'is_right', 'judged', 'shares', 'answer_quality', 'few_shot_quality', 'example_nats',
+           'perplexity_ratio']
 
 # %% ../nbs/04_sft.ipynb #example
 @dataclass(frozen=True)
@@ -202,19 +204,20 @@ def mixture(sources: Sequence[Sequence[Encoded]], weights: Sequence[float], max_
 class SFTBatches:
     """`batches(step)`: rows of packed examples and rows of pretraining text, a pure function of (seed, step).
 
-    Documents of the replayed text are isolated from each other, as examples are, and all their tokens are trained.
+    Examples are isolated from each other. All tokens of the replayed text are trained.
 
     Args:
         examples: the mixture.
         caches: pretraining text for the share `cfg.replay_fraction` of the rows; where a step cannot have exactly its share
             it has one row more or less, and the sum over steps is exact.
         cfg: batch_size and replay_fraction.
+        isolate_documents: whether the replayed documents are isolated too: as they were in pretraining.
         pad_id: the token behind the last example of a row.
     """
 
     def __init__(self, examples: Sequence[Encoded], caches: Sequence[TokenCache], cfg: SFTConfig, context_length: int,
-                 seed: int = 0, pad_id: int = 0):
-        self.cfg = cfg
+                 seed: int = 0, isolate_documents: bool = True, pad_id: int = 0):
+        self.cfg, self.isolate_documents = cfg, isolate_documents
         self.examples = PackedExamples(examples, context_length, cfg.batch_size, seed=seed, pad_id=pad_id)
         self.replay = PackedBatches(caches, context_length, 1, seed=seed) if cfg.replay_fraction else None
 
@@ -226,7 +229,10 @@ class SFTBatches:
         """input_ids, labels (-100 = not trained) and segment_ids (0 = padding), each (batch_size, context_length), int64."""
         first, last = self.replayed(step), self.replayed(step + 1)
         size = self.cfg.batch_size
-        parts = [self.examples.rows(step * size - first, (step + 1) * size - last)] + [self.replay(row) for row in range(first, last)]
+        parts = [self.examples.rows(step * size - first, (step + 1) * size - last)]
+        for part in map(self.replay, range(first, last)):
+            segments = part["segment_ids"]
+            parts.append(part if self.isolate_documents else {**part, "segment_ids": segments.clamp(max=1)})
         return {name: torch.cat([part[name] for part in parts]) for name in ("input_ids", "labels", "segment_ids")}
 
 # %% ../nbs/04_sft.ipynb #judge
@@ -248,18 +254,9 @@ def is_right(example: Example, text: str) -> bool | None:
         return value is not None and value == strict_answer(example.output)
     return synth.Instruction(example.instruction, example.input, example.output, example.kind).check(text)
 
-# %% ../nbs/04_sft.ipynb #answer-quality
-def answer_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Sequence[Example], max_new_tokens: int,
-                   **options) -> pd.DataFrame:
-    """The model's greedy answers, one row each: kind, request, text, and whether it ended, parses and is right.
-
-    Args:
-        examples: of a conversation the last answer is asked for.
-        max_new_tokens: an answer that has not ended by then has not ended by itself.
-        options: of `chat.continuations`.
-    """
-    prompts = [encode_chat(tokenizer, example.messages[:-1], generation_prompt=True) for example in examples]
-    answers = continuations(model, tokenizer, prompts, end_id(tokenizer), max_new_tokens=max_new_tokens, **options)
+# %% ../nbs/04_sft.ipynb #judged
+def judged(examples: Sequence[Example], answers: Sequence[Answer]) -> pd.DataFrame:
+    """One row an answer: kind, request, text, and whether it ended by itself, parses and is right."""
     return pd.DataFrame([{"kind": example.kind, "request": example.request, "text": given.text, "ended": given.ended,
                           "parses": parses(example, given.text), "right": is_right(example, given.text)}
                          for example, given in zip(examples, answers)])
@@ -269,6 +266,44 @@ def shares(table: pd.DataFrame, column: str) -> dict[str, float]:
     """The share of rows in which `column` is true, with its 95% interval; rows without a verdict are left out."""
     seen = table[column].dropna()
     return proportion_interval(int(seen.sum()), len(seen))
+
+# %% ../nbs/04_sft.ipynb #answer-quality
+def answer_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Sequence[Example], max_new_tokens: int,
+                   **options) -> pd.DataFrame:
+    """A chat model's greedy answers, judged; of a conversation the last answer is asked for.
+
+    Args:
+        max_new_tokens: an answer that has not ended by then has not ended by itself.
+        options: of `chat.continuations`.
+    """
+    prompts = [encode_chat(tokenizer, example.messages[:-1], generation_prompt=True) for example in examples]
+    return judged(examples, continuations(model, tokenizer, prompts, end_id(tokenizer), max_new_tokens=max_new_tokens, **options))
+
+
+def few_shot_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Sequence[Example], demonstrations: Sequence[Example],
+                     max_new_tokens: int, shots: int = 4, **options) -> pd.DataFrame:
+    """A base model's greedy answers, judged. Where answers are one line, the first line is the answer.
+
+    Args:
+        demonstrations: the first `shots` of the kind of each example are shown, fewer where the context is short.
+    """
+    end, solved, prompts = end_of_text_id(tokenizer), defaultdict(list), []
+
+    def document(example: Example, text: str) -> list[int]:
+        return [end, *encode_documents(tokenizer, [f"Question: {example.request}\nAnswer:{text}"])[0]]
+
+    for shown in demonstrations:
+        if len(solved[shown.kind]) < shots:
+            solved[shown.kind].append(document(shown, f" {shown.output}"))
+    for example in examples:
+        prompt = document(example, "")
+        for shown in solved[example.kind]:
+            prompt = shown + prompt if len(shown) + len(prompt) + max_new_tokens <= model.cfg.context_length else prompt
+        prompts.append(prompt)
+    answers = continuations(model, tokenizer, prompts, end, max_new_tokens=max_new_tokens, **options)
+    lines = [given.text.strip() if example.kind in ("open", "problem") else given.text.strip().split("\n")[0]
+             for example, given in zip(examples, answers)]
+    return judged(examples, [replace(given, text=text) for given, text in zip(answers, lines)])
 
 # %% ../nbs/04_sft.ipynb #example-nats
 def example_nats(model: ModernDecoderLM, examples: Sequence[Encoded], batch_rows: int = 32, pad_id: int = 0) -> pd.DataFrame:
