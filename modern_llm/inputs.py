@@ -37,7 +37,7 @@ SECTIONS = {
 DATA = {
     "pretrain": ("data.sources",),
     "sft": ("sft.sources", "data.sources"),
-    "dpo": ("dpo.sources", "data.sources"),
+    "dpo": ("dpo.sources", "dpo.replay_sources", "data.sources"),
     "verifier": ("verifier.problems",),
     "eval": ("data.sources", "dpo.sources", "eval.problems", "eval.sentiment"),
     "attention": (),
@@ -104,7 +104,7 @@ def data_names(config: PipelineConfig, stage: str) -> list[str]:
     for path in DATA[stage]:
         value = setting(config, path)
         found += [value] if isinstance(value, str) else list(value)
-    return [name for name in dict.fromkeys(found) if not name.startswith("synthetic")]
+    return [name for name in dict.fromkeys(found) if name != "text" and not name.startswith("synthetic")]  # "text": data.sources
 
 
 def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:

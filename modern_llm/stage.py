@@ -90,7 +90,7 @@ def parse_overrides(text: str) -> dict:
     return nested
 
 
-LISTS = ("sources", "weights", "levels", "sampled_levels")  # settings where one value stands for a list of one
+LISTS = ("sources", "replay_sources", "weights", "levels", "sampled_levels")  # settings where one value stands for a list of one
 
 
 def _json_or_text(raw: str) -> object:
@@ -209,7 +209,7 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
 
 def _forced(config: PipelineConfig, stage: str) -> str:
     """How to try the stage all the same, on another device and built-in data."""
-    words = [f"{path}=synthetic" for path in DATA[stage]]
+    words = [f"{path}=synthetic" for path in DATA[stage] if path != "dpo.replay_sources"] + ["dpo.replay_sources=text"] * (stage == "dpo")
     if "sft.sources=synthetic" in words:
         words.append("sft.weights=1")
     if stage == "pretrain":
@@ -495,7 +495,7 @@ def config_table(config: PipelineConfig, stage: str):
     model, settings = config.model, settings_of(config, stage)
     parameters = counts.parameter_count(model)
     data = {name: None for path in DATA[stage] for value in [setting(config, path)]
-            for name in ([value] if isinstance(value, str) else value)}
+            for name in ([value] if isinstance(value, str) else value) if name != "text"}
     rows = [
         ("preset", config.name, config.description),
         ("parameters", f"{parameters['total']:,}", f"{parameters['active']:,} active for a token"),
