@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,10 @@ from .config import DPOConfig, nearest
 from .files import kept_frame
 from .generation import evaluating
 from .optim import IGNORED, LossOutput
-from .reading import rows
+from .reading import documents, rows
 from .scoring import completion_log_probs
-from .tokens import encode_documents
+from .tasks import problem_request, word_problems
+from .tokens import encode_documents, end_of_text_id
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ['TURN', 'ROLES', 'SOURCES', 'CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'Pair', 'parse_dialogue',
            'dialogue_pair', 'preference_pairs', 'EncodedPair', 'fitting_turns', 'encode_pair', 'encode_pairs',
            'pair_batch', 'both_log_probs', 'pair_log_probs', 'preference_loss', 'dpo_loss', 'compare',
-           'reference_log_probs', 'PairBatches', 'alarms', 'write_answers']
+           'reference_log_probs', 'replay_examples', 'PairBatches', 'alarms', 'write_answers']
 
 # %% ../nbs/05_dpo.ipynb #pair
 @dataclass(frozen=True)
@@ -254,11 +256,13 @@ def preference_loss(
 
 # %% ../nbs/05_dpo.ipynb #dpo-loss
 def dpo_loss(model: nn.Module, batch: dict[str, Tensor], cfg: DPOConfig) -> LossOutput:
-    """The preference loss of a batch of pairs, plus `sft_weight` × nats per token of the chosen answer.
+    """The preference loss of a batch of pairs, plus `sft_weight` × nats per token of the chosen answer, plus `replay_weight`
+    × nats per token of the replayed example, where the batch has one.
 
     Metrics, summed over pairs: preference (the loss without the SFT term), margin (reward margin: beta × margin),
     reward_accuracy (margin > 0), accuracy (log p chosen > log p rejected), chosen and rejected (log-probabilities),
-    chosen_shift and rejected_shift (nats per token above the reference), chosen_tokens, rejected_tokens.
+    chosen_shift and rejected_shift (nats per token above the reference), chosen_tokens, rejected_tokens; replay (nats per
+    token) where there is one.
     """
     (chosen, rejected), counts = both_log_probs(model, batch)
     chosen_tokens, rejected_tokens = (count.clamp(min=1) for count in counts)
@@ -274,6 +278,10 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], cfg: DPOConfig) -> Loss
         "rejected_shift": (rejected - reference_rejected) / rejected_tokens, "chosen_tokens": chosen_tokens,
         "rejected_tokens": rejected_tokens,
     }
+    if "replay_input_ids" in batch:
+        sums, counts = completion_log_probs(model, {name: batch[f"replay_{name}"] for name in ("input_ids", "labels")})
+        metrics["replay"] = -sums / counts
+        total = total + cfg.replay_weight * metrics["replay"].sum()
     return LossOutput(total, len(losses), {name: value.detach().sum() for name, value in metrics.items()})
 
 # %% ../nbs/05_dpo.ipynb #compare
@@ -300,15 +308,48 @@ def reference_log_probs(path: Path, model: nn.Module, examples: Sequence[Encoded
                          "were the data, the tokenizer or dpo.max_train_pairs changed? Begin anew with force=True")
     return table
 
+# %% ../nbs/05_dpo.ipynb #replay
+def replay_examples(
+    tokenizer: Tokenizer, kinds: Sequence[str], text_sources: Sequence[str], limit: int, context_length: int, world_seed: int = 0
+) -> list[Example]:
+    """What the model learned earlier, to be repeated beside the pairs: about `limit` encoded examples, equally many of each kind.
+
+    Args:
+        kinds: "text" (documents of `text_sources`, the model's pretraining), "synthetic" (built-in instructions; not those
+            that ask for a fact, which the built-in preferences want answered in another manner), "synthetic-problems", "gsm8k".
+        context_length: longer examples are cut.
+    """
+    each, found = math.ceil(limit / len(kinds)), []
+    for kind in kinds:
+        if kind == "text":
+            for source in text_sources:
+                texts = list(islice(documents(source, "train", world_seed), math.ceil(each / len(text_sources))))
+                ends = [[end_of_text_id(tokenizer)]] * len(texts)
+                found += [([*end, *ids], [*ids, *end]) for ids, end in zip(encode_documents(tokenizer, texts), ends)]
+            continue
+        if kind == "synthetic":
+            others = [name for name in synth.INSTRUCTION_KINDS if name != "fact"]
+            items = islice(synth.instructions("train", 0, world_seed, others), each)
+            talks = [(f"{item.instruction}\n{item.input}".strip(), item.output) for item in items]
+        else:
+            problems = word_problems("synthetic" if kind == "synthetic-problems" else kind, "train", each)
+            talks = [(problem_request(problem), problem.answer) for problem in problems]
+        found += [encode_example(tokenizer, [{"role": "user", "content": request}, {"role": "assistant", "content": answer}])
+                  for request, answer in talks]
+    cut = [(ids[:context_length], labels[:context_length]) for ids, labels in found]
+    return [example for example in cut if any(label != IGNORED for label in example[1])]
+
 # %% ../nbs/05_dpo.ipynb #pair-batches
 class PairBatches:
-    """The batch of a step, with the reference's log-probabilities: a function of (seed, step).
+    """The batch of a step, with the reference's log-probabilities and a replayed example a pair: a function of (seed, step).
 
     An epoch is a new order of all pairs. Inside groups of eight batches, pairs are sorted by length; then the batches are
     shuffled. The last batch of an epoch is filled up with pairs from its beginning.
     """
 
-    def __init__(self, examples: Sequence[EncodedPair], reference: pd.DataFrame, batch_size: int, seed: int = 0, pad_id: int = 0):
+    def __init__(self, examples: Sequence[EncodedPair], reference: pd.DataFrame, batch_size: int, seed: int = 0, pad_id: int = 0,
+                 replay: Sequence[Example] = ()):
+        self.replay = replay
         self.examples, self.batch_size, self.seed, self.pad_id = examples, batch_size, seed, pad_id
         self.reference = {side: torch.tensor(reference[side].to_numpy(), dtype=torch.float32) for side in ("chosen", "rejected")}
         self.per_epoch = math.ceil(len(examples) / batch_size)
@@ -330,7 +371,12 @@ class PairBatches:
     def __call__(self, step: int) -> dict[str, Tensor]:
         chosen = self.rows(step)
         batch = pair_batch([self.examples[i] for i in chosen], self.pad_id)
-        return batch | {f"reference_{side}": values[torch.from_numpy(chosen)] for side, values in self.reference.items()}
+        batch |= {f"reference_{side}": values[torch.from_numpy(chosen)] for side, values in self.reference.items()}
+        if self.replay:
+            drawn = np.random.default_rng([self.seed, step, 1]).integers(len(self.replay), size=self.batch_size)
+            repeated = padded_batch([self.replay[i] for i in drawn], self.pad_id)
+            batch |= {f"replay_{name}": value for name, value in repeated.items()}
+        return batch
 
 # %% ../nbs/05_dpo.ipynb #alarms
 CHOSEN_FALL = 0.5  # nats per token: each token of the chosen answers 40% less likely than for the reference
