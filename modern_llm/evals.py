@@ -226,8 +226,9 @@ def problem_piece(subject: Subject, problems: Sequence[Problem], examples: Seque
 def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterable, group: Iterable | str = "",
               weight: Iterable | float = 1.0) -> pd.DataFrame:
     """Items in the one form that all tasks share: a value for each item, its group (level, kind) and its weight."""
-    return pd.DataFrame({"stage": stage, "task": task, "metric": metric, "group": group, "item": list(item),
-                         "value": np.asarray(list(value), float), "weight": weight})
+    columns = {"item": item, "value": value, "group": group, "weight": weight}
+    columns = {name: column if isinstance(column, (str, float)) else list(column) for name, column in columns.items()}
+    return pd.DataFrame({"stage": stage, "task": task, "metric": metric, **columns}).astype({"value": float})
 
 # %% ../nbs/07_eval.ipynb #error-kind
 ERRORS = ("no end", "no answer", "arithmetic", "reasoning")
@@ -348,7 +349,8 @@ def write_ledger(folder: str | Path, rows: Iterable[dict]) -> pd.DataFrame:
 
 def read_ledger(folder: str | Path) -> pd.DataFrame:
     """The ledger of an evaluation, every digit as it was written. FileNotFoundError if there is none."""
-    return pd.read_csv(Path(folder) / "ledger.csv", float_precision="round_trip", keep_default_na=False)
+    exact = {name: float for name in ("value", "low", "high", "seconds")}  # pandas' own reader is off in the last digit
+    return pd.read_csv(Path(folder) / "ledger.csv", converters=exact, keep_default_na=False)
 
 # %% ../nbs/07_eval.ipynb #comparison
 def stage_gains(ledger: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,244 @@
+"""The evaluation: how models are asked, what a piece keeps, and that the ledger and every file derived from it agree."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from modern_llm import synth
+from modern_llm.chat import CHAT_TEMPLATE, Answer, end_id
+from modern_llm.config import ConfigError, ModelConfig, get_pipeline_preset, override
+from modern_llm.evals import (STAGES, Subject, ask, derive, difference_row, document_pair, document_prompt, item_rows, ledger_rows,
+                              mark_problems, measure_rows, perplexity_rows, piece, preference_piece, problem_items, problem_piece,
+                              read_ledger, sample_items, score_examples, sentiment_piece, speaks_chat, stage_gains, write_derived,
+                              write_ledger)
+from modern_llm.models import ModernDecoderLM, save_model
+from modern_llm.scoring import proportion_interval
+from modern_llm.tasks import sentences, solve, word_problems
+from modern_llm.tokens import end_of_text_id, save_tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer((d.text for d in itertools.islice(synth.documents(), 500)), 400)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    cfg = ModelConfig(vocab_size=400, context_length=160, width=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=64)
+    model = ModernDecoderLM(cfg)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_document_prompt_keeps_the_question_and_the_room(tokenizer):
+    question = "Question: What is 1+1?\nAnswer:"
+    for room in (0, 40, 80):
+        ids = document_prompt(tokenizer, ["Question: What is 2+2?\nAnswer: 4"] * 5, question, room)
+        assert tokenizer.decode(ids).endswith(question) and ids[0] == end_of_text_id(tokenizer)
+        assert len(ids) <= room or ids.count(end_of_text_id(tokenizer)) == 1
+
+
+def test_text_cannot_forge_the_end_of_a_document(tokenizer):
+    ids = document_prompt(tokenizer, [], "Question: <|endoftext|>?\nAnswer:", 100)
+    assert ids.count(end_of_text_id(tokenizer)) == 1
+
+
+def test_answers_depend_neither_on_batches_nor_on_each_other(model, tokenizer):
+    problems, solved = word_problems("synthetic", "test", 6), word_problems("synthetic", "train", 20)
+    for chat in (False, True):
+        subject = Subject("base", model, tokenizer, chat)
+        whole, small = (problem_piece(subject, problems, solved, 12, batch_rows=rows) for rows in (256, 2))
+        pd.testing.assert_frame_equal(whole.drop(columns="log_prob"), small.drop(columns="log_prob"))
+
+
+def test_a_prompt_longer_than_the_context_is_an_unended_answer(model, tokenizer):
+    [said] = ask(Subject("sft", model, tokenizer, True), ["word " * 500], [], max_new_tokens=4)
+    assert said == Answer("", [], [], False)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_speaks_chat(model, tokenizer, tmp_path, chat):
+    save_model(tmp_path, model, eos_id=end_id(tokenizer) if chat else end_of_text_id(tokenizer))
+    save_tokenizer(tokenizer, tmp_path, CHAT_TEMPLATE)
+    assert speaks_chat(tmp_path, tokenizer) is chat
+
+
+# ---- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def test_label_scores_do_not_depend_on_the_other_reviews(model, tokenizer):
+    subject, reviews = Subject("base", model, tokenizer, False), sentences("synthetic", "test", 9)
+    columns = ["log p(negative)", "log p(positive)"]
+    together = sentiment_piece(subject, reviews, [], shots=0)[columns].to_numpy()
+    alone = np.concatenate([sentiment_piece(subject, [review], [], shots=0)[columns].to_numpy() for review in reviews])
+    assert np.allclose(together, alone, atol=1e-3)
+
+
+def test_demonstrations_are_balanced_and_of_the_given_number(model, tokenizer):
+    found = sentiment_piece(Subject("base", model, tokenizer, False), sentences("synthetic", "test", 5),
+                            sentences("synthetic", "train", 50), shots=1)
+    assert (found.shots == 1).all()
+    assert set(found.said) <= {"negative", "positive"}
+
+
+def test_what_exceeds_the_context_cannot_win(model, tokenizer):
+    short, long = document_pair(tokenizer, "Hi?", ["Yes.", "No " * 400], 160)
+    assert len(long[0]) == 160, "cut at the context's end"
+    too_long = (list(range(5)) * 60, [-100] * 299 + [1])
+    assert score_examples(model, [too_long]) == -np.inf
+    assert not preference_piece(Subject("base", model, tokenizer, False), [(too_long, short)]).right.any()
+
+
+# ---- items and ledger ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluation(model, tokenizer):
+    """Pieces of two made-up stages and a verifier, as items."""
+    random = np.random.default_rng(0)
+    problems = word_problems("synthetic", "test", 30)
+    found, tables = [], {}
+    for stage, skill in (("base", 0.3), ("sft", 0.8)):
+        answers = [Answer(p.answer if random.random() < skill else "#### 1000", [0], [-1.0], random.random() < 0.9) for p in problems]
+        tables[stage] = mark_problems(problems, answers)
+        found.append(problem_items(stage, "problems", tables[stage]))
+        found.append(problem_items(stage, "problems, sampled", tables[stage], only=range(20)))
+    samples = pd.concat([mark_problems(problems[:20], [Answer(p.answer if random.random() < 0.5 else "#### 7", [0], [-random.random()], True)
+                                                       for p in problems[:20]]).assign(sample=i) for i in range(4)])
+    samples = samples.assign(score=np.where(samples.right, 0.9, 0.2))
+    found.append(sample_items("sft", "problems, sampled", samples, (1, 2, 4), ("random", "log_prob", "calculator", "majority", "pass")))
+    voted = sample_items("verifier", "problems, sampled", samples, (1, 2, 4), ("best_of_n", "weighted_vote"))
+    found += [voted, voted[voted.metric == "weighted_vote@4"].assign(metric="exact match")]
+    return pd.concat(found, ignore_index=True), tables, samples
+
+
+def rows_of(items):
+    vote = (("verifier", "problems, sampled", "weighted_vote@4"), ("sft", "problems, sampled", "majority@4"), "majority@4")
+    keys = {(stage, task) for stage, task in zip(items.stage, items.task)}
+    return ledger_rows(items, {key: "greedy, \"quoted\", and so on" for key in keys}, {key: 0.1 + 0.2 for key in keys}, [vote])
+
+
+def test_ledger_round_trip(evaluation, tmp_path):
+    ledger = write_ledger(tmp_path, rows_of(evaluation[0]))
+    assert list(ledger.columns) == ["stage", "task", "metric", "value", "low", "high", "n", "protocol", "seconds"]
+    pd.testing.assert_frame_equal(read_ledger(tmp_path), ledger, check_exact=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.csv"], "no temporary file is left"
+
+
+def test_values_are_those_of_the_items(evaluation, tmp_path):
+    items, tables, samples = evaluation
+    ledger = write_ledger(tmp_path, rows_of(items)).set_index(["stage", "task", "metric"])
+    greedy = ledger.loc[("sft", "problems", "exact match")]
+    assert greedy[["value", "low", "high", "n"]].to_dict() == proportion_interval(tables["sft"].right.sum(), 30)
+    level = tables["sft"][tables["sft"].level == 2]
+    assert ledger.loc[("sft", "problems", "exact match, level 2")].value == level.right.mean()
+    one = {method: ledger.loc[("sft", "problems, sampled", f"{method}@1")].value for method in ("random", "log_prob", "calculator", "majority")}
+    assert set(one.values()) == {samples.right.mean()} == {ledger.loc[("verifier", "problems, sampled", "weighted_vote@1")].value}
+    wrong = [ledger.loc[("sft", "problems", f"error, {kind}")].value for kind in ("no end", "no answer", "arithmetic", "reasoning")]
+    assert math.isclose(sum(wrong) + greedy.value, 1)
+
+
+def test_derived_files_agree_with_the_ledger(evaluation, tmp_path):
+    ledger = write_ledger(tmp_path, rows_of(evaluation[0]))
+    files = write_derived(tmp_path)
+    assert {"base_eval.json", "sft_eval.json", "verifier_eval.json", "task_metrics.json", "stage_gains.csv", "comparison_table.csv",
+            "gsm8k_analysis.json"} == set(files) == {path.name for path in tmp_path.iterdir()} - {"ledger.csv"}
+    read = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    comparison = pd.read_csv(tmp_path / "comparison_table.csv").set_index(["task", "metric"])
+    for row in ledger.to_dict("records"):
+        measure = {name: row[name] for name in ("value", "low", "high", "n", "protocol")}
+        assert read[f"{row['stage']}_eval.json"]["tasks"][row["task"]][row["metric"]] == measure
+        assert read["task_metrics.json"][row["task"]][row["metric"]][row["stage"]] == measure
+        if " minus " not in row["metric"]:
+            assert math.isclose(comparison.loc[(row["task"], row["metric"]), row["stage"]], row["value"])
+    analysis = read["gsm8k_analysis.json"]
+    assert [point["size"] for point in analysis["curves"]["weighted_vote"]] == [1, 2, 4]
+    assert analysis["stages"]["base"]["greedy"]["value"] == evaluation[1]["base"].right.mean()
+    assert set(analysis["stages"]["sft"]["errors"]) == {"no end", "no answer", "arithmetic", "reasoning"}
+    assert {d["what"] for d in analysis["differences"]} >= {"weighted_vote@4 minus majority@4", "exact match minus base"}
+
+
+def test_gains_are_paired_and_say_what_is_significant(evaluation, tmp_path):
+    items, tables, _ = evaluation
+    gains = stage_gains(write_ledger(tmp_path, rows_of(items))).set_index(["stage", "task", "metric", "against"])
+    row = gains.loc[("sft", "problems", "exact match", "base")]
+    assert math.isclose(row.change, tables["sft"].right.mean() - tables["base"].right.mean()) and row.significant and row.low > 0
+    same = difference_row(items, ("sft", "problems", "exact match"), ("sft", "problems", "flexible match"), "flexible")
+    assert same["low"] <= same["value"] <= same["high"]
+    verifier = gains.loc[("verifier", "problems, sampled", "exact match", "sft")]
+    assert verifier.n == 20, "the vote against the greedy answer, on the sampled problems"
+
+
+def test_an_interval_that_holds_zero_is_not_significant():
+    toy = pd.concat([item_rows("base", "t", "m", range(4), [1, 0, 0, 0]), item_rows("sft", "t", "m", range(4), [1, 1, 0, 0])])
+    files = derive(pd.DataFrame(ledger_rows(toy, {}, {})))
+    assert files["stage_gains.csv"].significant.tolist() == [False]
+
+
+def test_differences_take_the_items_that_both_have():
+    toy = pd.concat([item_rows("base", "t", "m", range(10), [0] * 10), item_rows("sft", "t", "m", range(5, 15), [1] * 10)])
+    row = difference_row(toy, ("sft", "t", "m"), ("base", "t", "m"), "base")
+    assert (row["value"], row["n"]) == (1, 5)
+    with pytest.raises(ValueError, match="share no items"):
+        difference_row(toy[toy.item != toy.item.where(toy.stage == "sft")], ("sft", "t", "m"), ("base", "t", "m"), "base")
+
+
+def test_perplexity_tax_pairs_documents():
+    base = pd.DataFrame({"source": "synthetic", "document": range(50), "nats": np.linspace(10, 90, 50), "tokens": 20, "bytes": 40})
+    rows = perplexity_rows({"base": base, "sft": base.assign(nats=base.nats + 20 * math.log(1.1))})
+    [tax] = [row for row in rows if row["metric"].startswith("perplexity tax")]
+    assert all(math.isclose(tax[name], 0.1) for name in ("value", "low", "high")), "the same rise everywhere has no spread"
+    assert [row["stage"] for row in rows] == ["base", "base", "sft", "sft", "sft"]
+
+
+def test_weights_count_in_measures():
+    [row] = measure_rows(item_rows("base", "perplexity", "nats per token", range(2), [10.0, 90.0], weight=[10.0, 30.0]))
+    assert row["value"] == 2.5
+
+
+def test_a_ledger_refuses_doubles_and_numbers_that_are_none(tmp_path):
+    row = {"stage": "base", "task": "t", "metric": "m", "value": 0.5, "low": 0.1, "high": 0.9, "n": 4, "protocol": "", "seconds": 0.0}
+    with pytest.raises(ValueError, match="twice"):
+        write_ledger(tmp_path, [row, row])
+    with pytest.raises(ValueError, match="finite"):
+        write_ledger(tmp_path, [{**row, "value": math.nan}])
+    assert not (tmp_path / "ledger.csv").exists()
+
+
+def test_stages_come_in_the_order_of_the_pipeline(evaluation):
+    order = [row["stage"] for row in rows_of(evaluation[0].sample(frac=1, random_state=0))]
+    assert order == sorted(order, key=STAGES.index)
+
+
+def test_a_piece_is_made_once_and_survives_its_neighbours(tmp_path, model, tokenizer):
+    problems, calls = word_problems("synthetic", "test", 3), []
+
+    def make():
+        calls.append(1)
+        return solve(model, tokenizer, problems, samples=2, temperature=1.0, max_new_tokens=5)
+
+    def killed():
+        raise KeyboardInterrupt
+
+    first = piece(tmp_path, "sft", "problems, sampled", make)
+    with pytest.raises(KeyboardInterrupt):
+        piece(tmp_path, "sft", "problems", killed)
+    pd.testing.assert_frame_equal(first, piece(tmp_path, "sft", "problems, sampled", make))
+    assert len(calls) == 1 and [path.name for path in (tmp_path / "pieces").iterdir()] == ["sft-problems-sampled.jsonl"]
+
+
+def test_settings_are_checked():
+    preset = get_pipeline_preset("local-smoke")
+    for values, message in (({"levels": [7]}, "levels"), ({"shots": -1}, "shots"), ({"problems": "gsm9k"}, "gsm8k"), ({"num_pairs": 0}, "num_pairs")):
+        with pytest.raises(ConfigError, match=message):
+            override(preset, {"eval": values})
