@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from .chat import CHAT_TEMPLATE, encode_prompt, end_id
 from .config import ModelConfig, VerifierConfig
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['SURPRISE_SCALE', 'MIDDLE_LEVELS', 'DIFFERENCES', 'sampling_plan', 'running_surprise', 'VerifierModel',
            'small_encoder', 'encode_candidate', 'score_answers', 'score', 'perturb', 'fork_of', 'AnswerBatches',
-           'verifier_loss', 'start_from_surprise', 'save_verifier', 'load_verifier', 'token_scores', 'reliability',
-           'calibration_error', 'judgements', 'rerank_differences']
+           'verifier_loss', 'logistic_fit', 'start_from_surprise', 'calibrate', 'save_verifier', 'load_verifier',
+           'token_scores', 'reliability', 'calibration_error', 'judgements', 'rerank_differences']
 
 # %% ../nbs/06_verifier.ipynb #sampling-plan
 def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
@@ -84,6 +84,7 @@ class VerifierModel(nn.Module):
         self.head = nn.Linear(model.cfg.width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
         with_surprise = cfg.surprise and not self.is_encoder
         self.surprise = nn.Parameter(torch.zeros(2)) if with_surprise else None
 
@@ -98,7 +99,7 @@ class VerifierModel(nn.Module):
             return -F.cross_entropy(self.model.lm_head(h).float(), y, reduction="none")
 
         before, tokens = hidden[:, :-1][answer[:, 1:]], input_ids[:, 1:][answer[:, 1:]]
-        found = [checkpoint(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
+        found = [recomputed(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
                  for h, y in zip(before.split(self.chunk_tokens), tokens.split(self.chunk_tokens))]
         log_p = torch.zeros(answer.shape, device=answer.device)
         log_p[:, 1:] = log_p[:, 1:].masked_scatter(answer[:, 1:], torch.cat(found))
@@ -107,7 +108,7 @@ class VerifierModel(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"], Float[Tensor, ""]]:
-        """Logits of being right and log p of the answers' tokens, both meant only where `answer`, and the routers' loss."""
+        """Logits before calibration and log p of the answers' tokens, both meant only where `answer`, and the routers' loss."""
         hidden, aux = self.model.hidden(input_ids, segment_ids)
         runs = answer * (torch.ones_like(input_ids) if segment_ids is None else segment_ids)
         if self.is_encoder:
@@ -123,8 +124,8 @@ class VerifierModel(nn.Module):
 
     def score_logits(self, input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"],
                      segment_ids: Int[Tensor, "b t"] | None = None) -> Float[Tensor, "b t"]:
-        """Logits of being right, having read up to each token; meant only where `answer`."""
-        return self(input_ids, answer, segment_ids)[0]
+        """Calibrated logits of being right, having read up to each token; meant only where `answer`."""
+        return self(input_ids, answer, segment_ids)[0] * self.calibration[0] + self.calibration[1]
 
 # %% ../nbs/06_verifier.ipynb #small-encoder
 def small_encoder(cfg: ModelConfig, seed: int = 0) -> ModernDecoderLM:
@@ -145,7 +146,7 @@ def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> tuple
 # %% ../nbs/06_verifier.ipynb #score-answers
 @torch.inference_mode()
 def score_answers(
-    verifier: VerifierModel, tokenizer: Tokenizer, problems: Sequence[Problem], answers: Sequence[str], batch_rows: int = 64,
+    verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterable[Problem], answers: Iterable[str], batch_rows: int = 64,
 ) -> Float[np.ndarray, "n"]:
     """How likely each answer to its problem is right, 0 to 1, read at the end of the answer.
 
@@ -285,45 +286,68 @@ def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor], lm_weight: 
     return LossOutput(judgement + lm_weight * language + aux * count, count,
                       {"judgement": judgement.detach(), "language": language.detach(), "accuracy": accuracy.detach()})
 
-# %% ../nbs/06_verifier.ipynb #start-from-surprise
-def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Tensor]]) -> None:
-    """Set the weights on the surprise, and the bias, to the logistic regression that fits these batches; the rest stays.
-
-    So the first score is the best that can be said from the surprise alone, whatever size it has for this model.
-    """
-    found = []
-    with torch.inference_mode(), evaluating(verifier):
-        for batch in batches:
-            ids, segments, answers, *rest = (batch[k].to(verifier.head.weight.device) for k in
-                                             ("input_ids", "segment_ids", "answers", "weights", "targets"))
-            log_p = verifier.token_log_probs(verifier.model.hidden(ids, segments)[0], ids, answers > 0)
-            features = running_surprise(log_p, (answers > 0) * segments) * torch.tensor(SURPRISE_SCALE, device=ids.device)
-            used = rest[0] > 0
-            found.append(torch.cat([features[used], torch.ones_like(features[used][:, :1]), *(v[used][:, None] for v in rest)], 1))
-    table = torch.cat(found).double().cpu().clone()
-    features, weights, targets = table[:, :3], table[:, 3], table[:, 4]
-    line = torch.zeros(3, dtype=torch.double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
+# %% ../nbs/06_verifier.ipynb #logistic-fit
+def logistic_fit(features: Tensor, targets: Tensor, weights: Tensor, prior: Sequence[float]) -> Tensor:
+    """The weights w for which sigmoid(features @ w) fits the 0/1 targets best; `prior` counts as much as one item."""
+    features, targets, weights = (x.detach().double().cpu().clone() for x in (features, targets, weights))
+    centre = torch.tensor(prior, dtype=torch.double)
+    line = centre.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([line], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        nats = F.binary_cross_entropy_with_logits(features @ line, targets, weights, reduction="sum") / weights.sum()
-        (nats + 1e-4 * line.square().sum()).backward()
-        return nats + 1e-4 * line.detach().square().sum()
+        nats = F.binary_cross_entropy_with_logits(features @ line, targets, weights, reduction="sum") + (line - centre).square().sum()
+        (nats / weights.sum()).backward()
+        return nats.detach() / weights.sum()
 
     optimizer.step(closure)
+    return line.detach().float()
+
+# %% ../nbs/06_verifier.ipynb #start-from-surprise
+def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Set the weights on the surprise, and the bias, to the logistic regression that fits these batches; the rest stays."""
+    found = []
+    with torch.inference_mode(), evaluating(verifier):
+        for batch in batches:
+            ids, segments, answers, weights, targets = (batch[name].to(verifier.head.weight.device) for name in (
+                "input_ids", "segment_ids", "answers", "weights", "targets"))
+            log_p = verifier.token_log_probs(verifier.model.hidden(ids, segments)[0], ids, answers > 0)
+            features = running_surprise(log_p, (answers > 0) * segments) * torch.tensor(SURPRISE_SCALE, device=ids.device)
+            used = weights > 0
+            found.append(torch.cat([features[used], torch.ones_like(features[used][:, :1]), targets[used][:, None],
+                                    weights[used][:, None]], dim=1))
+    table = torch.cat(found)
+    line = logistic_fit(table[:, :3], table[:, 3], table[:, 4], prior=(0.0, 0.0, 0.0))
     with torch.no_grad():
         verifier.surprise.copy_(line[:2])
         verifier.head.bias.copy_(line[2:])
 
+# %% ../nbs/06_verifier.ipynb #calibrate
+def calibrate(scores: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"]) -> tuple[float, float]:
+    """Scale and shift of the logits that fit these answers' labels best; the scale stays positive, so the order stays.
+
+    Source: Platt 1999, with a prior at (1, 0) that counts as much as one answer. The answers must be as the generator writes
+    them, to problems that the verifier was not trained on.
+    """
+    logits = torch.tensor(scores, dtype=torch.double).clamp(1e-9, 1 - 1e-9).logit()
+    features = torch.stack([logits, torch.ones_like(logits)], dim=1)
+    scale, shift = logistic_fit(features, torch.tensor(right, dtype=torch.double), torch.ones_like(logits), prior=(1.0, 0.0)).tolist()
+    return max(scale, 0.05), shift
+
 # %% ../nbs/06_verifier.ipynb #save-load
-def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokenizer) -> None:
-    """Write the body as a language model with its tokenizer, and beside it the head: verifier.safetensors, verifier.json."""
+def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokenizer,
+                  calibration: tuple[float, float] | None = None) -> None:
+    """Write the body as a language model with its tokenizer, and beside it the head: verifier.safetensors, verifier.json.
+
+    `calibration` (scale and shift of `calibrate`) is stored instead of the verifier's own.
+    """
     folder, verifier = Path(folder), getattr(verifier, "_orig_mod", verifier)
     save_model(folder, verifier.model, eos_id=end_id(tokenizer))
     save_tokenizer(tokenizer, folder, chat_template=CHAT_TEMPLATE)
     head = {name: value.detach().cpu().contiguous() for name, value in verifier.state_dict().items()
             if not name.startswith("model.")}
+    if calibration:
+        head["calibration"] = torch.tensor(calibration)
     save_file(head, folder / "verifier.safetensors", metadata={"format": "pt"})
     write_json(folder / "verifier.json", {"kind": "encoder" if verifier.is_encoder else "generator",
                                           "surprise": verifier.surprise is not None})
