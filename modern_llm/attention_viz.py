@@ -249,21 +249,28 @@ def heads_figure(table: pd.DataFrame) -> Figure:
     layers, heads = (n + 1 for n in table.index.max())
     fig, axes = figure(8, 1.0 + 1.6 * max(layers / heads, 0.5), columns=len(measures), sharey=True)
     for ax, name in zip(axes, measures):
-        heatmap(ax, table[name].unstack("head").round(1) + 0.0, "head", "layer" if name == "self" else "", name, colour_bar=False,
-                vmin=0, vmax=1, annot=layers * heads <= 32, fmt=".1f", annot_kws={"size": 6})
+        heatmap(ax, table[name].unstack("head"), "head", "layer" if name == "self" else "", name, colour_bar=False,
+                vmin=0, vmax=1)
     return fig
 
 # %% ../nbs/08_attention_viz.ipynb #grid-def
 def maps_figure(weights: Float[Tensor, "l h t s"]) -> Figure:
     """Every head's map of one text: layers downwards, heads to the right, all on one colour scale."""
-    layers, heads = weights.shape[:2]
-    size = min(1.3, 14 / heads)
-    fig, axes = figure(size * heads + 0.4, size * layers + 0.3, rows=layers, columns=heads, squeeze=False)
+    layers, heads, t, _ = weights.shape
+    gap = max(1, t // 12)
+    mosaic = torch.full((layers * (t + gap), heads * (t + gap)), torch.nan)
     for layer in range(layers):
         for head in range(heads):
-            axes[layer, head].imshow(weights[layer, head].sqrt().numpy(), cmap="mako_r", vmin=0, vmax=1)
-            axes[layer, head].set(xticks=[], yticks=[])
-            axes[layer, head].set_title(f"{layer}.{head}", fontsize=6, pad=2)
+            top, left = layer * (t + gap), head * (t + gap)
+            mosaic[top:top + t, left:left + t] = weights[layer, head].sqrt()
+    side = min(1.4, 14 / heads)
+    fig, ax = figure(side * heads + 0.4, side * layers + 0.4)
+    ax.imshow(mosaic[:-gap, :-gap].numpy(), cmap="mako_r", vmin=0, vmax=1, interpolation="nearest")
+    middles = lambda n: [i * (t + gap) + t / 2 for i in range(n)]
+    ax.set(xticks=middles(heads), xticklabels=range(heads), xlabel="head", yticks=middles(layers), yticklabels=range(layers),
+           ylabel="layer")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return fig
 
 # %% ../nbs/08_attention_viz.ipynb #head-figure-def
@@ -345,9 +352,9 @@ def observations(heads: pd.DataFrame, gain: dict[str, float], even: float, keys:
     for example, table in keys.items():
         on, without = table["on keys"], table["answer without it"]
         most, worst = on.idxmax(), without.idxmin()
-        told.append(f"{example}: the right answer has probability {table.attrs['answer']:.2f}. Head {name(most)} puts "
+        told.append(f"{example}: the right answer has probability {table.attrs['answer']:.2g}. Head {name(most)} puts "
                     f"{on[most]:.2f} on the key words (even: {table.attrs['even']:.2f}); without it the probability is "
-                    f"{without[most]:.2f}. The lowest, {without[worst]:.2f}, comes from taking away {name(worst)}.")
+                    f"{without[most]:.2g}. The lowest, {without[worst]:.2g}, comes from taking away {name(worst)}.")
     return told
 
 # %% ../nbs/08_attention_viz.ipynb #save-def

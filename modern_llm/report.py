@@ -346,7 +346,8 @@ def cost(page: Page) -> None:
     if not rows:
         page.add("No stage has run.")
         return
-    page.picture("cost.png", report_figures.cost, {row["stage"]: row["minutes"] for row in rows})
+    page.picture("cost.png", report_figures.cost, {row["stage"]: row["minutes"] for row in rows},
+                 caption="Minutes of each stage by the clock.")
     summed = ("minutes", "of them training", unit, "tokens", "training FLOPs")
     rows.append({"stage": "all", **{name: sum(row[name] or 0 for row in rows) for name in summed}})
     for row in rows:
