@@ -34,7 +34,7 @@ ALLOWED = {
     "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tasks", "tokens"},
     "trainer": {"config", "files", "optim", "checkpoints"},
     "evals": {"chat", "data", "files", "scoring", "tasks", "tokens"},
-    "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks"},
+    "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks", "tokens"},
     "inputs": {"config", "files", "sources", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"files"},
