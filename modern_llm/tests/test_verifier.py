@@ -1,0 +1,358 @@
+"""The verifier: what it reads, how it is trained and saved, and that scores depend on nothing but problem and answer."""
+
+import math
+import random
+import re
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from modern_llm import synth
+from modern_llm.config import ConfigError, ModelConfig, VerifierConfig, get_pipeline_preset, override
+from modern_llm.files import atomic_folder
+from modern_llm.models import ModernDecoderLM, load_model, save_model
+from modern_llm.tasks import word_problems
+from modern_llm.tokens import train_tokenizer
+from modern_llm.trainer import Trainer, micro_batches
+from modern_llm.verifier import (
+    AnswerBatches, VerifierModel, calibrate, calibration_error, encode_candidate, fork_of, judgements, load_verifier, perturb,
+    reliability, rerank_differences, running_surprise, sampling_plan, save_verifier, score, score_answers, small_encoder,
+    start_from_surprise, token_scores, verifier_loss,
+)
+
+CONTEXT = 160
+CFG = VerifierConfig(batch_size=6, head_dropout=0.0, precision="fp32", max_steps=4, checkpoint_every=2, log_every=1, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([document.text for document in islice(synth.documents(), 300)], 400)
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return word_problems("synthetic", "train", 12, (1, 2))
+
+
+@pytest.fixture(scope="module")
+def samples(problems):
+    "Problem 0 has right answers only, problem 1 wrong ones only, the others both."
+    draw, rows = random.Random(0), []
+    for number, problem in enumerate(problems):
+        for sample, right in enumerate([True, True] if number == 0 else [False, False] if number == 1 else [True, False]):
+            text = problem.answer if right else re.sub(r"#### \d+", f"#### {problem.value + 1 + sample}", problem.answer)
+            rows.append({"problem": number, "sample": sample, "level": problem.level, "text": text, "right": right,
+                         "value": float(synth.extract_answer(text)), "log_prob": -draw.random(), "consistent": right})
+    return pd.DataFrame(rows)
+
+
+def body(seed=0, **changes):
+    torch.manual_seed(seed)
+    settings = dict(vocab_size=400, context_length=CONTEXT, width=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=64)
+    model = ModernDecoderLM(ModelConfig(**settings | changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def made(kind="generator", surprise=True, **changes):
+    "A verifier whose every weight matters."
+    cfg = replace(CFG, kind=kind, surprise=surprise)
+    verifier = VerifierModel(small_encoder(body().cfg) if kind == "encoder" else body(**changes), cfg)
+    torch.nn.init.normal_(verifier.head.weight, std=0.2)
+    if verifier.surprise is not None:
+        torch.nn.init.constant_(verifier.surprise, 0.02)
+    return verifier
+
+
+@pytest.fixture(params=["generator", "no surprise", "encoder"])
+def verifier(request):
+    return made("encoder" if request.param == "encoder" else "generator", request.param == "generator")
+
+
+def batches(tokenizer, problems, samples, cfg=CFG, gold=(), context=CONTEXT, seed=0):
+    return AnswerBatches(tokenizer, problems, samples, gold, cfg, context, seed)
+
+
+# ---- what it reads ---------------------------------------------------------------------------------------------------
+
+
+def test_running_surprise_equals_loops():
+    random_state = torch.Generator().manual_seed(0)
+    log_p = -torch.rand(3, 20, generator=random_state)
+    runs = torch.tensor([[0] * 3 + [1] * 5 + [0] * 4 + [2] * 8, [1] * 20, [0] * 20])
+    expected = torch.zeros(3, 20, 2)
+    for b in range(3):
+        for t in range(20):
+            if runs[b, t]:
+                seen = [log_p[b, i].item() for i in range(t + 1) if runs[b, i] == runs[b, t]]
+                expected[b, t] = torch.tensor([sum(seen) / len(seen), min(seen)])
+    assert torch.allclose(running_surprise(log_p, runs), expected, atol=1e-6)
+
+
+def test_token_log_probs_are_those_of_the_model(tokenizer, problems):
+    verifier = made().eval()
+    ids, start = encode_candidate(tokenizer, problems[0], problems[0].answer)
+    row = torch.tensor([ids])
+    answer = torch.arange(len(ids))[None] >= start
+    _, log_p, _ = verifier(row, answer)
+    expected = verifier.model(row).log_softmax(-1)[0, start - 1 : -1].gather(1, row[0, start:, None])[:, 0]
+    assert torch.allclose(log_p[0, start:], expected, atol=1e-5) and (log_p[0, :start] == 0).all()
+    small_chunks = VerifierModel(verifier.model, replace(CFG, loss_chunk_tokens=5))
+    assert torch.allclose(small_chunks(row, answer)[1], log_p, atol=1e-6)
+
+
+def test_score_depends_on_problem_and_answer_alone(verifier, tokenizer, problems, samples):
+    asked = [problems[p] for p in samples.problem]
+    alone = np.array([score(verifier, tokenizer, p, text) for p, text in zip(asked, samples.text)])
+    assert len(set(alone.round(5))) > 10 and ((alone > 0) & (alone < 1)).all()
+    for rows in (1, 5, 64):
+        assert np.allclose(score_answers(verifier, tokenizer, asked, samples.text, batch_rows=rows), alone, atol=1e-5)
+    backwards = score_answers(verifier, tokenizer, asked[::-1], samples.text[::-1], batch_rows=7)
+    assert np.allclose(backwards[::-1], alone, atol=1e-5)
+    verifier.train()
+    assert score(verifier, tokenizer, asked[0], samples.text[0]) == pytest.approx(alone[0], abs=1e-6) and verifier.training
+
+
+def test_packed_answers_do_not_see_each_other(verifier, tokenizer, problems, samples):
+    batch = batches(tokenizer, problems, samples)(0)
+    verifier.eval()
+    packed = verifier.score_logits(batch["input_ids"], batch["answers"] > 0, batch["segment_ids"])
+    for segment in (1, 2):
+        inside = batch["segment_ids"][0] == segment
+        if inside.any():
+            alone = verifier.score_logits(batch["input_ids"][:1, inside], batch["answers"][:1, inside] > 0)
+            answer = batch["answers"][0, inside] > 0
+            assert torch.allclose(alone[0, answer], packed[0, inside][answer], atol=1e-4)
+
+
+def test_score_is_causal_and_ends_where_score_answers_reads(verifier, tokenizer, problems):
+    whole = problems[0].answer
+    spoilt = whole[:-1] + ("1" if whole[-1] != "1" else "2")
+    (tokens, one), (_, other) = (token_scores(verifier, tokenizer, problems[0], text) for text in (whole, spoilt))
+    assert "".join(tokens) == whole + "<|end|>"
+    assert np.allclose(one[:-2], other[:-2], atol=1e-6) and one[-1] != other[-1]
+    assert score(verifier, tokenizer, problems[0], whole) == pytest.approx(one[-1], abs=1e-6)
+
+
+def test_answers_that_do_not_fit_score_zero(tokenizer, problems):
+    scores = score_answers(made(), tokenizer, problems[:2], ["7 " * CONTEXT, problems[1].answer])
+    assert scores[0] == 0 and scores[1] > 0
+    assert len(score_answers(made(), tokenizer, [], [])) == 0
+    with pytest.raises(ValueError):
+        score_answers(made(), tokenizer, problems[:2], ["one"])
+
+
+# ---- training data ---------------------------------------------------------------------------------------------------
+
+
+def test_perturb_changes_one_number_and_nothing_else():
+    draw, text = random.Random(0), "0+12=<<0+12=12>>12 cups.\n#### 12"
+    for _ in range(300):
+        spoilt = perturb(text, draw)
+        numbers = [list(map(int, re.findall(r"\d+", t))) for t in (text, spoilt)]
+        assert sum(a != b for a, b in zip(*numbers)) == 1 and len(numbers[0]) == len(numbers[1])
+        assert re.sub(r"\d+", "#", spoilt) == re.sub(r"\d+", "#", text)
+    with pytest.raises(ValueError, match="no number"):
+        perturb("nothing here", draw)
+
+
+def test_batches_are_a_function_of_seed_and_step(tokenizer, problems, samples):
+    one, other = (batches(tokenizer, problems, samples) for _ in range(2))
+    other(0)
+    for name, value in one(3).items():
+        assert torch.equal(value, other(3)[name])
+    assert not torch.equal(one(3)["input_ids"], one(4)["input_ids"])
+    assert not torch.equal(one(3)["input_ids"], batches(tokenizer, problems, samples, seed=1)(3)["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["generator", "encoder"])
+def test_batches_are_balanced_and_labelled(kind, tokenizer, problems, samples):
+    source = batches(tokenizer, problems, samples, replace(CFG, kind=kind))
+    batch = source(0)
+    assert batch["input_ids"].shape == (6, CONTEXT)
+    answers, weights, targets, segments = (batch[k] for k in ("answers", "weights", "targets", "segment_ids"))
+    assert answers[targets == 1].sum().item() == pytest.approx(answers[targets == 0].sum().item())
+    assert weights.sum().item() == pytest.approx(answers.sum().item())  # the number of answers
+    assert ((weights > 0) <= (answers > 0)).all() and (segments[answers > 0] > 0).all()
+    by_question = {p.question: p for p in problems}
+    for row in range(6):
+        for segment in range(1, int(segments[row].max()) + 1):
+            inside = segments[row] == segment
+            text = tokenizer.decode(batch["input_ids"][row, inside & (answers[row] > 0)].tolist())
+            asked = tokenizer.decode(batch["input_ids"][row, inside & (answers[row] == 0)].tolist())
+            right = targets[row, inside].max().item() == 1
+            assert right == (text == by_question[asked].answer)
+            assert answers[row, inside].sum().item() == pytest.approx(1) and weights[row, inside].sum().item() == pytest.approx(1)
+
+
+def test_pairs_differ_from_the_fork_on_and_stand_ins_fill_one_sided_problems(tokenizer, problems, samples):
+    source = batches(tokenizer, problems, samples, replace(CFG, perturbed_fraction=0.0))
+    draw, seen = random.Random(0), set()
+    for _ in range(200):
+        problem, right, wrong = source.pair(draw)
+        seen.add(problems.index(problem))
+        assert right == problem.answer != wrong
+        a, b = (encode_candidate(tokenizer, problem, text)[0] for text in (right, wrong))
+        fork = fork_of(a, b)
+        assert a[:fork] == b[:fork] and a[fork] != b[fork]
+    assert seen == set(range(12))
+
+
+def test_only_gold_answers_if_nothing_was_sampled_and_an_error_if_nothing_fits(tokenizer, problems, samples):
+    source = batches(tokenizer, problems, samples[:0], gold=problems[:3])
+    assert {source.pair(random.Random(i))[0].question for i in range(50)} == {p.question for p in problems[:3]}
+    with pytest.raises(ValueError, match="context of 20 tokens"):
+        batches(tokenizer, problems, samples, context=20)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_a_sum_over_answers_however_the_batch_is_cut(verifier, tokenizer, problems, samples):
+    batch = batches(tokenizer, problems, samples)(0)
+    verifier.eval()
+    whole, parts = verifier_loss(verifier, batch), [verifier_loss(verifier, part) for part in micro_batches(batch, 2)]
+    assert whole.count.item() == pytest.approx(sum(part.count.item() for part in parts), rel=1e-5)
+    assert whole.total.item() == pytest.approx(sum(part.total.item() for part in parts), rel=1e-4)
+    for name, value in whole.metrics.items():
+        assert value.item() == pytest.approx(sum(part.metrics[name].item() for part in parts), rel=1e-4, abs=1e-5)
+
+
+def test_an_untrained_head_costs_log_2_and_wrong_answers_teach_no_language(tokenizer, problems, samples):
+    batch = batches(tokenizer, problems, samples)(0)
+    verifier = VerifierModel(body(), CFG)
+    out = verifier_loss(verifier, batch, lm_weight=1.0)
+    assert (out.metrics["judgement"] / out.count).item() == pytest.approx(math.log(2), rel=1e-4)
+    wrong = {**batch, "targets": torch.zeros_like(batch["targets"])}
+    assert verifier_loss(verifier, wrong).metrics["language"].item() == 0
+    # the judgement reaches the language model through the hidden state alone, whose weights are still zero
+    torch.nn.init.constant_(verifier.surprise, 0.1)
+    verifier_loss(verifier, batch, lm_weight=0.0).total.backward()
+    assert all(p.grad is None or not p.grad.any() for p in verifier.model.parameters())
+    assert verifier.surprise.grad.any() and verifier.head.weight.grad.any()
+
+
+def test_start_from_surprise_lowers_the_judgement(tokenizer, problems, samples):
+    source = batches(tokenizer, problems, samples)
+    verifier = VerifierModel(body(), CFG)
+    start_from_surprise(verifier, map(source, range(3)))
+    out = verifier_loss(verifier.eval(), source(0))
+    assert (out.metrics["judgement"] / out.count).item() < math.log(2) and verifier.surprise.abs().sum() > 0
+    assert not verifier.head.weight.any()
+
+
+def test_training_learns_and_resumes_exactly(tokenizer, problems, samples, tmp_path):
+    def train(folder, steps, resume=False, **options):
+        verifier = VerifierModel(body(), CFG)
+        cfg = replace(CFG, max_steps=steps, lr=2e-2, checkpoint_every=10)
+        return Trainer(verifier, verifier_loss, lambda step: batches(tokenizer, problems, samples)(0), cfg, folder, resume=resume,
+                       save_model=lambda v, path: save_verifier(path, v, tokenizer), progress_bar=False, **options)
+
+    straight = train(tmp_path / "straight", 30)
+    assert straight.fit().stopped == "finished"
+    stopper = iter(range(100))
+    train(tmp_path / "cut", 30, should_stop=lambda: next(stopper) == 6).fit()
+    again = train(tmp_path / "cut", 30, resume=True)
+    result = again.fit()
+    one, other = (load_verifier(tmp_path / name / "checkpoint").state_dict() for name in ("straight", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert result.history[-1]["judgement"] < 0.5 < result.history[0]["judgement"]
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_verifier_scores_alike(verifier, tokenizer, problems, samples, tmp_path):
+    verifier.calibration.copy_(torch.tensor([0.7, -0.3]))
+    with atomic_folder(tmp_path / "checkpoint") as folder:
+        save_verifier(folder, verifier, tokenizer)
+    other = load_verifier(tmp_path / "checkpoint")
+    asked = [problems[p] for p in samples.problem]
+    assert np.array_equal(*(score_answers(v, tokenizer, asked, samples.text) for v in (verifier, other)))
+    assert not other.training and other.is_encoder == verifier.is_encoder
+    plain = load_model(tmp_path / "checkpoint")
+    assert torch.equal(plain.embed_tokens.weight, verifier.model.embed_tokens.weight)
+
+
+def test_calibration_given_when_saving_changes_the_file_alone(tokenizer, problems, tmp_path):
+    verifier = made()
+    save_verifier(tmp_path, verifier, tokenizer, calibration=(2.0, -1.0))
+    assert verifier.calibration.tolist() == [1.0, 0.0]
+    before, after = (score(v, tokenizer, problems[0], problems[0].answer) for v in (verifier, load_verifier(tmp_path)))
+    logit = lambda p: math.log(p / (1 - p))
+    assert logit(after) == pytest.approx(2 * logit(before) - 1, abs=1e-4)
+
+
+def test_loading_something_else_is_refused(tokenizer, tmp_path):
+    save_model(tmp_path, body())
+    with pytest.raises(FileNotFoundError, match="no verifier.json"):
+        load_verifier(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_verifier(tmp_path / "nothing")
+    save_verifier(tmp_path, made(), tokenizer)
+    (tmp_path / "verifier.json").write_text('{"kind": "generator", "surprise": false}')
+    with pytest.raises(ValueError, match="does not fit"):
+        load_verifier(tmp_path)
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_finds_scale_and_shift_and_never_turns_the_order():
+    draw = np.random.default_rng(0)
+    logits = draw.normal(0, 2, 5000)
+    right = draw.random(5000) < 1 / (1 + np.exp(-logits))
+    distorted = 1 / (1 + np.exp(-(0.5 * logits - 1)))
+    assert np.allclose(calibrate(distorted, right), (2, 2), atol=0.2)
+    assert calibrate(distorted, ~right)[0] > 0
+    for scores, labels in (([0.3, 0.4], [False, False]), ([1.0, 0.0], [True, False]), ([0.5], [True])):
+        assert np.isfinite(calibrate(np.array(scores), np.array(labels))).all()
+
+
+def test_reliability_covers_every_answer_once():
+    draw = np.random.default_rng(0)
+    scores = draw.random(1003)
+    right = draw.random(1003) < scores
+    table = reliability(scores, right)
+    assert table.n.sum() == 1003 and len(table) == 10 and table.score.is_monotonic_increasing
+    assert calibration_error(table) < 0.06 < calibration_error(reliability(scores, draw.random(1003) < 0.5))
+    assert len(reliability(scores[:3], right[:3])) == 3
+
+
+def test_judgements_and_differences(samples):
+    perfect = samples.assign(score=samples.right * 0.8 + 0.1)
+    rows = {row["metric"]: row for row in judgements(perfect, {"it": "score"})}
+    assert rows["pooled AUC, it"]["value"] == rows["within-problem AUC, it"]["value"] == 1
+    assert rows["within-problem AUC, it"]["n"] == 10
+    one_sided = judgements(perfect[perfect.problem < 1], {"it": "score"})
+    assert [row["value"] for row in one_sided] == [None, None]
+    greedy = pd.Series(0.0, index=range(12))
+    found = {row["metric"]: row for row in rerank_differences(perfect, greedy, 2)}
+    level_2 = samples[samples.level == 2].problem.unique()
+    assert found["weighted_vote@2 - greedy"]["value"] == pytest.approx(np.mean([p != 1 for p in level_2]))
+    assert found["best_of_n@2 - random@2"]["n"] == len(level_2)
+    assert rerank_differences(perfect[perfect.level == 1], greedy, 2)[0]["n"] == 12 - len(level_2)
+
+
+def test_sampling_plan_uses_kept_weights(tmp_path):
+    start = tmp_path / "checkpoint"
+    assert sampling_plan(start, 16) == [(start, 16)]
+    for step in (10, 20, 30):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    plan = sampling_plan(start, 16)
+    assert [n for _, n in plan] == [10, 2, 2, 2] and plan[1][0].name == "step-000010"
+    assert sampling_plan(start, 4) == [(start, 4)]
+
+
+def test_settings():
+    for name in ("lesson", "local-smoke", "local-cpu", "tacc-h100"):
+        assert get_pipeline_preset(name).verifier.max_steps > 0
+    assert get_pipeline_preset("tacc-h100").verifier.problems == "gsm8k"
+    for values in ({"gold_problems": -1}, {"validation_samples": 0}, {"kind": "both"}, {"perturbed_fraction": 1.0}):
+        with pytest.raises(ConfigError):
+            override(VerifierConfig(), values)
