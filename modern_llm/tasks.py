@@ -181,7 +181,7 @@ def choice_weights(method: str, samples: dict[str, np.ndarray]) -> np.ndarray:
 
     Args:
         method: one of RERANKERS.
-        samples: arrays of one shape: value (NaN = no answer), log_prob, consistent, and for the last two methods score in [0, 1].
+        samples: arrays of one shape: value (NaN = no answer), log_prob, consistent, and for the last two methods score in [0, 1], whose odds are the weight of a vote.
     """
     value = samples["value"]
     if method == "random":
@@ -192,7 +192,8 @@ def choice_weights(method: str, samples: dict[str, np.ndarray]) -> np.ndarray:
         return _highest(samples["log_prob" if method == "log_prob" else "score"])
     if method not in RERANKERS:
         raise ValueError(f"rerank method {method!r} is unknown{nearest(method, RERANKERS)}")
-    weight = np.ones(value.shape) if method == "majority" else samples["score"]
+    score = np.clip(samples["score"], 1e-4, 1 - 1e-4) if method == "weighted_vote" else np.full(value.shape, 0.5)
+    weight = score / (1 - score)  # the odds; 1 in a plain majority
     same = value[..., :, None] == value[..., None, :]  # NaN equals nothing: no answer gets no votes
     votes = (same * weight[..., None, :]).sum(-1)
     return _highest(votes)

@@ -30,7 +30,7 @@ ALLOWED = {
     "optim": {"config"},
     "checkpoints": {"config", "files", "optim"},
     "chat": {"data", "generation", "models", "tokens"},  # the model as a type only
-    "tasks": {"chat", "config", "models", "reading", "scoring", "synth"},
+    "tasks": {"chat", "config", "models", "reading", "scoring", "synth", "tokens"},
     "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tasks", "tokens"},
     "trainer": {"config", "files", "optim", "checkpoints"},
     "evals": {"chat", "data", "files", "scoring", "tasks", "tokens"},
