@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 # %% auto #0
-__all__ = ['SURPRISE_SCALE', 'MIDDLE_LEVELS', 'DIFFERENCES', 'sampling_plan', 'running_surprise', 'VerifierModel',
-           'small_encoder', 'encode_candidate', 'score_answers', 'score', 'perturb', 'fork_of', 'AnswerBatches',
-           'verifier_loss', 'logistic_fit', 'start_from_surprise', 'calibrate', 'save_verifier', 'load_verifier',
-           'token_scores', 'reliability', 'calibration_error', 'judgements', 'rerank_differences']
+__all__ = ['SURPRISE_SCALE', 'Coded', 'MIDDLE_LEVELS', 'DIFFERENCES', 'sampling_plan', 'answer_so_far', 'running_surprise',
+           'token_log_probs', 'small_encoder', 'VerifierModel', 'encode_candidate', 'score_answers', 'score', 'perturb',
+           'fork_of', 'fill_rows', 'AnswerBatches', 'verifier_loss', 'logistic_fit', 'start_from_surprise', 'calibrate',
+           'save_verifier', 'load_verifier', 'token_scores', 'reliability', 'calibration_error', 'judgements',
+           'rerank_differences']
 
 # %% ../nbs/06_verifier.ipynb #sampling-plan
 def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
@@ -49,6 +50,11 @@ def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
     return [(start, samples - each * len(kept)), *((folder, each) for folder in kept if each)]
 
 # %% ../nbs/06_verifier.ipynb #running-surprise
+def answer_so_far(runs: Int[Tensor, "b t"]) -> Bool[Tensor, "b t s"]:
+    """Whether token s belongs to the part of token t's answer that ends at t. `runs`: an answer's number, 0 for none."""
+    return ((runs[:, :, None] == runs[:, None, :]) & (runs[:, None, :] > 0)).tril()
+
+
 def running_surprise(log_p: Float[Tensor, "b t"], runs: Int[Tensor, "b t"]) -> Float[Tensor, "b t 2"]:
     """Mean and minimum of log p over the answer so far, at every token; 0 outside of answers.
 
@@ -56,11 +62,37 @@ def running_surprise(log_p: Float[Tensor, "b t"], runs: Int[Tensor, "b t"]) -> F
         log_p: what the language model gave each token.
         runs: the number of the answer that a token belongs to, 0 for none; a row may hold several answers.
     """
-    so_far = ((runs[:, :, None] == runs[:, None, :]) & (runs[:, None, :] > 0)).tril()
+    so_far = answer_so_far(runs)
     values = log_p[:, None, :].expand_as(so_far)
     mean = (values * so_far).sum(-1) / so_far.sum(-1).clamp(min=1)
     lowest = values.masked_fill(~so_far, torch.inf).amin(-1)
     return torch.stack([mean, lowest.masked_fill(runs == 0, 0.0)], dim=-1)
+
+# %% ../nbs/06_verifier.ipynb #token-log-probs
+def token_log_probs(
+    model: ModernDecoderLM, hidden: Float[Tensor, "b t c"], input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"],
+    chunk_tokens: int = 4096,
+) -> Float[Tensor, "b t"]:
+    """log p of every token of an answer, given what stands before it; 0 elsewhere. Few logits exist at once."""
+    def chunk(h: Tensor, y: Tensor) -> Tensor:
+        return -F.cross_entropy(model.lm_head(h).float(), y, reduction="none")
+
+    before, tokens = hidden[:, :-1][answer[:, 1:]], input_ids[:, 1:][answer[:, 1:]]
+    found = [recomputed(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
+             for h, y in zip(before.split(chunk_tokens), tokens.split(chunk_tokens))]
+    log_p = torch.zeros(answer.shape, device=answer.device)
+    log_p[:, 1:] = log_p[:, 1:].masked_scatter(answer[:, 1:], torch.cat(found))
+    return log_p
+
+# %% ../nbs/06_verifier.ipynb #small-encoder
+def small_encoder(cfg: ModelConfig, seed: int = 0) -> ModernDecoderLM:
+    """A fresh body for kind="encoder": two layers, at most 64 wide, with the tokens and the context of `cfg`."""
+    heads = 2 if min(cfg.width, 64) % 4 == 0 else 1
+    small = replace(cfg, width=min(cfg.width, 64), num_layers=2, num_heads=heads, num_kv_heads=heads,
+                    ffn_width=min(cfg.ffn_width, 192), num_experts=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ModernDecoderLM(small)
 
 # %% ../nbs/06_verifier.ipynb #verifier-model
 SURPRISE_SCALE = (10.0, 1.0)  # the mean varies that much less than the minimum; one learning rate serves both
@@ -85,25 +117,12 @@ class VerifierModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
-        with_surprise = cfg.surprise and not self.is_encoder
-        self.surprise = nn.Parameter(torch.zeros(2)) if with_surprise else None
+        self.surprise = nn.Parameter(torch.zeros(2)) if cfg.surprise and not self.is_encoder else None
 
     @property
     def layers(self) -> nn.ModuleList:
         """The blocks of the body."""
         return self.model.layers
-
-    def token_log_probs(self, hidden: Tensor, input_ids: Tensor, answer: Tensor) -> Float[Tensor, "b t"]:
-        """log p of every answer token, given what stands before it; 0 elsewhere."""
-        def chunk(h: Tensor, y: Tensor) -> Tensor:
-            return -F.cross_entropy(self.model.lm_head(h).float(), y, reduction="none")
-
-        before, tokens = hidden[:, :-1][answer[:, 1:]], input_ids[:, 1:][answer[:, 1:]]
-        found = [recomputed(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
-                 for h, y in zip(before.split(self.chunk_tokens), tokens.split(self.chunk_tokens))]
-        log_p = torch.zeros(answer.shape, device=answer.device)
-        log_p[:, 1:] = log_p[:, 1:].masked_scatter(answer[:, 1:], torch.cat(found))
-        return log_p
 
     def forward(
         self, input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None = None,
@@ -112,11 +131,12 @@ class VerifierModel(nn.Module):
         hidden, aux = self.model.hidden(input_ids, segment_ids)
         runs = answer * (torch.ones_like(input_ids) if segment_ids is None else segment_ids)
         if self.is_encoder:
-            so_far = ((runs[:, :, None] == runs[:, None, :]) & (runs[:, None, :] > 0)).tril().to(hidden.dtype)
-            pooled = so_far @ hidden / so_far.sum(-1, keepdim=True).clamp(min=1)
-            return self.head(self.dropout(pooled))[..., 0].float(), torch.zeros(answer.shape, device=answer.device), aux
+            so_far = answer_so_far(runs).to(hidden.dtype)
+            hidden = so_far @ hidden / so_far.sum(-1, keepdim=True).clamp(min=1)
+            log_p = torch.zeros(answer.shape, device=answer.device)
+        else:
+            log_p = token_log_probs(self.model, hidden, input_ids, answer, self.chunk_tokens)
         logits = self.head(self.dropout(hidden))[..., 0].float()
-        log_p = self.token_log_probs(hidden, input_ids, answer)
         if self.surprise is not None:
             features = running_surprise(log_p.detach(), runs) * torch.tensor(SURPRISE_SCALE, device=log_p.device)
             logits = logits + features @ self.surprise
@@ -127,18 +147,11 @@ class VerifierModel(nn.Module):
         """Calibrated logits of being right, having read up to each token; meant only where `answer`."""
         return self(input_ids, answer, segment_ids)[0] * self.calibration[0] + self.calibration[1]
 
-# %% ../nbs/06_verifier.ipynb #small-encoder
-def small_encoder(cfg: ModelConfig, seed: int = 0) -> ModernDecoderLM:
-    """A fresh body for kind="encoder": two layers, at most 64 wide, with the tokens and the context of `cfg`."""
-    heads = 2 if min(cfg.width, 64) % 4 == 0 else 1
-    small = replace(cfg, width=min(cfg.width, 64), num_layers=2, num_heads=heads, num_kv_heads=heads,
-                    ffn_width=min(cfg.ffn_width, 192), num_experts=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ModernDecoderLM(small)
-
 # %% ../nbs/06_verifier.ipynb #encode-candidate
-def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> tuple[list[int], int]:
+Coded = tuple[list[int], int]  # the ids of request and answer, and the position of the answer's first token
+
+
+def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> Coded:
     """The ids of request, answer and end of answer, and the position of the answer's first token."""
     prompt = encode_prompt(tokenizer, problem_request(problem))
     return prompt + encode_documents(tokenizer, [text])[0] + [end_id(tokenizer)], len(prompt)
@@ -187,12 +200,44 @@ def perturb(answer: str, random: random.Random) -> str:
     spoilt = random.choice([value + d for d in (-10, -2, -1, 1, 2, 10) if value + d >= 0])
     return answer[: chosen.start()] + str(spoilt) + answer[chosen.end():]
 
-# %% ../nbs/06_verifier.ipynb #answer-batches
+# %% ../nbs/06_verifier.ipynb #fill-rows
 def fork_of(a: Sequence[int], b: Sequence[int]) -> int:
     """The position of the first token in which two different answers to one problem differ."""
     return next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
 
 
+def fill_rows(pairs: Iterable[tuple[Coded, Coded]], rows: int, length: int) -> dict[str, Tensor]:
+    """Pack pairs of a right and a wrong answer, each into the fullest row that has room, until the third pair finds none.
+
+    Returns (rows, length) each: input_ids, segment_ids, targets (1 in right answers), answers (1 / length in answers, else 0)
+    and weights (the same from the pair's fork on: before it the two labels contradict each other).
+    """
+    batch = {name: torch.zeros(rows, length, dtype=torch.long) for name in ("input_ids", "segment_ids")}
+    batch |= {name: torch.zeros(rows, length) for name in ("targets", "answers", "weights")}
+    filled, held, missed = [0] * rows, [0] * rows, 0
+    for pair in pairs:
+        room, places = [length - n for n in filled], []
+        for ids, _ in pair:
+            places += [min((r for r in range(rows) if room[r] >= len(ids)), key=room.__getitem__, default=None)]
+            if places[-1] is not None:
+                room[places[-1]] -= len(ids)
+        if None in places:
+            missed += 1
+            if missed == 3:
+                break
+            continue
+        fork = fork_of(*(ids for ids, _ in pair))
+        for row, (ids, start), right in zip(places, pair, (1.0, 0.0)):
+            first, end = filled[row], filled[row] + len(ids)
+            held[row], filled[row] = held[row] + 1, end
+            batch["input_ids"][row, first:end] = torch.tensor(ids)
+            batch["segment_ids"][row, first:end] = held[row]
+            batch["targets"][row, first + start : end] = right
+            batch["answers"][row, first + start : end] = 1 / (len(ids) - start)
+            batch["weights"][row, first + fork : end] = 1 / (len(ids) - fork)
+    return batch
+
+# %% ../nbs/06_verifier.ipynb #answer-batches
 class AnswerBatches:
     """step -> a batch of packed answers, right and wrong ones in pairs of the same problem: a function of (seed, step).
 
@@ -206,10 +251,6 @@ class AnswerBatches:
         samples: columns problem, text, right (of `tasks.solve`).
         gold: further problems.
         context_length: of a row.
-
-    A batch has, each (b, t): input_ids, segment_ids, targets (1 in right answers), answers (1 / length in answers, else 0) and
-    weights (the same over the tokens from the first on in which the two of a pair differ: before, the labels contradict each
-    other).
     """
 
     def __init__(self, tokenizer: Tokenizer, problems: Sequence[Problem], samples: pd.DataFrame, gold: Sequence[Problem],
@@ -239,36 +280,16 @@ class AnswerBatches:
         chosen = draw.choice(right) if right else problem.answer
         return problem, chosen, draw.choice(wrong) if wrong else perturb(chosen, draw)
 
+    def coded_pairs(self, draw: random.Random) -> Iterator[tuple[Coded, Coded]]:
+        """Endless encoded pairs that fit a row."""
+        while True:
+            problem, right, wrong = self.pair(draw)
+            pair = encode_candidate(self.tokenizer, problem, right), encode_candidate(self.tokenizer, problem, wrong)
+            if max(len(ids) for ids, _ in pair) <= self.context_length:
+                yield pair
+
     def __call__(self, step: int) -> dict[str, Tensor]:
-        """Fill the rows, each answer into the fullest row that has room; stop at the third pair that does not fit."""
-        draw, shape = random.Random(f"answers/{self.seed}/{step}"), (self.cfg.batch_size, self.context_length)
-        batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "segment_ids")}
-        batch |= {name: torch.zeros(shape) for name in ("targets", "answers", "weights")}
-        filled, held, missed = [0] * shape[0], [0] * shape[0], 0
-        while missed < 3:
-            problem, *texts = self.pair(draw)
-            coded = [encode_candidate(self.tokenizer, problem, text) for text in texts]
-            if max(len(ids) for ids, _ in coded) > shape[1]:
-                continue
-            fork = fork_of(*(ids for ids, _ in coded))
-            places, room = [], [shape[1] - n for n in filled]
-            for ids, _ in coded:
-                row = min((r for r in range(shape[0]) if room[r] >= len(ids)), key=room.__getitem__, default=None)
-                if row is not None:
-                    places.append(row)
-                    room[row] -= len(ids)
-            if len(places) < 2:
-                missed += 1
-                continue
-            for row, (ids, start), right in zip(places, coded, (1.0, 0.0)):
-                first, end = filled[row], filled[row] + len(ids)
-                held[row], filled[row] = held[row] + 1, end
-                batch["input_ids"][row, first:end] = torch.tensor(ids)
-                batch["segment_ids"][row, first:end] = held[row]
-                batch["targets"][row, first + start : end] = right
-                batch["answers"][row, first + start : end] = 1 / (len(ids) - start)
-                batch["weights"][row, first + fork : end] = 1 / (len(ids) - fork)
-        return batch
+        return fill_rows(self.coded_pairs(random.Random(f"answers/{self.seed}/{step}")), self.cfg.batch_size, self.context_length)
 
 # %% ../nbs/06_verifier.ipynb #verifier-loss
 def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor], lm_weight: float = 0.5) -> LossOutput:
@@ -296,7 +317,8 @@ def logistic_fit(features: Tensor, targets: Tensor, weights: Tensor, prior: Sequ
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        nats = F.binary_cross_entropy_with_logits(features @ line, targets, weights, reduction="sum") + (line - centre).square().sum()
+        nats = F.binary_cross_entropy_with_logits(features @ line, targets, weights, reduction="sum")
+        nats = nats + (line - centre).square().sum()
         (nats / weights.sum()).backward()
         return nats.detach() / weights.sum()
 
@@ -311,7 +333,7 @@ def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Ten
         for batch in batches:
             ids, segments, answers, weights, targets = (batch[name].to(verifier.head.weight.device) for name in (
                 "input_ids", "segment_ids", "answers", "weights", "targets"))
-            log_p = verifier.token_log_probs(verifier.model.hidden(ids, segments)[0], ids, answers > 0)
+            log_p = token_log_probs(verifier.model, verifier.model.hidden(ids, segments)[0], ids, answers > 0)
             features = running_surprise(log_p, (answers > 0) * segments) * torch.tensor(SURPRISE_SCALE, device=ids.device)
             used = weights > 0
             found.append(torch.cat([features[used], torch.ones_like(features[used][:, :1]), targets[used][:, None],
@@ -331,8 +353,8 @@ def calibrate(scores: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"]) -> t
     """
     logits = torch.tensor(scores, dtype=torch.double).clamp(1e-9, 1 - 1e-9).logit()
     features = torch.stack([logits, torch.ones_like(logits)], dim=1)
-    scale, shift = logistic_fit(features, torch.tensor(right, dtype=torch.double), torch.ones_like(logits), prior=(1.0, 0.0)).tolist()
-    return max(scale, 0.05), shift
+    line = logistic_fit(features, torch.tensor(right, dtype=torch.double), torch.ones_like(logits), prior=(1.0, 0.0))
+    return max(line[0].item(), 0.05), line[1].item()
 
 # %% ../nbs/06_verifier.ipynb #save-load
 def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokenizer,
@@ -410,7 +432,8 @@ def judgements(samples: pd.DataFrame, signals: dict[str, str]) -> list[dict]:
         pooled, both = auc(values, right), samples.groupby("problem").right.nunique().max() == 2
         rows.append({"metric": f"pooled AUC, {name}", "value": None if np.isnan(pooled) else pooled, "low": None, "high": None,
                      "n": len(samples), "protocol": "any right sample against any wrong one; rewards knowing what is difficult"})
-        within = within_group_auc(values, right, samples.problem.to_numpy()) if both else dict.fromkeys(("value", "low", "high")) | {"n": 0}
+        none = {"value": None, "low": None, "high": None, "n": 0}
+        within = within_group_auc(values, right, samples.problem.to_numpy()) if both else none
         rows.append({"metric": f"within-problem AUC, {name}", **within,
                      "protocol": "right against wrong samples of one problem, mean over the problems that have both"})
     return rows

@@ -21,7 +21,7 @@ from modern_llm.trainer import Trainer, micro_batches
 from modern_llm.verifier import (
     AnswerBatches, VerifierModel, calibrate, calibration_error, encode_candidate, fork_of, judgements, load_verifier, perturb,
     reliability, rerank_differences, running_surprise, sampling_plan, save_verifier, score, score_answers, small_encoder,
-    start_from_surprise, token_scores, verifier_loss,
+    start_from_surprise, token_log_probs, token_scores, verifier_loss,
 )
 
 CONTEXT = 160
@@ -102,8 +102,12 @@ def test_token_log_probs_are_those_of_the_model(tokenizer, problems):
     _, log_p, _ = verifier(row, answer)
     expected = verifier.model(row).log_softmax(-1)[0, start - 1 : -1].gather(1, row[0, start:, None])[:, 0]
     assert torch.allclose(log_p[0, start:], expected, atol=1e-5) and (log_p[0, :start] == 0).all()
-    small_chunks = VerifierModel(verifier.model, replace(CFG, loss_chunk_tokens=5))
-    assert torch.allclose(small_chunks(row, answer)[1], log_p, atol=1e-6)
+    hidden = verifier.model.hidden(row)[0]
+    small_chunks = token_log_probs(verifier.model, hidden, row, answer, chunk_tokens=5)
+    assert torch.allclose(small_chunks, log_p, atol=1e-6)
+    one, other = (torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0] for x in (
+        small_chunks, token_log_probs(verifier.model, hidden, row, answer)))
+    assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_score_depends_on_problem_and_answer_alone(verifier, tokenizer, problems, samples):
