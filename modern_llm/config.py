@@ -203,7 +203,7 @@ class DPOConfig(TrainConfig):
     label_smoothing: float = 0.0  # share of pairs believed to be labelled the wrong way round (cDPO)
     length_normalised: bool = False  # log-probability per token instead of per answer
     sft_weight: float = 0.0  # weight of the chosen answer's negative log-probability per token
-    replay_weight: float = 0.0  # weight of the nats per token of an earlier example that goes along with every pair
+    replay_weight: float = 0.0  # weight of the nats per token of a row of earlier examples that goes along with every pair
     replay_sources: tuple[str, ...] = ("text",)  # in equal parts; "text" (pretraining), "synthetic", "synthetic-problems", "gsm8k"
     max_train_pairs: int = 5_000  # a source
     max_validation_pairs: int = 200  # a source
@@ -237,6 +237,7 @@ class VerifierConfig(TrainConfig):
     temperature: float = 1.0  # of those answers
     max_new_tokens: int = 128
     perturbed_fraction: float = 0.2  # share of the training answers that are gold ones, half of them spoilt
+    gold_fraction: float = 0.0  # share of the rows that are gold answers for the language model alone
     lm_weight: float = 0.5  # of the joint language-model loss on right answers
     head_dropout: float = 0.1  # on the hidden state that the score is read from
     surprise: bool = True  # the score also reads how unlikely the verifier's own language model finds the answer so far
@@ -249,7 +250,7 @@ class VerifierConfig(TrainConfig):
         _one_of("verifier.problems", self.problems, ("synthetic", "gsm8k"))
         _positive("verifier", self, "train_problems", "validation_problems", "samples_per_problem",
                   "validation_samples", "temperature", "max_new_tokens")
-        for name in ("perturbed_fraction", "head_dropout"):
+        for name in ("perturbed_fraction", "gold_fraction", "head_dropout"):
             _require(0 <= getattr(self, name) < 1, f"verifier.{name}={getattr(self, name)} must lie in [0, 1)")
         for name in ("lm_weight", "gold_problems", "comparison_steps"):
             _require(getattr(self, name) >= 0, f"verifier.{name}={getattr(self, name)} must not be negative")
@@ -369,14 +370,13 @@ def local_smoke() -> PipelineConfig:
                       eval_every=110, checkpoint_every=100, keep_checkpoints=0, max_train_examples=8000,
                       max_validation_examples=150),
         dpo=DPOConfig(max_steps=100, batch_size=8, optimizer="adamw", lr=3e-4, weight_decay=0.0, warmup_steps=10, log_every=1,
-                      eval_every=25, checkpoint_every=25, keep_checkpoints=0, sft_weight=1.0, replay_weight=1.5,
-                      replay_sources=("text", "synthetic", "synthetic-problems", "synthetic-problems"), max_train_pairs=800,
-                      max_new_tokens=40),
-        verifier=VerifierConfig(levels=(2, 3, 4), max_steps=120, batch_size=16, lr=2e-3, muon_lr=1e-2, warmup_steps=10,
-                                decay_fraction=0.7, eval_every=60, checkpoint_every=60, keep_checkpoints=0, train_problems=200,
-                                validation_problems=150, samples_per_problem=8, temperature=0.8, max_new_tokens=112,
-                                perturbed_fraction=0.6, lm_weight=2.0),
-        eval=EvalConfig(shots=2, max_perplexity_tokens=40_000),
+                      eval_every=25, checkpoint_every=25, keep_checkpoints=0, sft_weight=2.0, replay_weight=4.0,
+                      replay_sources=("text", "synthetic", "synthetic-problems"), max_train_pairs=800, max_new_tokens=40),
+        verifier=VerifierConfig(levels=(2, 3, 4), max_steps=100, batch_size=16, warmup_steps=10, decay_fraction=0.6, eval_every=50,
+                                checkpoint_every=50, keep_checkpoints=0, train_problems=150, validation_problems=150,
+                                samples_per_problem=8, temperature=0.7, max_new_tokens=112, perturbed_fraction=0.2,
+                                gold_problems=5000, gold_fraction=0.75, lm_weight=20.0),
+        eval=EvalConfig(batch_rows=512, temperature=0.7, num_sentences=120, shots=2, max_perplexity_tokens=40_000),
     )
 
 

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import synth
-from .chat import Example, Message, continuations, encode_chat, encode_example, end_id, padded_batch
-from .config import DPOConfig, nearest
+from .chat import Example, Message, PackedExamples, continuations, encode_chat, encode_example, end_id, padded_batch
+from .config import DataConfig, DPOConfig, nearest
 from .files import kept_frame
 from .generation import evaluating
 from .optim import IGNORED, LossOutput
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ['TURN', 'ROLES', 'SOURCES', 'CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'Pair', 'parse_dialogue',
            'dialogue_pair', 'preference_pairs', 'EncodedPair', 'fitting_turns', 'encode_pair', 'encode_pairs',
            'pair_batch', 'both_log_probs', 'pair_log_probs', 'preference_loss', 'dpo_loss', 'compare',
-           'reference_log_probs', 'replay_examples', 'PairBatches', 'alarms', 'write_answers']
+           'reference_log_probs', 'replay_rows', 'PairBatches', 'alarms', 'write_answers']
 
 # %% ../nbs/05_dpo.ipynb #pair
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def preference_loss(
 # %% ../nbs/05_dpo.ipynb #dpo-loss
 def dpo_loss(model: nn.Module, batch: dict[str, Tensor], cfg: DPOConfig) -> LossOutput:
     """The preference loss of a batch of pairs, plus `sft_weight` × nats per token of the chosen answer, plus `replay_weight`
-    × nats per token of the replayed example, where the batch has one.
+    × nats per token of the replayed row, where the batch has one.
 
     Metrics, summed over pairs: preference (the loss without the SFT term), margin (reward margin: beta × margin),
     reward_accuracy (margin > 0), accuracy (log p chosen > log p rejected), chosen and rejected (log-probabilities),
@@ -279,8 +279,10 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], cfg: DPOConfig) -> Loss
         "rejected_tokens": rejected_tokens,
     }
     if "replay_input_ids" in batch:
-        sums, counts = completion_log_probs(model, {name: batch[f"replay_{name}"] for name in ("input_ids", "labels")})
-        metrics["replay"] = -sums / counts
+        hidden, _ = model.hidden(batch["replay_input_ids"], batch["replay_segment_ids"])
+        labels = batch["replay_labels"]
+        nats = F.cross_entropy(model.lm_head(hidden).float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        metrics["replay"] = nats.view_as(labels).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
         total = total + cfg.replay_weight * metrics["replay"].sum()
     return LossOutput(total, len(losses), {name: value.detach().sum() for name, value in metrics.items()})
 
@@ -309,46 +311,54 @@ def reference_log_probs(path: Path, model: nn.Module, examples: Sequence[Encoded
     return table
 
 # %% ../nbs/05_dpo.ipynb #replay
-def replay_examples(
-    tokenizer: Tokenizer, kinds: Sequence[str], text_sources: Sequence[str], limit: int, context_length: int, world_seed: int = 0
-) -> list[Example]:
-    """What the model learned earlier, to be repeated beside the pairs: about `limit` encoded examples, equally many of each kind.
+def _earlier_chats(tokenizer: Tokenizer, kind: str, limit: int, world_seed: int) -> list[Example]:
+    if kind == "synthetic":
+        others = [name for name in synth.INSTRUCTION_KINDS if name != "fact"]
+        items = islice(synth.instructions("train", 0, world_seed, others), limit)
+        talks = [(f"{item.instruction}\n{item.input}".strip(), item.output) for item in items]
+    else:
+        problems = word_problems("synthetic" if kind == "synthetic-problems" else kind, "train", limit)
+        talks = [(problem_request(problem), problem.answer) for problem in problems]
+    return [encode_example(tokenizer, [{"role": "user", "content": request}, {"role": "assistant", "content": answer}])
+            for request, answer in talks]
+
+
+def replay_rows(tokenizer: Tokenizer, kinds: Sequence[str], data: DataConfig, rows: int, context_length: int) -> dict[str, Tensor]:
+    """What the model learned earlier, as packed rows to be repeated beside the pairs; equally many rows of each kind.
 
     Args:
-        kinds: "text" (documents of `text_sources`, the model's pretraining), "synthetic" (built-in instructions; not those
-            that ask for a fact, which the built-in preferences want answered in another manner), "synthetic-problems", "gsm8k".
-        context_length: longer examples are cut.
+        kinds: "text" (documents of data.sources, joined as in pretraining), "synthetic" (built-in instructions; not those that
+            ask for a fact, which the built-in preferences want answered in another manner), "synthetic-problems", "gsm8k".
+        rows: at least so many in all.
     """
-    each, found = math.ceil(limit / len(kinds)), []
-    for kind in kinds:
+    each, found = math.ceil(rows / len(kinds)), []
+    for seed, kind in enumerate(kinds):
         if kind == "text":
-            for source in text_sources:
-                texts = list(islice(documents(source, "train", world_seed), math.ceil(each / len(text_sources))))
-                ends = [[end_of_text_id(tokenizer)]] * len(texts)
-                found += [([*end, *ids], [*ids, *end]) for ids, end in zip(encode_documents(tokenizer, texts), ends)]
-            continue
-        if kind == "synthetic":
-            others = [name for name in synth.INSTRUCTION_KINDS if name != "fact"]
-            items = islice(synth.instructions("train", 0, world_seed, others), each)
-            talks = [(f"{item.instruction}\n{item.input}".strip(), item.output) for item in items]
+            texts, ids, end = [documents(name, "train", data.world_seed) for name in data.sources], [], end_of_text_id(tokenizer)
+            for text in islice((text for group in zip_longest(*texts) for text in group if text), each * context_length):
+                ids += [end, *encode_documents(tokenizer, [text])[0]]
+                if len(ids) > each * context_length:
+                    break
+            count = (len(ids) - 1) // context_length
+            inputs, labels = (torch.tensor(ids[i : i + count * context_length]).view(count, -1) for i in (0, 1))
+            segments = (inputs == end).cumsum(1) + 1 if data.isolate_documents else torch.ones_like(inputs)
+            found.append({"input_ids": inputs, "labels": labels, "segment_ids": segments})
         else:
-            problems = word_problems("synthetic" if kind == "synthetic-problems" else kind, "train", each)
-            talks = [(problem_request(problem), problem.answer) for problem in problems]
-        found += [encode_example(tokenizer, [{"role": "user", "content": request}, {"role": "assistant", "content": answer}])
-                  for request, answer in talks]
-    cut = [(ids[:context_length], labels[:context_length]) for ids, labels in found]
-    return [example for example in cut if any(label != IGNORED for label in example[1])]
+            chats = _earlier_chats(tokenizer, kind, max(200, each * context_length // 60), data.world_seed)
+            fitting = [chat for chat in chats if len(chat[0]) <= context_length]
+            found.append(PackedExamples(fitting, context_length, each, seed)(0))
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 # %% ../nbs/05_dpo.ipynb #pair-batches
 class PairBatches:
-    """The batch of a step, with the reference's log-probabilities and a replayed example a pair: a function of (seed, step).
+    """The batch of a step, with the reference's log-probabilities and a replayed row a pair: a function of (seed, step).
 
     An epoch is a new order of all pairs. Inside groups of eight batches, pairs are sorted by length; then the batches are
     shuffled. The last batch of an epoch is filled up with pairs from its beginning.
     """
 
     def __init__(self, examples: Sequence[EncodedPair], reference: pd.DataFrame, batch_size: int, seed: int = 0, pad_id: int = 0,
-                 replay: Sequence[Example] = ()):
+                 replay: dict[str, Tensor] | None = None):
         self.replay = replay
         self.examples, self.batch_size, self.seed, self.pad_id = examples, batch_size, seed, pad_id
         self.reference = {side: torch.tensor(reference[side].to_numpy(), dtype=torch.float32) for side in ("chosen", "rejected")}
@@ -373,9 +383,8 @@ class PairBatches:
         batch = pair_batch([self.examples[i] for i in chosen], self.pad_id)
         batch |= {f"reference_{side}": values[torch.from_numpy(chosen)] for side, values in self.reference.items()}
         if self.replay:
-            drawn = np.random.default_rng([self.seed, step, 1]).integers(len(self.replay), size=self.batch_size)
-            repeated = padded_batch([self.replay[i] for i in drawn], self.pad_id)
-            batch |= {f"replay_{name}": value for name, value in repeated.items()}
+            drawn = np.random.default_rng([self.seed, step, 1]).integers(len(self.replay["labels"]), size=self.batch_size)
+            batch |= {f"replay_{name}": value[torch.from_numpy(drawn)] for name, value in self.replay.items()}
         return batch
 
 # %% ../nbs/05_dpo.ipynb #alarms

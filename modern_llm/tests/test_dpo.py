@@ -13,7 +13,7 @@ import torch
 
 from modern_llm import dpo, synth
 from modern_llm.chat import encode_chat, end_id
-from modern_llm.config import DPOConfig, ModelConfig
+from modern_llm.config import DataConfig, DPOConfig, ModelConfig
 from modern_llm.dpo import Pair, PairBatches, alarms, dpo_loss, encode_pair, encode_pairs, pair_batch, pair_log_probs, preference_loss
 from modern_llm.models import ModernDecoderLM
 from modern_llm.optim import IGNORED
@@ -195,7 +195,8 @@ def test_very_large_margins_stay_finite():
 @pytest.mark.parametrize("cfg", [DPOConfig(), DPOConfig(loss="ipo", length_normalised=True, beta=0.5), DPOConfig(sft_weight=0.7, replay_weight=0.3)])
 def test_the_cut_into_micro_batches_changes_nothing(cfg, examples):
     model, reference = small_model(), pair_log_probs(small_model(1), examples)
-    replay = [(list(range(n)), [IGNORED] + list(range(2, n + 1))) for n in range(3, 20)] if cfg.replay_weight else ()
+    rows = {"input_ids": torch.arange(120).view(6, 20), "labels": torch.arange(120).view(6, 20) + 1, "segment_ids": torch.ones(6, 20).int()}
+    replay = rows if cfg.replay_weight else None
     batch = PairBatches(examples, reference, 8, replay=replay)(2)
     whole, parts = dpo_loss(model, batch, cfg), [dpo_loss(model, part, cfg) for part in micro_batches(batch, 2)]
     assert whole.count == 8 == sum(part.count for part in parts)
@@ -206,21 +207,26 @@ def test_the_cut_into_micro_batches_changes_nothing(cfg, examples):
     assert table.preference.mean() == pytest.approx(whole.metrics["preference"].item() / 8, rel=1e-3)
 
 
-def test_replayed_examples_are_what_the_sources_say_and_enter_the_loss(tokenizer, examples):
-    replay = dpo.replay_examples(tokenizer, ("text", "synthetic", "synthetic-problems"), ["synthetic"], 30, 160)
-    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids, _ in replay]
-    assert len(replay) == 30 and max(len(ids) for ids, _ in replay) <= 160
-    assert sum("<|user|>" not in text for text in texts) == 10 and sum("<<" in text for text in texts[20:]) == 10
-    assert not any("live" in text or "pet" in text for text in texts[10:20])  # no facts among the instructions
+def test_replayed_rows_are_what_the_sources_say_and_enter_the_loss(tokenizer, examples):
+    kinds, data = ("text", "synthetic", "synthetic-problems"), DataConfig()
+    replay = dpo.replay_rows(tokenizer, kinds, data, 12, 128)
+    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in replay["input_ids"]]
+    assert len(texts) == 12 and all(value.shape == (12, 128) for value in replay.values())
+    assert not any("<|user|>" in text for text in texts[:4]) and torch.equal(replay["input_ids"][:4, 1:], replay["labels"][:4, :-1])
+    assert all("<|user|>" in text for text in texts[4:]) and all("<<" in text for text in texts[8:])
+    assert not any("live" in text or "pet" in text for text in texts[4:8])  # no facts among the instructions
+    isolated = dpo.replay_rows(tokenizer, ("text",), dataclasses.replace(data, isolate_documents=True), 3, 128)["segment_ids"]
+    assert isolated.max() > 2 and (isolated.diff(dim=1) >= 0).all()
     reference = pair_log_probs(small_model(1), examples)
-    plain, with_replay = (PairBatches(examples, reference, 8, replay=part) for part in ((), replay))
+    plain, with_replay = (PairBatches(examples, reference, 8, replay=part) for part in (None, replay))
     batch, again = with_replay(3), with_replay(3)
     assert all(torch.equal(batch[name], again[name]) for name in batch) and len(batch["replay_input_ids"]) == 8
     assert all(torch.equal(value, batch[name]) for name, value in plain(3).items())  # the pairs are the same
     model, cfg = small_model(), DPOConfig(replay_weight=0.5)
     out, without = dpo_loss(model, batch, cfg), dpo_loss(model, plain(3), cfg)
     labels = batch["replay_labels"]
-    nats = torch.nn.functional.cross_entropy(model(batch["replay_input_ids"]).transpose(1, 2), labels, reduction="none")
+    logits = model(batch["replay_input_ids"], batch["replay_segment_ids"]).transpose(1, 2)
+    nats = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     expected = (nats.sum(1) / (labels != IGNORED).sum(1)).sum().item()
     assert out.metrics["replay"].item() == pytest.approx(expected, rel=1e-4)
     assert (out.total - without.total).item() == pytest.approx(0.5 * expected, rel=1e-4)
