@@ -76,7 +76,8 @@ def kept_frame(path: str | Path, make: Callable[[], object]):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, make().to_json(orient="records", lines=True, double_precision=15, force_ascii=False))
-    return pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False, precise_float=True)
+    table = pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False, precise_float=True)
+    return table.astype(dict.fromkeys((name for name in table if table[name].isna().all()), float))  # nothing but null: NaN
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from modern_llm.tasks import word_problems
 from modern_llm.tokens import train_tokenizer
 from modern_llm.trainer import Trainer, micro_batches
 from modern_llm.verifier import (
-    AnswerBatches, VerifierModel, calibrate, calibration_error, encode_candidate, fork_of, judgements, load_verifier, perturb,
+    AnswerBatches, VerifierModel, calibrate, calibration_error, encode_candidate, fork_of, judgements, load_verifier, perturb, read_answers,
     reliability, rerank_differences, running_surprise, sampling_plan, save_verifier, score, score_answers, small_encoder,
     start_from_surprise, token_log_probs, token_scores, verifier_loss,
 )
@@ -90,7 +90,7 @@ def test_running_surprise_equals_loops():
         for t in range(20):
             if runs[b, t]:
                 seen = [log_p[b, i].item() for i in range(t + 1) if runs[b, i] == runs[b, t]]
-                expected[b, t] = torch.tensor([sum(seen) / len(seen), min(seen)])
+                expected[b, t] = torch.tensor([sum(seen), min(seen)])
     assert torch.allclose(running_surprise(log_p, runs), expected, atol=1e-6)
 
 
@@ -99,7 +99,7 @@ def test_token_log_probs_are_those_of_the_model(tokenizer, problems):
     ids, start = encode_candidate(tokenizer, problems[0], problems[0].answer)
     row = torch.tensor([ids])
     answer = torch.arange(len(ids))[None] >= start
-    _, log_p, _ = verifier(row, answer)
+    _, _, log_p, _ = verifier(row, answer)
     expected = verifier.model(row).log_softmax(-1)[0, start - 1 : -1].gather(1, row[0, start:, None])[:, 0]
     assert torch.allclose(log_p[0, start:], expected, atol=1e-5) and (log_p[0, :start] == 0).all()
     hidden = verifier.model.hidden(row)[0]
@@ -272,7 +272,7 @@ def test_training_learns_and_resumes_exactly(tokenizer, problems, samples, tmp_p
 
 
 def test_saved_and_loaded_verifier_scores_alike(verifier, tokenizer, problems, samples, tmp_path):
-    verifier.calibration.copy_(torch.tensor([0.7, -0.3]))
+    verifier.calibration.copy_(torch.tensor([0.7, 0.1, 0.2, -0.3]))
     with atomic_folder(tmp_path / "checkpoint") as folder:
         save_verifier(folder, verifier, tokenizer)
     other = load_verifier(tmp_path / "checkpoint")
@@ -285,11 +285,19 @@ def test_saved_and_loaded_verifier_scores_alike(verifier, tokenizer, problems, s
 
 def test_calibration_given_when_saving_changes_the_file_alone(tokenizer, problems, tmp_path):
     verifier = made()
-    save_verifier(tmp_path, verifier, tokenizer, calibration=(2.0, -1.0))
-    assert verifier.calibration.tolist() == [1.0, 0.0]
-    before, after = (score(v, tokenizer, problems[0], problems[0].answer) for v in (verifier, load_verifier(tmp_path)))
-    logit = lambda p: math.log(p / (1 - p))
-    assert logit(after) == pytest.approx(2 * logit(before) - 1, abs=1e-4)
+    save_verifier(tmp_path, verifier, tokenizer, calibration=(0.0, 2.0, 0.5, -1.0))
+    assert not verifier.calibration.any()
+    asked = [problems[0]], [problems[0].answer]
+    (_, total, lowest), after = read_answers(verifier, tokenizer, *asked)[0], score(load_verifier(tmp_path), tokenizer, problems[0], problems[0].answer)
+    assert math.log(after / (1 - after)) == pytest.approx(2 * total + 0.5 * lowest - 1, abs=1e-3)
+
+
+def test_gold_rows_are_for_the_language_model_alone(tokenizer, problems, samples):
+    cfg = replace(CFG, gold_fraction=0.5)
+    batch = AnswerBatches(tokenizer, problems, samples, problems, cfg, CONTEXT)(3)
+    rows = round(0.5 * cfg.batch_size)
+    assert not batch["weights"][:rows].any() and batch["weights"][rows:].any()
+    assert (batch["targets"][:rows][batch["answers"][:rows] > 0] == 1).all() and (batch["answers"][:rows].sum(1) > 0).all()
 
 
 def test_loading_something_else_is_refused(tokenizer, tmp_path):
@@ -307,15 +315,14 @@ def test_loading_something_else_is_refused(tokenizer, tmp_path):
 # ---- judging ---------------------------------------------------------------------------------------------------------
 
 
-def test_calibrate_finds_scale_and_shift_and_never_turns_the_order():
+def test_calibrate_finds_the_weights_and_gives_none_a_negative_sign():
     draw = np.random.default_rng(0)
-    logits = draw.normal(0, 2, 5000)
-    right = draw.random(5000) < 1 / (1 + np.exp(-logits))
-    distorted = 1 / (1 + np.exp(-(0.5 * logits - 1)))
-    assert np.allclose(calibrate(distorted, right), (2, 2), atol=0.2)
-    assert calibrate(distorted, ~right)[0] > 0
-    for scores, labels in (([0.3, 0.4], [False, False]), ([1.0, 0.0], [True, False]), ([0.5], [True])):
-        assert np.isfinite(calibrate(np.array(scores), np.array(labels))).all()
+    parts = draw.normal(0, 1, (5000, 3))
+    right = draw.random(5000) < 1 / (1 + np.exp(-(parts @ [0.5, 1.5, 0.0] - 1)))
+    assert np.allclose(calibrate(parts, right), (0.5, 1.5, 0, -1), atol=0.2)
+    assert min(calibrate(parts, ~right)[:3]) >= 0
+    for one, labels in (([0.3, 0.4], [False, False]), ([1.0, 0.0], [True, False]), ([0.5], [True]), ([np.nan, 1], [True, False])):
+        assert np.isfinite(calibrate(np.array([one, one, one]).T, np.array(labels))).all()
 
 
 def test_reliability_covers_every_answer_once():
