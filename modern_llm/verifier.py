@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 # %% auto #0
-__all__ = ['SURPRISE_SCALE', 'Coded', 'MIDDLE_LEVELS', 'DIFFERENCES', 'sampling_plan', 'answer_so_far', 'running_surprise',
-           'token_log_probs', 'small_encoder', 'VerifierModel', 'encode_candidate', 'score_answers', 'score', 'perturb',
+__all__ = ['Coded', 'MIDDLE_LEVELS', 'DIFFERENCES', 'sampling_plan', 'answer_so_far', 'running_surprise', 'token_log_probs',
+           'small_encoder', 'VerifierModel', 'encode_candidate', 'read_answers', 'score_answers', 'score', 'perturb',
            'fork_of', 'fill_rows', 'AnswerBatches', 'verifier_loss', 'logistic_fit', 'start_from_surprise', 'calibrate',
            'save_verifier', 'load_verifier', 'token_scores', 'reliability', 'calibration_error', 'judgements',
            'rerank_differences']
@@ -56,7 +56,7 @@ def answer_so_far(runs: Int[Tensor, "b t"]) -> Bool[Tensor, "b t s"]:
 
 
 def running_surprise(log_p: Float[Tensor, "b t"], runs: Int[Tensor, "b t"]) -> Float[Tensor, "b t 2"]:
-    """Mean and minimum of log p over the answer so far, at every token; 0 outside of answers.
+    """Sum and minimum of log p over the answer so far, at every token; 0 outside of answers.
 
     Args:
         log_p: what the language model gave each token.
@@ -64,9 +64,8 @@ def running_surprise(log_p: Float[Tensor, "b t"], runs: Int[Tensor, "b t"]) -> F
     """
     so_far = answer_so_far(runs)
     values = log_p[:, None, :].expand_as(so_far)
-    mean = (values * so_far).sum(-1) / so_far.sum(-1).clamp(min=1)
     lowest = values.masked_fill(~so_far, torch.inf).amin(-1)
-    return torch.stack([mean, lowest.masked_fill(runs == 0, 0.0)], dim=-1)
+    return torch.stack([(values * so_far).sum(-1), lowest.masked_fill(runs == 0, 0.0)], dim=-1)
 
 # %% ../nbs/06_verifier.ipynb #token-log-probs
 def token_log_probs(
@@ -95,9 +94,6 @@ def small_encoder(cfg: ModelConfig, seed: int = 0) -> ModernDecoderLM:
         return ModernDecoderLM(small)
 
 # %% ../nbs/06_verifier.ipynb #verifier-model
-SURPRISE_SCALE = (10.0, 1.0)  # the mean varies that much less than the minimum; one learning rate serves both
-
-
 class VerifierModel(nn.Module):
     """A language model with a second head: at every token of an answer, the logit of "this answer is right".
 
@@ -116,7 +112,7 @@ class VerifierModel(nn.Module):
         self.head = nn.Linear(model.cfg.width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
+        self.register_buffer("calibration", torch.zeros(4))  # weights of head, sum and minimum, and a shift
         self.surprise = nn.Parameter(torch.zeros(2)) if cfg.surprise and not self.is_encoder else None
 
     @property
@@ -126,8 +122,8 @@ class VerifierModel(nn.Module):
 
     def forward(
         self, input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None = None,
-    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"], Float[Tensor, ""]]:
-        """Logits before calibration and log p of the answers' tokens, both meant only where `answer`, and the routers' loss."""
+    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t 2"], Float[Tensor, "b t"], Float[Tensor, ""]]:
+        """What the head says, the surprise, log p of the answers' tokens (all meant only where `answer`), the routers' loss."""
         hidden, aux = self.model.hidden(input_ids, segment_ids)
         runs = answer * (torch.ones_like(input_ids) if segment_ids is None else segment_ids)
         if self.is_encoder:
@@ -136,16 +132,23 @@ class VerifierModel(nn.Module):
             log_p = torch.zeros(answer.shape, device=answer.device)
         else:
             log_p = token_log_probs(self.model, hidden, input_ids, answer, self.chunk_tokens)
-        logits = self.head(self.dropout(hidden))[..., 0].float()
-        if self.surprise is not None:
-            features = running_surprise(log_p.detach(), runs) * torch.tensor(SURPRISE_SCALE, device=log_p.device)
-            logits = logits + features @ self.surprise
-        return logits, log_p, aux
+        said = self.head(self.dropout(hidden))[..., 0].float()
+        features = running_surprise(log_p.detach(), runs)
+        return said, features if self.surprise is not None else torch.zeros_like(features), log_p, aux
+
+    def combine(self, said: Tensor, features: Tensor) -> Tensor:
+        """The logit that is trained: the head's word and the weighted surprise."""
+        return said if self.surprise is None else said + features @ self.surprise
+
+    def weigh(self, said: Tensor, features: Tensor) -> Tensor:
+        """The logit that is reported: weighted as the calibration says, or as trained where there was none yet."""
+        scale, *surprise, shift = self.calibration
+        return said * scale + features @ torch.stack(surprise) + shift if self.calibration.any() else self.combine(said, features)
 
     def score_logits(self, input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"],
                      segment_ids: Int[Tensor, "b t"] | None = None) -> Float[Tensor, "b t"]:
-        """Calibrated logits of being right, having read up to each token; meant only where `answer`."""
-        return self(input_ids, answer, segment_ids)[0] * self.calibration[0] + self.calibration[1]
+        """Logits of being right, having read up to each token; meant only where `answer`."""
+        return self.weigh(*self(input_ids, answer, segment_ids)[:2])
 
 # %% ../nbs/06_verifier.ipynb #encode-candidate
 Coded = tuple[list[int], int]  # the ids of request and answer, and the position of the answer's first token
@@ -156,30 +159,40 @@ def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> Coded
     prompt = encode_prompt(tokenizer, problem_request(problem))
     return prompt + encode_documents(tokenizer, [text])[0] + [end_id(tokenizer)], len(prompt)
 
-# %% ../nbs/06_verifier.ipynb #score-answers
+# %% ../nbs/06_verifier.ipynb #read-answers
 @torch.inference_mode()
-def score_answers(
+def read_answers(
     verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterable[Problem], answers: Iterable[str], batch_rows: int = 64,
-) -> Float[np.ndarray, "n"]:
-    """How likely each answer to its problem is right, 0 to 1, read at the end of the answer.
+) -> Float[np.ndarray, "n 3"]:
+    """What the head says at the end of each answer, and the sum and minimum of log p; NaN for answers that do not fit the context.
 
-    Neither padding nor the other rows of a batch matter. An answer that does not fit the context scores 0.
+    Neither padding nor the other rows of a batch matter.
     """
     device, room = verifier.head.weight.device, verifier.model.cfg.context_length
     coded = [encode_candidate(tokenizer, p, text) for p, text in zip(problems, answers, strict=True)]
     order = sorted((i for i, (ids, _) in enumerate(coded) if len(ids) <= room), key=lambda i: len(coded[i][0]))
-    scores = np.zeros(len(coded))
+    found = np.full((len(coded), 3), np.nan)
     for rows in (order[i : i + batch_rows] for i in range(0, len(order), batch_rows)):
         ids = torch.zeros(len(rows), len(coded[rows[-1]][0]), dtype=torch.long)
         answer = torch.zeros_like(ids, dtype=torch.bool)
         for row, (tokens, start) in enumerate(coded[i] for i in rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             answer[row, start : len(tokens)] = True
-        last = torch.tensor([len(coded[i][0]) - 1 for i in rows], device=device)[:, None]
+        ends = torch.arange(len(rows), device=device), torch.tensor([len(coded[i][0]) - 1 for i in rows], device=device)
         with evaluating(verifier):
-            logits = verifier.score_logits(ids.to(device), answer.to(device))
-        scores[rows] = logits.gather(1, last)[:, 0].sigmoid().double().cpu().numpy()
-    return scores
+            said, features, _, _ = verifier(ids.to(device), answer.to(device))
+        found[rows] = torch.cat([said[ends][:, None], features[ends]], dim=1).double().cpu().numpy()
+    return found
+
+# %% ../nbs/06_verifier.ipynb #score-answers
+@torch.inference_mode()
+def score_answers(
+    verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterable[Problem], answers: Iterable[str], batch_rows: int = 64,
+) -> Float[np.ndarray, "n"]:
+    """How likely each answer to its problem is right, 0 to 1, read at the end of the answer; 0 if it does not fit the context."""
+    parts = torch.tensor(read_answers(verifier, tokenizer, problems, answers, batch_rows), dtype=torch.float32)
+    parts = parts.to(verifier.head.weight.device)
+    return verifier.weigh(parts[:, 0], parts[:, 1:]).double().sigmoid().nan_to_num(0.0).cpu().numpy()
 
 
 def score(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem, answer: str) -> float:
@@ -206,35 +219,46 @@ def fork_of(a: Sequence[int], b: Sequence[int]) -> int:
     return next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
 
 
-def fill_rows(pairs: Iterable[tuple[Coded, Coded]], rows: int, length: int) -> dict[str, Tensor]:
+def fill_rows(pairs: Iterable[tuple[Coded, Coded]], rows: int, length: int, gold: Iterable[Coded] = (), gold_rows: int = 0,
+              ) -> dict[str, Tensor]:
     """Pack pairs of a right and a wrong answer, each into the fullest row that has room, until the third pair finds none.
 
+    Before that, gold answers are packed into `gold_rows` of the rows, for the language model alone.
+
     Returns (rows, length) each: input_ids, segment_ids, targets (1 in right answers), answers (1 / length in answers, else 0)
-    and weights (the same from the pair's fork on: before it the two labels contradict each other).
+    and weights (the same from the pair's fork on, 0 in gold rows: before the fork the two labels contradict each other).
     """
     batch = {name: torch.zeros(rows, length, dtype=torch.long) for name in ("input_ids", "segment_ids")}
     batch |= {name: torch.zeros(rows, length) for name in ("targets", "answers", "weights")}
-    filled, held, missed = [0] * rows, [0] * rows, 0
-    for pair in pairs:
-        room, places = [length - n for n in filled], []
-        for ids, _ in pair:
-            places += [min((r for r in range(rows) if room[r] >= len(ids)), key=room.__getitem__, default=None)]
-            if places[-1] is not None:
-                room[places[-1]] -= len(ids)
-        if None in places:
-            missed += 1
-            if missed == 3:
-                break
-            continue
-        fork = fork_of(*(ids for ids, _ in pair))
-        for row, (ids, start), right in zip(places, pair, (1.0, 0.0)):
+    filled, held = [0] * rows, [0] * rows
+
+    def put(answers: list[tuple[Coded, int, float]], among: range) -> bool:
+        """Put all the answers (ids and start, fork, label) into rows `among`, or none if there is no room."""
+        room, places = {r: length - filled[r] for r in among}, []
+        for (ids, _), _, _ in answers:
+            places.append(min((r for r in among if room[r] >= len(ids)), key=room.__getitem__, default=None))
+            if places[-1] is None:
+                return False
+            room[places[-1]] -= len(ids)
+        for row, ((ids, start), fork, right) in zip(places, answers):
             first, end = filled[row], filled[row] + len(ids)
             held[row], filled[row] = held[row] + 1, end
             batch["input_ids"][row, first:end] = torch.tensor(ids)
             batch["segment_ids"][row, first:end] = held[row]
             batch["targets"][row, first + start : end] = right
             batch["answers"][row, first + start : end] = 1 / (len(ids) - start)
-            batch["weights"][row, first + fork : end] = 1 / (len(ids) - fork)
+            batch["weights"][row, first + fork : end] = 1 / max(1, len(ids) - fork)
+        return True
+
+    for coded in gold if gold_rows else ():
+        if not put([(coded, len(coded[0]), 1.0)], range(gold_rows)):
+            break
+    missed = 0
+    for one, other in pairs:
+        fork = fork_of(one[0], other[0])
+        missed += not put([(one, fork, 1.0), (other, fork, 0.0)], range(gold_rows, rows))
+        if missed == 3:
+            break
     return batch
 
 # %% ../nbs/06_verifier.ipynb #answer-batches
@@ -280,6 +304,12 @@ class AnswerBatches:
         chosen = draw.choice(right) if right else problem.answer
         return problem, chosen, draw.choice(wrong) if wrong else perturb(chosen, draw)
 
+    def coded_gold(self, draw: random.Random) -> Iterator[Coded]:
+        """Endless encoded gold answers."""
+        while True:
+            problem = draw.choice(self.gold)
+            yield encode_candidate(self.tokenizer, problem, problem.answer)
+
     def coded_pairs(self, draw: random.Random) -> Iterator[tuple[Coded, Coded]]:
         """Endless encoded pairs that fit a row."""
         while True:
@@ -289,17 +319,21 @@ class AnswerBatches:
                 yield pair
 
     def __call__(self, step: int) -> dict[str, Tensor]:
-        return fill_rows(self.coded_pairs(random.Random(f"answers/{self.seed}/{step}")), self.cfg.batch_size, self.context_length)
+        rows = self.cfg.batch_size
+        gold_rows = 0 if self.cfg.kind == "encoder" else min(rows - 1, round(self.cfg.gold_fraction * rows))
+        pairs, gold = (random.Random(f"{name}/{self.seed}/{step}") for name in ("answers", "gold"))
+        return fill_rows(self.coded_pairs(pairs), rows, self.context_length, self.coded_gold(gold), gold_rows)
 
 # %% ../nbs/06_verifier.ipynb #verifier-loss
 def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor], lm_weight: float = 0.5) -> LossOutput:
     """Binary cross-entropy at every answer token, averaged over an answer, and the nats of right answers' tokens.
 
-    The items are answers, each with the same weight. Metrics: `judgement` (cross-entropy), `language` (nats per token of right
-    answers, counted as 0 for wrong ones) and `accuracy` (share of tokens on the right side of one half).
+    The items are the judged answers, each with the same weight. Metrics: `judgement` (cross-entropy), `language` (nats per token, summed
+    over all right answers) and `accuracy` (share of tokens on the right side of one half).
     """
     answers, weights, targets = batch["answers"], batch["weights"], batch["targets"]
-    logits, log_p, aux = verifier(batch["input_ids"], answers > 0, batch["segment_ids"])
+    said, features, log_p, aux = verifier(batch["input_ids"], answers > 0, batch["segment_ids"])
+    logits = verifier.combine(said, features)
     judgement = (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum()
     language = -(answers * targets * log_p).sum()
     accuracy = (weights * ((logits > 0) == (targets > 0))).sum()
@@ -334,7 +368,7 @@ def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Ten
             ids, segments, answers, weights, targets = (batch[name].to(verifier.head.weight.device) for name in (
                 "input_ids", "segment_ids", "answers", "weights", "targets"))
             log_p = token_log_probs(verifier.model, verifier.model.hidden(ids, segments)[0], ids, answers > 0)
-            features = running_surprise(log_p, (answers > 0) * segments) * torch.tensor(SURPRISE_SCALE, device=ids.device)
+            features = running_surprise(log_p, (answers > 0) * segments)
             used = weights > 0
             found.append(torch.cat([features[used], torch.ones_like(features[used][:, :1]), targets[used][:, None],
                                     weights[used][:, None]], dim=1))
@@ -345,23 +379,31 @@ def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Ten
         verifier.head.bias.copy_(line[2:])
 
 # %% ../nbs/06_verifier.ipynb #calibrate
-def calibrate(scores: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"]) -> tuple[float, float]:
-    """Scale and shift of the logits that fit these answers' labels best; the scale stays positive, so the order stays.
+def calibrate(parts: Float[np.ndarray, "n 3"], right: Bool[np.ndarray, "n"]) -> list[float]:
+    """Weights of the three parts of a score, and a shift, so that the sigmoid of their sum fits these answers' labels best.
 
-    Source: Platt 1999, with a prior at (1, 0) that counts as much as one answer. The answers must be as the generator writes
-    them, to problems that the verifier was not trained on.
+    Source: Platt 1999, here with three inputs. No weight is negative: an input that would get such a weight is left out. The
+    answers must be as the generator writes them, to problems that the verifier was not trained on.
     """
-    logits = torch.tensor(scores, dtype=torch.double).clamp(1e-9, 1 - 1e-9).logit()
-    features = torch.stack([logits, torch.ones_like(logits)], dim=1)
-    line = logistic_fit(features, torch.tensor(right, dtype=torch.double), torch.ones_like(logits), prior=(1.0, 0.0))
-    return max(line[0].item(), 0.05), line[1].item()
+    known = ~np.isnan(parts).any(1)
+    features, targets = np.column_stack([parts[known], np.ones(known.sum())]), torch.tensor(right[known], dtype=torch.double)
+    weights, used = [0.0] * 4, [0, 1, 2, 3]
+    while True:
+        fit = logistic_fit(torch.tensor(features[:, used]), targets, torch.ones_like(targets), prior=[0.0] * len(used)).tolist()
+        negative = [column for column, weight in zip(used, fit) if weight < 0 and column < 3]
+        if not negative:
+            break
+        used.remove(negative[0])
+    for column, weight in zip(used, fit):
+        weights[column] = weight
+    return weights if any(weights[:3]) else [1.0, *weights[1:]]  # labels of one kind teach no order: keep the head's
 
 # %% ../nbs/06_verifier.ipynb #save-load
 def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokenizer,
-                  calibration: tuple[float, float] | None = None) -> None:
+                  calibration: Sequence[float] = ()) -> None:
     """Write the body as a language model with its tokenizer, and beside it the head: verifier.safetensors, verifier.json.
 
-    `calibration` (scale and shift of `calibrate`) is stored instead of the verifier's own.
+    `calibration` (the weights of `calibrate`) is stored instead of the verifier's own.
     """
     folder, verifier = Path(folder), getattr(verifier, "_orig_mod", verifier)
     save_model(folder, verifier.model, eos_id=end_id(tokenizer))
@@ -369,7 +411,7 @@ def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokeni
     head = {name: value.detach().cpu().contiguous() for name, value in verifier.state_dict().items()
             if not name.startswith("model.")}
     if calibration:
-        head["calibration"] = torch.tensor(calibration)
+        head["calibration"] = torch.tensor(calibration, dtype=torch.float32)
     save_file(head, folder / "verifier.safetensors", metadata={"format": "pt"})
     write_json(folder / "verifier.json", {"kind": "encoder" if verifier.is_encoder else "generator",
                                           "surprise": verifier.surprise is not None})
