@@ -265,7 +265,7 @@ def test_training_learns_and_resumes_exactly(tokenizer, problems, samples, tmp_p
     result = again.fit()
     one, other = (load_verifier(tmp_path / name / "checkpoint").state_dict() for name in ("straight", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert result.history[-1]["judgement"] < 0.5 < result.history[0]["judgement"]
+    assert result.history[-1]["judgement"] < 0.6 < result.history[0]["judgement"]
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
