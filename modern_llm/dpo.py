@@ -221,7 +221,7 @@ def both_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[tuple[Te
 
 @torch.inference_mode()
 def pair_log_probs(model: nn.Module, examples: Sequence[EncodedPair], batch_pairs: int = 32) -> pd.DataFrame:
-    """Log-probabilities of all pairs, in eval mode; a row a pair: pair (digest), chosen, rejected, chosen_tokens, rejected_tokens.
+    """Log-probabilities of all pairs, in eval mode, a row a pair: chosen, rejected, their tokens, and the pair's digest.
 
     Pairs of similar length share a batch, so that short ones do not pay for long ones.
     """
@@ -232,7 +232,8 @@ def pair_log_probs(model: nn.Module, examples: Sequence[EncodedPair], batch_pair
             batch = pair_batch([examples[i] for i in order[start : start + batch_pairs]])
             values, counts = both_log_probs(model, {name: value.to(device) for name, value in batch.items()})
             found.append(torch.stack([*values, *counts], dim=1).double().cpu())
-    table = pd.DataFrame(torch.cat(found).numpy(), index=order, columns=["chosen", "rejected", "chosen_tokens", "rejected_tokens"])
+    columns = ["chosen", "rejected", "chosen_tokens", "rejected_tokens"]
+    table = pd.DataFrame(torch.cat(found).numpy(), index=order, columns=columns)
     table = table.sort_index().round(6).astype({"chosen_tokens": int, "rejected_tokens": int})
     return table.assign(pair=[example.digest for example in examples])
 
@@ -281,7 +282,8 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], cfg: DPOConfig) -> Loss
     if "replay_input_ids" in batch:
         hidden, _ = model.hidden(batch["replay_input_ids"], batch["replay_segment_ids"])
         labels = batch["replay_labels"]
-        nats = F.cross_entropy(model.lm_head(hidden).float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        logits = model.lm_head(hidden).float().flatten(0, 1)
+        nats = F.cross_entropy(logits, labels.flatten(), reduction="none", ignore_index=IGNORED)
         metrics["replay"] = nats.view_as(labels).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
         total = total + cfg.replay_weight * metrics["replay"].sum()
     return LossOutput(total, len(losses), {name: value.detach().sum() for name, value in metrics.items()})
@@ -323,7 +325,9 @@ def _earlier_chats(tokenizer: Tokenizer, kind: str, limit: int, world_seed: int)
             for request, answer in talks]
 
 
-def replay_rows(tokenizer: Tokenizer, kinds: Sequence[str], data: DataConfig, rows: int, context_length: int) -> dict[str, Tensor]:
+def replay_rows(
+    tokenizer: Tokenizer, kinds: Sequence[str], data: DataConfig, rows: int, context_length: int
+) -> dict[str, Tensor]:
     """What the model learned earlier, as packed rows to be repeated beside the pairs; equally many rows of each kind.
 
     Args:
