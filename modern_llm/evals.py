@@ -30,11 +30,11 @@ from .tokens import encode_documents, end_of_text_id
 
 # %% auto #0
 __all__ = ['ERRORS', 'COLUMNS', 'STAGES', 'MEASURES', 'Subject', 'speaks_chat', 'document_prompt', 'ask', 'piece',
-           'perplexity_piece', 'perplexity_rows', 'score_examples', 'continuation_example', 'sentiment_piece',
-           'document_pair', 'preference_piece', 'mark_instructions', 'instruction_piece', 'mark_problems',
-           'problem_piece', 'item_rows', 'error_kind', 'problem_items', 'sample_items', 'interval', 'difference_row',
-           'measure_rows', 'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger', 'stage_gains',
-           'comparison_table', 'problem_analysis', 'derive', 'write_derived']
+           'same_settings', 'perplexity_piece', 'perplexity_rows', 'score_examples', 'continuation_example',
+           'sentiment_piece', 'document_pair', 'preference_piece', 'mark_instructions', 'instruction_piece',
+           'mark_problems', 'problem_piece', 'item_rows', 'error_kind', 'problem_items', 'sample_items', 'interval',
+           'difference_row', 'measure_rows', 'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger',
+           'stage_gains', 'comparison_table', 'problem_analysis', 'derive', 'write_derived']
 
 # %% ../nbs/07_eval.ipynb #subject
 @dataclass(frozen=True)
@@ -99,6 +99,17 @@ def piece(folder: str | Path, stage: str, task: str, make: Callable[[], pd.DataF
 
     (Path(folder) / "pieces").mkdir(parents=True, exist_ok=True)
     return kept_frame(Path(folder) / "pieces" / f"{stage}-{task.replace(', ', '-')}.jsonl", timed)
+
+# %% ../nbs/07_eval.ipynb #same-settings
+def same_settings(folder: str | Path, settings: dict) -> None:
+    """Keep the settings beside the pieces; ValueError if pieces of other settings are there, since old and new must not mix."""
+    path = Path(folder) / "pieces" / "settings.json"
+    former = read_json(path) if path.exists() else settings
+    if changed := [f"{name}: {former.get(name)} -> {settings.get(name)}" for name in {**former, **settings}
+                   if former.get(name) != settings.get(name)]:
+        raise ValueError(f"{path.parent} holds what was measured with other settings ({'; '.join(changed)}); begin anew with force=True")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
 
 # %% ../nbs/07_eval.ipynb #perplexity-piece
 def perplexity_piece(subject: Subject, caches: dict[str, TokenCache], batch_rows: int, isolate: bool, max_tokens: int) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from modern_llm.chat import CHAT_TEMPLATE, Answer, end_id
 from modern_llm.config import ConfigError, ModelConfig, get_pipeline_preset, override
 from modern_llm.evals import (STAGES, Subject, ask, derive, difference_row, document_pair, document_prompt, item_rows, ledger_rows,
                               mark_problems, measure_rows, perplexity_rows, piece, preference_piece, problem_items, problem_piece,
-                              read_ledger, sample_items, score_examples, sentiment_piece, speaks_chat, stage_gains, write_derived,
+                              read_ledger, same_settings, sample_items, score_examples, sentiment_piece, speaks_chat, stage_gains, write_derived,
                               write_ledger)
 from modern_llm.models import ModernDecoderLM, save_model
 from modern_llm.scoring import proportion_interval
@@ -235,6 +235,13 @@ def test_a_piece_is_made_once_and_survives_its_neighbours(tmp_path, model, token
         piece(tmp_path, "sft", "problems", killed)
     pd.testing.assert_frame_equal(first, piece(tmp_path, "sft", "problems, sampled", make))
     assert len(calls) == 1 and [path.name for path in (tmp_path / "pieces").iterdir()] == ["sft-problems-sampled.jsonl"]
+
+
+def test_pieces_of_other_settings_are_refused(tmp_path):
+    same_settings(tmp_path, {"temperature": 1.0, "levels": [1, 2]})
+    same_settings(tmp_path, {"temperature": 1.0, "levels": [1, 2]})
+    with pytest.raises(ValueError, match="temperature: 1.0 -> 0.7.*force=True"):
+        same_settings(tmp_path, {"temperature": 0.7, "levels": [1, 2]})
 
 
 def test_settings_are_checked():
