@@ -369,7 +369,7 @@ def local_smoke() -> PipelineConfig:
         sft=SFTConfig(weights=(0.55, 0.45), replay_fraction=0.15, max_steps=200, batch_size=16, warmup_steps=10, decay_fraction=0.6,
                       eval_every=100, checkpoint_every=50, keep_checkpoints=0, max_train_examples=8000,
                       max_validation_examples=120),
-        dpo=DPOConfig(max_steps=80, batch_size=8, optimizer="adamw", lr=3e-4, weight_decay=0.0, warmup_steps=10, log_every=1,
+        dpo=DPOConfig(max_steps=100, batch_size=8, optimizer="adamw", lr=3e-4, weight_decay=0.0, warmup_steps=10, log_every=1,
                       eval_every=40, checkpoint_every=20, keep_checkpoints=0, sft_weight=2.0, replay_weight=4.0,
                       replay_sources=("text", "synthetic", "synthetic-problems"), max_train_pairs=800, max_new_tokens=40),
         verifier=VerifierConfig(levels=(2, 3, 4), max_steps=80, batch_size=16, warmup_steps=10, decay_fraction=0.6, eval_every=40,

@@ -104,7 +104,7 @@ def proportion_interval(right: float, n: int) -> dict[str, float]:
     share, z2 = right / n, 1.96**2
     middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
     low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
-    return {"value": share, "low": max(0.0, low), "high": min(1.0, high), "n": n}
+    return {"value": share, "low": max(0.0, min(low, share)), "high": min(1.0, max(high, share)), "n": n}  # rounding, at 0 and 1
 
 # %% ../nbs/02e_scoring.ipynb #means
 def mean_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, float]:
