@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import pack_documents
+from .files import read_json
 from .generation import generate
 from .tokens import encode_documents, end_of_text_id
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ROLES', 'CHAT_TEMPLATE', 'Message', 'Example', 'end_id', 'special_id', 'encode_chat', 'encode_prompt',
-           'encode_example', 'example_rows', 'padded_batch', 'PackedExamples', 'Answer', 'continuations', 'answer']
+           'encode_example', 'example_rows', 'padded_batch', 'PackedExamples', 'Answer', 'continuations', 'answer',
+           'speaks_chat', 'document_prompt']
 
 # %% ../nbs/03a_chat.ipynb #template
 ROLES = ("system", "user", "assistant")
@@ -179,3 +182,23 @@ def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequenc
 def answer(model: ModernDecoderLM, tokenizer: Tokenizer, requests: Sequence[str], **options) -> list[Answer]:
     """The model's answers to requests, `samples` each; the options are those of `continuations`."""
     return continuations(model, tokenizer, [encode_prompt(tokenizer, r) for r in requests], end_id(tokenizer), **options)
+
+# %% ../nbs/03a_chat.ipynb #document-prompt
+def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
+    """Whether a checkpoint was tuned for chat: its answers end with <|end|>, which its config.json says."""
+    eos = read_json(Path(folder) / "config.json").get("eos_token_id")
+    return eos is not None and eos == tokenizer.token_to_id("<|end|>")
+
+
+def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str, room: int) -> list[int]:
+    """Token ids of `opening` behind as many of the `examples` as fit into `room` tokens with it.
+
+    They are separated by <|endoftext|>, as documents are in the rows a base model was trained on.
+    """
+    end, (last, *parts) = end_of_text_id(tokenizer), encode_documents(tokenizer, [opening, *examples])
+    ids = [end, *last]
+    for part in parts:
+        if len(ids) + len(part) + 1 > room:
+            break
+        ids = [end, *part, *ids]
+    return ids

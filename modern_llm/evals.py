@@ -20,21 +20,21 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from .chat import Answer, Example, answer, continuations, encode_example, end_id, padded_batch
+from .chat import Answer, Example, answer, continuations, document_prompt, padded_batch
 from .data import TokenCache, validation_batches
 from .files import kept_frame, read_json, write_json, write_text
 from .scoring import (completion_log_probs, document_nats, held_out_measures, mean_interval, paired_difference,
-                                proportion_interval, ratio_interval)
+                                perplexity_ratio, proportion_interval, ratio_interval)
 from .tasks import Calculator, Problem, flexible_answer, mark, pass_at_k, problem_request, rerank
 from .tokens import encode_documents, end_of_text_id
 
 # %% auto #0
-__all__ = ['ERRORS', 'COLUMNS', 'STAGES', 'MEASURES', 'Subject', 'speaks_chat', 'document_prompt', 'ask', 'piece',
-           'same_settings', 'perplexity_piece', 'perplexity_rows', 'score_examples', 'continuation_example',
-           'sentiment_piece', 'document_pair', 'preference_piece', 'mark_instructions', 'instruction_piece',
-           'mark_problems', 'problem_piece', 'item_rows', 'error_kind', 'problem_items', 'sample_items', 'interval',
-           'difference_row', 'measure_rows', 'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger',
-           'stage_gains', 'comparison_table', 'problem_analysis', 'derive', 'write_derived']
+__all__ = ['ERRORS', 'COLUMNS', 'STAGES', 'MEASURES', 'Subject', 'ask', 'piece', 'same_settings', 'perplexity_piece',
+           'perplexity_rows', 'score_examples', 'continuation_example', 'sentiment_piece', 'document_pair',
+           'preference_piece', 'mark_instructions', 'instruction_piece', 'mark_problems', 'problem_piece', 'item_rows',
+           'error_kind', 'problem_items', 'sample_items', 'interval', 'difference_row', 'measure_rows',
+           'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger', 'stage_gains', 'comparison_table',
+           'problem_analysis', 'derive', 'write_derived']
 
 # %% ../nbs/07_eval.ipynb #subject
 @dataclass(frozen=True)
@@ -50,26 +50,6 @@ class Subject:
     def protocol(self) -> str:
         """How requests are put, in words."""
         return "chat template, no examples" if self.chat else "document 'Question: … Answer:' behind solved examples"
-
-
-def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
-    """Whether a checkpoint was tuned for chat: its answers end with <|end|>, which its generation_config.json says."""
-    eos = read_json(Path(folder) / "generation_config.json").get("eos_token_id")
-    return tokenizer.token_to_id("<|end|>") is not None and eos == end_id(tokenizer)
-
-# %% ../nbs/07_eval.ipynb #document-prompt
-def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str, room: int) -> list[int]:
-    """Token ids of `opening` behind as many of the `examples` as fit into `room` tokens with it.
-
-    They are separated by <|endoftext|>, as documents are in the rows a base model was trained on.
-    """
-    end, (last, *parts) = end_of_text_id(tokenizer), encode_documents(tokenizer, [opening, *examples])
-    ids = [end, *last]
-    for part in parts:
-        if len(ids) + len(part) + 1 > room:
-            break
-        ids = [end, *part, *ids]
-    return ids
 
 # %% ../nbs/07_eval.ipynb #ask
 def ask(subject: Subject, requests: Sequence[str], examples: Sequence[tuple[str, str]], *, shots: int = 0, seed: int = 0,
@@ -126,7 +106,7 @@ def perplexity_piece(subject: Subject, caches: dict[str, TokenCache], batch_rows
 
 # %% ../nbs/07_eval.ipynb #perplexity-rows
 def perplexity_rows(pieces: dict[str, pd.DataFrame]) -> list[dict]:
-    """Perplexity, bits per byte, and perplexity tax against "base" (share by which it rose), of each stage's documents.
+    """Perplexity, bits per byte, and perplexity tax against "base" (1.05: 5% more), of each stage's documents.
 
     Args:
         pieces: stage -> what `perplexity_piece` found.
@@ -136,10 +116,10 @@ def perplexity_rows(pieces: dict[str, pd.DataFrame]) -> list[dict]:
         for source, scores in table.groupby("source", sort=False):
             forms = held_out_measures(scores, int(scores.bytes.sum()), source)[1:]
             if stage != "base" and "base" in pieces:
-                base = pieces["base"].set_index(["source", "document"]).nats[source].loc[scores.document].to_numpy()
-                tax = ratio_interval(scores.nats - base, scores.tokens)
-                forms.append({"metric": f"perplexity tax, {source}", **tax, **{k: math.expm1(tax[k]) for k in ("value", "low", "high")},
-                              "protocol": "perplexity over the base's, minus 1, on the same documents"})
+                documents = scores.set_index("document")
+                base = pieces["base"][pieces["base"].source == source].set_index("document").loc[documents.index]
+                forms.append({"metric": f"perplexity tax, {source}", **perplexity_ratio(base, documents),
+                              "protocol": "perplexity over the base's, on the same documents"})
             rows += [{"stage": stage, "task": "perplexity", **form} for form in forms]
     return rows
 

@@ -208,21 +208,26 @@ def no_inputs(stage: str, run_folder: Path, preset: str) -> StageError:
 
 # ---- executing a notebook --------------------------------------------------------------------------------------------
 
+# jsonschema, when it finds this package, builds 39 grammars for a format that no notebook uses: two seconds of every start.
+SLOW_AND_UNUSED = "rfc3987_syntax"
+
 # A first small interpreter asks Linux to kill it when its parent dies, then becomes papermill; a kernel watches its own parent.
-_WITH_ITS_PARENT = """
+_PAPERMILL = f"import sys; sys.modules[{SLOW_AND_UNUSED!r}] = None; from papermill.cli import papermill; papermill()"
+_WITH_ITS_PARENT = f"""
 import os, sys
 if sys.platform == "linux":
     import ctypes, signal
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):
         sys.exit("the parent died first")
-os.execv(sys.executable, [sys.executable, "-m", "papermill", *sys.argv[2:]])
+os.execv(sys.executable, [sys.executable, "-c", {_PAPERMILL!r}, *sys.argv[2:]])
 """
 
 
 def start_papermill(notebook: Path, output: Path, parameters: dict) -> subprocess.Popen:
     """Execute a notebook in a process group of its own, which is killed when this process dies; its output is piped here."""
-    words = [str(notebook), str(output), "--no-progress-bar", "--log-output"]
+    words = [str(notebook), str(output), "--no-progress-bar", "--log-output", "--inject-output-path",
+             "--no-request-save-on-cell-execute"]  # saved every 30 s and at the end, not twice a cell: 5 s of a long notebook
     for name, value in parameters.items():
         words += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
     command = [sys.executable, "-I", "-S", "-c", _WITH_ITS_PARENT, str(os.getpid()), *words]

@@ -18,13 +18,14 @@ import torch
 
 from . import synth
 from .chat import Example as Encoded
-from .chat import Answer, PackedExamples, continuations, encode_chat, encode_example, end_id, padded_batch
+from .chat import (Answer, PackedExamples, continuations, document_prompt, encode_chat, encode_example, end_id,
+                             padded_batch)
 from .config import SFTConfig, nearest
 from .data import PackedBatches, TokenCache
 from .reading import rows
-from .scoring import document_nats, proportion_interval, ratio_interval
+from .scoring import document_nats, proportion_interval
 from .tasks import problem_request, sentences, strict_answer, word_problems
-from .tokens import encode_documents, end_of_text_id
+from .tokens import end_of_text_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SENTIMENT_REQUEST', 'SOURCES', 'Example', 'best_paths', 'instructions', 'encode_examples', 'load_examples', 'mixture',
-           'SFTBatches', 'parses', 'is_right', 'judged', 'shares', 'answer_quality', 'few_shot_quality', 'example_nats',
-           'perplexity_ratio']
+           'SFTBatches', 'parses', 'is_right', 'judged', 'shares', 'answer_quality', 'few_shot_quality', 'example_nats']
 
 # %% ../nbs/04_sft.ipynb #example
 @dataclass(frozen=True)
@@ -287,20 +287,13 @@ def few_shot_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Seq
     Args:
         demonstrations: the first `shots` of the kind of each example are shown, fewer where the context is short.
     """
-    end, solved, prompts = end_of_text_id(tokenizer), defaultdict(list), []
-
-    def document(example: Example, text: str) -> list[int]:
-        return [end, *encode_documents(tokenizer, [f"Question: {example.request}\nAnswer:{text}"])[0]]
-
+    solved = defaultdict(list)
     for shown in demonstrations:
         if len(solved[shown.kind]) < shots:
-            solved[shown.kind].append(document(shown, f" {shown.output}"))
-    for example in examples:
-        prompt = document(example, "")
-        for shown in solved[example.kind]:
-            prompt = shown + prompt if len(shown) + len(prompt) + max_new_tokens <= model.cfg.context_length else prompt
-        prompts.append(prompt)
-    answers = continuations(model, tokenizer, prompts, end, max_new_tokens=max_new_tokens, **options)
+            solved[shown.kind].append(f"Question: {shown.request}\nAnswer: {shown.output}")
+    room = model.cfg.context_length - max_new_tokens
+    prompts = [document_prompt(tokenizer, solved[example.kind], f"Question: {example.request}\nAnswer:", room) for example in examples]
+    answers = continuations(model, tokenizer, prompts, end_of_text_id(tokenizer), max_new_tokens=max_new_tokens, **options)
     lines = [given.text.strip() if example.kind in ("open", "problem") else given.text.strip().split("\n")[0]
              for example, given in zip(examples, answers)]
     return judged(examples, [replace(given, text=text) for given, text in zip(answers, lines)])
@@ -317,13 +310,3 @@ def example_nats(model: ModernDecoderLM, examples: Sequence[Encoded], batch_rows
             yield {**batch, "document_ids": torch.tensor(members)[:, None].expand_as(batch["input_ids"])}
 
     return document_nats(model, batches()).rename_axis("example")
-
-# %% ../nbs/04_sft.ipynb #perplexity-tax
-def perplexity_ratio(base: pd.DataFrame, tuned: pd.DataFrame) -> dict[str, float]:
-    """Perplexity of `tuned` over that of `base` on the same documents, with its paired 95% interval (1.05: 5% more).
-
-    Args:
-        base, tuned: what `document_nats` found for each model. Documents are resampled, the same ones for both.
-    """
-    found = ratio_interval(tuned.nats - base.nats, base.tokens)
-    return {**{name: math.exp(found[name]) for name in ("value", "low", "high")}, "n": found["n"]}

@@ -28,8 +28,8 @@ from modern_llm import counts
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
-    DATA, StageError, changes, described, find_checkpoint, is_model, make_bases, missing_data, no_inputs, own_inputs, say, sections,
-    setting, start_of,
+    DATA, SLOW_AND_UNUSED, StageError, changes, described, find_checkpoint, is_model, make_bases, missing_data, no_inputs, own_inputs,
+    say, sections, setting, start_of,
 )
 
 GIB = 2**30
@@ -464,6 +464,8 @@ def notebook_path(namespace: dict) -> Path | None:
         return Path(path)
     try:
         import psutil
+
+        sys.modules.setdefault(SLOW_AND_UNUSED, None)
         from papermill.cli import papermill
 
         parent = psutil.Process().parent()

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.chat import encode_chat, end_id
+from modern_llm.chat import encode_chat, end_id, speaks_chat
 from modern_llm.checkpoints import pick_device
-from modern_llm.files import read_json
 from modern_llm.generation import generate, stream
 from modern_llm.inputs import GENERATORS, StageError, find_checkpoint, is_model
 from modern_llm.models import load_model
@@ -43,14 +42,9 @@ def open_model(run: str | None, stage: str | None, checkpoint: str | None, outpu
     """A model, its tokenizer and the folder they came from."""
     folder = choose_model(run, stage, checkpoint, output_dir)
     tokenizer = load_tokenizer(folder)
-    if purpose == "chat" and not chats(folder, tokenizer):
+    if purpose == "chat" and not speaks_chat(folder, tokenizer):
         raise StageError(f"{folder} is a base model: it was never taught to answer. Use `modern-llm sample` with it, or run the sft stage")
     return load_model(folder, device=pick_device(device)), tokenizer, folder
-
-
-def chats(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a checkpoint is of a model that ends its answers with <|end|>, as chat models here do."""
-    return read_json(folder / "config.json").get("eos_token_id") == tokenizer.token_to_id("<|end|>")
 
 
 class Chat:
@@ -95,7 +89,7 @@ class Chat:
 def samples(model: ModernDecoderLM, tokenizer: Tokenizer, folder: Path, prompt: str, count: int, max_new_tokens: int = 128,
             temperature: float = 0.7, seed: int = 0) -> list[str]:
     """`count` texts: continuations of the prompt by a base model, answers to it by a model that chats."""
-    if chats(folder, tokenizer) and prompt:
+    if speaks_chat(folder, tokenizer) and prompt:
         ids, ending = encode_chat(tokenizer, [{"role": "user", "content": prompt}], generation_prompt=True), end_id(tokenizer)
         opening = ""
     else:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from modern_llm import synth
-from modern_llm.chat import CHAT_TEMPLATE, Answer, end_id
+from modern_llm.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id, speaks_chat
 from modern_llm.config import ConfigError, ModelConfig, get_pipeline_preset, override
-from modern_llm.evals import (STAGES, Subject, ask, derive, difference_row, document_pair, document_prompt, item_rows, ledger_rows,
+from modern_llm.evals import (STAGES, Subject, ask, derive, difference_row, document_pair, item_rows, ledger_rows,
                               mark_problems, measure_rows, perplexity_rows, piece, preference_piece, problem_items, problem_piece,
-                              read_ledger, same_settings, sample_items, score_examples, sentiment_piece, speaks_chat, stage_gains, write_derived,
+                              read_ledger, same_settings, sample_items, score_examples, sentiment_piece, stage_gains, write_derived,
                               write_ledger)
 from modern_llm.models import ModernDecoderLM, save_model
 from modern_llm.scoring import proportion_interval
@@ -197,7 +197,7 @@ def test_perplexity_tax_pairs_documents():
     base = pd.DataFrame({"source": "synthetic", "document": range(50), "nats": np.linspace(10, 90, 50), "tokens": 20, "bytes": 40})
     rows = perplexity_rows({"base": base, "sft": base.assign(nats=base.nats + 20 * math.log(1.1))})
     [tax] = [row for row in rows if row["metric"].startswith("perplexity tax")]
-    assert all(math.isclose(tax[name], 0.1) for name in ("value", "low", "high")), "the same rise everywhere has no spread"
+    assert all(math.isclose(tax[name], 1.1) for name in ("value", "low", "high")), "the same rise everywhere has no spread"
     assert [row["stage"] for row in rows] == ["base", "base", "sft", "sft", "sft"]
 
 

@@ -29,7 +29,7 @@ ALLOWED = {
     "data": {"config", "files", "sources", "reading", "tokens", "synth"},
     "optim": {"config"},
     "checkpoints": {"config", "files", "optim"},
-    "chat": {"data", "generation", "models", "tokens"},  # the model as a type only
+    "chat": {"data", "files", "generation", "models", "tokens"},  # the model as a type only
     "tasks": {"chat", "config", "models", "reading", "scoring", "synth", "tokens"},
     "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tasks", "tokens"},
     "trainer": {"config", "files", "optim", "checkpoints"},

@@ -19,6 +19,7 @@ from modern_llm.config import ModelConfig, SFTConfig, get_pipeline_preset, overr
 from modern_llm.data import build_token_cache
 from modern_llm.models import ModernDecoderLM, load_model, save_model
 from modern_llm.optim import lm_loss
+from modern_llm.scoring import perplexity_ratio
 from modern_llm.sft import Example
 from modern_llm.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -249,7 +250,7 @@ def test_demonstrations_fit_into_the_context(model, tokenizer):
 def test_the_tax_is_paired():
     base = pd.DataFrame({"nats": [10.0, 200.0, 3000.0], "tokens": [10, 100, 1000]})
     tuned = base.assign(nats=base.nats + np.log(1.1) * base.tokens)
-    found = sft.perplexity_ratio(base, tuned)
+    found = perplexity_ratio(base, tuned)
     assert [found[name] for name in ("value", "low", "high")] == pytest.approx([1.1] * 3) and found["n"] == 3
 
 
