@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -71,8 +72,8 @@ def model_options(command):
 @click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many optimizer steps, in every stage that trains.")
 @click.option("-p", "extra", multiple=True, metavar="KEY=VALUE",
-              help="A parameter of the stage notebooks: seed=1, max_minutes=10 (each stage that trains), device=cpu, "
-                   "overrides='model.num_experts=4 sft.lr=1e-3'.")
+              help="A parameter of the stage notebooks: seed=1, max_minutes=10 (each stage that trains), device=cpu; "
+                   "or a setting of the preset: model.num_experts=4, sft.weights=0.6,0.4. As often as needed.")
 @click.option("--resume", is_flag=True,
               help="Go on with a stage that was begun, also with other settings (done by itself if nothing changed).")
 @click.option("--force", is_flag=True, help="Delete what a stage left and begin anew; with --stage all, only where something changed.")
@@ -89,8 +90,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     modern-llm run                                                        all of local-smoke, minutes on a CPU
     modern-llm run --preset local-smoke --stage pretrain --max-steps 10   one stage, a few steps
     modern-llm run --preset local-cpu -p max_minutes=6 --run six-minutes  six minutes for each stage that trains
-    modern-llm run --stage dpo --checkpoint runs/local-smoke/sft --run other-dpo -p overrides="dpo.loss=ipo"
-    modern-llm run -p overrides="sft.lr=1e-3" --force                     redo SFT and what follows, keep pretraining
+    modern-llm run --stage dpo --checkpoint runs/local-smoke/sft --run other-dpo -p dpo.loss=ipo
+    modern-llm run -p sft.lr=1e-3 --force                                 redo SFT and what follows, keep pretraining
     modern-llm run -p seed=1 --run seed-1 --dry-run                       what would be done?
     """
     from modern_llm import pipeline
@@ -150,15 +151,21 @@ def _run_step(step) -> None:
 
 
 def _key_values(items: tuple[str, ...]) -> dict:
-    values = {}
+    """Parameters by name; settings of the preset, whose names have a dot, together under `overrides`."""
+    values, settings = {}, []
     for item in items:
         name, equals, raw = item.partition("=")
         if not equals:
-            raise Failure(f"-p {item!r} must look like seed=1")
+            raise Failure(f"-p {item!r} must look like seed=1 or sft.lr=1e-3")
+        if "." in name:
+            settings.append(shlex.quote(item))
+            continue
         try:
             values[name] = json.loads(raw)
         except ValueError:
             values[name] = raw
+    if settings:
+        values["overrides"] = " ".join([*filter(None, [values.get("overrides")]), *settings])
     return values
 
 

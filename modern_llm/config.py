@@ -366,7 +366,7 @@ def local_smoke() -> PipelineConfig:
         description="about 1M parameters on the built-in world: minutes on 2 CPU cores, no network",
         data=DataConfig(max_train_tokens=2_000_000, max_validation_tokens=40_000),
         pretrain=TrainConfig(max_steps=300, batch_size=16, lr=4e-3, muon_lr=3e-2, eval_every=60, checkpoint_every=60),
-        sft=SFTConfig(weights=(0.55, 0.45), replay_fraction=0.15, max_steps=200, batch_size=16, warmup_steps=10, decay_fraction=0.6,
+        sft=SFTConfig(weights=(0.6, 0.4), replay_fraction=0.15, max_steps=220, batch_size=16, warmup_steps=10, decay_fraction=0.6,
                       eval_every=100, checkpoint_every=50, keep_checkpoints=0, max_train_examples=8000,
                       max_validation_examples=120),
         dpo=DPOConfig(max_steps=80, batch_size=8, optimizer="adamw", lr=3e-4, weight_decay=0.0, warmup_steps=10, log_every=1,

@@ -226,12 +226,13 @@ os.execv(sys.executable, [sys.executable, "-c", {_PAPERMILL!r}, *sys.argv[2:]])
 
 def start_papermill(notebook: Path, output: Path, parameters: dict) -> subprocess.Popen:
     """Execute a notebook in a process group of its own, which is killed when this process dies; its output is piped here."""
-    words = [str(notebook), str(output), "--no-progress-bar", "--log-output", "--inject-output-path",
+    words = [str(notebook), str(output), "--no-progress-bar", "--log-output",
              "--no-request-save-on-cell-execute"]  # saved every 30 s and at the end, not twice a cell: 5 s of a long notebook
     for name, value in parameters.items():
         words += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
     command = [sys.executable, "-I", "-S", "-c", _WITH_ITS_PARENT, str(os.getpid()), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    kernel = os.environ | {"JPY_SESSION_NAME": str(output)}  # as Jupyter tells a kernel which notebook it runs
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=kernel,
                             start_new_session=True)  # out of reach of the terminal's Ctrl-C
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from modern_llm import inputs, pipeline
-from modern_llm.cli import main
+from modern_llm.cli import _key_values, main
 from modern_llm.config import ConfigError
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import NOTEBOOKS, StageError
@@ -93,6 +93,13 @@ def test_a_stage_records_what_it_depends_on(tuned):
 def plan(place, stage="all", overrides=SMALL, **more):
     plan = pipeline.Plan(stage, preset=str(PRESET), run="it", output_dir=str(place), overrides=overrides, **more)
     return lambda name, pending=False: plan.step(name, pending)
+
+
+def test_settings_of_the_preset_are_parameters_too():
+    several = _key_values(("seed=3", "overrides=sft.lr=1e-3", "sft.weights=0.6,0.4", "data.tokenizer=my file"))
+    assert several == {"seed": 3, "overrides": "sft.lr=1e-3 sft.weights=0.6,0.4 'data.tokenizer=my file'"}
+    code, text = ask("run", "--dry-run", "-p", "sft.lrr=1")
+    assert code == 2 and "sft.lrr" in text and "did you mean 'lr'" in text
 
 
 def test_unchanged_stages_are_skipped_and_others_follow(tuned):
@@ -225,7 +232,7 @@ def test_status_needs_no_torch_and_shows_the_figures(tuned):
     assert code == 0 and all(part in text for part in ("pretrain", "sft", "finished", "bits per byte"))
     code, text = ask("status", "ot", "--output-dir", tuned)
     assert code == 2 and "did you mean 'it'" in text
-    check = "import sys; from modern_llm.cli import main; main(['status'], standalone_mode=False); assert 'torch' not in sys.modules"
+    check = "import sys; from modern_llm.cli import _key_values, main; main(['status'], standalone_mode=False); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0
 
 
