@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['document_nats', 'ratio_interval', 'perplexity_ratio', 'held_out_measures', 'completion_log_probs',
-           'proportion_interval', 'mean_interval', 'paired_difference', 'auc', 'within_group_auc']
+           'proportion_interval', 'mean_interval', 'paired_difference', 'items_interval', 'mcnemar', 'auc',
+           'within_group_auc']
 
 # %% ../nbs/02e_scoring.ipynb #document-nats
 @torch.inference_mode()
@@ -128,6 +129,44 @@ def paired_difference(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int
     if len(a) != len(b):
         raise ValueError(f"paired_difference: {len(a)} and {len(b)} items; both must be measured on the same ones")
     return mean_interval(np.asarray(a, float) - np.asarray(b, float), draws, seed)
+
+# %% ../nbs/02e_scoring.ipynb #items-interval
+def items_interval(values: np.ndarray, weights: np.ndarray | float = 1.0) -> dict[str, float]:
+    """The mean of items, or sum(values) / sum(weights) where weights are not 1, with its 95% interval: value, low, high, n.
+
+    Raises:
+        ValueError: there are no items.
+    """
+    values = np.asarray(values, float)
+    weights = np.broadcast_to(np.asarray(weights, float), values.shape)
+    plain = bool((weights == 1).all())
+    if not len(values) or plain and np.isin(values, (0, 1)).all():
+        return proportion_interval(float(values.sum()), len(values))
+    return mean_interval(values) if plain else ratio_interval(values, weights)
+
+# %% ../nbs/02e_scoring.ipynb #mcnemar
+def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """McNemar's exact two-sided test of two models' right and wrong answers to the same items.
+
+    Args:
+        a, b: right (1, True) or wrong (0, False), item by item.
+
+    Returns:
+        only_a and only_b, the items that just one of them has right, and p, the chance of a split at least as uneven between equals.
+
+    Raises:
+        ValueError: not equally many items, or values other than 0 and 1. Source: McNemar 1947, exact binomial form.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape:
+        raise ValueError(f"mcnemar: {len(a)} and {len(b)} items; both must be measured on the same ones")
+    if len(bad := np.setdiff1d(np.concatenate([a, b]), (0, 1))):
+        raise ValueError(f"mcnemar: {bad[0]} is neither right (1) nor wrong (0); compare shares with paired_difference")
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
+    n, ways, below = only_a + only_b, 1, 0
+    for i in range(min(only_a, only_b) + 1):  # ways is math.comb(n, i), whole numbers: exact for any n
+        below, ways = below + ways, ways * (n - i) // (i + 1)
+    return {"only_a": only_a, "only_b": only_b, "p": min(1.0, 2 * below / 2**n)}
 
 # %% ../nbs/02e_scoring.ipynb #auc
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -1,0 +1,440 @@
+"""Models from elsewhere: Llama-layout weights become a checkpoint folder of ours, any other causal model keeps transformers' code.
+
+`load` opens whatever a word names: a checkpoint, a folder or GGUF file of another program, a model in the hub's local cache.
+Safetensors are read without transformers, and nothing is ever unpickled. Imports neither torch nor transformers before it must.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import AddedToken, Tokenizer
+
+from modern_llm.config import ConfigError, ModelConfig
+from modern_llm.files import DamagedFolder, atomic_folder, check_folder, find_folder, read_json, sha256, write_json
+from modern_llm.inputs import find_checkpoint, say
+from modern_llm.sources import hub_reachable
+from modern_llm.tokens import CHAT_TOKENS, END_OF_TEXT, cache_root, disk_errors, load_tokenizer, one_builder, save_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from modern_llm.foreign import TransformersLM
+    from modern_llm.models import ModernDecoderLM
+
+IMPORT_VERSION = 1  # raise it when the same files are imported differently
+LAYOUTS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")  # architectures that ModernDecoderLM computes
+MISFITS = {  # what a well-known other one has that ModernDecoderLM has not
+    "GPT2LMHeadModel": "LayerNorm, learned positions and biases", "Qwen2ForCausalLM": "biases on queries, keys and values (attention_bias)",
+    "GPTNeoXForCausalLM": "LayerNorm, biases and a parallel layer", "PhiForCausalLM": "LayerNorm and biases",
+    "GemmaForCausalLM": "another norm (1 + weight) and GELU", "OlmoForCausalLM": "a LayerNorm without weights",
+    "MixtralForCausalLM": "experts (num_local_experts), which are not imported", "Llama4ForCausalLM": "experts and chunked attention"}
+ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
+REMEDY = "evaluate it as it is with modern_llm.hub.load, which needs `pip install 'modern_llm[hub]'`"
+
+
+class CannotImport(ValueError):
+    """A model that ModernDecoderLM cannot compute or that lacks a file. The message names the field and the remedy."""
+
+
+# ---- what a config.json asks for ---------------------------------------------------------------------------------------
+
+
+def _window(source: dict, architecture: str, layers: int) -> int | None:
+    """The sliding window of all layers. CannotImport if only some have one."""
+    if architecture == "LlamaForCausalLM":
+        return None
+    window = source.get("sliding_window", 4096)
+    if architecture == "MistralForCausalLM" or window is None:
+        return window
+    if kinds := source.get("layer_types"):
+        windowed = sum(kind == "sliding_attention" for kind in kinds)
+    else:
+        windowed = layers - min(layers, source.get("max_window_layers", layers)) if source.get("use_sliding_window") else 0
+    if 0 < windowed < layers:
+        raise CannotImport(f"sliding_window={window} is on {windowed} of {layers} layers (layer_types, max_window_layers), and "
+                           f"ModernDecoderLM has one for all or none; {REMEDY}")
+    return window if windowed else None
+
+
+def model_config(source: dict, context_length: int | None = None) -> ModelConfig:
+    """Our config of the model that a Hugging Face `config.json` describes.
+
+    Args:
+        source: the content of config.json.
+        context_length: a shorter context than the model's own; rotary positions allow any.
+
+    Raises:
+        CannotImport: the model computes something that `ModernDecoderLM` does not; the message names the field.
+    """
+    name = (source.get("architectures") or [f"model_type {source.get('model_type')!r}"])[0]
+    if name not in LAYOUTS:
+        why = f" has {MISFITS[name]}" if name in MISFITS else f" is not one of {', '.join(LAYOUTS)}"
+        raise CannotImport(f"architectures=[{name!r}]{why}: it cannot become a ModernDecoderLM; {REMEDY}")
+    absent = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                              "max_position_embeddings") if not isinstance(source.get(key), int)]
+    if absent:
+        raise CannotImport(f"config.json of a {name} has no number {absent[0]!r}: is it the model's own file?")
+    width, heads, layers = source["hidden_size"], source["num_attention_heads"], source["num_hidden_layers"]
+    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    kind, head_width = rope.get("rope_type", rope.get("type", "default")), source.get("head_dim") or width // heads
+    quantized = (source.get("quantization_config") or {}).get("quant_method")
+    for field, value, ok, why in (
+        ("rope_scaling", kind, kind == "default", "stretches the rotary wavelengths"),
+        ("partial_rotary_factor", part := source.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)), part == 1,
+         "turns a part of the channels only"),
+        ("attention_bias", source.get("attention_bias"), not source.get("attention_bias"), "adds biases in attention"),
+        ("mlp_bias", source.get("mlp_bias"), not source.get("mlp_bias"), "adds biases in the feed-forward layers"),
+        ("hidden_act", act := source.get("hidden_act", "silu"), act in ("silu", "swish"), "is another activation than SwiGLU's silu"),
+        ("layer_norm_eps", eps := source.get("layer_norm_eps", source.get("layer_norm_epsilon")), eps is None,
+         "belongs to another norm than RMSNorm"),
+        ("head_dim", head_width, head_width * heads == width,
+         f"is not hidden_size/num_attention_heads = {width}/{heads}, and ModelConfig has no separate head width"),
+        ("quantization_config", quantized, quantized in (None, "gguf"), "means weights that are not plain numbers"),
+    ):
+        if not ok:
+            raise CannotImport(f"{field}={value!r} {why}: this {name} cannot become a ModernDecoderLM; {REMEDY}")
+    try:
+        return ModelConfig(
+            vocab_size=source["vocab_size"], context_length=context_length or source["max_position_embeddings"], width=width,
+            num_layers=layers, num_heads=heads, num_kv_heads=source.get("num_key_value_heads") or heads,
+            ffn_width=source["intermediate_size"], rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or 10_000.0),
+            norm_eps=source.get("rms_norm_eps", 1e-6), use_qk_norm=name == "Qwen3ForCausalLM",
+            sliding_window=_window(source, name, layers), tie_embeddings=bool(source.get("tie_word_embeddings", False)))
+    except ConfigError as error:
+        raise CannotImport(f"config.json of a {name} gives a model that cannot be: {error}") from error
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------------
+
+
+def gguf_file(place: Path) -> Path | None:
+    """The GGUF file that `place` is, or the only one of a folder without safetensors. CannotImport if there are several."""
+    if place.is_file():
+        return place if place.suffix == ".gguf" else None
+    found = [] if any(place.glob("*.safetensors")) else sorted(place.glob("*.gguf"))
+    if len(found) > 1:
+        raise CannotImport(f"{place} holds {len(found)} GGUF files: name one of {', '.join(path.name for path in found)}")
+    return found[0] if found else None
+
+
+def is_foreign(place: Path) -> bool:
+    """Whether another program wrote the model there: a config.json without our key, or a GGUF file."""
+    if (place / "config.json").is_file():
+        try:
+            return "modern_llm" not in read_json(place / "config.json")
+        except ValueError:
+            return False  # damaged: whoever opens it will say so
+    return gguf_file(place) is not None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in order. CannotImport if there are none or only pickled ones."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    if absent := [path.name for path in files if not path.is_file()]:
+        if pickled := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)):
+            raise CannotImport(f"{folder} has its weights in {pickled[0]}, a pickle, which could run code when it is opened: convert it "
+                               "to safetensors first, where you trust it (transformers: from_pretrained, then save_pretrained)")
+        raise CannotImport(f"{folder} has no {absent[0]}: the copy is incomplete")
+    return files
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files. DamagedFolder if one is truncated."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise DamagedFolder(f"{path} is truncated or damaged ({error}): copy it again") from error
+    return tensors
+
+
+def with_transformers(place: Path, dtype: torch.dtype | str = "auto"):
+    """The model as transformers opens it, from local files and without code of others. CannotImport says what is missing."""
+    gguf = gguf_file(place)
+    try:
+        import transformers
+
+        if gguf:
+            import accelerate  # noqa: F401  transformers asks for both, late and in other words
+            import gguf as _  # noqa: F401
+    except ImportError as error:
+        raise CannotImport(f"{gguf or place} is read through transformers, but {error.name} is missing: pip install 'modern_llm[hub]'") from error
+    if gguf:
+        import torch
+
+        options = {"gguf_file": gguf.name, "dtype": torch.float32 if dtype == "auto" else dtype}
+    else:
+        weight_files(place)
+        options = {"use_safetensors": True, "dtype": dtype}
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(gguf.parent if gguf else place, local_files_only=True, **options)
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+        raise CannotImport(f"transformers cannot open {gguf or place}: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def own_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path, dtype: torch.dtype, new_rows: int = 0) -> ModernDecoderLM:
+    """A `ModernDecoderLM` of these tensors, whose names are Hugging Face's.
+
+    `new_rows` tokens are added, each with the mean embedding: that takes at most log(1 + new_rows/vocab_size) nats from the
+    log-probability of any other token (Hewitt 2021, "Initializing new word embeddings for pretrained language models").
+    """
+    import torch
+
+    from modern_llm.models import ModernDecoderLM, check_tensors, disk_names
+
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if biases := sorted(name for name in tensors if name.endswith(".bias")):
+        raise CannotImport(f"{place} has {len(biases)} biases (attention_bias or mlp_bias; the first is {biases[0]}), "
+                           f"which ModernDecoderLM has not; {REMEDY}")
+    embedding, head = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if cfg.tie_embeddings and head is not None and embedding is not None:
+        if torch.equal(head, embedding):
+            del tensors["lm_head.weight"]
+        else:  # as transformers reads it
+            cfg = dataclasses.replace(cfg, tie_embeddings=False)
+    with torch.device("meta"):
+        model = ModernDecoderLM(cfg)
+    names, state = disk_names(model), model.state_dict()
+    check_tensors(place, tensors, {on_disk: state[name] for on_disk, name in names.items()})
+    state = {names[on_disk]: tensor.to(dtype) for on_disk, tensor in tensors.items()}
+    if new_rows:
+        for name in {"embed_tokens.weight", "lm_head.weight"} & state.keys():
+            state[name] = torch.cat([state[name], state[name].float().mean(0, keepdim=True).to(dtype).expand(new_rows, -1)])
+        with torch.device("meta"):
+            model = ModernDecoderLM(dataclasses.replace(cfg, vocab_size=cfg.vocab_size + new_rows))
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+# ---- the tokenizer -----------------------------------------------------------------------------------------------------
+
+
+def source_tokenizer(place: Path) -> tuple[Tokenizer, dict]:
+    """The tokenizer beside the weights, and what tokenizer_config.json says (bos_token, eos_token, chat_template)."""
+    folder, gguf = place if place.is_dir() else place.parent, gguf_file(place)
+    said = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if (folder / "chat_template.jinja").is_file():
+        said["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder)
+    else:
+        try:
+            from transformers import AutoTokenizer
+
+            made = AutoTokenizer.from_pretrained(folder, local_files_only=True, **({"gguf_file": gguf.name} if gguf else {}))
+            tokenizer = Tokenizer.from_str(made.backend_tokenizer.to_str())
+        except Exception as error:  # whatever the many classes raise
+            raise CannotImport(f"{place} has no tokenizer.json, and transformers makes none of its other files "
+                               f"({type(error).__name__}: {str(error)[:200]}): put the model's tokenizer.json there") from error
+        said |= {name: value for name in ("bos_token", "eos_token", "chat_template") if (value := getattr(made, name, None))}
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, said
+
+
+def rename_token(tokenizer: Tokenizer, old: str, new: str) -> Tokenizer:
+    """The same tokenizer, in which the token `old` is called `new` and is special; its id stays."""
+    data = json.loads(tokenizer.to_str())
+    model = data["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new if token == old else token: index for token, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[new if token == old else token, score] for token, score in model["vocab"]]
+    if model.get("unk_token") == old:
+        model["unk_token"] = new
+    for token in data["added_tokens"]:
+        token["content"] = new if token["content"] == old else token["content"]
+    data["post_processor"] = json.loads(json.dumps(data["post_processor"]).replace(json.dumps(old), json.dumps(new)))
+    renamed = Tokenizer.from_str(json.dumps(data))
+    renamed.add_special_tokens([AddedToken(new, special=True, normalized=False)])
+    return renamed
+
+
+def with_end_of_text(tokenizer: Tokenizer, said: dict, config: dict) -> tuple[Tokenizer, str | None]:
+    """The tokenizer with a token <|endoftext|>, and the former name of that token if it was another.
+
+    It is the token that ends documents: one with a well-known name, else the end-of-text token of the configs, else the
+    begin-of-text token. CannotImport if there is none.
+    """
+    text = lambda token: token.get("content") if isinstance(token, dict) else token
+    named = [*ENDINGS, *(text(said.get(f"{kind}_token")) for kind in ("eos", "bos"))]
+    ids = [index for kind in ("eos", "bos") for index in _ids(config.get(f"{kind}_token_id"))]
+    named += [tokenizer.id_to_token(index) for index in ids if 0 <= index < tokenizer.get_vocab_size()]
+    old = next((token for token in named if token and tokenizer.token_to_id(token) is not None), None)
+    if old is None:
+        raise CannotImport("the tokenizer has no end-of-text and no begin-of-text token: name one as eos_token in tokenizer_config.json")
+    return (tokenizer, None) if old == END_OF_TEXT else (rename_token(tokenizer, old, END_OF_TEXT), old)
+
+
+def _ids(value: object) -> list[int]:
+    return [index for index in (value if isinstance(value, list) else [value]) if isinstance(index, int)]
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int, place: Path) -> None:
+    """Raise CannotImport if a token has no row of the embedding. Rows without a token are padding."""
+    ids = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if ids > rows:
+        raise CannotImport(f"{place}: the tokenizer has ids up to {ids - 1}, but the embedding (vocab_size) has only {rows} rows: they are "
+                           "of different models")
+
+
+# ---- importing and opening ---------------------------------------------------------------------------------------------
+
+
+def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float32", context_length: int | None = None,
+                 chat_tokens: bool = False) -> Path:
+    """Write a Llama-layout model of another program as a checkpoint folder of ours; its logits stay the same.
+
+    Args:
+        source: a folder with config.json, safetensors (in shards, too) and tokenizer.json, or a GGUF file, or a folder with one.
+        folder: where; it appears whole or not at all.
+        dtype: of the written weights; the stages train in float32.
+        context_length: a shorter context than the source's, for stages that shall fit into memory.
+        chat_tokens: give the tokenizer the tokens that stages after pretraining need; unused rows of the embedding take them,
+            and where there are none, it grows by their mean (`own_model`).
+
+    Returns:
+        `folder`.
+
+    Raises:
+        CannotImport: `ModernDecoderLM` cannot compute this model, or a file is missing; the message names the field.
+        DamagedFolder: a weight file is truncated.
+    """
+    import torch
+
+    from modern_llm.models import save_model
+
+    place, folder = Path(source).expanduser(), Path(folder)
+    if gguf_file(place):
+        made = with_transformers(place, torch.float32)
+        config, tensors = made.config.to_dict() | {"architectures": [type(made).__name__]}, made.state_dict()
+        cfg = model_config(config, context_length)
+    elif (place / "config.json").is_file():
+        config = read_json(place / "config.json")
+        cfg = model_config(config, context_length)  # refuses before gigabytes are read
+        tensors = read_weights(place)
+    else:
+        raise CannotImport(f"{place} is neither a folder with config.json and safetensors nor a GGUF file")
+    tokenizer, said = source_tokenizer(place)
+    check_vocabulary(tokenizer, cfg.vocab_size, place)
+    tokenizer, former = with_end_of_text(tokenizer, said, config)
+    added = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is None] if chat_tokens else []
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
+    new_rows = max(0, max(tokenizer.get_vocab().values()) + 1 - cfg.vocab_size)
+    model = own_model(tensors, cfg, place, getattr(torch, dtype), new_rows)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    facts = {"source": place.name, "architecture": config["architectures"][0], "end_of_text_was": former or END_OF_TEXT,
+             "begin_ids": _ids(config.get("bos_token_id")), "end_ids": _ids(config.get("eos_token_id")), "added_tokens": added}
+    with disk_errors(folder), atomic_folder(folder, {"imported": facts}) as temporary:
+        save_model(temporary, model, eos_id=end)
+        write_json(temporary / "config.json", read_json(temporary / "config.json") | {"imported": facts})
+        write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": sorted({end, *facts["end_ids"]})})
+        template = said.get("chat_template") if isinstance(said.get("chat_template"), str) else None
+        save_tokenizer(tokenizer, temporary, template.replace(former, END_OF_TEXT) if template and former else template)
+        settings = read_json(temporary / "tokenizer_config.json")
+        settings["additional_special_tokens"] = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is not None]
+        write_json(temporary / "tokenizer_config.json", settings)
+    return folder
+
+
+def imported(source: str | Path, chat_tokens: bool = False) -> Path:
+    """The checkpoint folder of a foreign model in the cache, made there unless its very files were imported before."""
+    place = Path(source).expanduser()
+    gguf = gguf_file(place)
+    around = place.parent if place.is_file() else place
+    files = [around / "config.json", *sorted(around.glob("*token*.json")), *([gguf] if gguf else sorted(place.glob("*.safetensors")))]
+    parts = [[path.name, sha256(path)] for path in files if path.is_file()]
+    digest = hashlib.sha256(json.dumps([IMPORT_VERSION, chat_tokens, parts]).encode()).hexdigest()[:16]
+    folder = cache_root() / "imported" / digest
+    with one_builder(folder):
+        try:
+            check_folder(find_folder(folder))
+        except (FileNotFoundError, DamagedFolder):
+            say(f"importing {place} into {folder}, once …")
+            import_model(place, folder, chat_tokens=chat_tokens)
+    return find_folder(folder)
+
+
+def find_model(name: str | Path, download: bool = False) -> Path:
+    """The folder or file that a word names: a path, else a model in the hub's local cache. FileNotFoundError says what was tried."""
+    place = Path(name).expanduser()
+    if place.is_file() or (place.is_dir() and is_foreign(place)):
+        return place
+    if place.is_dir() or place.with_name(place.name + ".previous").is_dir():
+        return find_checkpoint(place)
+    tried = f"no folder or file {place}"
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+        from huggingface_hub import constants, snapshot_download
+
+        wanted = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "merges.txt"]
+        try:
+            return Path(snapshot_download(str(name), local_files_only=True))
+        except (OSError, ValueError):
+            tried += f", and no model {name} in the hub's cache {constants.HF_HUB_CACHE}"
+        if download and not constants.HF_HUB_OFFLINE and hub_reachable():
+            return Path(snapshot_download(str(name), allow_patterns=wanted))
+        if download:
+            tried += ", and the hub " + ("is off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "does not answer")
+    raise FileNotFoundError(f"model {str(name)!r} was not found: {tried}. Give a checkpoint or model folder, a .gguf file, or fetch it once "
+                            "where there is a network, with `hf download NAME` or hub.load(NAME, download=True)")
+
+
+def load(name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
+         download: bool = False) -> tuple[ModernDecoderLM | TransformersLM, Tokenizer]:
+    """A model in evaluation mode, and its tokenizer, which has a token <|endoftext|>.
+
+    Llama-layout models are imported, once, into the cache; other causal language models stay transformers' own.
+
+    Args:
+        name_or_folder: a checkpoint, a stage's or run's folder, a model folder or GGUF file of another program, or the name of a
+            model in the hub's local cache.
+        device: where the weights go.
+        dtype: of the weights, such as "bfloat16"; None keeps what is on disk.
+        download: fetch a name that is not there, where the hub can be reached.
+
+    Raises:
+        FileNotFoundError: nothing of that name; the message says what was tried.
+        ValueError: a model that cannot be opened; the message names the field or the file, and the remedy.
+    """
+    import torch
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    place = find_model(name_or_folder, download)
+    if is_foreign(place):
+        try:
+            folder = imported(place)
+        except CannotImport as reason:
+            return _keep_foreign(place, device, dtype, reason)
+    else:
+        folder = find_folder(place) if (place / "meta.json").is_file() else place
+    from modern_llm.models import load_model
+
+    return load_model(folder, device, dtype).eval(), load_tokenizer(folder)
+
+
+def _keep_foreign(place: Path, device: str | torch.device, dtype: torch.dtype | None, reason: CannotImport):
+    from modern_llm.foreign import TransformersLM
+
+    try:
+        model = with_transformers(place, dtype or "auto")
+    except CannotImport as error:
+        raise CannotImport(f"{reason} (tried: {error})") from error
+    model = TransformersLM(model.to(device))
+    tokenizer, said = source_tokenizer(place)
+    check_vocabulary(tokenizer, model.cfg.vocab_size, place)
+    return model, with_end_of_text(tokenizer, said, model.model.config.to_dict())[0]
