@@ -23,6 +23,7 @@ ALLOWED = {
     "generation": {"attention", "config", "models"},  # the model as a type only
     "models": {"layers", "attention", "config", "files"},
     "scoring": set(),
+    "overlap": {"config", "reading", "scoring", "sources", "synth"},
     "sources": {"config"},
     "reading": {"config", "files", "sources", "synth"},
     "tokens": {"config", "files", "sources", "reading"},
@@ -35,7 +36,9 @@ ALLOWED = {
     "trainer": {"config", "files", "optim", "checkpoints"},
     "evals": {"chat", "data", "files", "scoring", "tasks", "tokens"},
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks", "tokens"},
-    "inputs": {"config", "files", "sources", "tokens"},
+    "inputs": {"config", "files", "hub", "sources", "tokens"},
+    "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
+    "hub": {"files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"files"},
     "report": {"config", "counts", "files", "report_figures", "report_page"},
@@ -46,7 +49,7 @@ ALLOWED = {
     "cli": {"config", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
 }
 NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
-            "pipeline", "cli", "report", "report_figures", "report_page"}
+            "pipeline", "cli", "report", "overlap", "report_figures", "report_page"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
