@@ -9,7 +9,6 @@ root = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
 settings.read(root / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
-dev = cfg["dev_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -21,7 +20,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["modern_llm", "modern_llm.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": dev},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "hub")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

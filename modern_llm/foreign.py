@@ -1,8 +1,7 @@
-"""A model of another program behind the interface that generation and the evaluation functions read: hidden, lm_head, new_cache."""
+"""A model of another program, called as ours is: what generation and the evaluation functions need of `ModernDecoderLM`."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,7 +57,7 @@ class ForeignCache:
         """
         end = self.length + t
         if end > self.max_length:
-            raise ValueError(f"ForeignCache: {end} tokens do not fit max_length={self.max_length}; ask new_cache for a longer one")
+            raise ValueError(f"ForeignCache: {end} tokens do not fit max_length={self.max_length}; allocate a longer cache")
         return (torch.arange(end, device=self.pad_lengths.device) >= self.pad_lengths[:, None]).long()
 
     def advance(self, t: int) -> None:
@@ -69,14 +68,6 @@ class ForeignCache:
         """Keep these rows, in this order: finished rows leave, or a prompt is repeated for several samples."""
         self.past.batch_select_indices(rows)
         self.pad_lengths = self.pad_lengths[rows]
-
-    def __copy__(self) -> ForeignCache:
-        """A cache that grows on its own from here; the tensors are shared, since neither growing nor selecting writes into them."""
-        twin = object.__new__(ForeignCache)
-        twin.__dict__ |= self.__dict__
-        twin.past = object.__new__(type(self.past))
-        twin.past.__dict__ |= self.past.__dict__ | {"layers": [copy.copy(layer) for layer in self.past.layers]}
-        return twin
 
 
 class TransformersLM(nn.Module):
@@ -142,7 +133,8 @@ class TransformersLM(nn.Module):
         begins = torch.ones_like(segment_ids, dtype=torch.bool)
         begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
         starts = torch.where(begins, index, 0).cummax(1).values
-        return torch.zeros(allowed.shape, dtype=kind, device=index.device).masked_fill(~allowed, torch.finfo(kind).min), index - starts
+        mask = torch.zeros(allowed.shape, dtype=kind, device=index.device).masked_fill(~allowed, torch.finfo(kind).min)
+        return mask, index - starts
 
     def forward(self, input_ids: Int[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None = None,
                 cache: ForeignCache | None = None) -> Float[Tensor, "b t v"]:
@@ -157,7 +149,7 @@ class TransformersLM(nn.Module):
 
     @torch.inference_mode()
     def check(self) -> None:
-        """Compare the model's own logits of six tokens with those through the head, a cache and left padding; ValueError if they differ."""
+        """ValueError if the model's own logits of six tokens differ from those through the head, a cache and left padding."""
         device = self.embed_tokens.weight.device
         ids = torch.arange(1, 7, device=device) % self.cfg.vocab_size
         wanted = self.model(ids[None], use_cache=False).logits[0, [3, 5]].float()
@@ -165,7 +157,7 @@ class TransformersLM(nn.Module):
         cache = self.new_cache(2, 6, torch.tensor([2, 0], device=device))
         self.hidden(rows[:, :4], cache=cache)
         found = self(rows[:, 4:], cache=cache)[:, -1].float()
-        limit = 1e-3 if wanted.dtype == self.embed_tokens.weight.dtype else 0.03
+        limit = 1e-3 if self.embed_tokens.weight.dtype == torch.float32 else 0.03  # of the logits' range
         if not (found - wanted).abs().max() <= limit * (wanted.amax() - wanted.amin() + 1e-6):
-            raise ValueError(f"{self.cfg.architecture} answers otherwise with left padding, a cache and its head alone than by itself: it "
-                             "is not a causal model, or changes its logits after the head; it cannot be evaluated here")
+            raise ValueError(f"{self.cfg.architecture} answers otherwise with left padding, a cache and its head alone than by "
+                             "itself: it is not causal, or changes its logits after the head; it cannot be evaluated here")

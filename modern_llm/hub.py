@@ -1,4 +1,4 @@
-"""Models from elsewhere: Llama-layout weights become a checkpoint folder of ours, any other causal model keeps transformers' code.
+"""Models from elsewhere: those in Llama's layout become checkpoint folders of ours, the others keep transformers' code.
 
 `load` opens whatever a word names: a checkpoint, a folder or GGUF file of another program, a model in the hub's local cache.
 Safetensors are read without transformers, and nothing is ever unpickled. Imports neither torch nor transformers before it must.
@@ -6,7 +6,6 @@ Safetensors are read without transformers, and nothing is ever unpickled. Import
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer
 
-from modern_llm.config import ConfigError, ModelConfig
 from modern_llm.files import DamagedFolder, atomic_folder, check_folder, find_folder, read_json, sha256, write_json
 from modern_llm.inputs import find_checkpoint, say
+from modern_llm.llama_layout import REMEDY, CannotImport, model_config, own_model, read_weights, weight_files
 from modern_llm.sources import hub_reachable
 from modern_llm.tokens import CHAT_TOKENS, END_OF_TEXT, cache_root, disk_errors, load_tokenizer, one_builder, save_tokenizer
 
@@ -28,89 +27,10 @@ if TYPE_CHECKING:
     from modern_llm.models import ModernDecoderLM
 
 IMPORT_VERSION = 1  # raise it when the same files are imported differently
-LAYOUTS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")  # architectures that ModernDecoderLM computes
-MISFITS = {  # what a well-known other one has that ModernDecoderLM has not
-    "GPT2LMHeadModel": "LayerNorm, learned positions and biases", "Qwen2ForCausalLM": "biases on queries, keys and values (attention_bias)",
-    "GPTNeoXForCausalLM": "LayerNorm, biases and a parallel layer", "PhiForCausalLM": "LayerNorm and biases",
-    "GemmaForCausalLM": "another norm (1 + weight) and GELU", "OlmoForCausalLM": "a LayerNorm without weights",
-    "MixtralForCausalLM": "experts (num_local_experts), which are not imported", "Llama4ForCausalLM": "experts and chunked attention"}
 ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
-REMEDY = "evaluate it as it is with modern_llm.hub.load, which needs `pip install 'modern_llm[hub]'`"
 
 
-class CannotImport(ValueError):
-    """A model that ModernDecoderLM cannot compute or that lacks a file. The message names the field and the remedy."""
-
-
-# ---- what a config.json asks for ---------------------------------------------------------------------------------------
-
-
-def _window(source: dict, architecture: str, layers: int) -> int | None:
-    """The sliding window of all layers. CannotImport if only some have one."""
-    if architecture == "LlamaForCausalLM":
-        return None
-    window = source.get("sliding_window", 4096)
-    if architecture == "MistralForCausalLM" or window is None:
-        return window
-    if kinds := source.get("layer_types"):
-        windowed = sum(kind == "sliding_attention" for kind in kinds)
-    else:
-        windowed = layers - min(layers, source.get("max_window_layers", layers)) if source.get("use_sliding_window") else 0
-    if 0 < windowed < layers:
-        raise CannotImport(f"sliding_window={window} is on {windowed} of {layers} layers (layer_types, max_window_layers), and "
-                           f"ModernDecoderLM has one for all or none; {REMEDY}")
-    return window if windowed else None
-
-
-def model_config(source: dict, context_length: int | None = None) -> ModelConfig:
-    """Our config of the model that a Hugging Face `config.json` describes.
-
-    Args:
-        source: the content of config.json.
-        context_length: a shorter context than the model's own; rotary positions allow any.
-
-    Raises:
-        CannotImport: the model computes something that `ModernDecoderLM` does not; the message names the field.
-    """
-    name = (source.get("architectures") or [f"model_type {source.get('model_type')!r}"])[0]
-    if name not in LAYOUTS:
-        why = f" has {MISFITS[name]}" if name in MISFITS else f" is not one of {', '.join(LAYOUTS)}"
-        raise CannotImport(f"architectures=[{name!r}]{why}: it cannot become a ModernDecoderLM; {REMEDY}")
-    absent = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                              "max_position_embeddings") if not isinstance(source.get(key), int)]
-    if absent:
-        raise CannotImport(f"config.json of a {name} has no number {absent[0]!r}: is it the model's own file?")
-    width, heads, layers = source["hidden_size"], source["num_attention_heads"], source["num_hidden_layers"]
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    kind, head_width = rope.get("rope_type", rope.get("type", "default")), source.get("head_dim") or width // heads
-    quantized = (source.get("quantization_config") or {}).get("quant_method")
-    for field, value, ok, why in (
-        ("rope_scaling", kind, kind == "default", "stretches the rotary wavelengths"),
-        ("partial_rotary_factor", part := source.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)), part == 1,
-         "turns a part of the channels only"),
-        ("attention_bias", source.get("attention_bias"), not source.get("attention_bias"), "adds biases in attention"),
-        ("mlp_bias", source.get("mlp_bias"), not source.get("mlp_bias"), "adds biases in the feed-forward layers"),
-        ("hidden_act", act := source.get("hidden_act", "silu"), act in ("silu", "swish"), "is another activation than SwiGLU's silu"),
-        ("layer_norm_eps", eps := source.get("layer_norm_eps", source.get("layer_norm_epsilon")), eps is None,
-         "belongs to another norm than RMSNorm"),
-        ("head_dim", head_width, head_width * heads == width,
-         f"is not hidden_size/num_attention_heads = {width}/{heads}, and ModelConfig has no separate head width"),
-        ("quantization_config", quantized, quantized in (None, "gguf"), "means weights that are not plain numbers"),
-    ):
-        if not ok:
-            raise CannotImport(f"{field}={value!r} {why}: this {name} cannot become a ModernDecoderLM; {REMEDY}")
-    try:
-        return ModelConfig(
-            vocab_size=source["vocab_size"], context_length=context_length or source["max_position_embeddings"], width=width,
-            num_layers=layers, num_heads=heads, num_kv_heads=source.get("num_key_value_heads") or heads,
-            ffn_width=source["intermediate_size"], rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or 10_000.0),
-            norm_eps=source.get("rms_norm_eps", 1e-6), use_qk_norm=name == "Qwen3ForCausalLM",
-            sliding_window=_window(source, name, layers), tie_embeddings=bool(source.get("tie_word_embeddings", False)))
-    except ConfigError as error:
-        raise CannotImport(f"config.json of a {name} gives a model that cannot be: {error}") from error
-
-
-# ---- weights -----------------------------------------------------------------------------------------------------------
+# ---- opening files of others -----------------------------------------------------------------------------------------
 
 
 def gguf_file(place: Path) -> Path | None:
@@ -133,35 +53,6 @@ def is_foreign(place: Path) -> bool:
     return gguf_file(place) is not None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, in order. CannotImport if there are none or only pickled ones."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    if absent := [path.name for path in files if not path.is_file()]:
-        if pickled := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)):
-            raise CannotImport(f"{folder} has its weights in {pickled[0]}, a pickle, which could run code when it is opened: convert it "
-                               "to safetensors first, where you trust it (transformers: from_pretrained, then save_pretrained)")
-        raise CannotImport(f"{folder} has no {absent[0]}: the copy is incomplete")
-    return files
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files. DamagedFolder if one is truncated."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise DamagedFolder(f"{path} is truncated or damaged ({error}): copy it again") from error
-    return tensors
-
-
 def with_transformers(place: Path, dtype: torch.dtype | str = "auto"):
     """The model as transformers opens it, from local files and without code of others. CannotImport says what is missing."""
     gguf = gguf_file(place)
@@ -172,7 +63,8 @@ def with_transformers(place: Path, dtype: torch.dtype | str = "auto"):
             import accelerate  # noqa: F401  transformers asks for both, late and in other words
             import gguf as _  # noqa: F401
     except ImportError as error:
-        raise CannotImport(f"{gguf or place} is read through transformers, but {error.name} is missing: pip install 'modern_llm[hub]'") from error
+        raise CannotImport(f"{gguf or place} is read through transformers, but {error.name} is missing: "
+                           "pip install 'modern_llm[hub]'") from error
     if gguf:
         import torch
 
@@ -186,42 +78,7 @@ def with_transformers(place: Path, dtype: torch.dtype | str = "auto"):
         raise CannotImport(f"transformers cannot open {gguf or place}: {type(error).__name__}: {str(error)[:300]}") from error
 
 
-def own_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path, dtype: torch.dtype, new_rows: int = 0) -> ModernDecoderLM:
-    """A `ModernDecoderLM` of these tensors, whose names are Hugging Face's.
-
-    `new_rows` tokens are added, each with the mean embedding: that takes at most log(1 + new_rows/vocab_size) nats from the
-    log-probability of any other token (Hewitt 2021, "Initializing new word embeddings for pretrained language models").
-    """
-    import torch
-
-    from modern_llm.models import ModernDecoderLM, check_tensors, disk_names
-
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if biases := sorted(name for name in tensors if name.endswith(".bias")):
-        raise CannotImport(f"{place} has {len(biases)} biases (attention_bias or mlp_bias; the first is {biases[0]}), "
-                           f"which ModernDecoderLM has not; {REMEDY}")
-    embedding, head = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-    if cfg.tie_embeddings and head is not None and embedding is not None:
-        if torch.equal(head, embedding):
-            del tensors["lm_head.weight"]
-        else:  # as transformers reads it
-            cfg = dataclasses.replace(cfg, tie_embeddings=False)
-    with torch.device("meta"):
-        model = ModernDecoderLM(cfg)
-    names, state = disk_names(model), model.state_dict()
-    check_tensors(place, tensors, {on_disk: state[name] for on_disk, name in names.items()})
-    state = {names[on_disk]: tensor.to(dtype) for on_disk, tensor in tensors.items()}
-    if new_rows:
-        for name in {"embed_tokens.weight", "lm_head.weight"} & state.keys():
-            state[name] = torch.cat([state[name], state[name].float().mean(0, keepdim=True).to(dtype).expand(new_rows, -1)])
-        with torch.device("meta"):
-            model = ModernDecoderLM(dataclasses.replace(cfg, vocab_size=cfg.vocab_size + new_rows))
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    return model
-
-
-# ---- the tokenizer -----------------------------------------------------------------------------------------------------
+# ---- the tokenizer ---------------------------------------------------------------------------------------------------
 
 
 def source_tokenizer(place: Path) -> tuple[Tokenizer, dict]:
@@ -277,7 +134,8 @@ def with_end_of_text(tokenizer: Tokenizer, said: dict, config: dict) -> tuple[To
     named += [tokenizer.id_to_token(index) for index in ids if 0 <= index < tokenizer.get_vocab_size()]
     old = next((token for token in named if token and tokenizer.token_to_id(token) is not None), None)
     if old is None:
-        raise CannotImport("the tokenizer has no end-of-text and no begin-of-text token: name one as eos_token in tokenizer_config.json")
+        raise CannotImport("the tokenizer has no end-of-text and no begin-of-text token: name one as eos_token in "
+                           "tokenizer_config.json")
     return (tokenizer, None) if old == END_OF_TEXT else (rename_token(tokenizer, old, END_OF_TEXT), old)
 
 
@@ -289,11 +147,11 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, place: Path) -> None:
     """Raise CannotImport if a token has no row of the embedding. Rows without a token are padding."""
     ids = max(tokenizer.get_vocab().values(), default=-1) + 1
     if ids > rows:
-        raise CannotImport(f"{place}: the tokenizer has ids up to {ids - 1}, but the embedding (vocab_size) has only {rows} rows: they are "
-                           "of different models")
+        raise CannotImport(f"{place}: the tokenizer has ids up to {ids - 1}, but the embedding (vocab_size) only {rows} rows: "
+                           "they are of different models")
 
 
-# ---- importing and opening ---------------------------------------------------------------------------------------------
+# ---- importing and opening -------------------------------------------------------------------------------------------
 
 
 def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float32", context_length: int | None = None,
@@ -342,7 +200,6 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
              "begin_ids": _ids(config.get("bos_token_id")), "end_ids": _ids(config.get("eos_token_id")), "added_tokens": added}
     with disk_errors(folder), atomic_folder(folder, {"imported": facts}) as temporary:
         save_model(temporary, model, eos_id=end)
-        write_json(temporary / "config.json", read_json(temporary / "config.json") | {"imported": facts})
         write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": sorted({end, *facts["end_ids"]})})
         template = said.get("chat_template") if isinstance(said.get("chat_template"), str) else None
         save_tokenizer(tokenizer, temporary, template.replace(former, END_OF_TEXT) if template and former else template)
@@ -357,7 +214,8 @@ def imported(source: str | Path, chat_tokens: bool = False) -> Path:
     place = Path(source).expanduser()
     gguf = gguf_file(place)
     around = place.parent if place.is_file() else place
-    files = [around / "config.json", *sorted(around.glob("*token*.json")), *([gguf] if gguf else sorted(place.glob("*.safetensors")))]
+    files = [around / "config.json", *sorted(around.glob("*token*.json"))]
+    files += [gguf] if gguf else sorted(place.glob("*.safetensors"))
     parts = [[path.name, sha256(path)] for path in files if path.is_file()]
     digest = hashlib.sha256(json.dumps([IMPORT_VERSION, chat_tokens, parts]).encode()).hexdigest()[:16]
     folder = cache_root() / "imported" / digest
@@ -371,7 +229,7 @@ def imported(source: str | Path, chat_tokens: bool = False) -> Path:
 
 
 def find_model(name: str | Path, download: bool = False) -> Path:
-    """The folder or file that a word names: a path, else a model in the hub's local cache. FileNotFoundError says what was tried."""
+    """The folder or file that a word names: a path, else a model in the hub's cache. FileNotFoundError says what was tried."""
     place = Path(name).expanduser()
     if place.is_file() or (place.is_dir() and is_foreign(place)):
         return place
@@ -390,8 +248,8 @@ def find_model(name: str | Path, download: bool = False) -> Path:
             return Path(snapshot_download(str(name), allow_patterns=wanted))
         if download:
             tried += ", and the hub " + ("is off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "does not answer")
-    raise FileNotFoundError(f"model {str(name)!r} was not found: {tried}. Give a checkpoint or model folder, a .gguf file, or fetch it once "
-                            "where there is a network, with `hf download NAME` or hub.load(NAME, download=True)")
+    raise FileNotFoundError(f"model {str(name)!r} was not found: {tried}. Give a checkpoint or model folder or a .gguf file, or "
+                            "fetch it once where there is a network, with `hf download NAME` or hub.load(NAME, download=True)")
 
 
 def load(name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
@@ -434,6 +292,7 @@ def _keep_foreign(place: Path, device: str | torch.device, dtype: torch.dtype | 
         model = with_transformers(place, dtype or "auto")
     except CannotImport as error:
         raise CannotImport(f"{reason} (tried: {error})") from error
+    say(f"{place} keeps the code of transformers: {str(reason).removesuffix('; ' + REMEDY)}")
     model = TransformersLM(model.to(device))
     tokenizer, said = source_tokenizer(place)
     check_vocabulary(tokenizer, model.cfg.vocab_size, place)

@@ -39,7 +39,7 @@ DATA = {
     "sft": ("sft.sources", "data.sources"),
     "dpo": ("dpo.sources", "dpo.replay_sources", "data.sources"),
     "verifier": ("verifier.problems",),
-    "eval": ("data.sources", "dpo.sources", "eval.problems", "eval.sentiment"),
+    "eval": ("data.sources", "dpo.sources", "eval.problems", "eval.sentiment", "eval.protocol_sources"),
     "attention": (),
 }
 GENERATORS = ("dpo", "sft", "pretrain")  # the stages that make a language model, the last one first
@@ -144,9 +144,17 @@ def is_model(folder: Path) -> bool:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint at `path`: that folder itself, the one of a stage folder, or the last one of a run folder.
 
-    StageError lists what was tried.
+    The folder or GGUF file of another program is imported into the cache first. StageError lists what was tried.
     """
     given = Path(path).expanduser().resolve()
+    if given.exists():
+        from modern_llm import hub
+
+        if hub.is_foreign(given):
+            try:
+                return hub.imported(given, chat_tokens=True)
+            except ValueError as error:
+                raise StageError(f"checkpoint={str(path)!r}: {error}") from error
     tried = [given, given / "checkpoint", *(given / stage / "checkpoint" for stage in GENERATORS)]
     for folder in tried:
         for candidate in (folder, folder.with_name(folder.name + ".previous")):  # left by a kill between two renames

