@@ -175,7 +175,7 @@ def wikitext_pages(lines: Iterable[str]) -> list[str]:
     """WikiText's articles, from a title to the line before the next, with their spaces; a blank line is one space, as published."""
     lines = blank_lines([line.rstrip("\r\n") for line in lines])
     lines = [line if line.strip() else "" for line in lines]
-    sizes = [sum(map(bool, article.split("\n"))) for article in articles(lines)]
+    sizes = [sum(map(bool, article.split("\n"))) for article in articles(["", *lines])]
     article_of, pages, current = iter(np.repeat(np.arange(len(sizes)), sizes).tolist()), [[] for _ in sizes], 0
     for line in itertools.dropwhile(lambda line: not line, lines):
         current = next(article_of) if line else current
