@@ -152,7 +152,8 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         a, b: right (1, True) or wrong (0, False), item by item.
 
     Returns:
-        only_a and only_b, the items that just one of them has right, and p, the chance of a split at least as uneven between equals.
+        only_a and only_b, the items that just one of them has right, and p, the chance of a split at least as uneven if neither
+        is better.
 
     Raises:
         ValueError: not equally many items, or values other than 0 and 1. Source: McNemar 1947, exact binomial form.
