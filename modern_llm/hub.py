@@ -94,7 +94,11 @@ def source_tokenizer(place: Path) -> tuple[Tokenizer, dict]:
             from transformers import AutoTokenizer
 
             made = AutoTokenizer.from_pretrained(folder, local_files_only=True, **({"gguf_file": gguf.name} if gguf else {}))
-            tokenizer = Tokenizer.from_str(made.backend_tokenizer.to_str())
+            data = json.loads(made.backend_tokenizer.to_str())
+            if gguf:  # it lists all its tokens; others are the class's own defaults and have no row in the embedding
+                listed = {token if isinstance(token, str) else token[0] for token in data["model"]["vocab"]}
+                data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in listed]
+            tokenizer = Tokenizer.from_str(json.dumps(data))
         except Exception as error:  # whatever the many classes raise
             raise CannotImport(f"{place} has no tokenizer.json, and transformers makes none of its other files "
                                f"({type(error).__name__}: {str(error)[:200]}): put the model's tokenizer.json there") from error

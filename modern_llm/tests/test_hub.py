@@ -254,6 +254,13 @@ def test_an_unknown_name_says_what_was_tried(tmp_path, monkeypatch):
         hub.load("no/such-model", download=True)
     with pytest.raises(FileNotFoundError, match="was not found: no folder or file /no/such/folder. Give"):
         hub.load("/no/such/folder")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    assert hub.find_model("someone/tiny") == snapshot
     (tmp_path / "a.gguf").touch()
     (tmp_path / "b.gguf").touch()
     with pytest.raises(CannotImport, match="holds 2 GGUF files: name one of a.gguf, b.gguf"):
@@ -333,6 +340,51 @@ def test_a_model_that_answers_otherwise_through_the_adapter_is_refused(gpt2):
     bloom = TransformersLM(transformers.BloomForCausalLM(small))
     with pytest.raises(ValueError, match="score its documents one a row"):
         bloom(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long))
+
+
+def write_gguf(path: Path) -> int:
+    """A random Llama with two layers as llama.cpp's tools write it; returns how many tokens it has."""
+    import gguf
+    import numpy as np
+
+    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "an", "th"]
+    random, file = np.random.default_rng(0), gguf.GGUFWriter(path, "llama")
+    for name, value in {"block_count": 2, "context_length": 64,
+                        "embedding_length": 32, "feed_forward_length": 64, "head_count": 4,
+                        "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 5e4, "vocab_size": len(tokens),
+                        "tokenizer_model": "gpt2", "token_list": tokens, "token_merges": ["a n", "t h"], "bos_token_id": 1,
+                        "token_types": [3] * 3 + [1] * (len(tokens) - 3), "eos_token_id": 2, "unk_token_id": 0}.items():
+        getattr(file, f"add_{name}")(value)
+    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,)}
+    for i in range(2):
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in {
+            "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32), "ffn_gate": (64, 32),
+            "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}.items()}
+    for name, shape in shapes.items():
+        values = random.standard_normal(shape).astype(np.float32)
+        file.add_tensor(f"{name}.weight", 1 + 0.1 * values if len(shape) == 1 else 0.3 * values)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    return len(tokens)
+
+
+@torch.no_grad()
+def test_a_gguf_file_is_read_through_transformers(tmp_path, monkeypatch):
+    for needed in ("gguf", "accelerate"):
+        monkeypatch.setitem(sys.modules, needed, None)
+        (tmp_path / "tiny.gguf").touch()
+        with pytest.raises(CannotImport, match=r"tiny.gguf is read through transformers, but .* missing: pip install"):
+            hub.import_model(tmp_path / "tiny.gguf", tmp_path / "never")
+        monkeypatch.undo()
+        pytest.importorskip(needed, reason="GGUF files need pip install 'modern_llm[hub]'")
+    tokens = write_gguf(tmp_path / "tiny.gguf")
+    hub.import_model(tmp_path, tmp_path / "ours")  # the folder's only file
+    (ours, tokenizer), theirs = hub.load(tmp_path / "ours"), hub.with_transformers(tmp_path / "tiny.gguf")
+    assert ours.cfg.vocab_size == tokenizer.get_vocab_size() == tokens and ours.cfg.rope_theta == 5e4
+    assert (ours(token_ids().clamp(max=250)) - theirs(token_ids().clamp(max=250)).logits).abs().max() < 1e-4
+    assert end_of_text_id(tokenizer) == 2 and tokenizer.decode(encode_documents(tokenizer, [TEXT])[0]) == TEXT
 
 
 @torch.no_grad()
