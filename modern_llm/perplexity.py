@@ -58,37 +58,47 @@ LOGITS_AT_ONCE = 2**24  # numbers, 64 MB in float32
 
 
 @torch.inference_mode()
-def window_nats(model: nn.Module, windows: Sequence[np.ndarray], firsts: Sequence[int], batch_rows: int = 8,
+def window_nats(model: nn.Module, pieces: Sequence[np.ndarray], firsts: Sequence[int], batch_rows: int = 8,
                 progress: str = "") -> list[np.ndarray]:
-    """Nats of window[first:] for each window of token ids, every token given what stands before it there.
+    """Nats of piece[first:] for each piece of token ids (a window), every token given what stands before it there.
 
     Args:
         batch_rows: windows of the greatest length in a batch; of shorter ones more fit.
         progress: what a progress bar is called; "" shows none.
     """
     device = next(model.parameters()).device
-    found: list[np.ndarray] = [np.zeros(0)] * len(windows)
-    order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
-    room, start = batch_rows * max(map(len, windows), default=1), 0
-    with evaluating(model), tqdm(total=len(windows), desc=progress, disable=not progress, mininterval=5) as bar:
+    found: list[np.ndarray] = [np.zeros(0)] * len(pieces)
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
+    room, start = batch_rows * max(map(len, pieces), default=1), 0
+    with evaluating(model), tqdm(total=len(pieces), desc=progress, disable=not progress, mininterval=5) as bar:
         while start < len(order):
-            width = len(windows[order[start]])
+            width = len(pieces[order[start]])
             part = order[start:start + max(1, room // width)]
             ids, scored = np.zeros((len(part), width), np.int64), np.zeros((len(part), width), bool)
             for row, i in enumerate(part):
-                ids[row, :len(windows[i])], scored[row, firsts[i]:len(windows[i])] = windows[i], True
+                ids[row, :len(pieces[i])], scored[row, firsts[i]:len(pieces[i])] = pieces[i], True
             ids, scored = torch.from_numpy(ids).to(device), torch.from_numpy(scored[:, 1:]).to(device)
             hidden, labels = model.hidden(ids[:, :-1])[0][scored], ids[:, 1:][scored]
             rows_at_once = max(1, LOGITS_AT_ONCE // model.cfg.vocab_size)
             nats = torch.cat([F.cross_entropy(model.lm_head(h).float(), y, reduction="none")
                               for h, y in zip(hidden.split(rows_at_once), labels.split(rows_at_once))])
-            for i, piece in zip(part, nats.double().cpu().split(scored.sum(1).tolist())):
-                found[i] = piece.numpy()
+            for i, scores in zip(part, nats.double().cpu().split(scored.sum(1).tolist())):
+                found[i] = scores.numpy()
             start += len(part)
             bar.update(len(part))
     return found
 
 # %% ../nbs/02e1_perplexity.ipynb #sequence-nats
+def _checked(ids: Sequence[int], number: int, prefix_id: int | None, vocab_size: int) -> np.ndarray:
+    ids = np.asarray(ids, dtype=np.int64)
+    if not len(ids):
+        raise ValueError(f"text {number} has no tokens; is the file or its filter empty?")
+    if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
+        raise ValueError(f"text {number} has token {wrong[0]}, outside the model's vocabulary 0..{vocab_size - 1}: was another "
+                         "tokenizer used?")
+    return ids if prefix_id is None else np.concatenate([[prefix_id], ids])
+
+
 def sequence_nats(model: nn.Module, sequences: Sequence[Sequence[int]], context_length: int | None = None,
                   strides: Sequence[int] | None = None, prefix_id: int | None = None, batch_rows: int = 8,
                   progress: str = "") -> list[np.ndarray]:
@@ -107,14 +117,9 @@ def sequence_nats(model: nn.Module, sequences: Sequence[Sequence[int]], context_
     if context_length > model.cfg.context_length:
         raise ValueError(f"context_length={context_length} exceeds the model's {model.cfg.context_length}; use that or less")
     strides, found, jobs = strides or (context_length,), [], {}
-    padded = [np.array([*([] if prefix_id is None else [prefix_id]), *ids], dtype=np.int64) for ids in sequences]
+    padded = [_checked(ids, number, prefix_id, model.cfg.vocab_size) for number, ids in enumerate(sequences)]
     for number, ids in enumerate(padded):
-        if len(sequences[number]) and not 0 <= ids.min() <= ids.max() < model.cfg.vocab_size:
-            wrong = ids[(ids < 0) | (ids >= model.cfg.vocab_size)][0]
-            raise ValueError(f"text {number} has token {wrong}, outside the model's vocabulary 0..{model.cfg.vocab_size - 1}: "
-                             "was another tokenizer used?")
-        length = len(ids) if len(sequences[number]) else 0
-        plans = [windows(length, context_length, stride) for stride in strides]
+        plans = [windows(len(ids), context_length, stride) for stride in strides]
         found.append((np.full((len(strides), len(ids)), np.nan), plans))
         for begin, end, first in itertools.chain(*plans):
             jobs[number, begin, end] = min(first, jobs.get((number, begin, end), first))
@@ -150,7 +155,7 @@ def context_and_stride(model: nn.Module) -> tuple[int, int]:
     context = min(model.cfg.context_length, LONGEST_CONTEXT)
     return context, 512 if context > 512 else context // 2
 
-# %% ../nbs/02e1_perplexity.ipynb #wikitext-pages
+# %% ../nbs/02e1_perplexity.ipynb #blank-lines
 _HEADING, _TITLE = re.compile(r"^ ?= .* = ?$"), re.compile(r"^ ?= (?!= ).*(?<! =) = ?$")
 
 
@@ -170,7 +175,7 @@ def blank_lines(lines: Sequence[str]) -> list[str]:
             found.append(line)
     return found
 
-
+# %% ../nbs/02e1_perplexity.ipynb #wikitext-pages
 def wikitext_pages(lines: Iterable[str]) -> list[str]:
     """WikiText's articles, from a title to the line before the next, with their spaces; a blank line is one space, as published."""
     lines = blank_lines([line.rstrip("\r\n") for line in lines])
@@ -203,7 +208,7 @@ def detokenise(page: str) -> str:
         page = page.replace(old, new)
     return page
 
-# %% ../nbs/02e1_perplexity.ipynb #joined-tokens
+# %% ../nbs/02e1_perplexity.ipynb #encoding
 def encoding(tokenizer: Tokenizer, text: str) -> Encoding:
     """Ids and character offsets of a text in which nothing is special."""
     before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
@@ -212,7 +217,7 @@ def encoding(tokenizer: Tokenizer, text: str) -> Encoding:
     finally:
         tokenizer.encode_special_tokens = before
 
-
+# %% ../nbs/02e1_perplexity.ipynb #joined-tokens
 def joined_tokens(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None = None,
                   wikitext: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The ids of texts as one stream and the number of the text that each belongs to: two int64 (tokens,).
@@ -240,12 +245,12 @@ def joined_tokens(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | 
             break
     return np.array(ids[:max_tokens], np.int64), np.array(owners[:max_tokens], np.int64)
 
-# %% ../nbs/02e1_perplexity.ipynb #score-lines
+# %% ../nbs/02e1_perplexity.ipynb #words-and-bytes
 def words_and_bytes(text: str) -> tuple[int, int]:
     """Words, as lm-evaluation-harness counts them (white space at either end makes one more), and UTF-8 bytes."""
     return len(re.split(r"\s+", text)), len(text.encode("utf-8", "replace"))
 
-
+# %% ../nbs/02e1_perplexity.ipynb #score-lines
 def _table(nats: Iterable[np.ndarray], texts: Iterable[str], setting: str) -> pd.DataFrame:
     found = [(i, np.nansum(n), int(np.isfinite(n).sum()), *words_and_bytes(text), setting) for i, (n, text) in enumerate(zip(nats, texts))]
     table = pd.DataFrame(found, columns=["document", "nats", "tokens", "words", "bytes", "setting"])
@@ -267,7 +272,7 @@ def score_lines(model: nn.Module, tokenizer: Tokenizer, lines: Iterable[str], **
         raise ValueError(f"score_lines: none of {len(kept)} lines has two tokens; is the validation split empty?")
     setting = f"{len(ids)} lines, at most {longest} tokens of each, the first not scored"
     if short := len(kept) - len(ids):
-        setting += f"; {short} lines of one token left out"
+        setting += f"; lines of one token left out: {short}"
     nats = [n[0] for n in sequence_nats(model, ids, **options)]
     return _table(nats, map(tokenizer.decode, ids), setting)
 
@@ -312,7 +317,7 @@ def score_documents(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str]
     nats = [n[0] for n in sequence_nats(model, ids, context, prefix_id=prefix, **options)]
     setting = f"context {context}, {sum(map(len, ids))} tokens, {'scored in ordinary spacing' if transform else 'scored as they are'}"
     if wordless := len(texts) - len(kept):
-        setting += f"; {wordless} documents without words left out"
+        setting += f"; documents without words left out: {wordless}"
     return _table(nats, kept, setting)
 
 # %% ../nbs/02e1_perplexity.ipynb #source
