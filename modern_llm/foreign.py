@@ -86,7 +86,8 @@ class TransformersLM(nn.Module):
         context = next((value for name in CONTEXT_NAMES if isinstance(value := getattr(config, name, None), int)), NO_LIMIT)
         self.cfg = ForeignConfig(type(model).__name__, context, *self.lm_head.weight.shape)
         self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
-        self.has_window = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+        windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+        self.packs = self.takes_positions and not windowed  # whether documents in one row can be kept apart
         self.eval()
         self.check()
 
@@ -124,7 +125,7 @@ class TransformersLM(nn.Module):
 
     def documents(self, segment_ids: Int[Tensor, "b t"]) -> tuple[Float[Tensor, "b 1 t t"], Int[Tensor, "b t"]]:
         """The mask (0 = may read, else very negative) and the positions of rows in which each document is read alone."""
-        if self.has_window or not self.takes_positions:
+        if not self.packs:
             raise ValueError(f"{self.cfg.architecture} cannot keep packed documents apart (a sliding window, or positions that "
                              "cannot be set): score its documents one a row")
         t, kind = segment_ids.shape[1], self.embed_tokens.weight.dtype
@@ -149,15 +150,33 @@ class TransformersLM(nn.Module):
 
     @torch.inference_mode()
     def check(self) -> None:
-        """ValueError if the model's own logits of six tokens differ from those through the head, a cache and left padding."""
+        """Compare some of the model's own logits with the same ones through the head, a cache, left padding and packed documents.
+
+        Raises:
+            ValueError: the model cannot be called so, or then answers otherwise. Without packed documents it can be used.
+        """
         device = self.embed_tokens.weight.device
         ids = torch.arange(1, 7, device=device) % self.cfg.vocab_size
-        wanted = self.model(ids[None], use_cache=False).logits[0, [3, 5]].float()
-        rows = torch.stack([torch.cat([ids[:2] * 0, ids[:4]]), ids])
-        cache = self.new_cache(2, 6, torch.tensor([2, 0], device=device))
-        self.hidden(rows[:, :4], cache=cache)
-        found = self(rows[:, 4:], cache=cache)[:, -1].float()
-        limit = 1e-3 if self.embed_tokens.weight.dtype == torch.float32 else 0.03  # of the logits' range
-        if not (found - wanted).abs().max() <= limit * (wanted.amax() - wanted.amin() + 1e-6):
+        try:
+            wanted = self.model(ids[None], use_cache=False).logits[0, [3, 5]]
+            rows = torch.stack([torch.cat([ids[:2] * 0, ids[:4]]), ids])
+            cache = self.new_cache(2, 6, torch.tensor([2, 0], device=device))
+            self.hidden(rows[:, :4], cache=cache)
+            same = agree(self(rows[:, 4:], cache=cache)[:, -1], wanted)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"{self.cfg.architecture} cannot be called with a cache and left padding ({type(error).__name__}: "
+                             f"{str(error)[:200]}); it cannot be evaluated here") from error
+        if not same:
             raise ValueError(f"{self.cfg.architecture} answers otherwise with left padding, a cache and its head alone than by "
                              "itself: it is not causal, or changes its logits after the head; it cannot be evaluated here")
+        try:
+            packed = self(ids[None], torch.tensor([[1, 1, 2, 2, 2, 2]], device=device))[:, -1]
+            self.packs = agree(packed, self.model(ids[None, 2:], use_cache=False).logits[:, -1])
+        except (RuntimeError, TypeError, ValueError):  # such as positions made from a mask of one row
+            self.packs = False
+
+
+def agree(found: Tensor, wanted: Tensor) -> bool:
+    """Whether logits are the same but for rounding: 0.1% of their range in float32, 3% in half precision."""
+    limit = (1e-3 if wanted.dtype == torch.float32 else 0.03) * (wanted.amax() - wanted.amin() + 1e-6).float()
+    return bool((found.float() - wanted.float()).abs().max() <= limit)

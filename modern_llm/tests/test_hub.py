@@ -336,6 +336,9 @@ def test_a_model_that_answers_otherwise_through_the_adapter_is_refused(gpt2):
     cohere = transformers.CohereForCausalLM(transformers.CohereConfig(**settings, logit_scale=0.1, pad_token_id=0))
     with pytest.raises(ValueError, match="CohereForCausalLM answers otherwise"):
         TransformersLM(cohere)
+    state_space = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot be called with a cache and left padding"):
+        TransformersLM(transformers.MambaForCausalLM(state_space))
     small = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
     bloom = TransformersLM(transformers.BloomForCausalLM(small))
     with pytest.raises(ValueError, match="score its documents one a row"):
