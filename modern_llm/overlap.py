@@ -20,7 +20,7 @@ from .reading import documents, rows
 from .sources import dataset_info
 
 # %% auto #0
-__all__ = ['BASE', 'SUBSETS', 'words', 'word_hashes', 'rolling_hashes', 'ngram_hashes', 'word_batches', 'NgramIndex',
+__all__ = ['BASE', 'SUBSETS', 'SAME_MIX', 'words', 'word_hashes', 'rolling_hashes', 'ngram_hashes', 'word_batches', 'NgramIndex',
            'find_overlap', 'training_texts', 'training_sources', 'run_overlap', 'overlap_summary', 'item_subsets',
            'clean_rows']
 
@@ -275,6 +275,7 @@ def overlap_summary(overlap: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/03d_overlap.ipynb #clean-rows
 SUBSETS = ("all", "clean", "overlapping", "too short")
+SAME_MIX = "clean, groups as in all"
 
 
 def item_subsets(overlap: pd.DataFrame, above: float = 0.0) -> pd.Series:
@@ -292,7 +293,7 @@ def clean_rows(items: pd.DataFrame, overlap: pd.DataFrame, set_of: Mapping[str |
     """Every score on all items and on those of each subset, as rows like a ledger's.
 
     Args:
-        items: stage, task, metric, item, value and weight, one row an item.
+        items: stage, task, metric, item, value, weight and perhaps group (a level, a kind), one row an item.
         overlap: what `find_overlap` or `run_overlap` found; `item` there is the item's number here.
         set_of: the set of a (task, metric) or of a task. By default a task's set is named like it, up to a comma. Tasks without
             a set are left out.
@@ -300,7 +301,8 @@ def clean_rows(items: pd.DataFrame, overlap: pd.DataFrame, set_of: Mapping[str |
 
     Returns:
         Rows of stage, task, metric ("exact match, clean"; on all items just "exact match"), subset (one of SUBSETS), value, low,
-        high, n, protocol. A subset without items has no row.
+        high, n, protocol. A subset without items has no row. Where items have groups, SAME_MIX is the clean score with every group
+        weighted as in all items: easy groups often overlap more.
 
     Raises:
         ValueError: an item has no number in its set.
@@ -317,10 +319,18 @@ def clean_rows(items: pd.DataFrame, overlap: pd.DataFrame, set_of: Mapping[str |
             raise ValueError(f"clean_rows: {task}, item {part.item[which.isna()].iloc[0]} is not in set {name!r} of "
                              f"{len(subsets[name])} texts; give the overlap the same items that were scored")
         counts = ", ".join(f"{(which == subset).sum()} {subset}" for subset in SUBSETS[1:])
-        for subset in SUBSETS:
-            chosen = part[(which == subset) | (subset == "all")]
+        scores = {subset: part[(which == subset) | (subset == "all")] for subset in SUBSETS}
+        if "group" in part and part.group.nunique() > 1 and len(scores["clean"]):
+            scores[SAME_MIX] = _same_mix(part, scores["clean"])
+        for subset, chosen in scores.items():
             if len(chosen):
                 label = metric if subset == "all" else f"{metric}, {subset}"
                 rows.append({"stage": stage, "task": task, "metric": label, "subset": subset,
                              **items_interval(chosen.value, chosen.weight), "protocol": f"of {len(part)} items {counts}"})
     return rows
+
+
+def _same_mix(everything: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """The chosen items, those of each group weighted so that the groups count as in all items."""
+    factor = chosen.group.map(everything.group.value_counts(normalize=True) / chosen.group.value_counts(normalize=True))
+    return chosen.assign(value=chosen.value * factor, weight=chosen.weight * factor)

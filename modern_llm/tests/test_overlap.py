@@ -12,8 +12,8 @@ import pytest
 
 from modern_llm import synth
 from modern_llm.config import get_pipeline_preset
-from modern_llm.overlap import (NgramIndex, clean_rows, find_overlap, item_subsets, ngram_hashes, overlap_summary, run_overlap,
-                                training_sources, training_texts, word_batches, word_hashes, words)
+from modern_llm.overlap import (SAME_MIX, NgramIndex, clean_rows, find_overlap, item_subsets, ngram_hashes, overlap_summary,
+                                run_overlap, training_sources, training_texts, word_batches, word_hashes, words)
 from modern_llm.reading import documents, rows
 from modern_llm.scoring import items_interval, mcnemar, mean_interval, paired_difference, proportion_interval, ratio_interval
 from modern_llm.sources import DatasetNotFound, find_source
@@ -208,6 +208,16 @@ def test_clean_rows_weigh_documents_by_tokens():
     rows = {r["subset"]: r for r in clean_rows(scored([20.0, 300.0, 1.0], "text", [10.0, 100.0, 50.0]), overlap)}
     assert rows["clean"]["value"] == pytest.approx(320 / 110) and rows["all"]["value"] == pytest.approx(321 / 160)
     assert {k: rows["clean"][k] for k in ("value", "low", "high", "n")} == ratio_interval([20.0, 300.0], [10.0, 100.0])
+
+
+def test_clean_rows_with_the_groups_of_all_items():
+    """Two groups, 8 easy items of which 6 overlap and 2 hard clean ones: the clean ones count 8 to 2, as in the whole."""
+    overlap = pd.DataFrame({"set": "problems", "item": range(10), "ngrams": 5, "share": [1.0] * 6 + [0.0] * 4})
+    items = scored([1.0] * 8 + [0.0, 0.0]).assign(group=["level 1"] * 8 + ["level 2"] * 2)
+    rows = {r["subset"]: r for r in clean_rows(items, overlap)}
+    assert list(rows) == ["all", "clean", "overlapping", SAME_MIX] and rows["clean"]["value"] == 0.5
+    assert rows[SAME_MIX]["value"] == pytest.approx(0.8) and rows[SAME_MIX]["n"] == 4
+    assert [r["subset"] for r in clean_rows(items.assign(group=""), overlap)] == ["all", "clean", "overlapping"]
 
 
 def test_clean_rows_need_the_same_items():
