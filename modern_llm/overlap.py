@@ -301,7 +301,7 @@ def clean_rows(items: pd.DataFrame, overlap: pd.DataFrame, set_of: Mapping[str |
 
     Returns:
         Rows of stage, task, metric ("exact match, clean"; on all items just "exact match"), subset (one of SUBSETS), value, low,
-        high, n, protocol. A subset without items has no row. Where items have groups, SAME_MIX is the clean score with every group
+        high, n, protocol. A subset without items has no row. Where items have groups, SAME_MIX is the clean score with each group
         weighted as in all items: easy groups often overlap more.
 
     Raises:
