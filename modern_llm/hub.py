@@ -277,13 +277,10 @@ def load(name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: 
 
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     place = find_model(name_or_folder, download)
-    if is_foreign(place):
-        try:
-            folder = imported(place)
-        except CannotImport as reason:
-            return _keep_foreign(place, device, dtype, reason)
-    else:
-        folder = find_folder(place) if (place / "meta.json").is_file() else place
+    try:
+        folder = imported(place) if is_foreign(place) else place
+    except CannotImport as reason:
+        return _keep_foreign(place, device, dtype, reason)
     from modern_llm.models import load_model
 
     return load_model(folder, device, dtype).eval(), load_tokenizer(folder)
