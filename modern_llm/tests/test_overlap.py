@@ -85,6 +85,14 @@ def test_batches_and_pieces_lose_nothing():
         assert runs == {tuple(text.split()[i:i + 13]) for i in range(488)}
 
 
+def test_a_run_across_the_cut_of_a_huge_document_is_found():
+    parts = [f"w{i}" for i in range(200_000)]
+    text = " ".join(parts)
+    middle = text[:2**20].count(" ")  # where the first piece of 2**20 characters ends
+    found = find_overlap({"cut": [" ".join(parts[middle - 20:middle + 20])]}, [text])
+    assert len(text) > 2**20 and found.ngrams[0] == found.found[0] == 28
+
+
 def test_memory_is_bounded():
     """Documents are read one by one, a batch holds little more than its size, and a huge document comes in pieces."""
     read = 0
