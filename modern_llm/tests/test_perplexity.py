@@ -239,6 +239,22 @@ def test_own_file(tmp_path, tokenizer):
     assert set(tables) == set(perplexity.PROTOCOLS) and all(t.setting[0].startswith("validation split") for t in tables.values())
 
 
+def test_wikitext_from_a_mirror(tmp_path, monkeypatch, tokenizer):
+    folder = tmp_path / "wikitext103"
+    folder.mkdir()
+    for name, repeats in (("train", 1), ("valid", 30), ("test", 3)):
+        (folder / f"wiki.{name}.raw").write_text("\n".join(PAGE * repeats) + "\n", encoding="utf-8")
+    monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path))
+    tables = perplexity_tables(uniform(32), tokenizer, "wikitext-103")
+    assert scored_split("wikitext-103") == "test" and len(tables["T0"]) == 100 and len(tables["T1"]) == len(tables["T3"]) == 6
+    assert "rows joined by blank lines; context 32, stride 16" in tables["T2"].setting[0]
+    pages = wikitext_pages(PAGE)
+    assert tables["T3"].words[:2].tolist() == [len(re.split(r"\s+", page)) for page in pages[:1] + [pages[1] + "\n "]]
+    ids = [tokenizer.encode(detokenise(page)).ids for page in pages]
+    assert tables["T3"].tokens[0] == len(ids[0])
+    assert all(np.allclose(t.nats, t.tokens * math.log(VOCAB)) for t in tables.values())
+
+
 @pytest.mark.skipif(not HAS_DATA, reason="MODERN_LLM_DATA is not set: no WikiText here")
 def test_wikitext_is_the_published_text():
     """60 articles and, with GPT-2's tokenizer, the token count that every user of this test set knows."""
