@@ -155,12 +155,12 @@ class Answer:
 
 def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], ending: int, *, samples: int = 1,
                   max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-                  force: Callable[[list[int]], Sequence[int]] | None = None, batch_rows: int = 512,
+                  force: Callable[[list[int]], Sequence[int]] | None = None, stop: Sequence[Sequence[int]] = (), batch_rows: int = 512,
                   progress: str = "") -> list[Answer]:
     """`samples` answers to every encoded prompt, prompt by prompt, in batches of similar length; the order is kept.
 
     A prompt that leaves no room for an answer gets empty, unfinished ones. The answers depend on the seed and the
-    prompt's place in the list, not on `batch_rows`.
+    prompt's place in the list, not on `batch_rows`. The token `ending` ends one, and so does each sequence of `stop`.
     """
     context = model.cfg.context_length
     answers = [Answer("", [], [], False)] * (len(prompts) * samples)
@@ -171,7 +171,7 @@ def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequenc
             part, log_probs = fitting[start:start + size], []
             found = generate(model, [prompts[i] for i in part], samples=samples, max_new_tokens=max_new_tokens, log_probs=log_probs,
                              temperature=temperature, seed=seed, streams=[i * samples + k for i in part for k in range(samples)],
-                             eos_id=ending, force=force)
+                             eos_id=ending, force=force, stop=stop)
             for j, (tokens, logs) in enumerate(zip(found, log_probs)):
                 row = part[j // samples] * samples + j % samples
                 answers[row] = Answer(tokenizer.decode(tokens), tokens, logs, len(logs) > len(tokens))
@@ -190,11 +190,17 @@ def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
     return eos is not None and eos == tokenizer.token_to_id("<|end|>")
 
 
-def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str, room: int) -> list[int]:
-    """Token ids of `opening` behind as many of the `examples` as fit into `room` tokens with it.
+def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str, room: int, separator: str | None = None) -> list[int]:
+    """Token ids of `opening` behind as many of the `examples` as fit into `room` tokens with it, the first one nearest.
 
-    They are separated by <|endoftext|>, as documents are in the rows a base model was trained on.
+    They are separated by <|endoftext|>, as documents are in the rows a base model was trained on here, or by the text
+    `separator`, as in the texts that models from elsewhere have seen.
     """
+    if separator is not None:
+        kept = list(examples)
+        while len(ids := encode_documents(tokenizer, [separator.join([*reversed(kept), opening])])[0]) > room and kept:
+            kept.pop()
+        return ids
     end, (last, *parts) = end_of_text_id(tokenizer), encode_documents(tokenizer, [opening, *examples])
     ids = [end, *last]
     for part in parts:

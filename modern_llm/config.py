@@ -272,17 +272,25 @@ class EvalConfig:
     batch_rows: int = 256  # answers written at once
     sentiment: str = "synthetic"  # "synthetic" or "sst2"
     num_sentences: int = 200
-    shots: int = 4  # demonstrations in front of each sentence, as far as they fit
+    shots: tuple[int, ...] = (0, 1, 4)  # demonstrations in front of each sentence, as far as they fit; the last one is the headline
+    draws: int = 5  # sets of demonstrations for each number of shots
     num_instructions: int = 200  # built-in instructions, where the preset trains on them
     num_pairs: int = 200  # preference pairs, from dpo.sources
     max_perplexity_tokens: int = 100_000  # a source
+    protocol_sources: tuple[str, ...] = ("text",)  # scored in the protocols T0 to T3; "text": data.sources
+    protocol_tokens: int = 20_000  # a source, of T1 to T3
+    baselines: tuple[str, ...] = ()  # other models, measured alike: folders, GGUF files, or names in the hub's local cache
+    overlap_words: int = 13  # n of the n-grams that training text and evaluation items are compared by; 0 = not compared
+    overlap_documents: int = 20_000  # of each training source that are read for that
 
     def __post_init__(self) -> None:
         _one_of("eval.problems", self.problems, ("synthetic", "gsm8k"))
         _one_of("eval.sentiment", self.sentiment, ("synthetic", "sst2"))
         _positive("eval", self, "num_problems", "samples_per_problem", "sampled_problems", "temperature", "max_new_tokens",
                   "batch_rows", "num_sentences", "num_instructions", "num_pairs", "max_perplexity_tokens")
-        for name in ("shots", "problem_shots"):
+        _positive("eval", self, "draws", "protocol_tokens", "overlap_documents")
+        _require(len(self.shots) > 0 and min(self.shots) >= 0, f"eval.shots={list(self.shots)} must be numbers from 0 on, at least one")
+        for name in ("problem_shots", "overlap_words"):
             _require(getattr(self, name) >= 0, f"eval.{name}={getattr(self, name)} must not be negative")
         for name in ("levels", "sampled_levels"):
             _require(set(getattr(self, name)) <= {1, 2, 3, 4, 5} and len(getattr(self, name)) > 0,
@@ -355,8 +363,8 @@ def lesson() -> PipelineConfig:
                                 train_problems=40, validation_problems=30, samples_per_problem=4, validation_samples=8,
                                 max_new_tokens=80, gold_problems=200, comparison_steps=20),
         eval=EvalConfig(levels=(1, 2, 3), num_problems=30, sampled_levels=(1, 2, 3), sampled_problems=18, samples_per_problem=4,
-                        max_new_tokens=72, num_sentences=30, shots=1, num_instructions=30, num_pairs=30,
-                        max_perplexity_tokens=10_000),
+                        max_new_tokens=72, num_sentences=30, shots=(0, 1), draws=3, num_instructions=30, num_pairs=30,
+                        max_perplexity_tokens=10_000, protocol_tokens=5000, overlap_documents=2000),
     )
 
 
@@ -369,14 +377,14 @@ def local_smoke() -> PipelineConfig:
         sft=SFTConfig(weights=(0.6, 0.4), replay_fraction=0.15, max_steps=220, batch_size=16, warmup_steps=10, decay_fraction=0.6,
                       eval_every=100, checkpoint_every=50, keep_checkpoints=0, max_train_examples=8000,
                       max_validation_examples=120),
-        dpo=DPOConfig(max_steps=80, batch_size=8, optimizer="adamw", lr=3e-4, weight_decay=0.0, warmup_steps=10, log_every=1,
-                      eval_every=40, checkpoint_every=20, keep_checkpoints=0, sft_weight=2.0, replay_weight=4.0,
+        dpo=DPOConfig(max_steps=100, batch_size=8, optimizer="adamw", lr=4e-4, weight_decay=0.0, warmup_steps=10, log_every=1,
+                      eval_every=50, checkpoint_every=25, keep_checkpoints=0, sft_weight=6.0, replay_weight=4.0,
                       replay_sources=("text", "synthetic", "synthetic-problems"), max_train_pairs=800, max_new_tokens=40),
         verifier=VerifierConfig(levels=(2, 3, 4), max_steps=120, batch_size=16, warmup_steps=10, decay_fraction=0.6, eval_every=60,
                                 checkpoint_every=40, keep_checkpoints=0, train_problems=120, validation_problems=120,
                                 samples_per_problem=8, temperature=0.7, max_new_tokens=112, perturbed_fraction=0.2,
                                 gold_problems=4000, gold_fraction=0.75, lm_weight=20.0),
-        eval=EvalConfig(batch_rows=512, temperature=0.7, num_sentences=120, shots=2, max_perplexity_tokens=40_000),
+        eval=EvalConfig(batch_rows=512, temperature=0.7, num_sentences=120, max_perplexity_tokens=40_000),
     )
 
 
@@ -395,7 +403,8 @@ def local_cpu() -> PipelineConfig:
         verifier=VerifierConfig(problems="gsm8k", max_steps=200, max_minutes=6, batch_size=8, lr=1e-3, muon_lr=5e-3, train_problems=80,
                                 validation_problems=40, samples_per_problem=4, validation_samples=8, keep_checkpoints=0),
         eval=EvalConfig(problems="gsm8k", num_problems=100, sampled_problems=24, samples_per_problem=8, sentiment="sst2",
-                        num_sentences=100, num_instructions=100, num_pairs=100, max_perplexity_tokens=30_000),
+                        num_sentences=100, shots=(0, 4), num_instructions=100, num_pairs=100, max_perplexity_tokens=30_000,
+                        protocol_sources=("wikitext-2-raw-v1", "tinystories")),
     )
 
 
@@ -414,7 +423,8 @@ def local() -> PipelineConfig:
         dpo=DPOConfig(sources=("hh-rlhf",), max_steps=600, batch_size=32, micro_batch_size=2, optimizer="adamw", lr=2e-6,
                       weight_decay=0.0, eval_every=100, max_train_pairs=20_000, max_new_tokens=256),
         eval=EvalConfig(problems="gsm8k", num_problems=200, problem_shots=4, sampled_problems=50, max_new_tokens=256, batch_rows=64,
-                        sentiment="sst2", num_sentences=872, num_pairs=500, max_perplexity_tokens=300_000),
+                        sentiment="sst2", num_sentences=872, shots=(0, 1, 4, 8), num_pairs=500, max_perplexity_tokens=300_000,
+                        protocol_sources=("wikitext-2-raw-v1", "tinystories"), protocol_tokens=400_000, overlap_documents=2_000_000),
         hardware=HardwareConfig(min_gpu_memory_gb=11),
         verifier=VerifierConfig(problems="gsm8k", max_steps=600, batch_size=32, micro_batch_size=4, lr=3e-4, muon_lr=2e-3, compile=True,
                                 gradient_checkpointing=True, train_problems=1500, validation_problems=300, max_new_tokens=256),
@@ -438,7 +448,9 @@ def tacc_h100() -> PipelineConfig:
                       weight_decay=0.0, warmup_steps=100, eval_every=250, checkpoint_every=500, max_train_pairs=170_000,
                       max_validation_pairs=500, max_new_tokens=256),
         eval=EvalConfig(problems="gsm8k", num_problems=1319, problem_shots=4, sampled_problems=500, samples_per_problem=32,
-                        max_new_tokens=256, sentiment="sst2", num_sentences=872, num_pairs=1000, max_perplexity_tokens=300_000),
+                        max_new_tokens=256, sentiment="sst2", num_sentences=872, shots=(0, 1, 4, 8), num_pairs=1000,
+                        max_perplexity_tokens=300_000, protocol_sources=("wikitext-2-raw-v1", "tinystories"), protocol_tokens=400_000,
+                        overlap_documents=10_000_000, baselines=("gpt2", "distilgpt2", "HuggingFaceTB/SmolLM2-135M")),
         hardware=HardwareConfig(min_gpu_memory_gb=70, needs_bf16=True),
         verifier=VerifierConfig(problems="gsm8k", max_steps=3000, batch_size=64, micro_batch_size=16, lr=1e-4, muon_lr=1e-3,
                                 warmup_steps=100, compile=True, log_every=20, eval_every=500, checkpoint_every=500,
@@ -478,7 +490,8 @@ def tacc_smoke() -> PipelineConfig:
         dpo=replace(base.dpo, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
                     checkpoint_every=10, max_train_pairs=320, max_validation_pairs=16, max_new_tokens=64),
         eval=replace(base.eval, num_problems=16, problem_shots=1, sampled_problems=4, samples_per_problem=4, max_new_tokens=64,
-                     num_sentences=32, num_pairs=32, max_perplexity_tokens=20_000),
+                     num_sentences=32, shots=(0, 4), draws=2, num_pairs=32, max_perplexity_tokens=20_000, protocol_tokens=5000,
+                     overlap_documents=2000, baselines=()),
         hardware=HardwareConfig(min_gpu_memory_gb=8, needs_bf16=True),
         verifier=replace(base.verifier, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
                          checkpoint_every=10, train_problems=20, validation_problems=10, samples_per_problem=4,

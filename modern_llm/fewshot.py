@@ -124,15 +124,15 @@ def shared_length(rows: Sequence[Sequence[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 # %% ../nbs/03c_fewshot.ipynb #read-rows
-@torch.inference_mode()
-def read_rows(model: nn.Module, rows: Sequence[Sequence[int]], starts: Sequence[int], batch_rows: int = 64, share: bool = True,
-              progress: str = "") -> Iterator[tuple[list[int], Float[Tensor, "n c"]]]:
+def read_rows(model: nn.Module, rows: Sequence[Sequence[int]], starts: Sequence[int], batch_rows: int = 64,
+              groups: Sequence[int] | None = None, share: bool = True, progress: str = "") -> Iterator[tuple[list[int], Float[Tensor, "n c"]]]:
     """Yield (numbers of some rows, their hidden states from position starts[i] to the end, one row behind the other).
 
-    What all rows have in common is read once; rows of similar length are read together, padded at the right.
+    What the rows of a group have in common is read once; rows of similar length are read together, padded at the right.
 
     Args:
         model: has `hidden(input_ids, cache=…) -> (hidden, aux)`, `new_cache(batch, max_length)` and `cfg`.
+        groups: rows of one group begin alike, as those behind equally many demonstrations; None is one group.
         share: False reads every row whole, to compare.
 
     Raises:
@@ -140,20 +140,29 @@ def read_rows(model: nn.Module, rows: Sequence[Sequence[int]], starts: Sequence[
     """
     if rows and not 0 <= min(map(min, rows)) <= (highest := max(map(max, rows))) < model.cfg.vocab_size:
         raise ValueError(f"token {highest} is outside the model's 0..{model.cfg.vocab_size - 1}: the tokenizer is another model's")
-    device, order = next(model.parameters()).device, sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    shared = min(shared_length(rows), *starts) if rows and share else 0
-    with evaluating(model), tqdm(total=len(rows), desc=progress, unit="row", disable=not progress, mininterval=5) as bar:
-        if shared:
-            prefix = model.new_cache(1, len(rows[order[-1]]))
-            model.hidden(torch.tensor([rows[0][:shared]], device=device), cache=prefix)
-        for begin in range(0, len(order), batch_rows):
-            part, cache = order[begin:begin + batch_rows], None
+    device, members = next(model.parameters()).device, {}
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        members.setdefault(groups[i] if groups is not None else 0, []).append(i)
+
+    @torch.inference_mode()
+    def read(tokens: list[list[int]], cache: object) -> Tensor:
+        return model.hidden(torch.tensor(tokens, device=device), cache=cache)[0]
+
+    def batches() -> Iterator[tuple[list[int], int, object]]:
+        for order in members.values():
+            shared = min(shared_length([rows[i] for i in order]), *(starts[i] for i in order)) if share else 0
+            prefix = model.new_cache(1, len(rows[order[-1]])) if shared else None
             if shared:
-                cache = copy.deepcopy(prefix)
+                read([rows[order[0]][:shared]], prefix)
+            yield from ((order[begin:begin + batch_rows], shared, prefix) for begin in range(0, len(order), batch_rows))
+
+    with evaluating(model), tqdm(total=len(rows), desc=progress, unit="row", disable=not progress, mininterval=5) as bar:
+        for part, shared, prefix in batches():
+            cache = copy.deepcopy(prefix)
+            if shared:
                 cache.select(torch.zeros(len(part), dtype=torch.long, device=device))
             width = len(rows[part[-1]])
-            padded = [[*rows[i][shared:], *[0] * (width - len(rows[i]))] for i in part]
-            hidden, _ = model.hidden(torch.tensor(padded, device=device), cache=cache)
+            hidden = read([[*rows[i][shared:], *[0] * (width - len(rows[i]))] for i in part], cache)
             yield part, torch.cat([h[starts[i] - shared:len(rows[i]) - shared] for i, h in zip(part, hidden)])
             bar.update(len(part))
 
@@ -166,11 +175,11 @@ def _log_softmax(model: nn.Module, hidden: Float[Tensor, "n c"]) -> Float[Tensor
 
 
 @torch.inference_mode()
-def tail_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequence[int], batch_rows: int = 64, share: bool = True,
-                   progress: str = "", chunk: int = 512) -> np.ndarray:
+def tail_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequence[int], batch_rows: int = 64,
+                   groups: Sequence[int] | None = None, share: bool = True, progress: str = "", chunk: int = 512) -> np.ndarray:
     """log p of the tokens rows[i][begins[i]:] given those before, summed, in nats; begins[i] is at least 1."""
     found, inputs = np.zeros(len(rows)), [row[:-1] for row in rows]
-    for part, hidden in read_rows(model, inputs, [begin - 1 for begin in begins], batch_rows, share, progress):
+    for part, hidden in read_rows(model, inputs, [begin - 1 for begin in begins], batch_rows, groups, share, progress):
         counts = [len(rows[i]) - begins[i] for i in part]
         targets = torch.tensor([token for i in part for token in rows[i][begins[i]:]], device=hidden.device)
         picked = torch.cat([_log_softmax(model, h).gather(1, t[:, None]) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
@@ -180,18 +189,19 @@ def tail_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequ
 
 @torch.inference_mode()
 def word_log_probs(model: nn.Module, prompts: Sequence[Sequence[int]], words: Sequence[Sequence[int]], batch_rows: int = 64,
-                   share: bool = True, progress: str = "") -> np.ndarray:
+                   groups: Sequence[int] | None = None, share: bool = True, progress: str = "") -> np.ndarray:
     """(prompts, words): log p of every word (token ids) behind every prompt, in nats; NaN behind an empty prompt."""
     found, present = np.full((len(prompts), len(words)), np.nan), [i for i, prompt in enumerate(prompts) if prompt]
-    rows = [prompts[i] for i in present]
+    rows, of_row = [prompts[i] for i in present], [0 if groups is None else groups[i] for i in present]
     if all(len(word) == 1 for word in words):
         ids = [word[0] for word in words]
-        for part, hidden in read_rows(model, rows, [len(row) - 1 for row in rows], batch_rows, share, progress):
+        for part, hidden in read_rows(model, rows, [len(row) - 1 for row in rows], batch_rows, of_row, share, progress):
             found[[present[i] for i in part]] = _log_softmax(model, hidden)[:, ids].double().cpu().numpy()
     else:
         tails = [[*row, *word] for row in rows for word in words]
         begins = [len(row) for row in rows for _ in words]
-        found[present] = tail_log_probs(model, tails, begins, batch_rows, share, progress).reshape(len(rows), len(words))
+        of_tail = np.repeat(of_row, len(words)).tolist()
+        found[present] = tail_log_probs(model, tails, begins, batch_rows, of_tail, share, progress).reshape(len(rows), len(words))
     return found
 
 # %% ../nbs/03c_fewshot.ipynb #scorer
@@ -230,7 +240,7 @@ class Scorer:
         words = self.words()
         room = self.model.cfg.context_length + 1 - max(map(len, words))
         prompts, shown = fitted_prompts(self.tokenizer, prompt_prefix(demonstrations), suffixes, room, self.separator)
-        return word_log_probs(self.model, prompts, words, self.batch_rows, progress=self.progress), shown
+        return word_log_probs(self.model, prompts, words, self.batch_rows, shown.tolist(), progress=self.progress), shown
 
     def channel(self, demonstrations: Sequence[Review], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """log p of every text behind every label (n, labels), and how many demonstrations were shown (n,)."""
@@ -243,7 +253,7 @@ class Scorer:
             fitting = np.flatnonzero(shown >= 0)
             column = np.full(len(texts), np.nan)
             column[fitting] = tail_log_probs(self.model, [rows[i] for i in fitting], [len(rows[i]) - len(tails[i]) for i in fitting],
-                                             self.batch_rows, progress=self.progress)
+                                             self.batch_rows, shown[fitting].tolist(), progress=self.progress)
             columns.append(column)
             counts.append(shown)
         return np.stack(columns, axis=1), np.min(counts, axis=0)

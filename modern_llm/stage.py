@@ -90,7 +90,7 @@ def parse_overrides(text: str) -> dict:
     return nested
 
 
-LISTS = ("sources", "replay_sources", "weights", "levels", "sampled_levels")  # settings where one value stands for a list of one
+LISTS = ("sources", "replay_sources", "weights", "levels", "sampled_levels", "shots", "protocol_sources", "baselines")  # settings where one value stands for a list of one
 
 
 def _json_or_text(raw: str) -> object:

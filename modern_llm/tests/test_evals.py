@@ -12,13 +12,14 @@ import torch
 from modern_llm import synth
 from modern_llm.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id, speaks_chat
 from modern_llm.config import ConfigError, ModelConfig, get_pipeline_preset, override
-from modern_llm.evals import (STAGES, Subject, ask, derive, difference_row, document_pair, item_rows, ledger_rows,
-                              mark_problems, measure_rows, perplexity_rows, piece, preference_piece, problem_items, problem_piece,
-                              read_ledger, same_settings, sample_items, score_examples, sentiment_piece, stage_gains, write_derived,
-                              write_ledger)
+from modern_llm.evals import (Subject, ask, baselines, document_pair, mark_problems, perplexity_rows, piece, preference_piece, problem_items,
+                              problem_piece, protocol_measures, protocol_piece, same_settings, sample_items, score_examples, separator_ids,
+                              verifier_mistakes)
+from modern_llm.ledger import (STAGES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows, read_ledger,
+                               stage_gains, stage_ledger, write_derived, write_ledger)
 from modern_llm.models import ModernDecoderLM, save_model
 from modern_llm.scoring import proportion_interval
-from modern_llm.tasks import sentences, solve, word_problems
+from modern_llm.tasks import solve, word_problems
 from modern_llm.tokens import end_of_text_id, save_tokenizer, train_tokenizer
 
 
@@ -53,6 +54,49 @@ def test_text_cannot_forge_the_end_of_a_document(tokenizer):
     assert ids.count(end_of_text_id(tokenizer)) == 1
 
 
+def test_blank_lines_separate_examples_for_models_from_elsewhere(model, tokenizer):
+    ids = document_prompt(tokenizer, ["Question: 1+1?\nAnswer: 2", "Question: 2+2?\nAnswer: 4"], "Question: 3+3?\nAnswer:", 90, "\n\n")
+    assert tokenizer.decode(ids) == "Question: 2+2?\nAnswer: 4\n\nQuestion: 1+1?\nAnswer: 2\n\nQuestion: 3+3?\nAnswer:"
+    assert len(document_prompt(tokenizer, ["word " * 300], "Question:", 90, "\n\n")) < 10, "an example that does not fit is left out"
+    for written in separator_ids(tokenizer, "\n\n"):
+        assert tokenizer.decode(written) == "\n\n"
+    asked = ask(Subject("other", model, tokenizer, False, "\n\n"), ["1+1?"], [("2+2?", "4")], shots=1, max_new_tokens=20)
+    assert "\n\n" not in asked[0].text
+
+
+def test_a_baseline_is_measured_with_its_own_tokenizer_or_named_as_absent(model, tokenizer, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    save_model(folder, model, eos_id=end_of_text_id(tokenizer))
+    save_tokenizer(tokenizer, folder)
+    there, absent = baselines([str(folder), "nowhere/no-such-model"], "cpu")
+    assert list(there) == ["other"] and list(absent) == ["nowhere/no-such-model"] and "not found" in absent["nowhere/no-such-model"]
+    rows = protocol_measures("other", protocol_piece(there["other"], ["synthetic"], 600))
+    assert {row["metric"].split()[-2] for row in rows} == {"T0,", "T1,", "T2,", "T3,"} and all(row["n"] > 0 for row in rows)
+    assert in_order(["other", "dpo", "base", "dpo"]) == ["base", "dpo", "other"]
+
+
+def test_the_worst_mistakes_are_shown_in_full_one_of_a_problem():
+    problems = word_problems("synthetic", "test", 3)
+    samples = pd.DataFrame({"problem": [0, 0, 1, 1, 2], "text": list("abcde"), "right": [False, False, True, True, False],
+                            "score": [0.9, 0.8, 0.3, 0.1, 0.7]})
+    found = verifier_mistakes(samples, problems)
+    assert [one["answer"] for one in found["false positives"]] == ["a", "e"] and [one["answer"] for one in found["false negatives"]] == ["d"]
+    assert found["false negatives"][0]["question"] == problems[1].question
+
+
+def test_the_stage_ledger_has_changes_and_costs(tmp_path):
+    items = pd.concat([item_rows(stage, "problems", "exact match", range(20), [int(i < right) for i in range(20)])
+                       for stage, right in (("base", 2), ("sft", 12), ("other", 5))])
+    costs = cost_rows({"base": {"minutes": 2.0}, "sft": {"minutes": 1.0, "tokens": 5.0}}, "cpu")
+    ledger = write_ledger(tmp_path, ledger_rows(items, {}, {}, [(("sft", "problems", "exact match"), ("other", "problems", "exact match"), "other")], costs))
+    table = stage_ledger(ledger)
+    assert table.stage.tolist() == ["base", "sft"] and table.change.tolist()[1] == 0.5 and bool(table.significant[1])
+    assert table.minutes.tolist() == [2.0, 1.0] and table.against.tolist()[1] == "base"
+    [difference] = ledger[ledger.metric == "exact match minus other"].to_dict("records")
+    assert "7 won, 0 lost, McNemar p = 0.016" in difference["protocol"]
+
+
 def test_answers_depend_neither_on_batches_nor_on_each_other(model, tokenizer):
     problems, solved = word_problems("synthetic", "test", 6), word_problems("synthetic", "train", 20)
     for chat in (False, True):
@@ -74,21 +118,6 @@ def test_speaks_chat(model, tokenizer, tmp_path, chat):
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------------------
-
-
-def test_label_scores_do_not_depend_on_the_other_reviews(model, tokenizer):
-    subject, reviews = Subject("base", model, tokenizer, False), sentences("synthetic", "test", 9)
-    columns = ["log p(negative)", "log p(positive)"]
-    together = sentiment_piece(subject, reviews, [], shots=0)[columns].to_numpy()
-    alone = np.concatenate([sentiment_piece(subject, [review], [], shots=0)[columns].to_numpy() for review in reviews])
-    assert np.allclose(together, alone, atol=1e-3)
-
-
-def test_demonstrations_are_balanced_and_of_the_given_number(model, tokenizer):
-    found = sentiment_piece(Subject("base", model, tokenizer, False), sentences("synthetic", "test", 5),
-                            sentences("synthetic", "train", 50), shots=1)
-    assert (found.shots == 1).all()
-    assert set(found.said) <= {"negative", "positive"}
 
 
 def test_what_exceeds_the_context_cannot_win(model, tokenizer):
@@ -151,7 +180,7 @@ def test_values_are_those_of_the_items(evaluation, tmp_path):
 def test_derived_files_agree_with_the_ledger(evaluation, tmp_path):
     ledger = write_ledger(tmp_path, rows_of(evaluation[0]))
     files = write_derived(tmp_path)
-    assert {"base_eval.json", "sft_eval.json", "verifier_eval.json", "task_metrics.json", "stage_gains.csv", "comparison_table.csv",
+    assert {"base_eval.json", "sft_eval.json", "verifier_eval.json", "task_metrics.json", "stage_gains.csv", "stage_ledger.csv", "comparison_table.csv",
             "gsm8k_analysis.json"} == set(files) == {path.name for path in tmp_path.iterdir()} - {"ledger.csv"}
     read = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     comparison = pd.read_csv(tmp_path / "comparison_table.csv").set_index(["task", "metric"])
