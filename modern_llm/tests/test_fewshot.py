@@ -143,6 +143,16 @@ def test_demonstrations_leave_from_the_front_and_are_counted(tokenizer, reviews,
     assert kept.min() == 4
 
 
+def test_sentences_with_fewer_demonstrations_share_among_themselves(tokenizer, reviews, pool):
+    model, demonstrations = make_model(context_length=150), draw_demonstrations(pool, 4, 1)[0]
+    suffixes = [prompt_suffix(r.text) for r in reviews] + [prompt_suffix("It was very fine. " * 8)]
+    scorer = Scorer(model, tokenizer, batch_rows=5)
+    found, shown = scorer.behind(demonstrations, suffixes)
+    prompts, _ = fitted_prompts(tokenizer, prompt_prefix(demonstrations), suffixes, 150)
+    assert len(set(shown.tolist())) > 1
+    assert np.allclose(found, word_log_probs(model, prompts, scorer.words(), batch_rows=1, share=False), atol=1e-4)
+
+
 def test_a_context_shorter_than_one_example_is_an_error(tokenizer, reviews, pool):
     with pytest.raises(ValueError, match="none of 24 fits even without demonstrations.*longer context_length"):
         sentiment_items(make_model(context_length=16), tokenizer, reviews, pool, shots=(1,))
