@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from modern_llm.config import ModelConfig, override
 from modern_llm.counts import flops_per_token, parameter_count
 from modern_llm.files import write_text
+from modern_llm.report_eval import baselines, contamination, main_rows, perplexities, results, sentiment, stage_gains, verifier
 from modern_llm.report_page import (
     EVAL_FILES, STAGES, Page, ReportError, Run, folded, interval, markdown_table, measures, number, text_block,
 )
@@ -146,115 +147,6 @@ def training(page: Page) -> None:
             page.add("Variants, a few steps each:", markdown_table(results["variants"]))
 
 
-def main_rows(ledger: pd.DataFrame) -> pd.DataFrame:
-    """The ledger without differences, kinds of errors and parts of a measure (levels); of a curve the largest @k only."""
-    kept = ledger[~ledger.metric.str.contains(" minus |^error, ", regex=True)].copy()
-    there = set(zip(kept.stage, kept.task, kept.metric))
-    part = [", " in row.metric and (row.stage, row.task, row.metric.rpartition(", ")[0]) in there for row in kept.itertuples()]
-    kept = kept[[not (is_part and task != "perplexity") for is_part, task in zip(part, kept.task)]]
-    sizes = kept.metric.str.extract(r"@(\d+)$")[0].astype(float)
-    largest = sizes.groupby([kept.stage, kept.task]).transform("max")
-    return kept[sizes.isna() | (sizes == largest)]
-
-
-PANELS = (("perplexity", "bits per byte"), ("sentiment", "accuracy"), ("instructions", "exact match"),
-          ("preferences", "accuracy"), ("problems", "exact match"), ("problems, calculator", "exact match"),
-          ("problems, sampled", "majority@"), ("problems, sampled", "weighted_vote@"))  # task, beginning of the metric
-
-
-def results(page: Page) -> None:
-    import pandas as pd
-
-    from modern_llm import report_figures
-
-    page.add("## Results")
-    ledger = page.run.frame("eval/ledger.csv")
-    if page.missing("eval"):
-        return
-    page.origin()
-    if ledger.empty:
-        page.add(measures(page.run.results["eval"].get("table", [])))
-        return
-    rows = main_rows(ledger)
-    stages = list(dict.fromkeys(ledger.stage))
-    by_measure = {}
-    for row in rows.to_dict("records"):
-        line = by_measure.setdefault((row["task"], row["metric"]), {"task": row["task"], "metric": row["metric"]})
-        line[row["stage"]] = interval(row)
-        line["n"] = int(row["n"]) if row["n"] == row["n"] else None
-    panels = [row | {"panel": f"{row['task']}\n{row['metric']}"} for task, start in PANELS for row in rows.to_dict("records")
-              if row["task"] == task and row["metric"].startswith(start) and row["low"] == row["low"]]
-    if panels:
-        page.picture("results.png", report_figures.stage_results, pd.DataFrame(panels),
-                     caption="Each measure by stage, with 95% intervals.")
-    page.add(markdown_table(by_measure.values(), ["task", "metric", *stages, "n"]))
-    page.add("Brackets are 95% intervals over the items measured, not over seeds.")
-    unpaired = ledger[~ledger.metric.str.contains(" minus ", regex=False)]
-    protocols = unpaired.drop_duplicates(["task", "protocol"])[["stage", "task", "protocol"]].to_dict("records")
-    page.add(folded("Protocols", markdown_table(protocols)))
-    every = [{**row, "value": interval(row)} for row in ledger.to_dict("records")]
-    page.add(folded(f"All {len(every)} rows of the ledger", markdown_table(every, ["stage", "task", "metric", "value", "n"])))
-    analysis = page.run.json("eval/gsm8k_analysis.json")
-    by_level = [{"stage": stage, "level": int(name.split()[-1]), **row} for stage, found in analysis.get("stages", {}).items()
-                for name, row in found.get("greedy by level", {}).items() if name.split()[-1].isdigit()]
-    if by_level:
-        page.picture("levels.png", report_figures.levels, pd.DataFrame(by_level),
-                     caption="Word problems by number of steps, greedy answers.")
-
-
-def stage_gains(page: Page) -> None:
-    from modern_llm import report_figures
-
-    page.add("## Stage gains")
-    table = page.run.frame("eval/stage_gains.csv")
-    if table.empty:
-        if not page.missing("eval"):
-            page.add("`eval/stage_gains.csv` is empty: there was only one stage to measure.")
-        return
-    table["significant"] = table.significant.astype(str) == "True"
-    kept = table[~table.metric.str.startswith("error, ")]
-    page.add("Each row compares two stages item by item. *Significant* means that the paired 95% interval leaves out 0; with "
-             f"{len(kept)} comparisons, about {0.05 * len(kept):.0f} would do so by chance.")
-    page.origin()
-    shares = kept[~kept.task.eq("perplexity")]
-    labels = shares.stage + " − " + shares.against + ": " + shares.task + ", " + shares.metric
-    if len(shares):
-        page.picture("gains.png", report_figures.gains, shares.assign(label=labels).head(40),
-                     caption="Changes with their paired intervals; filled points are significant. Perplexity: see the table.")
-    page.add(markdown_table({**{name: row[name] for name in ("stage", "against", "task", "metric", "value")},
-                             "change [95% interval]": interval({**row, "value": row["change"]}), "n": int(row["n"]),
-                             "significant": "yes" if row["significant"] else "no"} for row in kept.to_dict("records")))
-
-
-def verifier(page: Page) -> None:
-    import pandas as pd
-
-    from modern_llm import report_figures
-
-    page.add("## What the verifier is worth")
-    if page.missing("verifier"):
-        return
-    found = page.run.results["verifier"]
-    page.origin([page.run.record.get("config", {}).get("verifier", {}).get("problems", "")])
-    telling = ("within-problem AUC", "pooled AUC", "calibration error", "weighted", "best_of_n")
-    page.add(measures(row for row in found.get("table", []) if row["metric"].startswith(telling)))
-    if found.get("rerank"):
-        table = pd.DataFrame(found["rerank"])
-        page.picture("rerank.png", report_figures.rerank, table,
-                     caption="The verifier stage's held-out problems: share right by way of choosing; bands are 95% intervals.")
-        last = table[table["size"] == table["size"].max()]
-        page.add(markdown_table({"way to choose": row["method"].replace("_", " "), "answers": row["size"],
-                                 "share right": interval(row), "n": row.get("n")} for row in last.to_dict("records")))
-    if found.get("calibration"):
-        page.picture("calibration.png", report_figures.calibration, pd.DataFrame(found["calibration"]),
-                     caption="Calibration: below the dashed line the verifier is too sure.")
-    curves = page.run.json("eval/gsm8k_analysis.json").get("curves", {})
-    for stage in dict.fromkeys(row["stage"] for rows in curves.values() for row in rows):
-        rows = [{"method": method, **row} for method, line in curves.items() for row in line if row["stage"] == stage]
-        page.picture(f"rerank_eval_{stage}.png", report_figures.rerank, pd.DataFrame(rows),
-                     caption=f"The evaluation's problems, samples of {stage}; pass: at least one of them is right.")
-
-
 def samples(page: Page) -> None:
     page.add("## Samples")
     if not any(found.get("samples") for found in page.run.results.values()):
@@ -306,7 +198,7 @@ def across_seeds(page: Page) -> None:
     page.origin()
     named = [f"`{run.folder.name}` (seed {run.record.get('seed')})" for run in page.seeds]
     page.add(f"Median and range of {len(named)} runs: {', '.join(named)}.")
-    kept = table[~table.metric.str.contains(r"level \d|error, ", regex=True)]
+    kept = table[~table.metric.str.contains(r"level \d|error, |-shot, ", regex=True)]
     rows = [{"stage": row["stage"], "task": row["task"], "metric": row["metric"], "median": row["median"],
              "range": f"{number(row['low'])} … {number(row['high'])}", "runs": row["runs"]} for row in kept.to_dict("records")]
     page.add(markdown_table(rows))
@@ -361,8 +253,8 @@ def provenance(page: Page) -> None:
     page.add("## Made from", folded(f"{len(files)} files", markdown_table(files)))
 
 
-SECTIONS = (summary, pipeline, results, stage_gains, verifier, across_seeds, training, samples, attention, architecture, data,
-            cost, reproduce, provenance)
+SECTIONS = (summary, pipeline, results, stage_gains, verifier, across_seeds, perplexities, sentiment, contamination, baselines, training,
+            samples, attention, architecture, data, cost, reproduce, provenance)
 
 
 # ---- seeds -----------------------------------------------------------------------------------------------------------

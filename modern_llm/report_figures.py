@@ -129,6 +129,22 @@ def calibration(table: pd.DataFrame, path: Path) -> Path:
     return _save(fig, path)
 
 
+def sentiment(table: pd.DataFrame, majority: float, path: Path) -> Path:
+    """Accuracy against the number of demonstrations, one panel a model, one line a method."""
+    stages = list(dict.fromkeys(table.stage))
+    fig, axes = plt.subplots(1, len(stages), figsize=(2.4 * len(stages) + 0.8, 2.8), sharey=True, squeeze=False)
+    for ax, stage in zip(axes[0], stages):
+        for i, (method, of) in enumerate(table[table.stage == stage].groupby("method", sort=False)):
+            ax.errorbar(of.shots, 100 * of.value, yerr=100 * abs(of[["low", "high"]].T.to_numpy() - of.value.to_numpy()), fmt="o-", ms=3, lw=1,
+                        color=COLOURS[i], label=method)
+        ax.axhline(100 * majority, color="black", lw=1, ls="--")
+        ax.set(title=stage, xlabel="demonstrations")
+    axes[0][0].set_ylabel("accuracy, %")
+    axes[0][-1].legend(fontsize=7)
+    fig.tight_layout()
+    return _save(fig, path)
+
+
 def levels(table: pd.DataFrame, path: Path) -> Path:
     """Share of word problems right against their level, one line a stage: columns stage, level, value, low, high."""
     fig, ax = figure(4.6, 3)

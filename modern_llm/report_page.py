@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval", "attention")
-EVAL_FILES = ("ledger.csv", "stage_gains.csv", "comparison_table.csv", "task_metrics.json", "gsm8k_analysis.json",
+EVAL_FILES = ("ledger.csv", "stage_gains.csv", "stage_ledger.csv", "comparison_table.csv", "task_metrics.json", "gsm8k_analysis.json",
+              "contamination.csv", "clean_scores.csv", "verifier_mistakes.json", "baseline_comparison.json",
               "base_eval.json", "sft_eval.json", "dpo_eval.json", "verifier_eval.json")
 
 

@@ -44,8 +44,7 @@ ALLOWED = {
     "hub": {"files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"files"},
-    "report": {"config", "counts", "files", "report_figures", "report_page", "hub",
-            "llama_layout"},
+    "report": {"config", "counts", "files", "report_eval", "report_figures", "report_page"}, "report_eval": {"report_figures", "report_page"},
     "stage": {"config", "files", "counts", "checkpoints", "inputs", "models"},
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "stage", "inputs", "report"},
@@ -53,7 +52,7 @@ ALLOWED = {
     "cli": {"config", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
 }
 NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
-            "pipeline", "cli", "report", "overlap", "report_figures", "report_page", "hub",
+            "pipeline", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
             "llama_layout"}
 
 

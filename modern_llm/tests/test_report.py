@@ -22,6 +22,12 @@ sft,problems,"error, no end",0.1,0.05,0.2,250,chat,5.0
 sft,problems,exact match minus base,0.19,0.13,0.25,250,paired,5.0
 sft,"problems, sampled",majority@2,0.3,0.2,0.4,150,samples,5.0
 sft,"problems, sampled",majority@16,0.4,0.3,0.5,150,samples,5.0
+sft,protocols,"perplexity T1, synthetic",2.9,2.8,3.0,62,"T1, the text joined",3.0
+sft,protocols,"perplexity T1, synthetic minus base",0.1,0.0,0.2,62,paired,3.0
+sft,sentiment,majority class,0.52,0.43,0.61,120,always 'negative',2.0
+sft,sentiment,"accuracy, 4-shot, direct",0.6,0.5,0.7,120,"label word; in 5 of 5 draws it says 'positive': a constant answer",2.0
+sft,sentiment,"accuracy, 4-shot, direct, over draws",0.6,0.55,0.65,5,lowest and highest accuracy of a draw,2.0
+sft,cost,minutes,1.5,1.5,1.5,1,wall clock,0.0
 """
 GAINS = """stage,task,metric,against,value,change,low,high,n,significant
 sft,problems,exact match,base,0.37,0.19,0.13,0.25,250,True
@@ -79,6 +85,14 @@ def make_run(runs, name="small", seed=0, shift=0.0, stages=STAGES, preset="lesso
         levels = {f"level {i}": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 50} for i in (1, 2)}
         analysis = {"stages": {"sft": {"greedy by level": levels}}, "curves": {"majority": curve}}
         write(folder / "eval" / "gsm8k_analysis.json", analysis)
+        write(folder / "eval" / "contamination.csv", "source,set,items,too_short,hit,hit_share,ngrams,found,found_share,example\n"
+              "built-in text,problems,250,0,9,0.036,4000,40,0.01,Mia has [8 keys] today\n")
+        write(folder / "eval" / "clean_scores.csv", "stage,task,metric,subset,value,low,high,n,protocol\nsft,problems,exact match,all,0.5,0.4,0.6,250,x\n"
+              'sft,problems,"exact match, clean",clean,0.4,0.3,0.5,241,x\n')
+        write(folder / "eval" / "verifier_mistakes.json", {"false positives": [{"question": "How many?", "gold": "#### 2", "answer": "#### 3",
+                                                                                "score": 0.91}]})
+        write(folder / "eval" / "baseline_comparison.json", {"models": {"sft": {"problems": {"exact match": MEASURE | {"value": 0.37}}}},
+                                                             "not available here": {"gpt2": "no folder"}})
     if "attention" in stages:
         for file in ("heads", "keys_sentiment_positive", "maps_sentiment_positive"):
             write(folder / "attention" / "figures" / f"attention_{file}.png", "PNG")
@@ -106,7 +120,8 @@ def test_every_section_is_filled(written):
     text = path.read_text(encoding="utf-8")
     titles = re.findall(r"^## (.*)$", text, flags=re.M)
     assert titles == ["Pipeline", "Results", "Stage gains", "What the verifier is worth", "Across seeds",
-                      "Training curves and what each stage measured", "Samples", "Attention", "Architecture", "Data", "Cost",
+                      "Perplexity in four protocols", "Sentiment by demonstrations", "Was it in the training text?",
+                      "Beside models from elsewhere", "Training curves and what each stage measured", "Samples", "Attention", "Architecture", "Data", "Cost",
                       "Commands", "Hardware, versions, seed", "Made from"]
     assert "not run" not in text.replace(section(text, "Across seeds"), "")
     assert "180,864 parameters" in text and "6.0 minutes in all, begun 2026-11-21" in text
@@ -114,6 +129,11 @@ def test_every_section_is_filled(written):
     assert "majority@2 |" not in section(text, "Results").split("<details>")[0] and "majority@16" in section(text, "Results")
     assert "**stuck at log 2** at step 7" in text and "40 held-out \\| things" in text
     assert "Say '''x'''" in text and "16 heads by role: 16 mixed." in text
+    assert "| perplexity T1, synthetic | 2.900 [2.800, 3.000] |" in section(text, "Perplexity in four protocols")
+    assert "a constant answer" in section(text, "Sentiment by demonstrations") and "0.550 … 0.650" in text
+    assert "0.500 [0.400, 0.600] (n = 250) | 0.400 [0.300, 0.500] (n = 241) |" in section(text, "Was it in the training text?")
+    assert "gpt2 | not available here: no folder" in section(text, "Beside models from elsewhere")
+    assert "How many?" in section(text, "What the verifier is worth") and "minutes" not in section(text, "Results").split("<details>")[0]
     assert "yes |" in section(text, "Stage gains") and "no |" in section(text, "Stage gains")
 
 
@@ -122,7 +142,7 @@ def test_pictures_are_there_and_shown(written):
     shown = re.findall(r"\]\((figures/[^)]+)\)", path.read_text(encoding="utf-8"))
     assert all((place / "out" / name).is_file() for name in shown)
     names = {name.rpartition("/")[2] for name in shown}
-    assert {"results.png", "gains.png", "rerank.png", "calibration.png", "rerank_eval_sft.png", "levels.png", "pretrain.png",
+    assert {"results.png", "gains.png", "rerank.png", "calibration.png", "rerank_eval_sft.png", "sentiment.png", "levels.png", "pretrain.png",
             "sft.png", "dpo.png", "dpo_preferences.png", "verifier.png", "parameters.png", "cost.png", "attention_heads.png",
             "attention_keys_sentiment_positive.png", "attention_maps_sentiment_positive.png"} == names
     assert {p.name for p in (place / "out" / "results" / "small").iterdir()} >= {"ledger.csv", "pretrain.json", "attention.json"}
