@@ -145,7 +145,7 @@ def test_demonstrations_leave_from_the_front_and_are_counted(tokenizer, reviews,
 
 def test_sentences_with_fewer_demonstrations_share_among_themselves(tokenizer, reviews, pool):
     model, demonstrations = make_model(context_length=150), draw_demonstrations(pool, 4, 1)[0]
-    suffixes = [prompt_suffix(r.text) for r in reviews] + [prompt_suffix("It was very fine. " * 8)]
+    suffixes = [prompt_suffix(r.text) for r in reviews] + [prompt_suffix("It was very fine. " * 14)]
     scorer = Scorer(model, tokenizer, batch_rows=5)
     found, shown = scorer.behind(demonstrations, suffixes)
     prompts, _ = fitted_prompts(tokenizer, prompt_prefix(demonstrations), suffixes, 150)
