@@ -181,7 +181,8 @@ def own_inputs(stage: str, run_folder: Path) -> dict[str, Path]:
     if stage in FIRST_OF:
         return dict(list(there.items())[:1])
     if "sft" in there and "pretrain" not in there:  # a run that began at SFT: its base is what it was given
-        given = read_json(run_folder / "sft" / "params.json").get("inputs", {}).get("checkpoint")
+        made_from = read_json(run_folder / "sft" / "params.json").get("inputs", {})
+        given = made_from.get("checkpoint") or made_from.get("pretrain")
         if given and is_model(Path(given["path"])):
             there = {"pretrain": Path(given["path"]), **there}
     return there if there.keys() & set(GENERATORS) else {}
