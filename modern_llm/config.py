@@ -384,7 +384,7 @@ def local_smoke() -> PipelineConfig:
                                 checkpoint_every=40, keep_checkpoints=0, train_problems=120, validation_problems=120,
                                 samples_per_problem=8, temperature=0.7, max_new_tokens=112, perturbed_fraction=0.2,
                                 gold_problems=4000, gold_fraction=0.75, lm_weight=20.0),
-        eval=EvalConfig(batch_rows=512, temperature=0.7, num_sentences=120, max_perplexity_tokens=40_000),
+        eval=EvalConfig(batch_rows=512, temperature=0.7, num_sentences=120, shots=(0, 4), draws=3, max_perplexity_tokens=40_000),
     )
 
 
