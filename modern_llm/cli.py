@@ -92,6 +92,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     modern-llm run --preset local-cpu -p max_minutes=6 --run six-minutes  six minutes for each stage that trains
     modern-llm run --stage dpo --checkpoint runs/local-smoke/sft --run other-dpo -p dpo.loss=ipo
     modern-llm run -p sft.lr=1e-3 --force                                 redo SFT and what follows, keep pretraining
+    modern-llm run --preset local-cpu --stage eval --run other --checkpoint SmolLM2/   a model from elsewhere
     modern-llm run -p seed=1 --run seed-1 --dry-run                       what would be done?
     """
     from modern_llm import pipeline

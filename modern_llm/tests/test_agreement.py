@@ -172,7 +172,7 @@ def test_a_real_model_on_real_data(capsys):
     if not folder or not os.environ.get("MODERN_LLM_DATA"):
         pytest.skip("set MODERN_LLM_AGREEMENT to a checkpoint folder, and MODERN_LLM_DATA")
     (model, tokenizer), peer = load(folder), Peer(folder, 512, batch_size=2)
-    pages = cut_texts(tokenizer, held_out_pages("wikitext2", "test"), 1500)
+    pages = cut_texts(tokenizer, held_out_pages("wikitext-2-raw-v1", "test"), 1500)
     ours = perplexities(model, tokenizer, pages, 512, detokenise)
     theirs = peer.perplexities(pages, lambda page: wikitext_detokenizer({"page": page}))
     names = ["word perplexity", "byte perplexity", "bits per byte"]
