@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -51,7 +53,8 @@ def difference_row(items: pd.DataFrame, one: tuple[str, str, str], other: tuple[
         raise ValueError(f"difference_row: {one} and {other} share no items; compare stages that were measured on the same ones")
     difference = (paired_difference(a.value, b.value) if a.weight.eq(1).all() else
                   ratio_interval(a.value - b.value, a.weight))
-    row = {"stage": one[0], "task": one[1], "metric": f"{one[2]} minus {name}", **difference, "note": f"item by item on the same {len(a)}; "}
+    row = {"stage": one[0], "task": one[1], "metric": f"{one[2]} minus {name}", **difference}
+    row["note"] = f"item by item on the same {len(a)}; "
     if a.value.isin((0, 1)).all() and b.value.isin((0, 1)).all():
         test = mcnemar(a.value.astype(bool), b.value.astype(bool))
         row["note"] += f"{test['only_a']} won, {test['only_b']} lost, McNemar p = {test['p']:.2g}; "
@@ -121,15 +124,19 @@ def read_ledger(folder: str | Path) -> pd.DataFrame:
 
 # %% ../nbs/06a_ledger.ipynb #comparison
 def stage_gains(ledger: pd.DataFrame) -> pd.DataFrame:
-    """Every difference in the ledger: stage, task, metric, against, value, change, low, high, n, significant (0 lies outside)."""
+    """Every difference in the ledger: stage, task, metric, against, value, change, low, high, n, significant (0 lies outside), p.
+
+    p is McNemar's, where the items are right or wrong; NaN elsewhere.
+    """
     differences = ledger[ledger.metric.str.contains(" minus ", regex=False)]
     values, found = ledger.set_index(["stage", "task", "metric"]).value, []
     for row in differences.itertuples():
         metric, _, against = row.metric.partition(" minus ")
         found.append({"stage": row.stage, "task": row.task, "metric": metric, "against": against,
                       "value": values[(row.stage, row.task, metric)], "change": row.value, "low": row.low, "high": row.high,
-                      "n": row.n, "significant": bool(row.low > 0 or row.high < 0)})
-    columns = ["stage", "task", "metric", "against", "value", "change", "low", "high", "n", "significant"]
+                      "n": row.n, "significant": bool(row.low > 0 or row.high < 0),
+                      "p": float(test[1]) if (test := re.search(r"McNemar p = ([^;]+);", row.protocol)) else math.nan})
+    columns = ["stage", "task", "metric", "against", "value", "change", "low", "high", "n", "significant", "p"]
     return pd.DataFrame(found, columns=columns)
 
 

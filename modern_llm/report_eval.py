@@ -74,6 +74,8 @@ def results(page: Page) -> None:
 
 
 def stage_gains(page: Page) -> None:
+    import pandas as pd
+
     from modern_llm import report_figures
 
     page.add("## Stage gains")
@@ -94,7 +96,8 @@ def stage_gains(page: Page) -> None:
                      caption="Changes with their paired intervals; filled points are significant. Perplexity: see the table.")
     page.add(markdown_table({**{name: row[name] for name in ("stage", "against", "task", "metric", "value")},
                              "change [95% interval]": interval({**row, "value": row["change"]}), "n": int(row["n"]),
-                             "significant": "yes" if row["significant"] else "no"} for row in kept.to_dict("records")))
+                             "significant": "yes" if row["significant"] else "no",
+                             "McNemar p": "" if pd.isna(row.get("p")) else f"{row['p']:.2g}"} for row in kept.to_dict("records")))
 
 
 def by_stage(rows: Iterable[dict], stages: Iterable[str]) -> str:
