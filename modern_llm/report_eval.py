@@ -86,6 +86,7 @@ def stage_gains(page: Page) -> None:
         return
     table["significant"] = table.significant.astype(str) == "True"
     kept = table[~table.metric.str.contains("^error, |-shot, |nats per token T", regex=True)]
+    kept = kept.assign(p=pd.to_numeric(kept.p, errors="coerce") if "p" in kept else float("nan"))
     page.add("Each row compares two stages item by item. *Significant* means that the paired 95% interval leaves out 0; with "
              f"{len(kept)} comparisons, about {0.05 * len(kept):.0f} would do so by chance.")
     page.origin()
@@ -97,7 +98,7 @@ def stage_gains(page: Page) -> None:
     page.add(markdown_table({**{name: row[name] for name in ("stage", "against", "task", "metric", "value")},
                              "change [95% interval]": interval({**row, "value": row["change"]}), "n": int(row["n"]),
                              "significant": "yes" if row["significant"] else "no",
-                             "McNemar p": "" if pd.isna(row.get("p")) else f"{row['p']:.2g}"} for row in kept.to_dict("records")))
+                             "McNemar p": "" if pd.isna(row["p"]) else f"{row['p']:.2g}"} for row in kept.to_dict("records")))
 
 
 def by_stage(rows: Iterable[dict], stages: Iterable[str]) -> str:

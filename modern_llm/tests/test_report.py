@@ -29,9 +29,9 @@ sft,sentiment,"accuracy, 4-shot, direct",0.6,0.5,0.7,120,"label word; in 5 of 5 
 sft,sentiment,"accuracy, 4-shot, direct, over draws",0.6,0.55,0.65,5,lowest and highest accuracy of a draw,2.0
 sft,cost,minutes,1.5,1.5,1.5,1,wall clock,0.0
 """
-GAINS = """stage,task,metric,against,value,change,low,high,n,significant
-sft,problems,exact match,base,0.37,0.19,0.13,0.25,250,True
-sft,instructions,ended,base,1.0,0.015,0.0,0.035,200,False
+GAINS = """stage,task,metric,against,value,change,low,high,n,significant,p
+sft,problems,exact match,base,0.37,0.19,0.13,0.25,250,True,0.00012
+sft,instructions,ended,base,1.0,0.015,0.0,0.035,200,False,
 """
 
 
@@ -134,6 +134,7 @@ def test_every_section_is_filled(written):
     assert "0.500 [0.400, 0.600] (n = 250) | 0.400 [0.300, 0.500] (n = 241) |" in section(text, "Was it in the training text?")
     assert "gpt2 | not available here: no folder" in section(text, "Beside models from elsewhere")
     assert "How many?" in section(text, "What the verifier is worth") and "minutes" not in section(text, "Results").split("<details>")[0]
+    assert "| yes | 0.00012 |" in section(text, "Stage gains") and "| no |  |" in section(text, "Stage gains")
     assert "yes |" in section(text, "Stage gains") and "no |" in section(text, "Stage gains")
 
 
