@@ -23,7 +23,7 @@ from .chat import Answer, Example, answer, continuations, document_prompt
 from .data import TokenCache, validation_batches
 from .fewshot import sentiment_items, tail_log_probs
 from .files import kept_frame, read_json, write_json
-from .ledger import item_rows
+from .ledger import STAGES, item_rows
 from .perplexity import perplexity_tables, protocol_rows
 from .scoring import document_nats, held_out_measures, perplexity_ratio
 from .tasks import Calculator, Problem, Review, flexible_answer, mark, pass_at_k, problem_request, rerank
@@ -79,17 +79,24 @@ def separator_ids(tokenizer: Tokenizer, separator: str) -> list[list[int]]:
 
 # %% ../nbs/07_eval.ipynb #baselines
 def baselines(names: Iterable[str], device: str) -> tuple[dict[str, Subject], dict[str, str]]:
-    """Models from elsewhere by name, asked by documents with blank lines between them, and why the others are not here."""
+    """Models from elsewhere by name, asked by documents with blank lines between them, and why the others are not here.
+
+    A model is called by the last part of its name or path. ValueError if that is the name of a stage or of another baseline.
+    """
     from modern_llm import hub
 
     found, absent = {}, {}
-    for name in names:
+    for place in names:
+        name = Path(place).name.removesuffix(".gguf")
+        if name in STAGES or name in found:
+            raise ValueError(f"baseline {str(place)!r} would be called {name!r}, as {'a stage' if name in STAGES else 'another one'} is: "
+                             "rename its folder, or link to it by another name")
         try:
-            model, tokenizer = hub.load(name, device)
+            model, tokenizer = hub.load(place, device)
         except (FileNotFoundError, ValueError) as error:
-            absent[name] = str(error)
+            absent[str(place)] = str(error)
             continue
-        found[Path(name).stem] = Subject(Path(name).stem, model, tokenizer, chat=False, separator="\n\n")
+        found[name] = Subject(name, model, tokenizer, chat=False, separator="\n\n")
     return found, absent
 
 # %% ../nbs/07_eval.ipynb #piece

@@ -23,7 +23,7 @@ from modern_llm.counts import flops_per_token, parameter_count
 from modern_llm.files import write_text
 from modern_llm.report_eval import baselines, contamination, main_rows, perplexities, results, sentiment, stage_gains, verifier
 from modern_llm.report_page import (
-    EVAL_FILES, STAGES, Page, ReportError, Run, folded, interval, markdown_table, measures, number, text_block,
+    MEASURED, STAGES, Page, ReportError, Run, folded, interval, markdown_table, measures, number, text_block,
 )
 
 if TYPE_CHECKING:
@@ -348,11 +348,11 @@ def render(run: Run, pictures: Path, link: str, seeds: list[Run]) -> str:
 
 
 def publish_results(run: Run, folder: Path) -> None:
-    """Copy the numbers behind a report beside it: each stage's results.json, and the evaluation's tables."""
+    """Copy the numbers behind a report beside it: each stage's results.json, and what the evaluation measured."""
     folder.mkdir(parents=True, exist_ok=True)
     for stage in run.results:
         shutil.copyfile(run.folder / stage / "results.json", folder / f"{stage}.json")
-    for name in EVAL_FILES:
+    for name in MEASURED:
         if (path := run.folder / "eval" / name).is_file():
             shutil.copyfile(path, folder / name)
 

@@ -109,14 +109,22 @@ def by_stage(rows: Iterable[dict], stages: Iterable[str]) -> str:
     return markdown_table(lines.values(), ["metric", *stages])
 
 
-def perplexities(page: Page) -> None:
-    page.add("## Perplexity in four protocols")
-    ledger = page.run.frame("eval/ledger.csv")
+def of_task(page: Page, title: str, task: str, pattern: str) -> pd.DataFrame | None:
+    """Begin a section; the ledger's rows of one task whose metric matches, or None, with the reason said, if there are none."""
+    page.add(f"## {title}")
     if page.missing("eval"):
-        return
-    rows = ledger[ledger.task.eq("protocols") & ~ledger.metric.str.contains(" minus |nats per token", regex=True)] if len(ledger) else ledger
+        return None
+    ledger = page.run.frame("eval/ledger.csv")
+    rows = ledger[ledger.task.eq(task) & ledger.metric.str.contains(pattern, regex=True)] if len(ledger) else ledger
     if not len(rows):
-        page.add("The evaluation was made without them; `-p eval.protocol_sources=…` names the texts.")
+        page.add("This evaluation did not measure it.")
+        return None
+    return rows
+
+
+def perplexities(page: Page) -> None:
+    rows = of_task(page, "Perplexity in four protocols", "protocols", r"^(?!.* minus )(?!nats per token)")
+    if rows is None:
         return
     page.add("The same model has a different perplexity by every protocol, so a number without one cannot be compared: T0 is kept for old "
              "results, T1 and T2 read the joined text without and with overlap, T3 counts per word and per byte, whatever the tokenizer.")
@@ -129,15 +137,10 @@ def perplexities(page: Page) -> None:
 def sentiment(page: Page) -> None:
     from modern_llm import report_figures
 
-    page.add("## Sentiment by demonstrations")
-    ledger = page.run.frame("eval/ledger.csv")
-    if page.missing("eval"):
+    rows = of_task(page, "Sentiment by demonstrations", "sentiment", r"-shot, |^majority class$")
+    if rows is None:
         return
-    rows = ledger[ledger.task == "sentiment"] if len(ledger) else ledger
-    shots = rows.join(rows.metric.str.extract(r"^accuracy, (?P<shots>\d+)-shot, (?P<method>\w+)$")).dropna(subset="shots") if len(rows) else rows
-    if not len(shots):
-        page.add("Not measured.")
-        return
+    shots = rows.join(rows.metric.str.extract(r"^accuracy, (?P<shots>\d+)-shot, (?P<method>\w+)$")).dropna(subset="shots")
     page.add("The likelier label word behind `Sentiment:`, as it is (direct), less its prior (contextual, pmi), by how likely it makes the sentence "
              "(channel), and with the demonstrations in the order that uses the labels most evenly (ordered).")
     page.origin()
@@ -175,11 +178,11 @@ def contamination(page: Page) -> None:
                  "so where items have groups, the last column mixes the clean ones as all are mixed.")
         lines: dict[tuple, dict] = {}
         for row in scores.to_dict("records"):
-            line = lines.setdefault((row["stage"], row["task"], row["metric"].split(", clean")[0].split(", overlapping")[0].split(", too short")[0]),
-                                    {"stage": row["stage"], "task": row["task"]})
+            metric = row["metric"].removesuffix(f", {row['subset']}")
+            line = lines.setdefault((row["stage"], row["task"], metric), {"stage": row["stage"], "task": row["task"], "metric": metric})
             line[row["subset"]] = f"{interval(row)} (n = {int(row['n'])})"
         subsets = [name for name in ("all", "clean", "clean, groups as in all") if name in set(scores.subset)]
-        page.add(markdown_table([line for line in lines.values() if len(line) > 3], ["stage", "task", *subsets]))
+        page.add(markdown_table([line for line in lines.values() if len(line) > 4], ["stage", "task", "metric", *subsets]))
 
 
 def baselines(page: Page) -> None:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval", "attention")
-EVAL_FILES = ("ledger.csv", "stage_gains.csv", "stage_ledger.csv", "comparison_table.csv", "task_metrics.json", "gsm8k_analysis.json",
-              "contamination.csv", "clean_scores.csv", "verifier_mistakes.json", "baseline_comparison.json",
-              "base_eval.json", "sft_eval.json", "dpo_eval.json", "verifier_eval.json")
+MEASURED = ("ledger.csv", "contamination.csv", "clean_scores.csv", "verifier_mistakes.json", "baseline_comparison.json")
+EVAL_FILES = (*MEASURED, "stage_gains.csv", "stage_ledger.csv", "comparison_table.csv", "task_metrics.json", "gsm8k_analysis.json",
+              "base_eval.json", "sft_eval.json", "dpo_eval.json", "verifier_eval.json")  # the others follow from the ledger
 
 
 class ReportError(ValueError):
@@ -42,8 +42,10 @@ def number(value: object) -> str:
 
 
 def interval(row: dict) -> str:
-    """`0.397 [0.388, 0.406]`, or the value alone."""
+    """`0.397 [0.388, 0.406]`, or the value alone; of a single item the resampled interval would say nothing."""
     low, high = row.get("low"), row.get("high")
+    if row.get("n") == 1 and low == high is not None:
+        return f"{number(row.get('value'))} (n = 1)"
     known = low is not None and high is not None and low == low
     return f"{number(row.get('value'))} [{number(low)}, {number(high)}]" if known else number(row.get("value"))
 
@@ -123,9 +125,9 @@ class Run:
         named = [config.get("data", {}).get("sources", [])]
         for stage in self.results:
             section = config.get(stage, {})
-            found = [section[key] for key in ("sources", "problems", "sentiment") if section.get(key)]
+            found = [section[key] for key in ("sources", "problems", "sentiment", "protocol_sources") if section.get(key)]
             named += [value if isinstance(value, list) else [value] for value in found]
-        return list(dict.fromkeys(name for names in named for name in names))
+        return list(dict.fromkeys(name for names in named for name in names if name != "text"))  # "text": data.sources
 
     def command(self, stage: str, preset: str = "") -> str:
         """The command that runs this stage as it was run, or would be."""

@@ -71,6 +71,10 @@ def test_a_baseline_is_measured_with_its_own_tokenizer_or_named_as_absent(model,
     save_tokenizer(tokenizer, folder)
     there, absent = baselines([str(folder), "nowhere/no-such-model"], "cpu")
     assert list(there) == ["other"] and list(absent) == ["nowhere/no-such-model"] and "not found" in absent["nowhere/no-such-model"]
+    with pytest.raises(ValueError, match="would be called 'other', as another one is"):
+        baselines([str(folder), str(tmp_path / "elsewhere" / "other")], "cpu")
+    with pytest.raises(ValueError, match="'dpo', as a stage is"):
+        baselines([str(tmp_path / "dpo")], "cpu")
     rows = protocol_measures("other", protocol_piece(there["other"], ["synthetic"], 600))
     assert {row["metric"].split()[-2] for row in rows} == {"T0,", "T1,", "T2,", "T3,"} and all(row["n"] > 0 for row in rows)
     assert in_order(["other", "dpo", "base", "dpo"]) == ["base", "dpo", "other"]

@@ -268,6 +268,8 @@ def test_numbers_and_tables():
     shown = {None: "", 3: "3", 1_843_200: "1,843,200", 0.39708: "0.397", 7285.1: "7,285.1", True: "True", float("nan"): "",
              "a": "a", 0.00002: "0.00002", 1.5e12: "1,500,000,000,000"}
     assert {value: number(value) for value in shown} == shown
+    alone = {"value": 0.143, "low": 0.143, "high": 0.143}
+    assert interval(alone | {"n": 1}) == "0.143 (n = 1)" and interval(alone | {"n": 9}) == "0.143 [0.143, 0.143]"
     assert interval({"value": 0.5}) == "0.500" and interval({"value": 0.5, "low": 0.4, "high": 0.6}) == "0.500 [0.400, 0.600]"
     lines = markdown_table([{"a": "x|y", "b": 1}, {"a": "two\nlines", "c": 2}]).splitlines()
     assert lines[2:] == ["| x\\|y | 1 |  |", "| two ⏎ lines |  | 2 |"]
