@@ -49,10 +49,12 @@ ALLOWED = {
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "stage", "inputs", "report"},
     "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "stage", "tokens"},
-    "cli": {"config", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
+    "duration": {"config", "counts"},
+    "submit": {"config", "duration", "files", "inputs", "pipeline"},
+    "cli": {"config", "files", "hub", "pipeline", "stage", "inputs", "sources", "reading", "submit", "talk", "tokens"},
 }
 NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
-            "pipeline", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
+            "pipeline", "duration", "submit", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
             "llama_layout"}
 
 
