@@ -181,7 +181,7 @@ def _key_values(items: tuple[str, ...]) -> dict:
 @click.option("--account", metavar="PROJECT", help="Your allocation, where the cluster asks for one.")
 @click.option("--partition", metavar="NAME", help="Where to queue; TACC's for the preset's GPU unless told.")
 @click.option("--time", "limit", metavar="HH:MM:SS", help="Limit of each job; from the estimate unless told.")
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Of each job.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Of each job that trains.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Of each node, with a rank on each.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many optimizer steps, in every stage that trains.")
 @click.option("-p", "extra", multiple=True, metavar="KEY=VALUE", help="As for `modern-llm run`. As often as needed.")
@@ -206,11 +206,11 @@ def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_
     from modern_llm.submit import Chain
 
     given = {"run": run_name, "max_steps": max_steps}
-    extra += (f"hardware.ranks={nodes * gpus}",) if nodes * gpus > 1 else ()
+    ranks = (f"hardware.ranks={nodes * gpus}",) if nodes * gpus > 1 else ()  # the jobs say it themselves, to the stages that train
     words = [word for item in extra for word in ("-p", item)] + (["--max-steps", str(max_steps)] if max_steps else [])
     preset = str(Path(preset).resolve()) if Path(preset).is_file() else preset  # jobs run in the checkout
     try:
-        plan = Plan(stage, preset=preset, **_key_values(extra), **{name: value for name, value in given.items() if value})
+        plan = Plan(stage, preset=preset, **_key_values(extra + ranks), **{name: value for name, value in given.items() if value})
         chain = Chain(plan, preset, words, account, partition, limit, nodes, gpus)
         if not chain.jobs:
             click.echo(f"nothing to do: every stage is finished in {plan.run_folder}")

@@ -17,7 +17,7 @@ from modern_llm.config import ConfigError, PipelineConfig, nearest
 from modern_llm.duration import MARGIN, Estimate, estimate, time_limit
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import StageError
-from modern_llm.pipeline import Plan
+from modern_llm.pipeline import Plan, trains
 
 ROOT = Path(__file__).resolve().parent.parent
 TOGETHER = ("eval", "attention", "report")  # one job, slurm/eval.slurm, when all of them are wanted
@@ -85,7 +85,7 @@ def partitions() -> tuple[dict[str, int | None], str | None]:
 def job_states(ids: list[str]) -> dict[str, str]:
     """The state of each job, such as `RUNNING` or `PENDING (Dependency)`; jobs that nobody remembers are left out."""
     found = {}
-    for line in (ask("squeue", "-h", "-t", "all", "-o", "%A|%T|%r") or "").splitlines():
+    for line in (ask("squeue", "--me", "-h", "-t", "all", "-o", "%A|%T|%r") or "").splitlines():
         job, state, reason = line.split("|")
         if job in ids:
             found[job] = state + (f" ({reason})" if state == "PENDING" and reason != "None" else "")
@@ -120,20 +120,22 @@ def jobs_of(run_folder: Path) -> list[dict]:
 
 
 def with_jobs(rows: list[dict], root: Path, only: str | None = None) -> list[dict]:
-    """The rows of `pipeline.runs_table` with a column `job`, and a row for every stage that still waits; as they are without jobs."""
+    """The rows of `pipeline.runs_table` with a column `job`, and a row for every stage that still waits for its job.
+
+    Where no run was ever submitted the rows stay as they are.
+    """
     latest = {(path.name, stage): record["id"] for path in sorted(root.glob("*")) if only in (None, path.name)
               for record in jobs_of(path) for stage in record["stages"]}
     if not latest:
         return rows
     states = job_states(sorted(set(latest.values())))
-    shown = lambda run, stage: f"{(job := latest.get((run, stage), ''))} {states.get(job, '')}".strip()
     there = {(row["run"], row["stage"]) for row in rows}
-    table = [{**{k: row[k] for k in ("run", "stage", "status")}, "job": shown(row["run"], row["stage"]), **row} for row in rows]
-    empty = dict.fromkeys(rows[0] if rows else ("run", "stage", "status", "started", "minutes", "figures"), "")
-    for run, stage in latest:
-        if (run, stage) not in there:
-            table.append({**{k: empty[k] for k in ("run", "stage", "status")}, "job": "", **empty, "run": run, "stage": stage,
-                          "status": "to do"} | {"job": shown(run, stage)})
+    waiting = [{"run": run, "stage": stage, "status": "to do"} for run, stage in latest if (run, stage) not in there]
+    table = []
+    for row in [*rows, *waiting]:
+        job = latest.get((row["run"], row["stage"]), "")
+        table.append({**{name: row[name] for name in ("run", "stage", "status")}, "job": f"{job} {states.get(job, '')}".strip(),
+                      **{name: row.get(name, "") for name in ("started", "minutes", "figures")}})
     return table
 
 
@@ -163,8 +165,8 @@ class Chain:
         plan: what is asked for; stages that are finished are left out.
         preset: its name or file, as given.
         words: further words for `modern-llm run`.
-        account, partition, time, nodes, gpus: of sbatch, with one rank for each GPU of a node that is wanted; the partition and
-            the time limit are chosen if not given.
+        account, partition, time: of sbatch; the last two are chosen if not given.
+        nodes, gpus: for the stages that train, with a rank on every GPU (`gpus` of each node).
 
     Raises ConfigError for a partition that this cluster does not have.
     """
@@ -182,7 +184,7 @@ class Chain:
         self.gpu = (known.gpu if known else "A100") if config.hardware.min_gpu_memory_gb else None
         self.longest = there.get(self.partition) or (known.longest if known else None)
         self.options = [f"{name}={value}" for name, value in (("--account", account), ("--partition", self.partition)) if value]
-        self.options += [f"--nodes={nodes}", f"--ntasks-per-node={gpus}"] if nodes * gpus > 1 else []
+        self.together = [f"--nodes={nodes}", f"--ntasks-per-node={gpus}"] if nodes * gpus > 1 else []
         self.time, self.ranks, self.todo = time, nodes * gpus, []
         pending = False
         for stage in plan.stages:
@@ -202,7 +204,7 @@ class Chain:
         limit = time_limit(sum(each.minutes for each in known.values()), self.longest)
         file, first = ("slurm/eval.slurm", []) if len(stages) > 1 else ("slurm/stage.slurm", stages)
         words = [f"--job-name={stages[0]}", f"--output={folder}/logs/%x-%j.out", f"--time={self.time or clock(limit)}", *self.options,
-                 file, *first, self.preset, folder.name, *(self.words if stages != ["report"] else [])]
+                 *(self.together if trains(stages[0]) else []), file, *first, self.preset, folder.name, *(self.words if stages != ["report"] else [])]
         return Job(stages, words, known, limit, self.longest)
 
     def table(self) -> list[dict]:
@@ -212,8 +214,9 @@ class Chain:
             wanted = sum(each.minutes for each in job.estimates.values()) * MARGIN
             more = "; longer than a job may be: it goes on after its limit" if job.longest and wanted > job.longest and not self.time else ""
             for stage, each in job.estimates.items():
-                rows.append({"stage": stage, "steps": f"{each.steps:,}" if each.steps else "", "time": f"{each.minutes / 60:.1f} h" if each.minutes > 90 else f"{each.minutes:.0f} min",
-                             "tokens/s": f"{each.tokens_per_second:,.0f}" if each.steps else "", "limit": self.time or clock(job.limit),
+                steps, speed = (f"{each.steps:,}", f"{each.tokens_per_second:,.0f}") if each.steps else ("", "")
+                time = f"{each.minutes / 60:.1f} h" if each.minutes > 90 else f"{each.minutes:.0f} min"
+                rows.append({"stage": stage, "steps": steps, "tokens/s": speed, "time": time, "limit": self.time or clock(job.limit),
                              "estimate": each.why + more})
         return rows
 
@@ -224,7 +227,7 @@ class Chain:
     def lines(self) -> list[str]:
         """The commands as a shell in the checkout takes them; $JOB1 is the number of the first job."""
         exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment().items()]
-        return exports + [f"JOB{number}=$({_shown(job.line(f'$JOB{number - 1}' if number > 1 else None))})"
+        return exports + [f"JOB{number}=$({_shown(job.line(f'$JOB{number - 1}' if number > 1 else None))} | tail -n 1)"
                           for number, job in enumerate(self.jobs, 1)]
 
     def submit(self) -> list[tuple[Job, str]]:
@@ -246,7 +249,7 @@ class Chain:
                     subprocess.run(["scancel", number], capture_output=True)
                 raise StageError(f"sbatch refused {_shown(line)}\n{answer.stderr.strip()}\nNothing is left in the queue. Clusters differ in what "
                                  "they ask for: --account, --partition (sinfo lists them), --time, or lines in slurm/*.slurm.")
-            number = answer.stdout.strip().split(";")[0]
+            number = answer.stdout.split()[-1].split(";")[0]  # some clusters greet first
             note_job(self.plan.run_folder, number, job.stages, _shown(line))
             done.append((job, number))
         return done

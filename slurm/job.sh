@@ -1,6 +1,6 @@
 # What every job file shares: the environment, the log, and what happens when the scheduler wants the machine back.
 [ -f slurm/environment.sh ] || { echo "submit from the checkout: cd PATH/TO/modern_llm && sbatch slurm/…" >&2; exit 2; }
-source slurm/environment.sh
+set +u; source slurm/environment.sh; set -u  # modules use variables that are not set
 command -v modern-llm >/dev/null ||
   { echo "no modern-llm in ${MODERN_LLM_VENV:-$PWD/.venv}/bin: run bash scripts/environment.sh on the login node" >&2; exit 2; }
 

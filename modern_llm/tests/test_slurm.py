@@ -80,6 +80,14 @@ def test_without_slurm_the_lines_are_shown_and_nothing_is_submitted(tmp_path, mo
     assert ask("submit", "--preset", "tacc-h100", "--stage", "sftt", "--dry-run")[0] == 2
 
 
+def test_prefetch_says_what_is_missing(monkeypatch):
+    monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
+    assert ask("prefetch", "--preset", "local-smoke") == (0, "synthetic: here\n")
+    code, text = ask("prefetch", "--preset", "tacc-h100")
+    wanted = ["wikitext-103-raw-v1", "tinystories", "alpaca", "hh-rlhf", "gsm8k", "GPT-2's tokenizer", "distilgpt2"]
+    assert code == 2 and all(f"{name}: " in text for name in wanted) and "are missing" in text
+
+
 def test_status_shows_jobs_that_nobody_can_ask_about(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     submit.note_job(tmp_path / "big", "17", ["pretrain"], "sbatch …")
@@ -219,6 +227,8 @@ def test_a_chain_stops_where_a_stage_fails(cluster):
              "-p", "pretrain.max_steps=4", "-p", "pretrain.log_every=1", "-p", "sft.lr=1e9", "-p", "sft.muon_lr=1e9"]
     code, text = ask(*words, "--partition", "mian")
     assert code == 2 and "no partition 'mian'; did you mean 'main'" in text and "gpu-h100, gpu-a100, urgent" in text
+    code, text = ask(*words, "--time", "tomorrow")
+    assert code == 2 and "sbatch refused" in text and "Invalid --time" in text and not submit.jobs_of(cluster / "chain")
     code, text = ask(*words)
     assert code == 0, text
     jobs = {record["stages"][0]: record["id"] for record in submit.jobs_of(cluster / "chain")}
