@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import sys
 import textwrap
 import time
@@ -86,7 +85,10 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
 
     A stage that is finished, with the settings and the weights it starts from unchanged, is skipped; one that was
     interrupted is resumed. So the same command goes on after any stop. Where something did change, nothing is touched
-    until you say --force, --resume, --no-overwrite, or another --run.
+    until you say --force, --resume, --no-overwrite, or another --run. Two commands never work on one run: the second is refused.
+
+    Ctrl-C stops a stage that trains with a checkpoint; a second one kills it. SIGTERM and SIGUSR1, the warnings of a scheduler,
+    end any stage with its checkpoint or its kept work; then the exit code is 75, which asks to be started again.
 
     \b
     modern-llm run                                                        all of local-smoke, minutes on a CPU
@@ -98,6 +100,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     modern-llm run -p seed=1 --run seed-1 --dry-run                       what would be done?
     """
     from modern_llm import pipeline
+    from modern_llm.inputs import Preempted
     from modern_llm.stage import StageError
     from modern_llm.submit import note_this_job
 
@@ -116,10 +119,14 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
             if checkpoint:
                 click.echo(f"pretrain: left out, the run starts from {plan.parameters[plan.stages[0]]['checkpoint']}")
             plan.check_data()
-        note_this_job(plan.run_folder, plan.stages)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's warning stops like Ctrl-C
-        for name in plan.stages:
-            _run_step(plan.step(name))
+        pipeline.end_on_warnings()
+        with pipeline.lock_for(plan.run_folder, plan.stages):
+            note_this_job(plan.run_folder, plan.stages)
+            for name in plan.stages:
+                _run_step(plan.step(name))
+    except Preempted as warning:
+        click.echo(f"{warning}: the run ended early, kept what it had, and goes on with the same command", err=True)
+        sys.exit(pipeline.EXIT_PREEMPTED)
     except (ConfigError, StageError, FileNotFoundError) as error:
         raise Failure(str(error)) from error
     if stage == "all":

@@ -20,7 +20,6 @@ from modern_llm.cli import _key_values, main
 from modern_llm.config import ConfigError
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import NOTEBOOKS, StageError
-from modern_llm.stage import is_alive, refuse_if_alive, this_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=6 pretrain.eval_every=6 "
@@ -205,23 +204,6 @@ def test_killed_command_leaves_no_orphan_and_the_same_command_finishes_it(stage,
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     tables = [read_json(place / "it" / stage / "results.json")["table"] for place in (tuned, tmp_path)]
     assert tables[0] == tables[1]
-
-
-def test_a_stage_that_another_process_runs_is_refused(tmp_path, capfd):
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        entry = {**this_process(), "pid": sleeper.pid, "pid_started": psutil.Process(sleeper.pid).create_time(), "status": "running"}
-        (tmp_path / "it").mkdir()
-        write_json(tmp_path / "it" / "run.json", {"stages": {"sft": entry}})
-        assert is_alive(entry)
-        assert not is_alive({**entry, "pid_started": entry["pid_started"] - 100}), "a number that was given to another process"
-        assert not is_alive({**entry, "host": "elsewhere"}) and not is_alive(this_process())
-        with pytest.raises(StageError, match=f"run by process {sleeper.pid} on this machine"):
-            refuse_if_alive(tmp_path / "it", "sft", patience=0.3)
-    finally:
-        sleeper.kill()
-        sleeper.wait()
-    refuse_if_alive(tmp_path / "it", "sft", patience=5)
 
 
 # ---- afterwards ------------------------------------------------------------------------------------------------------
