@@ -11,6 +11,7 @@ import math
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,13 +21,14 @@ import torch
 from torch import nn
 
 from .config import TrainConfig
-from .files import DamagedFolder, atomic_folder, check_folder, find_folder, write_text
+from .files import DamagedFolder, atomic_folder, check_folder, find_folder, previous_of, write_text
 from .optim import make_optimizers
 
 # %% auto #0
 __all__ = ['STATE_FILE', 'COUNTERS', 'CheckpointError', 'pick_device', 'compute_dtype', 'seed_everything', 'random_states',
            'restore_random_states', 'WeightAverage', 'load_moments', 'TrainingState', 'save_checkpoint',
-           'load_checkpoint', 'whole_lines', 'append_row', 'read_metrics', 'cut_metrics', 'RunFolder']
+           'load_checkpoint', 'read_checkpoint', 'whole_lines', 'append_row', 'read_metrics', 'cut_metrics',
+           'RunFolder']
 
 # %% ../nbs/02f_checkpoints.ipynb #errors
 class CheckpointError(RuntimeError):
@@ -181,14 +183,16 @@ class TrainingState:
 
 # %% ../nbs/02f_checkpoints.ipynb #save-checkpoint
 def save_checkpoint(
-    folder: str | Path, state: dict | None, meta: dict, save_files: Callable[[Path], None] | None = None
+    folder: str | Path, state: dict | None, meta: dict, save_files: Callable[[Path], None] | None = None,
+    keep_previous: bool = False,
 ) -> Path:
     """Write a checkpoint folder that is whole or absent: what `save_files` writes, `training_state.pt`, `meta.json`.
 
+    With `keep_previous` the folder's former content stays beside it, in `<folder>.previous`.
     Raises CheckpointError if that fails, for example on a full disk; the folder's former content is then untouched.
     """
     try:
-        with atomic_folder(folder, meta) as temporary:
+        with atomic_folder(folder, meta, keep_previous) as temporary:
             if save_files:
                 save_files(temporary)
             if state is not None:
@@ -202,12 +206,19 @@ def save_checkpoint(
 
 # %% ../nbs/02f_checkpoints.ipynb #load-checkpoint
 def load_checkpoint(folder: str | Path) -> tuple[dict, dict]:
-    """The training state and meta data of a checkpoint folder, every file checked against its sha256.
+    """The training state and meta data of a checkpoint folder (or of the one that a kill left beside it), both checked.
 
-    Raises FileNotFoundError if there is none, DamagedFolder naming the file if one is truncated, changed, or holds
-    anything but tensors and plain values (nothing in it is ever executed).
+    Raises FileNotFoundError if there is none, DamagedFolder as `read_checkpoint` does.
     """
-    folder = find_folder(folder)
+    return read_checkpoint(find_folder(folder))
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """The training state and meta data in this folder, every file checked against its sha256.
+
+    Raises DamagedFolder naming the file if one is missing, truncated, changed, or holds anything but tensors and plain
+    values (nothing in it is ever executed).
+    """
     meta = check_folder(folder)
     path = folder / STATE_FILE
     try:
@@ -256,7 +267,7 @@ def cut_metrics(path: Path, step: int) -> None:
 
 # %% ../nbs/02f_checkpoints.ipynb #run-folder
 class RunFolder:
-    """The files of a run: metrics.jsonl, checkpoint/ to resume from, checkpoints/step-…/ with weights along the way."""
+    """The files of a run: metrics.jsonl, checkpoint/ to resume from, checkpoint.previous/ in case it is damaged, checkpoints/step-…/."""
 
     def __init__(self, folder: str | Path, save_model: Callable[[nn.Module, Path], None] | None = None):
         self.folder, self.save_model = Path(folder), save_model
@@ -271,14 +282,42 @@ class RunFolder:
             raise FileExistsError(f"{self.folder} holds a run already: pass resume=True, or choose another folder")
         for left_by_a_kill in [*self.folder.glob(".checkpoint.*.tmp"), *self.folder.glob("checkpoints/.step-*.tmp")]:
             shutil.rmtree(left_by_a_kill)
-        with contextlib.suppress(FileNotFoundError):  # stopped before its first checkpoint: start anew
-            state.load_state_dict(load_checkpoint(self.checkpoint)[0])
-            self.last_checkpoint = f"{self.checkpoint} (step {state.step})"
+        if saved := self.newest():  # None: stopped before its first checkpoint
+            state.load_state_dict(saved)
         if self.metrics.exists():
             cut_metrics(self.metrics, state.step)
 
+    def stop_asked(self) -> str | None:
+        """What a file STOP asks for: "preempted" if that is what it says, else "stopped"; None without one."""
+        with contextlib.suppress(FileNotFoundError):
+            return "preempted" if self.stop_file.read_text(encoding="utf-8").strip() == "preempted" else "stopped"
+
+    def newest(self) -> dict | None:
+        """The state in checkpoint/; if that is damaged, the one in checkpoint.previous/, and a line on stderr says so.
+
+        The damaged one is then moved to checkpoint.damaged/. Raises DamagedFolder, and moves nothing, if neither is whole.
+        """
+        problems, previous = [], previous_of(self.checkpoint)
+        for folder in filter(Path.exists, (self.checkpoint, previous)):
+            try:
+                saved, meta = read_checkpoint(folder)
+            except DamagedFolder as error:
+                problems.append(str(error))
+                continue
+            self.last_checkpoint = f"{folder} (step {meta['step']})"
+            if problems:
+                damaged = self.checkpoint.with_name("checkpoint.damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                os.replace(self.checkpoint, damaged)
+                print(f"{problems[0]}. Going on from {self.last_checkpoint}; the damaged one is now {damaged}", file=sys.stderr)
+            return saved
+        if problems:
+            raise DamagedFolder(f"{'; '.join(problems)}. No checkpoint of this run is whole, and nothing was changed: put a whole "
+                                f"copy at {self.checkpoint}, or begin anew in another folder (a stage: force=True)")
+        return None
+
     def save(self, state: TrainingState) -> None:
-        """Write checkpoint/: the model's files and everything needed to resume."""
+        """Write checkpoint/: the model's files and everything needed to resume; the former one is kept."""
         everything = state.state_dict()  # before the averaged weights are swapped in for the model's files
         self._write(self.checkpoint, state, everything)
         self.last_checkpoint = f"{self.checkpoint} (step {state.step})"
@@ -291,4 +330,4 @@ class RunFolder:
     def _write(self, folder: Path, state: TrainingState, everything: dict | None) -> None:
         with state.as_product() as module:
             files = (lambda temporary: self.save_model(module, temporary)) if self.save_model else None
-            save_checkpoint(folder, everything, {"step": state.step, "tokens": state.tokens}, files)
+            save_checkpoint(folder, everything, {"step": state.step, "tokens": state.tokens}, files, everything is not None)

@@ -153,7 +153,7 @@ def _run_step(step) -> None:
     click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
     code = pipeline.execute(step)
     if code:
-        if pipeline.status(step) in ("stopped", "interrupted"):
+        if pipeline.status(step) in ("stopped", "preempted", "interrupted"):
             click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from there", err=True)
         else:
             click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}. When the cause is "

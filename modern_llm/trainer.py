@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,8 @@ from .optim import LossOutput, learning_rate_factor
 # %% auto #0
 __all__ = ['Batch', 'LossFunction', 'Evaluate', 'SaveModel', 'PEAK_FLOPS', 'micro_batches', 'batch_tokens', 'add_losses',
            'rescale_gradients', 'optimizer_step', 'prefetch', 'Window', 'TrainingDiverged', 'DivergenceGuard',
-           'stop_signals', 'run_progress', 'stop_reason', 'peak_flops', 'flops_share', 'prepare_module', 'validate',
-           'Recorder', 'make_bar', 'TrainResult', 'Trainer']
+           'stop_signals', 'job_ends_soon', 'run_progress', 'stop_reason', 'peak_flops', 'flops_share',
+           'prepare_module', 'validate', 'Recorder', 'make_bar', 'TrainResult', 'Trainer']
 
 # %% ../nbs/03_trainer.ipynb #types
 Batch = dict[str, Tensor]
@@ -187,7 +188,7 @@ class DivergenceGuard:
 # %% ../nbs/03_trainer.ipynb #stop-signals
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """Inside, SIGINT, SIGTERM and SIGUSR1 only put "interrupted" or "stopped" on the yielded list: a step is never torn.
+    """Inside, SIGINT, SIGTERM and SIGUSR1 only put "interrupted" or "preempted" on the yielded list: a step is never torn.
 
     A second SIGINT raises KeyboardInterrupt. Outside the main thread nothing is changed.
     """
@@ -199,7 +200,7 @@ def stop_signals() -> Iterator[list[str]]:
     def note(number, frame):
         if number == signal.SIGINT and caught:
             raise KeyboardInterrupt
-        caught.append("interrupted" if number == signal.SIGINT else "stopped")
+        caught.append("interrupted" if number == signal.SIGINT else "preempted")
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     former = {number: signal.signal(number, note) for number in numbers}
@@ -209,6 +210,14 @@ def stop_signals() -> Iterator[list[str]]:
         for number, handler in former.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
+# %% ../nbs/03_trainer.ipynb #job-end
+def job_ends_soon(margin: float) -> bool:
+    """Whether SLURM ends this job within `margin` seconds, or a minute if that is more; False where it does not say.
+
+    The time is SLURM_JOB_END_TIME, seconds since 1970.
+    """
+    return time.time() + max(60.0, margin) >= float(os.environ.get("SLURM_JOB_END_TIME") or math.inf)
+
 # %% ../nbs/03_trainer.ipynb #progress
 def run_progress(step: float, seconds: float, cfg: TrainConfig) -> float:
     """Share of the run that is over, 0 to 1: of its steps or of its minutes, whichever is further."""
@@ -216,12 +225,12 @@ def run_progress(step: float, seconds: float, cfg: TrainConfig) -> float:
     return min(1.0, max(step / cfg.max_steps, timed))
 
 # %% ../nbs/03_trainer.ipynb #stop-reason
-def stop_reason(state: TrainingState, cfg: TrainConfig, asked: bool, caught: list[str]) -> str | None:
-    """Why to stop after this step, or None to go on."""
+def stop_reason(state: TrainingState, cfg: TrainConfig, asked: str | None = None, caught: Sequence[str] = ()) -> str | None:
+    """Why to stop after this step, or None to go on; `asked` by a file or function, `caught` as signals."""
     if state.step >= cfg.max_steps:
         return "finished"
     if caught or asked:
-        return caught[0] if caught else "stopped"
+        return caught[0] if caught else asked
     return "max_minutes" if cfg.max_minutes and state.seconds >= 60 * cfg.max_minutes else None
 
 # %% ../nbs/03_trainer.ipynb #peak-flops
@@ -269,6 +278,7 @@ class Recorder:
     def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Evaluate | None = None, share: float | None = None):
         self.files, self.cfg, self.evaluate, self.share = files, cfg, evaluate, share
         self.guard, self.window, self.bar = DivergenceGuard(), Window(), None
+        self.slowest_save = 0.0
         for row in read_metrics(files.metrics):  # of the sittings before this one
             if row["loss"] is not None:
                 self.guard.check(row["step"], row["loss"], None, files.last_checkpoint)
@@ -291,7 +301,9 @@ class Recorder:
                 self.guard.check(step, row["loss"], norm, self.files.last_checkpoint)
             state.kept = max(state.kept, parts)
             if reason or (check_point and not self.guard.bad):  # a suspicious state never replaces a good one
+                began = time.perf_counter()
                 self.files.save(state)
+                self.slowest_save = max(self.slowest_save, time.perf_counter() - began)
             if keep and not self.guard.bad:
                 self.files.keep(state)
             if judge:
@@ -311,7 +323,7 @@ def make_bar(state: TrainingState, cfg: TrainConfig, show: bool) -> tqdm:
 # %% ../nbs/03_trainer.ipynb #train-result
 @dataclass
 class TrainResult:
-    """How a run ended: `stopped` is "finished", "max_minutes", "stopped" or "interrupted"."""
+    """How a run ended: `stopped` is "finished", "max_minutes", "stopped" (on request), "preempted" (by the scheduler) or "interrupted"."""
 
     step: int
     tokens: int
@@ -330,7 +342,8 @@ class Trainer:
         save_model: (module, folder) writes the model's files into an existing folder.
         flops_per_token: of forward and backward pass, for the share of the GPU's peak (mfu).
         resume: continue folder/checkpoint if it is there; without it a used folder is refused.
-        should_stop: asked after every step. A file folder/STOP, SIGTERM, SIGUSR1 and Ctrl-C stop the run too.
+        should_stop: asked after every step. A file folder/STOP, SIGTERM, SIGUSR1, Ctrl-C and the end of a SLURM job that is
+            near stop the run too, after a whole step and with a checkpoint.
     """
 
     def __init__(
@@ -351,7 +364,8 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train to the end of the steps or minutes, or until asked to stop; may be called again to go on."""
         state, cfg, recorder = self.state, self.cfg, self.recorder
-        reason, start = stop_reason(state, cfg, False, []), time.perf_counter() - state.seconds
+        reason, start = stop_reason(state, cfg), time.perf_counter() - state.seconds
+        first, slowest = state.step, 0.0
         batches = prefetch(self.batches, state.step, cfg.max_steps, cfg.batch_size, state.device.type == "cuda")
         restore_random_states(state.random)
         state.module.train()
@@ -359,14 +373,19 @@ class Trainer:
         with contextlib.closing(batches), stop_signals() as caught, make_bar(state, cfg, self.progress_bar) as bar:
             recorder.bar = bar
             while not reason:
+                began = time.perf_counter()
                 try:
                     progress = run_progress(state.step + 0.5, state.seconds, cfg)
                     factor = learning_rate_factor(state.step + 0.5, progress, cfg)
                     recorder.window.add(*optimizer_step(state, self.loss_fn, next(batches), cfg, factor))
                     state.seconds, state.random = time.perf_counter() - start, random_states()
-                    reason = stop_reason(state, cfg, self.should_stop() or self.files.stop_file.exists(), caught)
+                    if job_ends_soon(1.5 * (slowest + recorder.slowest_save)):
+                        caught.append("preempted")
+                    reason = stop_reason(state, cfg, "stopped" if self.should_stop() else self.files.stop_asked(), caught)
                     recorder.observe(state, factor, reason)
                     bar.update()
+                    if state.step > first + 1:  # the first step of a sitting may have compiled
+                        slowest = max(slowest, time.perf_counter() - began)
                 except KeyboardInterrupt:
                     if caught:  # the second Ctrl-C
                         raise
