@@ -1,5 +1,4 @@
 # What every job file shares: the environment, the log, and what happens when the scheduler wants the machine back.
-[ -f slurm/environment.sh ] || { echo "submit from the checkout: cd PATH/TO/modern_llm && sbatch slurm/…" >&2; exit 2; }
 set +u; source slurm/environment.sh; set -u  # modules use variables that are not set
 command -v modern-llm >/dev/null ||
   { echo "no modern-llm in ${MODERN_LLM_VENV:-$PWD/.venv}/bin: run bash scripts/environment.sh on the login node" >&2; exit 2; }
@@ -38,6 +37,7 @@ run_or_requeue() {
     modern-llm run "$@" &
   fi
   child=$!
+  if [ -n "$warned" ]; then kill -USR1 "$child"; fi  # the word came between two stages
   while :; do  # a signal ends `wait` early
     warned=""; code=0
     wait "$child" || code=$?
