@@ -192,7 +192,7 @@ def test_a_job_preempted_three_times_ends_with_the_same_weights(cluster, smoke):
         until(lambda: running_at(job, run / stage, step), f"{stage} to come to step {step}")
         preempt()
         until(lambda: seen(job)["Restarts"] == str(number), f"requeue number {number}")
-        assert read_json(run / "run.json")["stages"][stage]["status"] == "preempted", log(run)
+        until(lambda: read_json(run / "run.json")["stages"][stage]["status"] == "preempted", f"stage {stage} to stop")
         lines.append(f"{stage}, {read_json(run / stage / 'checkpoint' / 'meta.json')['step']} steps done: {way}")
     assert end_of(job) == ("COMPLETED", "0:0"), log(run)
     until(lambda: (cluster / "undisturbed" / PREEMPTED[-1][0] / "results.json").exists(), "the undisturbed run")
