@@ -97,10 +97,13 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     modern-llm run --stage dpo --checkpoint runs/local-smoke/sft --run other-dpo -p dpo.loss=ipo
     modern-llm run -p sft.lr=1e-3 --force                                 redo SFT and what follows, keep pretraining
     modern-llm run --preset local-cpu --stage eval --run other --checkpoint SmolLM2/   a model from elsewhere
+    modern-llm run -p hardware.ranks=2 --run together                     two processes that train together (torchrun)
+    srun modern-llm run -p hardware.ranks=8 --preset tacc-h100            a rank for each of 8 tasks of a SLURM job
     modern-llm run -p seed=1 --run seed-1 --dry-run                       what would be done?
     """
     from modern_llm import pipeline
     from modern_llm.inputs import Preempted
+    from modern_llm.ranks import gathered
     from modern_llm.stage import StageError
     from modern_llm.submit import note_this_job
 
@@ -119,11 +122,12 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
             if checkpoint:
                 click.echo(f"pretrain: left out, the run starts from {plan.parameters[plan.stages[0]]['checkpoint']}")
             plan.check_data()
-        pipeline.end_on_warnings()
-        with pipeline.lock_for(plan.run_folder, plan.stages):
-            note_this_job(plan.run_folder, plan.stages)
-            for name in plan.stages:
-                _run_step(plan.step(name))
+        with gathered(max(config.hardware.ranks for config in plan.configs.values())):
+            pipeline.end_on_warnings()
+            with pipeline.lock_for(plan.run_folder, plan.stages):
+                note_this_job(plan.run_folder, plan.stages)
+                for name in plan.stages:
+                    _run_step(plan.step(name))
     except Preempted as warning:
         click.echo(f"{warning}: the run ended early, kept what it had, and goes on with the same command", err=True)
         sys.exit(pipeline.EXIT_PREEMPTED)
