@@ -342,6 +342,7 @@ def make_bases(stage: str, config: PipelineConfig, parameters: dict, device: str
 def _make_base(stage: str, folder: Path, start: Path | None, parameters: dict) -> None:
     notebook = notebooks_folder() / NOTEBOOKS[stage]
     values = {name: parameters[name] for name in ("preset", "seed", "device", "overrides") if parameters.get(name) not in (None, "")}
+    values["overrides"] = f"{values.get('overrides', '')} hardware.ranks=1".strip()  # made by this process alone
     values |= {"run": folder.name, "output_dir": str(folder.parent), "resume": True}
     if start:
         values["checkpoint"] = str(start)

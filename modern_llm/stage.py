@@ -31,10 +31,11 @@ from modern_llm import counts
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
-    DATA, SLOW_AND_UNUSED, WARNINGS, Preempted, StageError, changed_data, changes, data_files, described, find_checkpoint,
-    is_model, make_bases, missing_data, no_inputs, own_inputs, say, sections, setting, start_of,
+    DATA, NOTEBOOKS, SLOW_AND_UNUSED, WARNINGS, Preempted, StageError, changed_data, changes, data_files, described, find_checkpoint,
+    is_model, make_bases, missing_data, no_inputs, notebooks_folder, own_inputs, say, sections, setting, start_of,
 )
 from modern_llm.locks import RunLock, owner_of, this_process
+from modern_llm.ranks import TrainingEnded, launched
 
 GIB = 2**30
 RECORDED_PACKAGES = ("torch", "datasets", "tokenizers", "safetensors", "papermill", "pandas", "modern_llm")
@@ -266,6 +267,7 @@ class StageRun:
     resume: bool
     started: float
     inputs: dict[str, Path] = dataclasses.field(default_factory=dict)  # checkpoints, by the stage that made them
+    world: object = None  # the ranks that train together (distributed.World); None where nothing is trained
     earlier_seconds: float = 0.0  # of the sittings before this one
     lock: RunLock | None = None  # on the run's folder, until the stage is finished or the process ends
 
@@ -292,7 +294,14 @@ class StageRun:
         return results
 
     def require(self, stopped: str) -> None:
-        """Go on only if training came to its end; else record how it stopped and raise StageError saying how to resume."""
+        """Go on only if training came to its end; else record how it stopped and raise StageError saying how to resume.
+
+        Of several ranks only the first goes on; on the others this raises TrainingEnded.
+        """
+        if self.world:
+            self.world.leave()
+            if not self.world.main:
+                raise TrainingEnded(stopped)
         if stopped not in ("finished", "max_minutes"):
             self._record(stopped)
             raise StageError(f"training was {stopped} and checkpointed in {self.folder}; run again with run={self.run!r} "
@@ -374,6 +383,8 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     refuse_unknown(injected_parameters(namespace.get("In", [])), declared)
     parameters = {name: namespace[name] for name in declared}
     config = resolve(stage, parameters)
+    if task := namespace.get("TASK"):
+        return follow_stage(stage, config, task)
     wanted = sections(config, stage)
     name, folder, _ = choose_folder(stage, parameters, wanted)
     lock = None
@@ -407,12 +418,45 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, 
         raise StageError(f"stage {stage} was begun with other data: {'; '.join(changed)}. Put the former file back, or say force=True to "
                          "delete the stage and begin anew, or choose another run name")
     stage_run = StageRun(stage, name, config, device, folder, resume, time.time(), inputs, lock=lock)
+    stage_run.world = first_rank(stage_run, parameters)
     with writes_to(folder, "or choose another place with output_dir=…"):
         if parameters.get("force") and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write_record(stage_run, parameters, resolved, data_files(config, stage, former.get("data_files")))
     return stage_run
+
+
+def first_rank(run: StageRun, parameters: dict):
+    """The ranks that will train with this process (hardware.ranks), and what they have to run for it; None if nothing is trained.
+
+    StageError if they were not started.
+    """
+    if not isinstance(settings_of(run.config, run.stage), TrainConfig):
+        return None
+    from modern_llm.distributed import World
+
+    hardware, (_, size, _) = run.config.hardware, launched()
+    if hardware.ranks > 1 and size != hardware.ranks:
+        raise StageError(f"hardware.ranks={hardware.ranks}, but {size} process{'es were' if size > 1 else ' was'} started: run "
+                         f"`modern-llm run --stage {run.stage} -p hardware.ranks={hardware.ranks} …`, or set hardware.ranks={size}")
+    task = {"notebook": str(notebooks_folder() / NOTEBOOKS[run.stage]), "run": run.run, "folder": str(run.folder),
+            "resume": run.resume, "parameters": parameters}
+    return World(0, hardware.ranks, hardware.strategy, task)
+
+
+def follow_stage(stage: str, config: PipelineConfig, task: dict) -> StageRun:
+    """The stage as rank 0 began it, for another rank; nothing is written."""
+    from modern_llm.checkpoints import pick_device
+    from modern_llm.distributed import World
+
+    folder = Path(task["folder"])
+    inputs = {name: Path(entry["path"]) for name, entry in read_json(folder / "params.json")["inputs"].items()}
+    if start := start_of(inputs):
+        config = with_model_of(config, start)
+    config = configs.override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
+    world = World(launched()[0], config.hardware.ranks, config.hardware.strategy)
+    return StageRun(stage, task["run"], config, str(pick_device(config.hardware.device)), folder, task["resume"], time.time(), inputs, world)
 
 
 def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: Path, former: dict) -> dict[str, Path]:
@@ -587,7 +631,8 @@ def _optimisation(config: PipelineConfig, stage: str, train: TrainConfig) -> lis
         budget += f" = {tokens / 1e6:,.1f}M tokens"
         detail = f"{tokens * counts.flops_per_token(config.model):.1e} FLOPs" + (f", {limit}" if limit else "")
     return [
-        ("batch", batch, f"in micro-batches of {train.micro_batch}"),
+        ("batch", batch, f"in micro-batches of {train.micro_batch}" + (
+            f", shared by {config.hardware.ranks} ranks ({config.hardware.strategy})" if config.hardware.ranks > 1 else "")),
         ("budget", budget, detail),
         ("optimizer", train.optimizer, f"lr {train.lr:g}" + (f", Muon {train.muon_lr:g}" if train.optimizer == "muon" else "")
          + f", weight decay {train.weight_decay:g}, {train.schedule}"),

@@ -31,6 +31,7 @@ SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.m
 PRESET = Path(os.environ["MODERN_LLM_CACHE"]).parent / "small.json"  # "lesson" by another name: its chapters expect more of it
 PRESET.write_text('{"base": "lesson", "name": "small"}')
 # Every stage takes half a minute to be killed, finished and compared; the default proves it where the others start from.
+SEVERAL = ("pretrain", "sft", "dpo", "verifier") if os.environ.get("MODERN_LLM_SLOW_TESTS") else ()
 KILLED = ("sft", "dpo", "verifier") if os.environ.get("MODERN_LLM_SLOW_TESTS") else ("sft",)
 
 
@@ -219,6 +220,34 @@ def test_killed_command_leaves_no_orphan_and_the_same_command_finishes_it(stage,
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     tables = [read_json(place / "it" / stage / "results.json")["table"] for place in (tuned, tmp_path)]
     assert tables[0] == tables[1]
+
+
+def curve(folder: Path) -> list[float]:
+    return [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize("stage, strategy", [("sft", "fsdp"), *((stage, "ddp") for stage in SEVERAL)])
+def test_ranks_train_a_stage_like_one_process(stage, strategy, tuned, tmp_path):
+    """`-p hardware.ranks=2`; the second rank is killed on the way, which ends the first; the same command goes on and ends as one process."""
+    finish(*words(stage, tuned))
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "it" / stage
+    shutil.rmtree(folder)
+    together = words(stage, tmp_path, "-p", "hardware.ranks=2", "-p", f"hardware.strategy={strategy}")
+    process = start(*together)
+    wait_for((folder / "checkpoint" / "meta.json").exists, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    second, = (p for p in family if p.environ().get("RANK") == "1")
+    second.kill()
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 137 and "rank 1 ended first, with exit code -9" in text and "another rank is gone" in text, text
+    assert not psutil.wait_procs(family, timeout=10)[1] and not (folder / "results.json").exists()
+
+    text = finish(*together)
+    assert f"{stage}: resume" in text and text.count(f"{stage}: finished") == 1
+    alone, both = curve(tuned / "it" / stage), curve(folder)
+    assert len(alone) == len(both) and both[:2] == pytest.approx(alone[:2], rel=1e-6) and both == pytest.approx(alone, rel=1e-4)
+    assert "shared by 2 ranks" in (folder / "notebook.ipynb").read_text() and not list(folder.glob("*rank*"))
 
 
 # ---- afterwards ------------------------------------------------------------------------------------------------------

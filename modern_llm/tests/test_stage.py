@@ -37,6 +37,8 @@ def begin(tmp_path, cells=(), stage="pretrain", **values):
     ({"stage": "dpo", "preset": "local-smoke", "checkpoint": "/no/where"}, st.StageError, "Tried /no/where, /no/where/checkpoint"),
     ({"device": "gpu"}, ConfigError, "hardware.device='gpu' is unknown"),
     ({"run": "../up"}, ConfigError, "is no folder name"),
+    ({"overrides": "hardware.ranks=2"}, st.StageError, "hardware.ranks=2, but 1 process was started: run `modern-llm run --stage pretrain"),
+    ({"overrides": "hardware.ranks=3"}, ConfigError, "hardware.ranks=3 does not divide pretrain.batch_size=16"),
     ({"overrides": "data.sources=no-such-data"}, st.StageError, "no-such-data"),
 ])
 def test_refused_before_anything_is_written(tmp_path, values, error, message):
