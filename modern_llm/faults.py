@@ -194,9 +194,9 @@ KILL, WARN = (signal.SIGKILL,), (signal.SIGTERM, signal.SIGUSR1)
 SCENARIOS: dict[str, tuple[int, Callable[[Path, int], object]]] = {  # how often (0: as often as there is something to disturb), and what
     "full-operation": (0, lambda place, times: every_operation(place, dies=False)),
     "dying-operation": (0, lambda place, times: every_operation(place, dies=True)),
-    "full-disk": (20, full_disk), "read-only": (0, lambda place, times: read_only(place)),
-    "kill": (100, lambda place, times: signalled(place, times, KILL)), "warning": (100, lambda place, times: signalled(place, times, WARN)),
-    "device": (20, lost_device), "two": (1000, two_at_once), "checkpoint": (10, damaged_checkpoint), "tokens": (10, damaged_tokens),
+    "full-disk": (5, full_disk), "read-only": (0, lambda place, times: read_only(place)),
+    "kill": (30, lambda place, times: signalled(place, times, KILL)), "warning": (20, lambda place, times: signalled(place, times, WARN)),
+    "device": (5, lost_device), "two": (200, two_at_once), "checkpoint": (4, damaged_checkpoint), "tokens": (3, damaged_tokens),
     "data": (0, lambda place, times: changed_data(place)), "pickles": (0, lambda place, times: pickles(place)),
 }
 
