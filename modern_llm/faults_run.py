@@ -195,4 +195,5 @@ def lost_device(place: Path, times: int) -> Row:
         survived += ended.get("weights") == wanted and (code == 0 or "AcceleratorError" in said["error"])
         whole = (rows[-1]["step"] if rows else 0) // TRAIN.checkpoint_every * TRAIN.checkpoint_every
         lost = max(lost, whole - ended.get("start", 0))
-    return Row("the device is lost at a random operation (simulated in torch's dispatcher)", times, survived, lost, "torch's error ends the stage")
+    return Row("the device is lost at a random operation (simulated in torch's dispatcher)", times, survived, lost,
+               "torch's error ends the stage, which says where it goes on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import errno
@@ -134,7 +135,7 @@ class RunLock:
 
     The file is locked with flock, which the system gives back when its owner dies, and says who that is. Some network file
     systems know the locks of one host only, or none: there an owner counts as alive while it touches the file or while its
-    SLURM job runs, and without any locks two that start in the same second find out by reading again what they wrote.
+    SLURM job runs, and of two that start in the same second each reads a second later whose name is in the file.
     """
 
     held: dict[Path, RunLock] = {}  # by this process
@@ -152,17 +153,23 @@ class RunLock:
             mine._sign(self.what)
             return mine
         self.made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + patience
         while not self._try(time.monotonic() > deadline):
             time.sleep(0.1)
-        self.held[self.path] = self
+        self.held[self.path], self.process = self, os.getpid()
+        atexit.register(self.release)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
         return self
 
     def _try(self, last: bool) -> bool:
         """One attempt; False if another may succeed soon. A lock whose owner is gone is taken over, and a line says so."""
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the folder was somebody else's, who has just removed it
+            if last:
+                raise
+            return False
         try:
             locked, owner = _flock(self.handle), read_owner(self.handle)
             reason, passing = self._in_use(locked, owner)
@@ -172,10 +179,9 @@ class RunLock:
             if reason or not self._still_there():  # or released between our opening the file and locking it
                 return self._close()
             self._sign(self.what)
-            if locked is None:  # of two that sign here in the same second, the second one's name stays
-                time.sleep(1.0)
-                if read_owner(self.handle).get("token") != self.token:
-                    return self._close()
+            other_hosts = owner.get("host", platform.node()) != platform.node() or os.environ.get("SLURM_JOB_ID")
+            if (locked is None or other_hosts) and not self._confirmed():
+                return self._close()
         except BaseException:
             self._close()
             raise
@@ -194,6 +200,12 @@ class RunLock:
             return "", False
         dying = not is_alive(owner) or (owner["parent"] and not _runs(owner["parent"]))  # a kernel outlives papermill by a second
         return named(owner), bool(dying)
+
+    def _confirmed(self) -> bool:
+        """Whether our name is still in the file a second later: of two hosts that do not see each other's locks, the later one's stays."""
+        time.sleep(1.0)
+        with open(self.path, "rb") as file:
+            return read_owner(file.fileno()).get("token") == self.token
 
     def _still_there(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -220,7 +232,7 @@ class RunLock:
 
     def release(self) -> None:
         """Give the lock back, and remove its file and the folders made for it if nothing else is in them."""
-        if self.held.get(self.path) is not self:
+        if self.held.get(self.path) is not self or self.process != os.getpid():  # a fork has no right to it
             return
         del self.held[self.path]
         self.done.set()

@@ -201,7 +201,7 @@ def execute(step: Step) -> int:
 
     Ctrl-C asks a stage that trains to stop: it finishes its optimizer step, writes a checkpoint and ends. A second one
     kills it; a stage that does not train is killed at once and begins anew, or where its kept work ends. A scheduler's warning
-    is passed on to the stage, which ends in the same way; then Preempted is raised.
+    is passed on to the stage, which ends in the same way; then, and when the stage was preempted by itself, Preempted is raised.
     """
     if step.stage == "report":
         return write_the_report(step)
@@ -236,10 +236,10 @@ def execute(step: Step) -> int:
     if output.parent != step.folder:
         began = not (step.folder / "results.json").is_file() or code == 0
         os.replace(output, step.folder / "notebook.ipynb") if began else output.unlink(missing_ok=True)
-    if warning:
-        if status(step) in ("running", "stopped"):
-            mark(step, "preempted")
-        raise warning
+    if warning and status(step) in ("running", "stopped"):
+        mark(step, "preempted")
+    if warning or (code and status(step) == "preempted"):  # the kernel alone was warned, or knows when its job ends
+        raise warning or Preempted(f"stage {step.stage} was preempted")
     return code
 
 

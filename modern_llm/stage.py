@@ -322,7 +322,7 @@ def writes_to(folder: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StageError(f"cannot write to {folder}: {error.strerror}; make room or make it writable, {remedy}") from error
+        raise StageError(f"cannot write to {folder}: {error.strerror or error}; make room or make it writable, {remedy}") from error
 
 
 def report_folder(run_folder: Path) -> Path:
@@ -532,8 +532,13 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
 
     def after_cell(result) -> None:
         busy.clear()
-        if result.error_in_exec is not None and not isinstance(result.error_in_exec, (StageError, Preempted)):
-            stage._record("failed")
+        error = result.error_in_exec
+        if error is None or isinstance(error, (StageError, Preempted)):
+            return
+        if isinstance(error, getattr(sys.modules.get("torch"), "AcceleratorError", ())):
+            say(f"{stage.stage}: the device {stage.device} is lost. What {stage.folder} holds is whole: run again with run={stage.run!r} and "
+                "resume=True, here, on another machine or with device=cpu")
+        stage._record("failed")
 
     def end(number: int, frame) -> None:
         for other in WARNINGS:
@@ -548,7 +553,7 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
 
     shell.events.register("pre_run_cell", lambda info: busy.set())
     shell.events.register("post_run_cell", after_cell)
-    if "ipykernel" in sys.modules and threading.current_thread() is threading.main_thread():  # a process of its own
+    if type(shell).__name__ == "ZMQInteractiveShell" and threading.current_thread() is threading.main_thread():  # a kernel of its own
         end.stage = stage
         for number in WARNINGS:
             signal.signal(number, end)

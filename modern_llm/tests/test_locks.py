@@ -17,7 +17,7 @@ from modern_llm.locks import STAGE_LOCK, RunLock, is_alive, owner_of, this_proce
 from modern_llm.tests.test_stage import begin
 
 TAKE = "import sys, time; from modern_llm.locks import RunLock; RunLock(sys.argv[1], 'stage sft').take(); print('taken', flush=True); time.sleep(60)"
-ROUNDS = 200
+ROUNDS = 100
 TWO = """
 import multiprocessing, os, sys
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_of_two_that_start_at_the_same_moment_exactly_one_works(tmp_path):
 
 def test_the_second_is_refused_at_once_and_told_by_whom(tmp_path, holder):
     began = time.time()
-    with pytest.raises(StageError, match=f"run 'it' is in use: stage sft, by process {holder.pid} on {platform.node()}, since 20.*choose another run name"):
+    with pytest.raises(StageError, match=f"run 'it' is in use: stage sft, by process {holder.pid} on {platform.node()}, since 20.*another run"):
         begin(tmp_path, run="it")
     assert time.time() - began < 3 and os.listdir(tmp_path / "it") == [STAGE_LOCK]
     assert owner_of(tmp_path / "it")["pid"] == holder.pid
@@ -144,6 +144,14 @@ def test_where_the_disk_has_no_locks_the_owner_decides(tmp_path, holder, monkeyp
     holder.wait()
     RunLock(tmp_path / "it", "stage dpo").take().release()
     assert "took over" in capsys.readouterr().err
+
+
+def test_two_hosts_that_do_not_see_each_others_locks_find_out(tmp_path, monkeypatch):
+    """The other host signs after us, within the second that we wait inside a SLURM job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: write_owner(tmp_path / "it", 0, host="c301-001"))
+    with pytest.raises(StageError, match="in use: stage sft, by process .* on c301-001"):
+        RunLock(tmp_path / "it", "stage sft").take()
 
 
 def test_a_process_number_that_was_given_again_is_somebody_else(holder):

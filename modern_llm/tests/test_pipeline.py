@@ -135,6 +135,21 @@ def test_a_stage_whose_start_was_made_anew_is_refused(runs):
     assert code == 2 and "--force" in text and (runs / "it" / "sft" / "results.json").exists()
 
 
+def test_data_that_changed_is_named_before_a_stage_starts(tmp_path):
+    from modern_llm.tests.test_stage import begin
+
+    path = tmp_path / "mine.txt"
+    path.write_text("Tom has 3 hats.\n" * 50)
+    begin(tmp_path, run="it", overrides=f"data.sources={path}").finish({"table": []})
+    ask_plan = lambda **more: pipeline.Plan("pretrain", preset="lesson", run="it", output_dir=str(tmp_path),
+                                            overrides=f"data.sources={path}", **more).step("pretrain")
+    assert ask_plan().action == "skip"
+    path.write_text("Tom has 4 hats.\n" * 50)
+    with pytest.raises(StageError, match=f"since then this has changed:\n  - data file {path}: sha256 .* -> "):
+        ask_plan()
+    assert ask_plan(no_overwrite=True).action == "skip" and ask_plan(force=True).action == "run"
+
+
 def test_parameters_go_to_the_stages_that_declare_them(tuned):
     everything = pipeline.Plan("all", preset="lesson", max_minutes=6, max_steps=9)
     assert all(everything.parameters[name]["max_minutes"] == 6 for name in ("pretrain", "sft", "dpo", "verifier"))
