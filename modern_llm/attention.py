@@ -167,7 +167,7 @@ def attend(
     Raises:
         ValueError: there is no mask although 1 < t < s.
     """
-    d, t, s = q.shape[-1], q.shape[-2], k.shape[-2]
+    (h, t, d), s = q.shape[1:], k.shape[-2]
     if mask is None and t not in (1, s):
         raise ValueError(f"attend: {t} queries of {s} keys need a mask; build it with attention_mask({t}, {s})")
     causal = mask is None and t > 1
@@ -177,12 +177,14 @@ def attend(
             mask = F.pad(mask, (1, 0), value=True)
         elif causal:
             q = F.pad(q, (0, 0, 1, 0))  # a query for the sink's own row keeps the triangle square
-    if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # those kernels want a key for every head
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if t == 1:  # the heads of a group become queries of the same keys, which are then read once
+        q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
+    elif q.is_cuda and (mask is not None or q.dtype == torch.float32):  # those kernels want a key for every head
+        k, v = (x.repeat_interleave(h // x.shape[1], dim=1) for x in (k, v))
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=1 / math.sqrt(d), enable_gqa=k.shape[1] != q.shape[1]
     )
-    return y[..., -t:, :d]
+    return (y.reshape(len(y), h, 1, -1) if t == 1 else y)[..., -t:, :d]
 
 # %% ../nbs/01_attention.ipynb #kv-cache
 class KVCache:

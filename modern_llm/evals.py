@@ -54,13 +54,14 @@ class Subject:
 # %% ../nbs/07_eval.ipynb #ask
 def ask(subject: Subject, requests: Sequence[str], examples: Sequence[tuple[str, str]], *, shots: int = 0, seed: int = 0,
         **options) -> list[Answer]:
-    """Greedy answers to requests: in the chat template, or behind `shots` of the solved `examples` (request, answer).
+    """Answers to requests: in the chat template, or behind `shots` of the solved `examples` (request, answer).
 
     Args:
+        seed: of the examples shown and of sampled answers.
         options: of `modern_llm.chat.continuations`; `max_new_tokens` is required.
     """
     if subject.chat:
-        return answer(subject.model, subject.tokenizer, requests, **options)
+        return answer(subject.model, subject.tokenizer, requests, seed=seed, **options)
     draw = random.Random(seed)
     room = subject.model.cfg.context_length - options["max_new_tokens"]
     prompts = []
@@ -69,7 +70,7 @@ def ask(subject: Subject, requests: Sequence[str], examples: Sequence[tuple[str,
         prompts.append(document_prompt(subject.tokenizer, [f"Question: {q}\nAnswer: {a}" for q, a in shown],
                                        f"Question: {request}\nAnswer:", room, subject.separator))
     stop = separator_ids(subject.tokenizer, subject.separator) if subject.separator else ()
-    return continuations(subject.model, subject.tokenizer, prompts, end_of_text_id(subject.tokenizer), stop=stop, **options)
+    return continuations(subject.model, subject.tokenizer, prompts, end_of_text_id(subject.tokenizer), seed=seed, stop=stop, **options)
 
 
 def separator_ids(tokenizer: Tokenizer, separator: str) -> list[list[int]]:
@@ -225,19 +226,19 @@ def instruction_piece(subject: Subject, items: Sequence, examples: Sequence, max
     return mark_instructions(items, answers, subject.chat)
 
 # %% ../nbs/07_eval.ipynb #problem-piece
-def mark_problems(problems: Sequence[Problem], answers: Sequence[Answer]) -> pd.DataFrame:
-    """What `modern_llm.tasks.mark` says of one answer to every problem, and `flexible`: whether the last number is right."""
-    said = [flexible_answer(a.text) for a in answers]
-    return mark(problems, answers).assign(flexible=[value == p.value for value, p in zip(said, problems)])
+def mark_problems(problems: Sequence[Problem], answers: Sequence[Answer], samples: int = 1) -> pd.DataFrame:
+    """What `modern_llm.tasks.mark` says of the `samples` answers to each problem, and `flexible`: whether the last number is right."""
+    said = [flexible_answer(a.text) == problems[i // samples].value for i, a in enumerate(answers)]
+    return mark(problems, answers, samples).assign(flexible=said)
 
 
 def problem_piece(subject: Subject, problems: Sequence[Problem], examples: Sequence[Problem], max_new_tokens: int, shots: int = 1,
-                  calculator: bool = False, **options) -> pd.DataFrame:
-    """`mark_problems` of greedy answers; the options are those of `ask`."""
+                  calculator: bool = False, samples: int = 1, **options) -> pd.DataFrame:
+    """`mark_problems` of answers, greedy unless a `temperature` is given; the options are those of `ask`."""
     answers = ask(subject, [problem_request(p) for p in problems], [(problem_request(e), e.answer) for e in examples], shots=shots,
-                  max_new_tokens=max_new_tokens, force=Calculator(subject.tokenizer) if calculator else None,
-                  progress=f"{subject.stage}: problems{', calculator' * calculator}", **options)
-    return mark_problems(problems, answers)
+                  max_new_tokens=max_new_tokens, force=Calculator(subject.tokenizer) if calculator else None, samples=samples,
+                  progress=f"{subject.stage}: problems{', calculator' * calculator}{', samples' * (samples > 1)}", **options)
+    return mark_problems(problems, answers, samples)
 
 # %% ../nbs/07_eval.ipynb #error-kind
 ERRORS = ("no end", "no answer", "arithmetic", "reasoning")

@@ -124,7 +124,7 @@ def shared_length(rows: Sequence[Sequence[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 # %% ../nbs/03c_fewshot.ipynb #read-rows
-def read_rows(model: nn.Module, rows: Sequence[Sequence[int]], starts: Sequence[int], batch_rows: int = 64,
+def read_rows(model: nn.Module, rows: Sequence[Sequence[int]], starts: Sequence[int], batch_rows: int = 32,
               groups: Sequence[int] | None = None, share: bool = True, progress: str = "") -> Iterator[tuple[list[int], Float[Tensor, "n c"]]]:
     """Yield (numbers of some rows, their hidden states from position starts[i] to the end, one row behind the other).
 
@@ -175,7 +175,7 @@ def _log_softmax(model: nn.Module, hidden: Float[Tensor, "n c"]) -> Float[Tensor
 
 
 @torch.inference_mode()
-def tail_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequence[int], batch_rows: int = 64,
+def tail_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequence[int], batch_rows: int = 32,
                    groups: Sequence[int] | None = None, share: bool = True, progress: str = "", chunk: int = 512) -> np.ndarray:
     """log p of the tokens rows[i][begins[i]:] given those before, summed, in nats; begins[i] is at least 1."""
     found, inputs = np.zeros(len(rows)), [row[:-1] for row in rows]
@@ -188,7 +188,7 @@ def tail_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequ
 
 
 @torch.inference_mode()
-def word_log_probs(model: nn.Module, prompts: Sequence[Sequence[int]], words: Sequence[Sequence[int]], batch_rows: int = 64,
+def word_log_probs(model: nn.Module, prompts: Sequence[Sequence[int]], words: Sequence[Sequence[int]], batch_rows: int = 32,
                    groups: Sequence[int] | None = None, share: bool = True, progress: str = "") -> np.ndarray:
     """(prompts, words): log p of every word (token ids) behind every prompt, in nats; NaN behind an empty prompt."""
     found, present = np.full((len(prompts), len(words)), np.nan), [i for i, prompt in enumerate(prompts) if prompt]
@@ -225,7 +225,7 @@ class Scorer:
     tokenizer: Tokenizer
     labels: Sequence[str] = LABELS
     separator: str | None = None
-    batch_rows: int = 64
+    batch_rows: int = 32
     progress: str = ""
 
     def words(self) -> list[list[int]]:
@@ -265,7 +265,7 @@ class Scorer:
 
 # %% ../nbs/03c_fewshot.ipynb #label-log-probs
 def label_log_probs(model: nn.Module, tokenizer: Tokenizer, demonstrations: Sequence[Review], texts: Sequence[str],
-                    labels: Sequence[str] = LABELS, separator: str | None = None, batch_rows: int = 64, progress: str = "") -> np.ndarray:
+                    labels: Sequence[str] = LABELS, separator: str | None = None, batch_rows: int = 32, progress: str = "") -> np.ndarray:
     """(texts, labels): log p of every label word behind every text's prompt, in nats; NaN where the text alone exceeds the context."""
     scorer = Scorer(model, tokenizer, labels, separator, batch_rows, progress)
     return scorer.behind(demonstrations, [prompt_suffix(text) for text in texts])[0]
@@ -339,7 +339,7 @@ def method_scores(scorer: Scorer, demonstrations: Sequence[Review], texts: Seque
 def sentiment_items(model: nn.Module, tokenizer: Tokenizer, reviews: Sequence[Review], pool: Sequence[Review],
                     shots: Sequence[int] = (0, 1, 4, 8), draws: int = 5, seed: int = 0, methods: Sequence[str] = METHODS,
                     labels: Sequence[str] = LABELS, separator: str | None = None, orders: int = 8, probes: int = 32,
-                    batch_rows: int = 64, progress: str = "") -> pd.DataFrame:
+                    batch_rows: int = 32, progress: str = "") -> pd.DataFrame:
     """One row for each number of shots, draw, method and review: label, what was said, and the score of every label.
 
     A review without text, or longer than the context, is there with "" said, and scores of NaN. Reviews of the pool

@@ -82,7 +82,9 @@ def next_token_probabilities(logits: Float[Tensor, "b v"], sampling: Sampling) -
     """The distribution that a token is drawn from: temperature, then the filters, then rescaled to sum to 1."""
     if sampling.temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    p = (logits.float() / sampling.temperature).softmax(-1)
+    p = (logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature).softmax(-1)
+    if (sampling.top_k, sampling.top_p, sampling.min_p) == (None, None, None):
+        return p  # a pass over the vocabulary is not free
     keep = torch.ones_like(p, dtype=torch.bool)
     if sampling.top_k is not None:
         keep &= p >= p.topk(min(sampling.top_k, p.shape[-1])).values[:, -1:]
@@ -207,22 +209,23 @@ def decode(
     for step in range(steps):
         with evaluating(model):
             logits = model.lm_head(model.hidden(ids, cache=cache)[0][:, -1]).float()
-        if not logits.isfinite().all():
-            raise ValueError(f"generate: the model's logits are not finite at new token {step}: its weights have diverged or are "
-                             "damaged; load an earlier checkpoint")
         if step == 0 and sampling.samples > 1:
             copies = torch.arange(len(prompts), device=device).repeat_interleave(sampling.samples)
             cache.select(copies)
             logits = logits[copies]
         if penalised:
             logits = penalise_repetition(logits, seen[rows], sampling.repetition_penalty)
-        tokens = draw(next_token_probabilities(logits, sampling), uniforms[rows, step])
+        log_p = logits.log_softmax(-1)
+        if not log_p[:, 0].isfinite().all():  # one bad logit spoils its whole row
+            raise ValueError(f"generate: the model's logits are not finite at new token {step}: its weights have diverged or are "
+                             "damaged; load an earlier checkpoint")
+        tokens = draw(next_token_probabilities(log_p, sampling), uniforms[rows, step])
         for i, row in enumerate(rows):
             if answers[row].forced:
                 tokens[i] = answers[row].forced[0]
         if penalised:
             seen[rows, tokens] = True
-        log_probs = logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        log_probs = log_p.gather(-1, tokens[:, None]).squeeze(-1)
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist()):
             if row in active:
                 yield from ((row, shown) for shown in answers[row].advance(token, log_prob, sampling))

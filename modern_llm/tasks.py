@@ -95,7 +95,7 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
     SST-2's test labels are not public, so its "test" is the validation split, as everybody reports it.
 
     Raises:
-        ValueError: another source, or a label outside the set, with its row.
+        ValueError: another source, a label outside the set, with its row, or no sentence at all.
     """
     if source == "synthetic":
         part = "train" if split == "train" else "heldout"
@@ -107,6 +107,8 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
         if str(row.get("label")) not in ("0", "1"):
             raise ValueError(f"sst2, {split}, row {number}: label {row.get('label')!r} is not 0 or 1")
         found.append(Review(str(row["sentence"]).strip(), synth.LABELS[int(row["label"])]))
+    if not found:
+        raise ValueError(f"sst2, {split}: there is no sentence in the file")
     return found
 
 # %% ../nbs/03b_tasks.ipynb #calculator

@@ -19,7 +19,7 @@ from modern_llm.ledger import (STAGES, cost_rows, derive, difference_row, in_ord
                                stage_gains, stage_ledger, write_derived, write_ledger)
 from modern_llm.models import ModernDecoderLM, save_model
 from modern_llm.scoring import proportion_interval
-from modern_llm.tasks import solve, word_problems
+from modern_llm.tasks import sentences, solve, word_problems
 from modern_llm.tokens import end_of_text_id, save_tokenizer, train_tokenizer
 
 
@@ -282,3 +282,21 @@ def test_settings_are_checked():
     for values, message in (({"levels": [7]}, "levels"), ({"shots": -1}, "shots"), ({"problems": "gsm9k"}, "gsm8k"), ({"num_pairs": 0}, "num_pairs")):
         with pytest.raises(ConfigError, match=message):
             override(preset, {"eval": values})
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("sst2/dev.tsv", "", "dev.tsv: the file is empty"),
+    ("sst2/dev.tsv", "sentence\tlabel\n", "there is no sentence in the file"),
+    ("sst2/dev.tsv", "sentence\tlabel\ngood\t1\nodd\t7\n", "row 2: label 7 is not 0 or 1"),
+    ("gsm8k/test.jsonl", "", "test.jsonl: the file is empty"),
+    ("gsm8k/test.jsonl", "".join(f'{{"question": "How many, {i}?", "answer": "I do not know."}}\n' for i in range(99)),
+     "row 1: the answer 'I do not know.' does not end"),
+])
+def test_bad_evaluation_files_are_named(name, text, words, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.parent.mkdir()
+    path.write_text(text)
+    monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path))
+    read = sentences if name.startswith("sst2") else word_problems
+    with pytest.raises(ValueError, match=words):
+        read(name.split("/")[0], "test", 10)

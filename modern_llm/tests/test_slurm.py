@@ -133,7 +133,7 @@ def seen(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S+)", slurm("scontrol", "show", "job", "--oneliner", job)))
 
 
-def until(claim, what: str, seconds: float = 300) -> None:
+def until(claim, what: str, seconds: float = 600) -> None:
     """Wait until something is so."""
     deadline = time.time() + seconds
     while not claim():
