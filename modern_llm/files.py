@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class DamagedFolder(RuntimeError):
-    """A folder written by `atomic_folder` whose files are missing or changed. The message names the file."""
+    """Kept files, such as those of `atomic_folder`, that are missing or changed. The message names the file."""
 
 
 def sha256(path: str | Path) -> str:
@@ -76,7 +76,10 @@ def kept_frame(path: str | Path, make: Callable[[], object]):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, make().to_json(orient="records", lines=True, double_precision=15, force_ascii=False))
-    table = pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False, precise_float=True)
+    try:
+        table = pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False, precise_float=True)
+    except ValueError as error:
+        raise DamagedFolder(f"{path} is no table of JSON lines ({error}): delete it, and it is made again") from error
     return table.astype(dict.fromkeys((name for name in table if table[name].isna().all()), float))  # nothing but null: NaN
 
 

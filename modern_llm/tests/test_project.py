@@ -46,14 +46,20 @@ ALLOWED = {
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"files"},
     "report": {"config", "counts", "files", "report_eval", "report_figures", "report_page"}, "report_eval": {"report_figures", "report_page"},
-    "stage": {"config", "files", "counts", "checkpoints", "distributed", "inputs", "models", "ranks"},
+    "locks": {"inputs"},
+    "stage": {"config", "files", "counts", "checkpoints", "distributed", "inputs", "locks", "models", "ranks"},
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
-    "pipeline": {"config", "files", "stage", "inputs", "report"},
+    "pipeline": {"config", "files", "stage", "inputs", "locks", "report"},
     "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "stage", "tokens"},
-    "cli": {"config", "files", "pipeline", "ranks", "stage", "inputs", "sources", "reading", "talk"},
+    "duration": {"config", "counts"},
+    "submit": {"config", "duration", "files", "inputs", "pipeline"},
+    "disturb": {"checkpoints", "config", "files", "models", "optim", "trainer"},
+    "faults_run": {"checkpoints", "disturb"},
+    "faults": {"config", "data", "disturb", "faults_run", "files", "inputs", "locks", "models", "stage", "tokens"},
+    "cli": {"config", "files", "hub", "pipeline", "ranks", "stage", "inputs", "sources", "reading", "submit", "talk", "tokens"},
 }
-NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
-            "pipeline", "ranks", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
+NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs", "locks",
+            "pipeline", "ranks", "duration", "submit", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
             "llama_layout"}
 
 
