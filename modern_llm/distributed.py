@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -172,7 +173,9 @@ class SpreadLoss:
                     fully_shard(block, mesh=mesh)
             self.watched = fully_shard(whole, mesh=mesh)
         else:
-            self.watched = DistributedDataParallel(whole, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have a longer name for broadcast_buffers
+                self.watched = DistributedDataParallel(whole, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def __call__(self, module: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
         return LossOutput(*self.watched(batch))

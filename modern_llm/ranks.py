@@ -123,7 +123,8 @@ def torchrun(ranks: int) -> int:
         signal.signal(number, pass_on)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     words = ["--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", "--no-python", sys.executable, "-c",
-             "from modern_llm.cli import main; main(prog_name='modern-llm')", *sys.argv[1:]]
+             "import json, os; from modern_llm.cli import main; main(json.loads(os.environ['MODERN_LLM_WORDS']), 'modern-llm')"]
+    os.environ["MODERN_LLM_WORDS"] = json.dumps(sys.argv[1:])  # torchrun's parser would take --run for its own --run-path
     try:
         run.run(run.parse_args(words))
     except ChildFailedError as error:
