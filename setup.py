@@ -19,6 +19,7 @@ setup(
     license="MIT",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["modern_llm", "modern_llm.*"]),
+    package_data={"modern_llm": ["*.c"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "hub", "agreement")},
     entry_points={

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,13 +21,14 @@ import torch
 from torch import nn
 
 from .config import TrainConfig
-from .files import DamagedFolder, atomic_folder, check_folder, find_folder, write_text
-from .optim import make_optimizers
+from .files import DamagedFolder, atomic_folder, check_folder, find_folder, previous_of, write_text
+from .optim import divided_like, make_optimizers, undivided
 
 # %% auto #0
 __all__ = ['STATE_FILE', 'COUNTERS', 'CheckpointError', 'pick_device', 'compute_dtype', 'seed_everything', 'random_states',
-           'restore_random_states', 'WeightAverage', 'load_moments', 'TrainingState', 'save_checkpoint',
-           'load_checkpoint', 'whole_lines', 'append_row', 'read_metrics', 'cut_metrics', 'RunFolder']
+           'restore_random_states', 'WeightAverage', 'put_together', 'whole_values', 'load_moments', 'TrainingState',
+           'save_checkpoint', 'load_checkpoint', 'read_checkpoint', 'whole_lines', 'append_row', 'read_metrics',
+           'cut_metrics', 'RunFolder']
 
 # %% ../nbs/02f_checkpoints.ipynb #errors
 class CheckpointError(RuntimeError):
@@ -109,24 +111,57 @@ class WeightAverage:
             for name, weight in kept.items():
                 current[name].data = weight
 
+# %% ../nbs/02f_checkpoints.ipynb #put-together
+@contextlib.contextmanager
+def put_together(module: nn.Module, average: dict[str, torch.Tensor], whole: nn.Module) -> Iterator[None]:
+    """Inside, `whole` is on the module's device and holds its weights (or those of the average), put together from all ranks.
+
+    Outside it waits on the CPU. All ranks must enter at once.
+    """
+    weights, targets = {**dict(module.named_parameters()), **average}, dict(whole.named_parameters())
+    for name, weight in weights.items():
+        targets[name].copy_(undivided(weight))
+    for target, value in zip(whole.buffers(), module.buffers()):
+        target.copy_(value)
+    whole.to(next(module.parameters()).device)
+    try:
+        yield
+    finally:
+        whole.cpu()
+
 # %% ../nbs/02f_checkpoints.ipynb #constants-checkpoints
 STATE_FILE = "training_state.pt"
 COUNTERS = ("step", "tokens", "seconds", "kept")
 
 # %% ../nbs/02f_checkpoints.ipynb #load-moments
+def whole_values(value: object) -> object:
+    """The same nested dicts and lists, with every tensor that is divided among ranks put together, on the CPU."""
+    if isinstance(value, dict):
+        return {name: whole_values(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole_values(inner) for inner in value)
+    return undivided(value).cpu() if hasattr(value, "full_tensor") else value
+
+
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load an optimizer's state but keep its settings: a resumed run obeys the learning rate it is given now."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {name: divided_like(parameters[i], value) if getattr(value, "shape", None) == parameters[i].shape else value
+                 for name, value in values.items()} for i, values in saved["state"].items() if i < len(parameters)}
+    optimizer.load_state_dict({**saved, "state": state})
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)
 
 # %% ../nbs/02f_checkpoints.ipynb #training-state
 class TrainingState:
-    """Everything an optimizer step changes, and nothing else: what a checkpoint must hold."""
+    """Everything an optimizer step changes, and nothing else: what a checkpoint must hold.
 
-    def __init__(self, module: nn.Module, cfg: TrainConfig, device: torch.device):
-        self.module, self.device = module.to(device), device
+    Where the module's weights are divided among ranks, `whole` is a copy made before that, to be judged and saved.
+    """
+
+    def __init__(self, module: nn.Module, cfg: TrainConfig, device: torch.device, whole: nn.Module | None = None):
+        self.module, self.device, self.whole = module.to(device), device, whole
         self.dtype = compute_dtype(cfg.precision, device)
         self.optimizers = make_optimizers(module, cfg)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
@@ -141,11 +176,16 @@ class TrainingState:
     @contextlib.contextmanager
     def as_product(self) -> Iterator[nn.Module]:
         """Inside, the module is what is judged and saved: averaged weights, eval mode; random states are put back."""
-        states = random_states()
-        with self.average.swapped_in(self.module) if self.average else contextlib.nullcontext(), torch.no_grad():
-            self.module.eval()
+        states, average = random_states(), self.average
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.whole:
+                stack.enter_context(put_together(self.module, average.weights if average else {}, self.whole))
+            elif average:
+                stack.enter_context(average.swapped_in(self.module))
+            (self.whole or self.module).eval()
             try:
-                yield self.module
+                yield self.whole or self.module
             finally:
                 self.module.train()
                 restore_random_states(states)
@@ -158,20 +198,23 @@ class TrainingState:
 
     def state_dict(self) -> dict:
         """Tensors and plain values only, so that it loads without running anyone's code."""
-        return {
-            "module": self.module.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+        return whole_values({
+            "module": dict(self.module.state_dict()), "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(), "average": self.average.weights if self.average else {},
             "random": random_states(), **{name: getattr(self, name) for name in COUNTERS},
-        }
+        })
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was taken. CheckpointError if it belongs to another model or optimizer."""
         try:
-            self.module.load_state_dict(state["module"])
+            parts = self.module.state_dict()
+            parts = {name: divided_like(parts[name], value) if name in parts else value for name, value in state["module"].items()}
+            self.module.load_state_dict(parts)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 load_moments(optimizer, saved)
             if self.average:
-                self.average.weights = {name: state["average"][name].to(self.device) for name in self.average.weights}
+                self.average.weights = {name: divided_like(weight, state["average"][name].to(self.device))
+                                        for name, weight in self.average.weights.items()}
             if state["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
             vars(self).update({name: state[name] for name in ("random", *COUNTERS)})
@@ -181,14 +224,16 @@ class TrainingState:
 
 # %% ../nbs/02f_checkpoints.ipynb #save-checkpoint
 def save_checkpoint(
-    folder: str | Path, state: dict | None, meta: dict, save_files: Callable[[Path], None] | None = None
+    folder: str | Path, state: dict | None, meta: dict, save_files: Callable[[Path], None] | None = None,
+    keep_previous: bool = False,
 ) -> Path:
     """Write a checkpoint folder that is whole or absent: what `save_files` writes, `training_state.pt`, `meta.json`.
 
+    With `keep_previous` the folder's former content stays beside it, in `<folder>.previous`.
     Raises CheckpointError if that fails, for example on a full disk; the folder's former content is then untouched.
     """
     try:
-        with atomic_folder(folder, meta) as temporary:
+        with atomic_folder(folder, meta, keep_previous) as temporary:
             if save_files:
                 save_files(temporary)
             if state is not None:
@@ -202,12 +247,19 @@ def save_checkpoint(
 
 # %% ../nbs/02f_checkpoints.ipynb #load-checkpoint
 def load_checkpoint(folder: str | Path) -> tuple[dict, dict]:
-    """The training state and meta data of a checkpoint folder, every file checked against its sha256.
+    """The training state and meta data of a checkpoint folder (or of the one that a kill left beside it), both checked.
 
-    Raises FileNotFoundError if there is none, DamagedFolder naming the file if one is truncated, changed, or holds
-    anything but tensors and plain values (nothing in it is ever executed).
+    Raises FileNotFoundError if there is none, DamagedFolder as `read_checkpoint` does.
     """
-    folder = find_folder(folder)
+    return read_checkpoint(find_folder(folder))
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """The training state and meta data in this folder, every file checked against its sha256.
+
+    Raises DamagedFolder naming the file if one is missing, truncated, changed, or holds anything but tensors and plain
+    values (nothing in it is ever executed).
+    """
     meta = check_folder(folder)
     path = folder / STATE_FILE
     try:
@@ -256,12 +308,12 @@ def cut_metrics(path: Path, step: int) -> None:
 
 # %% ../nbs/02f_checkpoints.ipynb #run-folder
 class RunFolder:
-    """The files of a run: metrics.jsonl, checkpoint/ to resume from, checkpoints/step-…/ with weights along the way."""
+    """The files of a run: metrics.jsonl, checkpoint/ to resume from, checkpoint.previous/ in case it is damaged, checkpoints/step-…/."""
 
-    def __init__(self, folder: str | Path, save_model: Callable[[nn.Module, Path], None] | None = None):
-        self.folder, self.save_model = Path(folder), save_model
+    def __init__(self, folder: str | Path, save_model: Callable[[nn.Module, Path], None] | None = None, writes: bool = True):
+        self.folder, self.save_model, self.writes = Path(folder), save_model, writes  # of several ranks only the first writes
         self.metrics, self.checkpoint, self.stop_file = (self.folder / n for n in ("metrics.jsonl", "checkpoint", "STOP"))
-        self.last_checkpoint = "none"
+        self.last_checkpoint, self.opened = "none", None
 
     def open(self, state: TrainingState, resume: bool) -> None:
         """Make the folder, or load its checkpoint into `state`. A used folder without `resume` is refused."""
@@ -271,14 +323,42 @@ class RunFolder:
             raise FileExistsError(f"{self.folder} holds a run already: pass resume=True, or choose another folder")
         for left_by_a_kill in [*self.folder.glob(".checkpoint.*.tmp"), *self.folder.glob("checkpoints/.step-*.tmp")]:
             shutil.rmtree(left_by_a_kill)
-        with contextlib.suppress(FileNotFoundError):  # stopped before its first checkpoint: start anew
-            state.load_state_dict(load_checkpoint(self.checkpoint)[0])
-            self.last_checkpoint = f"{self.checkpoint} (step {state.step})"
+        if saved := self.newest():  # None: stopped before its first checkpoint
+            state.load_state_dict(saved)
         if self.metrics.exists():
             cut_metrics(self.metrics, state.step)
 
+    def stop_asked(self) -> str | None:
+        """What a file STOP asks for: "preempted" if that is what it says, else "stopped"; None without one."""
+        with contextlib.suppress(FileNotFoundError):
+            return "preempted" if self.stop_file.read_text(encoding="utf-8").strip() == "preempted" else "stopped"
+
+    def newest(self) -> dict | None:
+        """The state in checkpoint/; if that is damaged, the one in checkpoint.previous/, and a line on stderr says so.
+
+        The damaged one is then moved to checkpoint.damaged/. Raises DamagedFolder, and moves nothing, if neither is whole.
+        """
+        problems, previous = [], previous_of(self.checkpoint)
+        for folder in filter(Path.exists, (self.checkpoint, previous)):
+            try:
+                saved, meta = read_checkpoint(folder)
+            except DamagedFolder as error:
+                problems.append(str(error))
+                continue
+            self.last_checkpoint, self.opened = f"{folder} (step {meta['step']})", folder
+            if problems:
+                damaged = self.checkpoint.with_name("checkpoint.damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                os.replace(self.checkpoint, damaged)
+                print(f"{problems[0]}. Going on from {self.last_checkpoint}; the damaged one is now {damaged}", file=sys.stderr)
+            return saved
+        if problems:
+            raise DamagedFolder(f"{'; '.join(problems)}. No checkpoint of this run is whole, and nothing was changed: put a whole "
+                                f"copy at {self.checkpoint}, or begin anew in another folder (a stage: force=True)")
+        return None
+
     def save(self, state: TrainingState) -> None:
-        """Write checkpoint/: the model's files and everything needed to resume."""
+        """Write checkpoint/: the model's files and everything needed to resume; the former one is kept."""
         everything = state.state_dict()  # before the averaged weights are swapped in for the model's files
         self._write(self.checkpoint, state, everything)
         self.last_checkpoint = f"{self.checkpoint} (step {state.step})"
@@ -291,4 +371,5 @@ class RunFolder:
     def _write(self, folder: Path, state: TrainingState, everything: dict | None) -> None:
         with state.as_product() as module:
             files = (lambda temporary: self.save_model(module, temporary)) if self.save_model else None
-            save_checkpoint(folder, everything, {"step": state.step, "tokens": state.tokens}, files)
+            if self.writes:
+                save_checkpoint(folder, everything, {"step": state.step, "tokens": state.tokens}, files, everything is not None)

@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -40,6 +40,7 @@ def main() -> None:
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm presets local-cpu                     every setting of a preset, as JSON
     modern-llm datasets --preset local-cpu           is the data it needs there?
+    modern-llm submit --preset tacc-h100 --dry-run   the same stages as jobs of a SLURM cluster: how long, and the lines
     """
 
 
@@ -84,7 +85,10 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
 
     A stage that is finished, with the settings and the weights it starts from unchanged, is skipped; one that was
     interrupted is resumed. So the same command goes on after any stop. Where something did change, nothing is touched
-    until you say --force, --resume, --no-overwrite, or another --run.
+    until you say --force, --resume, --no-overwrite, or another --run. Two commands never work on one run: the second is refused.
+
+    Ctrl-C stops a stage that trains with a checkpoint; a second one kills it. SIGTERM and SIGUSR1, the warnings of a scheduler,
+    end any stage with its checkpoint or its kept work; then the exit code is 75, which asks to be started again.
 
     \b
     modern-llm run                                                        all of local-smoke, minutes on a CPU
@@ -93,10 +97,15 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     modern-llm run --stage dpo --checkpoint runs/local-smoke/sft --run other-dpo -p dpo.loss=ipo
     modern-llm run -p sft.lr=1e-3 --force                                 redo SFT and what follows, keep pretraining
     modern-llm run --preset local-cpu --stage eval --run other --checkpoint SmolLM2/   a model from elsewhere
+    modern-llm run -p hardware.ranks=2 --run together                     two processes that train together (torchrun)
+    srun modern-llm run -p hardware.ranks=8 --preset tacc-h100            a rank for each of 8 tasks of a SLURM job
     modern-llm run -p seed=1 --run seed-1 --dry-run                       what would be done?
     """
     from modern_llm import pipeline
+    from modern_llm.inputs import Preempted
+    from modern_llm.ranks import gathered
     from modern_llm.stage import StageError
+    from modern_llm.submit import note_this_job
 
     parameters = {"preset": preset, **_key_values(extra)}
     for name, value in (("run", run_name), ("checkpoint", checkpoint), ("output_dir", output_dir), ("max_steps", max_steps),
@@ -113,9 +122,15 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
             if checkpoint:
                 click.echo(f"pretrain: left out, the run starts from {plan.parameters[plan.stages[0]]['checkpoint']}")
             plan.check_data()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's warning stops like Ctrl-C
-        for name in plan.stages:
-            _run_step(plan.step(name))
+        with gathered(max(config.hardware.ranks for config in plan.configs.values())):
+            pipeline.end_on_warnings()
+            with pipeline.lock_for(plan.run_folder, plan.stages):
+                note_this_job(plan.run_folder, plan.stages)
+                for name in plan.stages:
+                    _run_step(plan.step(name))
+    except Preempted as warning:
+        click.echo(f"{warning}: the run ended early, kept what it had, and goes on with the same command", err=True)
+        sys.exit(pipeline.EXIT_PREEMPTED)
     except (ConfigError, StageError, FileNotFoundError) as error:
         raise Failure(str(error)) from error
     if stage == "all":
@@ -142,7 +157,7 @@ def _run_step(step) -> None:
     click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
     code = pipeline.execute(step)
     if code:
-        if pipeline.status(step) in ("stopped", "interrupted"):
+        if pipeline.status(step) in ("stopped", "preempted", "interrupted"):
             click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from there", err=True)
         else:
             click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}. When the cause is "
@@ -171,10 +186,66 @@ def _key_values(items: tuple[str, ...]) -> dict:
 
 
 @main.command()
+@click.option("--preset", "--config", default="local-smoke", show_default=True, metavar="NAME|FILE.json", help="What to run.")
+@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{STAGES}.")
+@click.option("--run", "run_name", metavar="NAME", help="Folder under runs/; the preset's name unless told.")
+@click.option("--account", metavar="PROJECT", help="Your allocation, where the cluster asks for one.")
+@click.option("--partition", metavar="NAME", help="Where to queue; TACC's for the preset's GPU unless told.")
+@click.option("--time", "limit", metavar="HH:MM:SS", help="Limit of each job; from the estimate unless told.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Of each job that trains.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Of each node, with a rank on each.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many optimizer steps, in every stage that trains.")
+@click.option("-p", "extra", multiple=True, metavar="KEY=VALUE", help="As for `modern-llm run`. As often as needed.")
+@click.option("--dry-run", is_flag=True, help="Show the estimate and the lines for sbatch, and stop; needs no SLURM.")
+def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_steps, extra, dry_run) -> None:
+    """Submit the stages of a preset as a chain of SLURM jobs, each after the one before it has succeeded.
+
+    Finished stages are left out, so after a failure the same line submits the rest. A job that meets its time limit or is
+    preempted writes a checkpoint, queues itself again and goes on. Time limits come from an estimate that is printed: the
+    speed measured in the stage's own metrics, else one assumed. The job files are slurm/*.slurm, to be read and edited.
+
+    \b
+    source slurm/environment.sh                                      once in a login shell: modules, $SCRATCH
+    modern-llm prefetch --preset tacc-h100                           compute nodes may have no network
+    modern-llm submit --preset tacc-h100 --account PROJECT --dry-run
+    modern-llm submit --preset tacc-h100 --account PROJECT
+    modern-llm submit --preset tacc-a100 --stage sft --partition gpu-a100-small --time 06:00:00
+    modern-llm status tacc-h100                                      stages and their jobs
+    """
+    from modern_llm.pipeline import Plan
+    from modern_llm.stage import StageError
+    from modern_llm.submit import Chain
+
+    given = {"run": run_name, "max_steps": max_steps}
+    ranks = (f"hardware.ranks={nodes * gpus}",) if nodes * gpus > 1 else ()  # the jobs say it themselves, to the stages that train
+    words = [word for item in extra for word in ("-p", item)] + (["--max-steps", str(max_steps)] if max_steps else [])
+    preset = str(Path(preset).resolve()) if Path(preset).is_file() else preset  # jobs run in the checkout
+    try:
+        plan = Plan(stage, preset=preset, **_key_values(extra + ranks), **{name: value for name, value in given.items() if value})
+        chain = Chain(plan, preset, words, account, partition, limit, nodes, gpus)
+        if not chain.jobs:
+            click.echo(f"nothing to do: every stage is finished in {plan.run_folder}")
+            return
+        click.echo(_table(chain.table()) + "\n\n" + "\n".join(chain.lines()))
+        if os.environ.get("SCRATCH") and not os.environ.get("MODERN_LLM_RUNS"):
+            click.echo(f"runs go to {plan.run_folder.parent}, not to $SCRATCH: `source slurm/environment.sh` first?", err=True)
+        if dry_run:
+            return
+        plan.check_data()
+        for job, number in chain.submit():
+            click.echo(f"{', '.join(job.stages)}: job {number}")
+    except (ConfigError, StageError, FileNotFoundError) as error:
+        raise Failure(str(error)) from error
+    click.echo(f"`modern-llm status {plan.run_folder.name}` shows them; logs in {plan.run_folder / 'logs'}")
+
+
+@main.command()
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
 def status(name: str | None, output_dir: str | None) -> None:
     """Show the runs (or one): their stages, how they ended, when they began, what they took and what came out.
+
+    Stages that went to a cluster's queue show the latest job and what SLURM says of it.
 
     \b
     modern-llm status
@@ -182,9 +253,10 @@ def status(name: str | None, output_dir: str | None) -> None:
     """
     from modern_llm.pipeline import runs_table
     from modern_llm.stage import runs_folder
+    from modern_llm.submit import with_jobs
 
     root = Path(output_dir or runs_folder()).expanduser()
-    rows = runs_table(root, name)
+    rows = with_jobs(runs_table(root, name), root, name)
     if not rows and name:
         there = sorted(path.parent.name for path in root.glob("*/run.json"))
         raise Failure(f"no run {name!r} in {root}{nearest(name, there) if there else ', nor any other'}")
@@ -303,6 +375,7 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
     \b
     modern-llm datasets --preset local-cpu
     modern-llm datasets --download tinystories       once, where there is a network
+    modern-llm prefetch --preset tacc-h100           everything a preset needs: data, tokenizer, models to compare with
     """
     from modern_llm import reading
     from modern_llm.sources import check_sources, remedy
@@ -324,6 +397,40 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
         click.echo("\n" + textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
     if wanted and missing:
         sys.exit(1)
+
+
+@main.command()
+@click.option("--preset", required=True, metavar="NAME|FILE.json", help="Whose data, tokenizer and baselines.")
+def prefetch(preset: str) -> None:
+    """Fetch what a preset needs and this machine does not have, on a login node whose compute nodes have no network.
+
+    What is in $MODERN_LLM_DATA or in the hub's cache already is left as it is. On a cluster, first `source
+    slurm/environment.sh`, so that it lands on $SCRATCH, where the jobs look. The exit code is 0 only if everything is there.
+
+    \b
+    modern-llm prefetch --preset tacc-h100
+    """
+    from modern_llm import hub, reading
+    from modern_llm.sources import check_sources
+    from modern_llm.tokens import gpt2_tokenizer
+
+    try:
+        config = get_pipeline_preset(preset)
+        tasks = [(row["name"], None if row["status"] == "found" else partial(reading.download, row["name"]))
+                 for row in check_sources(_wanted(preset))]
+    except (ConfigError, ValueError) as error:
+        raise Failure(str(error)) from error
+    tasks += [("GPT-2's tokenizer", gpt2_tokenizer)] * (config.data.tokenizer == "gpt2")
+    tasks += [(name, partial(hub.find_model, name, download=True)) for name in config.eval.baselines]
+    failed = 0
+    for name, fetch in tasks:
+        try:
+            click.echo(f"{name}: {'here' if fetch is None or fetch() is not None else 'fetched'}")
+        except (ValueError, OSError) as error:
+            failed += 1
+            click.echo(f"{name}: missing. {error}")
+    if failed:
+        raise Failure(f"{failed} of {len(tasks)} are missing; jobs that need them would stop at their first cell")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PREFERENCE_LOSSES = ("sigmoid", "ipo")
 REPLAY_SOURCES = ("text", "synthetic", "synthetic-problems", "gsm8k")
 VERIFIER_KINDS = ("generator", "encoder")
+STRATEGIES = ("ddp", "fsdp")
 
 
 class ConfigError(ValueError):
@@ -304,8 +305,12 @@ class HardwareConfig:
     device: str = "auto"  # "auto" = cuda, else mps, else cpu
     min_gpu_memory_gb: float = 0.0  # 0 = a CPU will do
     needs_bf16: bool = False
+    ranks: int = 1  # processes that train together, one a GPU where there are GPUs; each takes an equal share of every batch
+    strategy: str = "ddp"  # "ddp" = the whole model on every rank; "fsdp" = weights, gradients and optimizer states divided
 
     def __post_init__(self) -> None:
+        _require(self.ranks >= 1, f"hardware.ranks={self.ranks} must be at least 1")
+        _one_of("hardware.strategy", self.strategy, STRATEGIES)
         _require(self.device.split(":")[0] in ("auto", "cpu", "cuda", "mps"),
                  f"hardware.device={self.device!r} is unknown{nearest(self.device, ('auto', 'cpu', 'cuda', 'mps'))}")
 
@@ -327,6 +332,11 @@ class PipelineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for stage in ("pretrain", "sft", "dpo", "verifier"):
+            size = getattr(self, stage).batch_size
+            _require(size % self.hardware.ranks == 0,
+                     f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
+                     f"use one of {[r for r in range(1, size + 1) if size % r == 0]}, or another batch size")
         _require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in 0..2**63 - 1")
         if self.data.tokenizer == "bpe":
             _require(self.data.tokenizer_vocab_size <= self.model.vocab_size,

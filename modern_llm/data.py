@@ -12,6 +12,7 @@ import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,19 @@ from .sources import DataError, find_source
 from .tokens import cache_root, disk_errors, encoded, end_of_text_id, one_builder, tokenizer_digest
 
 # %% auto #0
-__all__ = ['SYNTHETIC_TOKENS', 'CACHE_VERSION', 'TokenCache', 'build_token_cache', 'best_fit_rows', 'pack_documents',
-           'row_pattern', 'Pieces', 'PackedBatches', 'validation_batches', 'bits_per_byte', 'load_corpus', 'data_card']
+__all__ = ['SYNTHETIC_TOKENS', 'CACHE_VERSION', 'plain_array', 'TokenCache', 'build_token_cache', 'best_fit_rows',
+           'pack_documents', 'row_pattern', 'Pieces', 'PackedBatches', 'validation_batches', 'bits_per_byte',
+           'load_corpus', 'data_card']
 
 # %% ../nbs/02a_data.ipynb #token-cache
+def plain_array(path: Path) -> np.ndarray:
+    """The array in a .npy file. DamagedFolder if it holds anything else, such as objects, which could run code."""
+    try:
+        return np.lib.format.read_array(BytesIO(path.read_bytes()), allow_pickle=False)
+    except ValueError as error:
+        raise DamagedFolder(f"{path} is refused, it holds more than a plain array: {error}") from error
+
+
 @dataclass(frozen=True)
 class TokenCache:
     """A tokenised corpus on disk: one flat memory-mapped array, documents end to end, each opened by <|endoftext|>.
@@ -46,16 +56,18 @@ class TokenCache:
     nats: np.ndarray | None  # entropy floor of each document, where the source knows it
 
     @classmethod
-    def open(cls, folder: str | Path, verify: bool = False) -> TokenCache:
-        """Open a cache; sizes are checked, with `verify` every byte. DamagedFolder if something is off."""
+    def open(cls, folder: str | Path, verify: bool = True) -> TokenCache:
+        """Open a cache after comparing every byte with its sha256, or the sizes only. DamagedFolder names the file that is off."""
         folder = find_folder(folder)
         meta = check_folder(folder) if verify else read_json(folder / "meta.json")
         for name, size in meta["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise DamagedFolder(f"{folder / name} is missing or not {size} bytes long")
+        offsets, sizes, *nats = (plain_array(folder / name) for name in ("offsets.npy", "bytes.npy", "nats.npy") if name in meta["sizes"])
+        if meta["sizes"]["tokens.bin"] != (offsets[-1] + 1) * np.dtype(meta["dtype"]).itemsize:
+            raise DamagedFolder(f"{folder / 'tokens.bin'} has not the {offsets[-1]} tokens that offsets.npy tells of")
         tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r").view(np.ndarray)
-        nats = np.load(folder / "nats.npy") if "nats.npy" in meta["sizes"] else None
-        return cls(folder, meta, tokens, np.load(folder / "offsets.npy"), np.load(folder / "bytes.npy"), nats)
+        return cls(folder, meta, tokens, offsets, sizes, nats[0] if nats else None)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -131,7 +143,7 @@ def _write_cache(folder: Path, items: Iterable, end: int, dtype: str, limit: int
 # %% ../nbs/02a_data.ipynb #build-token-cache
 def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: int | None = None,
                       cache_dir: str | Path | None = None, world_seed: int = 0, progress: bool = True,
-                      verify: bool = False) -> TokenCache:
+                      verify: bool = True) -> TokenCache:
     """The tokenised documents of a source: opened if they are in the cache, else built there in bounded memory.
 
     Args:
@@ -152,7 +164,7 @@ def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: i
             return TokenCache.open(folder, verify)
         except FileNotFoundError:
             pass
-        except (DamagedFolder, ValueError, KeyError) as error:
+        except (DamagedFolder, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the token cache is damaged and is built again: {error}", stacklevel=2)
         meta = {"fingerprint": fingerprint, "source": source.info.name, "split": split, "where": source.where,
                 "licence": source.info.licence, "note": source.note, "dtype": dtype, "world_seed": world_seed,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class DamagedFolder(RuntimeError):
-    """A folder written by `atomic_folder` whose files are missing or changed. The message names the file."""
+    """Kept files, such as those of `atomic_folder`, that are missing or changed. The message names the file."""
 
 
 def sha256(path: str | Path) -> str:
@@ -76,48 +76,71 @@ def kept_frame(path: str | Path, make: Callable[[], object]):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, make().to_json(orient="records", lines=True, double_precision=15, force_ascii=False))
-    table = pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False, precise_float=True)
+    try:
+        table = pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False, precise_float=True)
+    except ValueError as error:
+        raise DamagedFolder(f"{path} is no table of JSON lines ({error}): delete it, and it is made again") from error
     return table.astype(dict.fromkeys((name for name in table if table[name].isna().all()), float))  # nothing but null: NaN
 
 
+def previous_of(folder: str | Path) -> Path:
+    """Where the former content of a folder is while, or after, it is replaced."""
+    folder = Path(folder)
+    return folder.with_name(folder.name + ".previous")
+
+
 @contextlib.contextmanager
-def atomic_folder(folder: str | Path, meta: dict | None = None) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, meta: dict | None = None, keep_previous: bool = False) -> Iterator[Path]:
     """Yield a temporary folder; on success it becomes `folder`, with `meta.json` listing every file's sha256.
 
-    A former `folder` is moved aside to `<folder>.previous` first and deleted only after the rename, so that a kill at
-    any moment leaves one whole folder behind (`find_folder` finds it). On an exception nothing changes.
+    A former `folder` is moved to `<folder>.previous` first, and with `keep_previous` stays there; otherwise it is deleted
+    after the rename. So a kill at any moment leaves one whole folder behind (`find_folder` finds it). On an exception
+    nothing changes, except that after a failed rename the former folder may be the previous one.
     """
-    folder = Path(folder)
+    folder, previous = Path(folder), previous_of(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    oldest = temporary.with_suffix(".old.tmp")
     temporary.mkdir()
     try:
         yield temporary
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        sums = {str(p.relative_to(temporary)): sha256(p) for p in files}
-        write_json(temporary / "meta.json", {**(meta or {}), "sha256": sums})
+        meta = {**(meta or {}), "sha256": {str(p.relative_to(temporary)): sha256(p) for p in files}}
+        meta["sha256"]["meta.json"] = _digest(meta)
+        write_json(temporary / "meta.json", meta)
         for path in files:
             sync(path)
         sync(temporary)
-        previous = folder.with_name(folder.name + ".previous")
         if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
+            if previous.exists():
+                os.replace(previous, oldest)
             os.replace(folder, previous)
         os.replace(temporary, folder)
         sync(folder.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        shutil.rmtree(oldest, ignore_errors=True)
+        if not keep_previous:
+            shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if oldest.exists() and not previous.exists():
+            os.replace(oldest, previous)
+
+
+def _digest(meta: dict) -> str:
+    """sha256 of what `meta.json` says, its own digest left out."""
+    sums = {name: digest for name, digest in meta["sha256"].items() if name != "meta.json"}
+    return hashlib.sha256(json.dumps({**meta, "sha256": sums}, sort_keys=True).encode()).hexdigest()
 
 
 def find_folder(folder: str | Path) -> Path:
     """`folder`, or `<folder>.previous` if a kill fell between the two renames. FileNotFoundError names both."""
-    folder = Path(folder)
-    previous = folder.with_name(folder.name + ".previous")
-    for candidate in (folder, previous):
-        if (candidate / "meta.json").is_file():
-            return candidate
-    raise FileNotFoundError(f"no complete folder at {folder} (nor {previous.name} beside it)")
+    folder, previous = Path(folder), previous_of(folder)
+    if (folder / "meta.json").is_file():
+        return folder
+    if (previous / "meta.json").is_file() and not folder.exists():
+        return previous
+    raise FileNotFoundError(f"no complete folder at {folder}" + (": its meta.json is missing" if folder.exists() else
+                            f" (nor {previous.name} beside it)"))
 
 
 def check_folder(folder: str | Path) -> dict:
@@ -125,9 +148,12 @@ def check_folder(folder: str | Path) -> dict:
     folder = Path(folder)
     try:
         meta = read_json(folder / "meta.json")
-    except (OSError, ValueError) as error:
-        raise DamagedFolder(f"{folder / 'meta.json'} is missing or unreadable: {error}") from error
-    for name, digest in meta["sha256"].items():
+        sums = dict(meta["sha256"])
+        if sums.pop("meta.json", None) not in (None, _digest(meta)):  # older folders say nothing of meta.json itself
+            raise ValueError("its content does not fit its own sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFolder(f"{folder / 'meta.json'} is missing or damaged: {error}") from error
+    for name, digest in sums.items():
         if not (folder / name).is_file():
             raise DamagedFolder(f"{folder / name} is missing: the folder is incomplete")
         if sha256(folder / name) != digest:

@@ -53,6 +53,13 @@ class StageError(RuntimeError):
     """The stage cannot start. The message names the value, the place and the remedy."""
 
 
+class Preempted(BaseException):
+    """SIGTERM or SIGUSR1 came, a scheduler's warning: what runs ends now and goes on at its next start."""
+
+
+WARNINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # signals of a scheduler
+
+
 def say(text: str) -> None:
     """A line for whoever watches, not for the notebook's record: it may name times and places."""
     print(text, file=sys.stderr, flush=True)
@@ -131,6 +138,39 @@ def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
         except DatasetNotFound as error:
             problems.append(f"data: {error}")
     return problems
+
+
+def data_files(config: PipelineConfig, stage: str, known: dict | None = None) -> dict[str, dict]:
+    """Path, size, time of change and sha256 of every plain file of the data sets that a stage reads (the hub has versions of its own).
+
+    What `known` says of a file is believed as long as path, size and time are the same.
+    """
+    from modern_llm.sources import DatasetNotFound, find_source
+
+    found = {}
+    for name in data_names(config, stage):
+        try:
+            source = find_source(name)
+        except DatasetNotFound:  # `missing_data` says so
+            continue
+        for path in sorted({path for paths in source.files.values() for path in paths}):
+            facts = {"source": name, "path": str(path), "bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+            former = (known or {}).get(f"{name}/{path.name}", {})
+            same = all(former.get(fact) == value for fact, value in facts.items())
+            found[f"{name}/{path.name}"] = {**facts, "sha256": former["sha256"] if same else sha256(path)}
+    return found
+
+
+def changed_data(config: PipelineConfig, stage: str, former: dict) -> list[str]:
+    """A line for every file in `former` (see `data_files`) whose content is another one now, or that is gone."""
+    now, read = data_files(config, stage, former), data_names(config, stage)
+    lines = []
+    for key, entry in former.items():
+        if entry["source"] in read and key not in now:
+            lines.append(f"data file {entry['path']} is gone")
+        elif entry["source"] in read and now[key]["sha256"] != entry["sha256"]:
+            lines.append(f"data file {now[key]['path']}: sha256 {entry['sha256'][:12]} -> {now[key]['sha256'][:12]}")
+    return lines
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -221,11 +261,14 @@ def no_inputs(stage: str, run_folder: Path, preset: str) -> StageError:
 SLOW_AND_UNUSED = "rfc3987_syntax"
 
 # A first small interpreter asks Linux to kill it when its parent dies, then becomes papermill; a kernel watches its own parent.
+# A scheduler's warnings, which may be sent to every process of a job, are for the kernel: papermill would die and take it along.
 _PAPERMILL = f"import sys; sys.modules[{SLOW_AND_UNUSED!r}] = None; from papermill.cli import papermill; papermill()"
 _WITH_ITS_PARENT = f"""
-import os, sys
+import os, signal, sys
+for number in {[int(number) for number in WARNINGS]}:
+    signal.signal(number, signal.SIG_IGN)
 if sys.platform == "linux":
-    import ctypes, signal
+    import ctypes
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):
         sys.exit("the parent died first")
@@ -299,6 +342,7 @@ def make_bases(stage: str, config: PipelineConfig, parameters: dict, device: str
 def _make_base(stage: str, folder: Path, start: Path | None, parameters: dict) -> None:
     notebook = notebooks_folder() / NOTEBOOKS[stage]
     values = {name: parameters[name] for name in ("preset", "seed", "device", "overrides") if parameters.get(name) not in (None, "")}
+    values["overrides"] = f"{values.get('overrides', '')} hardware.ranks=1".strip()  # made by this process alone
     values |= {"run": folder.name, "output_dir": str(folder.parent), "resume": True}
     if start:
         values["checkpoint"] = str(start)

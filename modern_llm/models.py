@@ -204,7 +204,11 @@ def save_model(folder: str | Path, model: nn.Module, eos_id: int | None = None) 
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     write_json(Path(folder) / "config.json", hugging_face_config(model.cfg, dtype, eos_id))
     write_json(Path(folder) / "generation_config.json", {"bos_token_id": eos_id, "eos_token_id": eos_id})
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    path = Path(folder) / "model.safetensors"
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # of a full disk, which others know as an OSError
+        raise OSError(f"cannot write {path}: {error}") from error
 
 # %% ../nbs/02_model.ipynb #read-config
 def read_config(folder: str | Path) -> ModelConfig:

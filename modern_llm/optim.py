@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['IGNORED', 'cross_entropy_chunk', 'ChunkedCrossEntropy', 'chunked_cross_entropy', 'LossOutput', 'lm_loss',
-           'orthogonalise', 'Muon', 'parameter_groups', 'make_optimizers', 'learning_rate_factor']
+           'orthogonalise', 'undivided', 'divided_like', 'Muon', 'parameter_groups', 'make_optimizers',
+           'learning_rate_factor']
 
 # %% ../nbs/02b_optim.ipynb #constants
 IGNORED = -100  # label of a position that is not trained on
@@ -131,6 +132,20 @@ def orthogonalise(
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)
 
+# %% ../nbs/02b_optim.ipynb #divided
+def undivided(value: Tensor) -> Tensor:
+    """A whole tensor from one that is divided among ranks (all of them must ask at once); any other is returned as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def divided_like(model: Tensor, value: Tensor) -> Tensor:
+    """This rank's part of a whole `value`, if `model` is divided among ranks; else `value` as it is."""
+    if not hasattr(model, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # half a second that only a divided model costs
+
+    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+
 # %% ../nbs/02b_optim.ipynb #muon
 class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon`, with matrices of one shape orthogonalised together and the dtype of that left open.
@@ -173,7 +188,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         dtype = group["dtype"] or (torch.bfloat16 if params[0].is_cuda else torch.float32)
-        updates = orthogonalise(torch.stack(updates), group["steps"], dtype).unbind()
+        updates = orthogonalise(torch.stack([undivided(u) for u in updates]), group["steps"], dtype).unbind()
+        updates = [divided_like(p, u) for p, u in zip(params, updates)]
         rows, columns = params[0].shape[-2:]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, updates, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))

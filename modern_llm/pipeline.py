@@ -12,6 +12,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,13 +22,15 @@ from pathlib import Path
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, get_pipeline_preset, nearest
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
-    NOTEBOOKS, SECTIONS, StageError, changes, described, find_checkpoint, missing_data, no_inputs, notebooks_folder, own_inputs,
-    sections, start_papermill,
+    NOTEBOOKS, SECTIONS, WARNINGS, Preempted, StageError, changed_data, changes, described, find_checkpoint, missing_data, no_inputs,
+    notebooks_folder, own_inputs, sections, start_papermill,
 )
-from modern_llm.stage import KINDS, choose_folder, is_alive, refuse_if_alive, refuse_unknown, report_folder, resolve
+from modern_llm.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
+from modern_llm.stage import KINDS, choose_folder, refuse_unknown, report_folder, resolve, writes_to
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
+EXIT_PREEMPTED = 75  # of `modern-llm run`, EX_TEMPFAIL of sysexits.h: start it again, and it goes on
 COMMON = {*KINDS, "seed", "max_steps", "max_minutes"}  # parameters that are already in the settings that are compared
 
 
@@ -135,16 +138,17 @@ class Plan:
             raise no_inputs(stage, self.run_folder, self.configs[stage].name)
 
     def _changed(self, stage: str, folder: Path, pending: bool) -> tuple[list[str], list[str]]:
-        """What differs from what the stage was begun with: its settings, and the weights it starts from."""
+        """What differs from what the stage was begun with: its settings, and the data it reads and the weights it starts from."""
         record = read_json(folder / "params.json")
         given = {name: value for name, value in self.parameters[stage].items() if name not in COMMON}
         settings = changes(record.get("config", {}), sections(self.configs[stage], stage)) + changes(
             {name: record.get(name) for name in given}, given)
+        data = changed_data(self.configs[stage], stage, record.get("data_files", {}))
         now, former = described(self._inputs(stage)), record.get("inputs", {})
         if pending or (not now and self.configs[stage].name == "lesson"):  # not made yet, or a base from the cache
-            return settings, []
+            return settings, data
         digests = [{name: entry["sha256"][:12] for name, entry in side.items()} for side in (former, now)]
-        return settings, changes(*digests, "weights of ")
+        return settings, data + changes(*digests, "weights of ")
 
     def _report_step(self, pending: bool) -> Step:
         folder, given = self.run_folder, self.parameters["report"]
@@ -175,30 +179,52 @@ def results_digest(run_folder: Path) -> str:
 # ---- doing it --------------------------------------------------------------------------------------------------------
 
 
+def end_on_warnings() -> None:
+    """From now on SIGTERM or SIGUSR1, the first of them, raises Preempted in this process."""
+    def end(number: int, frame) -> None:
+        for other in WARNINGS:
+            signal.signal(other, signal.SIG_IGN)
+        raise Preempted(signal.Signals(number).name)
+
+    for number in WARNINGS:
+        signal.signal(number, end)
+
+
+def lock_for(run_folder: Path, stages: list[str]) -> RunLock:
+    """The lock of a command on a run: a second command is refused for as long as the first one runs, between two stages too."""
+    with writes_to(run_folder, "or choose another --output-dir"):
+        return RunLock(run_folder, f"modern-llm run, {', '.join(stages)}", COMMAND_LOCK).take()
+
+
 def execute(step: Step) -> int:
     """Run one stage with its output shown live; returns the exit code.
 
     Ctrl-C asks a stage that trains to stop: it finishes its optimizer step, writes a checkpoint and ends. A second one
-    kills it; a stage that does not train is killed at once and begins anew, or where its kept work ends.
+    kills it; a stage that does not train is killed at once and begins anew, or where its kept work ends. A scheduler's warning
+    is passed on to the stage, which ends in the same way; then, and when the stage was preempted by itself, Preempted is raised.
     """
     if step.stage == "report":
         return write_the_report(step)
-    refuse_if_alive(step.folder.parent, step.stage)
     output = step.folder / "notebook.ipynb"
     if (step.folder / "results.json").is_file() and step.action == "run":  # the stage deletes the old record once its checks pass
         output = step.folder.parent / f".{step.stage}.ipynb"
-    try:
+    with writes_to(step.folder, "or choose another --output-dir"):
+        RunLock(step.folder.parent, "modern-llm run").take().release()  # refuses, before the notebook is touched, if a kernel works there
         output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StageError(f"cannot write to {step.folder}: {error.strerror}; choose another --output-dir") from error
     notebook = notebooks_folder() / NOTEBOOKS[step.stage]
     process = start_papermill(notebook, output, step.parameters)
     relay = threading.Thread(target=show, args=(process.stdout,), daemon=True)
     relay.start()
-    code = None
+    code, warning = None, None
     while code is None:
         try:
-            code = process.wait()
+            code = process.wait(1 if warning else None)
+        except subprocess.TimeoutExpired:
+            pass_on(step, process.pid)  # again, since a stage that has not begun does not listen yet
+        except Preempted as caught:
+            warning = caught
+            print(f"{warning}: ending stage {step.stage}, with a checkpoint if it trains", file=sys.stderr, flush=True)
+            pass_on(step, process.pid)
         except KeyboardInterrupt:
             if (step.folder / STOP_FILE).exists() or not trains(step.stage):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -210,7 +236,28 @@ def execute(step: Step) -> int:
     if output.parent != step.folder:
         began = not (step.folder / "results.json").is_file() or code == 0
         os.replace(output, step.folder / "notebook.ipynb") if began else output.unlink(missing_ok=True)
+    if warning and status(step) in ("running", "stopped"):
+        mark(step, "preempted")
+    if warning or (code and status(step) == "preempted"):  # the kernel alone was warned, or knows when its job ends
+        raise warning or Preempted(f"stage {step.stage} was preempted")
     return code
+
+
+def pass_on(step: Step, papermill: int) -> None:
+    """Send SIGTERM to the kernel that runs a stage, once it has begun; and leave a STOP file for processes of other hosts."""
+    import psutil
+
+    owner = owner_of(step.folder.parent)
+    if owner is None or not is_alive(owner):
+        return
+    try:
+        kernel = psutil.Process(owner["pid"])
+        if papermill in (parent.pid for parent in kernel.parents()):
+            kernel.send_signal(signal.SIGTERM)
+            if trains(step.stage):
+                (step.folder / STOP_FILE).write_text("preempted")
+    except (psutil.Error, OSError):  # it has just ended
+        return
 
 
 def trains(stage: str) -> bool:
@@ -327,7 +374,7 @@ def runs_table(root: Path, only: str | None = None) -> list[dict]:
         for stage in [*(name for name in NOTEBOOKS if name in stages), *(name for name in stages if name not in NOTEBOOKS)]:
             entry, results = stages[stage], path.parent / stage / "results.json"
             state = entry["status"]
-            if state == "running" and not is_alive(entry) and entry.get("pid") != os.getpid():
+            if state == "running" and not is_alive(entry) and entry.get("pid") != os.getpid() and not owner_of(path.parent):
                 state = "killed" if entry.get("pid") else "unknown"
             figures = headline(stage, read_json(results)) if results.is_file() else ""
             minutes = f"{entry['seconds'] / 60:.1f}" if entry.get("seconds") and state not in ("running", "killed") else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -16,10 +17,12 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,9 +31,11 @@ from modern_llm import counts
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
-    DATA, SLOW_AND_UNUSED, StageError, changes, described, find_checkpoint, is_model, make_bases, missing_data, no_inputs, own_inputs,
-    say, sections, setting, start_of,
+    DATA, NOTEBOOKS, SLOW_AND_UNUSED, WARNINGS, Preempted, StageError, changed_data, changes, data_files, described, find_checkpoint,
+    is_model, make_bases, missing_data, no_inputs, notebooks_folder, own_inputs, say, sections, setting, start_of,
 )
+from modern_llm.locks import RunLock, owner_of, this_process
+from modern_llm.ranks import TrainingEnded, launched
 
 GIB = 2**30
 RECORDED_PACKAGES = ("torch", "datasets", "tokenizers", "safetensors", "papermill", "pandas", "modern_llm")
@@ -90,7 +95,8 @@ def parse_overrides(text: str) -> dict:
     return nested
 
 
-LISTS = ("sources", "replay_sources", "weights", "levels", "sampled_levels", "shots", "protocol_sources", "baselines")  # settings where one value stands for a list of one
+# Settings where one value stands for a list of one.
+LISTS = ("sources", "replay_sources", "weights", "levels", "sampled_levels", "shots", "protocol_sources", "baselines")
 
 
 def _json_or_text(raw: str) -> object:
@@ -261,7 +267,9 @@ class StageRun:
     resume: bool
     started: float
     inputs: dict[str, Path] = dataclasses.field(default_factory=dict)  # checkpoints, by the stage that made them
+    world: object = None  # the ranks that train together (distributed.World); None where nothing is trained
     earlier_seconds: float = 0.0  # of the sittings before this one
+    lock: RunLock | None = None  # on the run's folder, until the stage is finished or the process ends
 
     @property
     def start(self) -> Path | None:
@@ -274,13 +282,26 @@ class StageRun:
         return report_folder(self.folder.parent)
 
     def finish(self, results: dict) -> dict:
-        """Write `results.json`, mark the stage finished in `run.json`, and return the results."""
-        write_json(self.folder / "results.json", results)
-        self._record("finished")
+        """Write `results.json`, mark the stage finished in `run.json`, let go of the run, and return the results."""
+        with writes_to(self.folder, "then run again with resume=True: nothing that was kept is lost"):
+            write_json(self.folder / "results.json", results)
+            self._record("finished")
+        for number in WARNINGS if threading.current_thread() is threading.main_thread() else ():
+            if getattr(signal.getsignal(number), "stage", None) is self:
+                signal.signal(number, signal.SIG_DFL)
+        if self.lock:
+            self.lock.release()
         return results
 
     def require(self, stopped: str) -> None:
-        """Go on only if training came to its end; else record how it stopped and raise StageError saying how to resume."""
+        """Go on only if training came to its end; else record how it stopped and raise StageError saying how to resume.
+
+        Of several ranks only the first goes on; on the others this raises TrainingEnded.
+        """
+        if self.world:
+            self.world.leave()
+            if not self.world.main:
+                raise TrainingEnded(stopped)
         if stopped not in ("finished", "max_minutes"):
             self._record(stopped)
             raise StageError(f"training was {stopped} and checkpointed in {self.folder}; run again with run={self.run!r} "
@@ -295,6 +316,15 @@ class StageRun:
         write_json(path, record)
 
 
+@contextlib.contextmanager
+def writes_to(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn a full or read-only disk into a StageError that names the folder and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise StageError(f"cannot write to {folder}: {error.strerror or error}; make room or make it writable, {remedy}") from error
+
+
 def report_folder(run_folder: Path) -> Path:
     """`report/` of the checkout for a run that is kept in its `runs/`; a run elsewhere keeps its report with it."""
     checkout = Path(__file__).resolve().parent.parent
@@ -302,87 +332,131 @@ def report_folder(run_folder: Path) -> Path:
     return checkout / "report" if inside else run_folder / "report"
 
 
-def this_process() -> dict:
-    """What identifies this process on this host: its number may be given to another one later, with another start."""
-    import psutil
-
-    return {"host": platform.node(), "pid": os.getpid(), "pid_started": round(psutil.Process().create_time(), 2)}
-
-
-def is_alive(entry: dict) -> bool:
-    """Whether the process that a stage's entry in `run.json` names still runs on this host, and is not this one."""
-    import psutil
-
-    if entry.get("host") != platform.node() or entry.get("pid") in (None, os.getpid()):
-        return False
-    try:
-        process = psutil.Process(entry["pid"])
-        return abs(process.create_time() - entry["pid_started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def refuse_if_alive(run_folder: Path, stage: str, patience: float = 15.0) -> None:
-    """Wait a little for the process that works on this stage to end; StageError naming it if it goes on."""
-    path, deadline = run_folder / "run.json", time.time() + patience
-    entry = read_json(path)["stages"].get(stage, {}) if path.exists() else {}
-    while is_alive(entry):
-        if time.time() > deadline:
-            raise StageError(f"stage {stage} of run {run_folder.name!r} is being run by process {entry['pid']} on this machine; wait for it, "
-                             f"stop it (kill {entry['pid']}), or choose another run name")
-        time.sleep(0.2)
-
-
 def _clock(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
-def choose_folder(stage: str, parameters: dict) -> tuple[str, Path, bool]:
-    """Run name, stage folder and whether to resume. An existing stage is never touched without `resume` or `force`."""
+def preempted(folder: Path, wanted: dict) -> bool:
+    """Whether a scheduler ended this stage, and it was begun with the settings that are wanted now."""
+    record, params = folder.parent / "run.json", folder / "params.json"
+    if not (record.is_file() and params.is_file()):
+        return False
+    ended = read_json(record)["stages"].get(folder.name, {}).get("status")
+    return ended == "preempted" and not changes(read_json(params).get("config", {}), wanted)
+
+
+def choose_folder(stage: str, parameters: dict, wanted: dict | None = None) -> tuple[str, Path, bool]:
+    """Run name, stage folder and whether to resume. An existing stage is never touched without `resume` or `force`.
+
+    With `wanted`, the settings asked for, a stage that was preempted under the same settings is resumed without being told.
+    """
     root = Path(parameters.get("output_dir") or runs_folder()).expanduser().resolve()
     name = str(parameters.get("run") or Path(parameters["preset"]).stem)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigError(f"run={name!r} is no folder name: use letters, digits, '.', '_' and '-'")
     folder, resume, force = root / name / stage, parameters.get("resume"), parameters.get("force")
-    if (folder / "params.json").exists() and not (resume or force):
-        if parameters.get("run"):
-            how = "is finished" if (folder / "results.json").exists() else "was begun"
-            raise StageError(f"run {name!r} exists: stage {stage} {how} in {folder}; say resume=True to go on, "
-                             "force=True to delete it and begin anew, or choose another run name")
+    resume = resume or (wanted is not None and not force and preempted(folder, wanted))
+    begun, named = (folder / "params.json").exists(), parameters.get("run")
+    if begun and named and not (resume or force):
+        how = "is finished" if (folder / "results.json").exists() else "was begun"
+        raise StageError(f"run {name!r} exists: stage {stage} {how} in {folder}; say resume=True to go on, "
+                         "force=True to delete it and begin anew, or choose another run name")
+    if not (named or resume or force) and (begun or is_in_use(root / name)):
         name += datetime.datetime.now().strftime("-%Y%m%d-%H%M%S")
         folder = root / name / stage
     return name, folder, bool(resume and (folder / "params.json").exists())
 
 
+def is_in_use(run_folder: Path) -> bool:
+    """Whether another process works on a run."""
+    owner = owner_of(run_folder)
+    return owner is not None and owner["pid"] != os.getpid()
+
+
 def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     """Start a stage from a notebook: `begin("pretrain", globals(), [names of the parameters])`.
 
-    Resolves the preset, refuses unknown parameters, finds the checkpoints to start from, checks the machine, makes
-    `runs/<run>/<stage>/`, and writes `params.json` and `run.json`. Nothing is written when a check fails.
+    Resolves the preset, refuses unknown parameters, takes the run's lock, finds the checkpoints to start from, checks the machine and
+    the data, makes `runs/<run>/<stage>/`, and writes `params.json` and `run.json`. Nothing is written when a check fails.
+    From then until `finish`, SIGTERM and SIGUSR1 end the stage: with a checkpoint while it trains, at once where it does not.
     """
     refuse_unknown(injected_parameters(namespace.get("In", [])), declared)
     parameters = {name: namespace[name] for name in declared}
-    config = resolved = resolve(stage, parameters)
-    name, folder, resume = choose_folder(stage, parameters)
-    refuse_if_alive(folder.parent, stage)
-    former = read_json(folder / "params.json") if resume else {}
+    config = resolve(stage, parameters)
+    if task := namespace.get("TASK"):
+        return follow_stage(stage, config, task)
+    wanted = sections(config, stage)
+    name, folder, _ = choose_folder(stage, parameters, wanted)
+    lock = None
+    try:
+        if os.environ.get("RANK", "0") == "0":  # the other ranks of a job write nothing
+            with writes_to(folder, "or choose another place with output_dir=…"):
+                lock = RunLock(folder.parent, f"stage {stage}").take()
+        _, _, resume = choose_folder(stage, {**parameters, "run": name}, wanted)  # again: another process may just have finished it
+        stage_run = _begin(stage, name, folder, resume, parameters, config, lock)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+    _mark_failures(stage_run, namespace)
+    _keep_notebook(folder / "notebook.ipynb", namespace)
+    return stage_run
+
+
+def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, resolved: PipelineConfig, lock: RunLock | None) -> StageRun:
+    """The checks of `begin`, and the stage's record, once nobody else works on the run."""
+    config, former = resolved, read_json(folder / "params.json") if resume else {}
+    if resume and not parameters.get("resume"):
+        say(f"{stage}: was preempted, goes on")
     inputs = choose_inputs(stage, config, parameters, folder, former)
     if start := start_of(inputs):
         config = with_model_of(config, start)
     if resume and isinstance(settings_of(config, stage), TrainConfig):  # another micro-batch would round differently
         config = configs.override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     config, device = preflight(config, stage)
-    stage_run = StageRun(stage, name, config, device, folder, resume, time.time(), inputs)
-    try:
+    if changed := changed_data(config, stage, former.get("data_files", {})):
+        raise StageError(f"stage {stage} was begun with other data: {'; '.join(changed)}. Put the former file back, or say force=True to "
+                         "delete the stage and begin anew, or choose another run name")
+    stage_run = StageRun(stage, name, config, device, folder, resume, time.time(), inputs, lock=lock)
+    stage_run.world = first_rank(stage_run, parameters)
+    with writes_to(folder, "or choose another place with output_dir=…"):
         if parameters.get("force") and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_record(stage_run, parameters, resolved)
-    except OSError as error:
-        raise StageError(f"cannot write to {folder}: {error.strerror}; choose another place with output_dir=…") from error
-    _mark_failures(stage_run, namespace)
-    _keep_notebook(folder / "notebook.ipynb", namespace)
+        _write_record(stage_run, parameters, resolved, data_files(config, stage, former.get("data_files")))
     return stage_run
+
+
+def first_rank(run: StageRun, parameters: dict):
+    """The ranks that will train with this process (hardware.ranks), and what they have to run for it; None if nothing is trained.
+
+    StageError if they were not started.
+    """
+    if not isinstance(settings_of(run.config, run.stage), TrainConfig):
+        return None
+    from modern_llm.distributed import World
+
+    hardware, (_, size, _) = run.config.hardware, launched()
+    if hardware.ranks > 1 and size != hardware.ranks:
+        raise StageError(f"hardware.ranks={hardware.ranks}, but {size} process{'es were' if size > 1 else ' was'} started: run "
+                         f"`modern-llm run --stage {run.stage} -p hardware.ranks={hardware.ranks} …`, or set hardware.ranks={size}")
+    task = {"notebook": str(notebooks_folder() / NOTEBOOKS[run.stage]), "run": run.run, "folder": str(run.folder),
+            "resume": run.resume, "parameters": parameters}
+    return World(0, hardware.ranks, hardware.strategy, task)
+
+
+def follow_stage(stage: str, config: PipelineConfig, task: dict) -> StageRun:
+    """The stage as rank 0 began it, for another rank; nothing is written."""
+    from modern_llm.checkpoints import pick_device
+    from modern_llm.distributed import World
+
+    folder = Path(task["folder"])
+    inputs = {name: Path(entry["path"]) for name, entry in read_json(folder / "params.json")["inputs"].items()}
+    if start := start_of(inputs):
+        config = with_model_of(config, start)
+    config = configs.override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
+    world = World(launched()[0], config.hardware.ranks, config.hardware.strategy)
+    return StageRun(stage, task["run"], config, str(pick_device(config.hardware.device)), folder, task["resume"], time.time(), inputs, world)
 
 
 def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: Path, former: dict) -> dict[str, Path]:
@@ -427,7 +501,7 @@ def former_micro_batch(folder: Path, stage: str) -> int | None:
     return record[stage]["micro_batch_size"]
 
 
-def _write_record(run: StageRun, parameters: dict, resolved: PipelineConfig) -> None:
+def _write_record(run: StageRun, parameters: dict, resolved: PipelineConfig, data: dict) -> None:
     """`params.json` of the stage, and `run.json`, which keeps what it says of the other stages.
 
     `params.json` holds the settings as asked for (`resolved`), to be compared with those asked for the next time.
@@ -444,18 +518,45 @@ def _write_record(run: StageRun, parameters: dict, resolved: PipelineConfig) -> 
     if isinstance(fitted := settings_of(run.config, run.stage), TrainConfig):
         wanted[run.stage]["micro_batch_size"] = fitted.micro_batch_size
     write_json(run.folder / "params.json", {"stage": run.stage, **parameters, "run": run.run, "config": wanted,
-                                            "inputs": described(run.inputs)})
+                                            "inputs": described(run.inputs), "data_files": data})
     run._record("running")
 
 
 def _mark_failures(stage: StageRun, namespace: dict) -> None:
-    """From now on a cell that raises marks the stage as failed in `run.json` (unless it says how it ended)."""
-    def after_cell(result) -> None:
-        if result.error_in_exec is not None and not isinstance(result.error_in_exec, StageError):
-            stage._record("failed")
+    """From now on a cell that raises marks the stage as failed in `run.json` (unless it says how it ended), a scheduler's warning as preempted."""
+    shell = namespace.get("get_ipython", lambda: None)()
+    if shell is None:
+        return
+    busy = threading.Event()
+    busy.set()  # this very cell
 
-    if shell := namespace.get("get_ipython", lambda: None)():
-        shell.events.register("post_run_cell", after_cell)
+    def after_cell(result) -> None:
+        busy.clear()
+        error = result.error_in_exec
+        if error is None or isinstance(error, (StageError, Preempted)):
+            return
+        if isinstance(error, getattr(sys.modules.get("torch"), "AcceleratorError", ())):
+            say(f"{stage.stage}: the device {stage.device} is lost. What {stage.folder} holds is whole: run again with run={stage.run!r} and "
+                "resume=True, here, on another machine or with device=cpu")
+        stage._record("failed")
+
+    def end(number: int, frame) -> None:
+        for other in WARNINGS:
+            signal.signal(other, signal.SIG_IGN)  # once is enough
+        stage._record("preempted")
+        name = signal.Signals(number).name
+        if busy.is_set():
+            raise Preempted(f"{name}: stage {stage.stage} was ended between two of its results; what it has kept in {stage.folder} stays, "
+                            "and the same start goes on there")
+        say(f"{stage.stage}: ended by {name}")
+        os._exit(1)  # between two cells nobody would see an exception
+
+    shell.events.register("pre_run_cell", lambda info: busy.set())
+    shell.events.register("post_run_cell", after_cell)
+    if type(shell).__name__ == "ZMQInteractiveShell" and threading.current_thread() is threading.main_thread():  # a kernel of its own
+        end.stage = stage
+        for number in WARNINGS:
+            signal.signal(number, end)
 
 
 def notebook_path(namespace: dict) -> Path | None:
@@ -530,7 +631,8 @@ def _optimisation(config: PipelineConfig, stage: str, train: TrainConfig) -> lis
         budget += f" = {tokens / 1e6:,.1f}M tokens"
         detail = f"{tokens * counts.flops_per_token(config.model):.1e} FLOPs" + (f", {limit}" if limit else "")
     return [
-        ("batch", batch, f"in micro-batches of {train.micro_batch}"),
+        ("batch", batch, f"in micro-batches of {train.micro_batch}" + (
+            f", shared by {config.hardware.ranks} ranks ({config.hardware.strategy})" if config.hardware.ranks > 1 else "")),
         ("budget", budget, detail),
         ("optimizer", train.optimizer, f"lr {train.lr:g}" + (f", Muon {train.muon_lr:g}" if train.optimizer == "muon" else "")
          + f", weight decay {train.weight_decay:g}, {train.schedule}"),

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +23,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modern_llm.checkpoints import (
-    CheckpointError, RunFolder, TrainingState, append_row, load_checkpoint, pick_device, random_states, read_metrics,
-    restore_random_states, seed_everything,
+    CheckpointError, RunFolder, TrainingState, append_row, load_checkpoint, pick_device, random_states, read_checkpoint,
+    read_metrics, restore_random_states, seed_everything,
 )
 from .config import TrainConfig
-from .optim import LossOutput, learning_rate_factor
+from .distributed import World, failing_together, own_random_numbers, spread, synced
+from .optim import LossOutput, learning_rate_factor, undivided
 
 # %% auto #0
-__all__ = ['Batch', 'LossFunction', 'Evaluate', 'SaveModel', 'PEAK_FLOPS', 'micro_batches', 'batch_tokens', 'add_losses',
-           'rescale_gradients', 'optimizer_step', 'prefetch', 'Window', 'TrainingDiverged', 'DivergenceGuard',
-           'stop_signals', 'run_progress', 'stop_reason', 'peak_flops', 'flops_share', 'prepare_module', 'validate',
-           'Recorder', 'make_bar', 'TrainResult', 'Trainer']
+__all__ = ['Batch', 'LossFunction', 'Evaluate', 'SaveModel', 'REASONS', 'PEAK_FLOPS', 'micro_batches', 'batch_tokens',
+           'add_losses', 'rescale_gradients', 'optimizer_step', 'prefetch', 'Window', 'TrainingDiverged',
+           'DivergenceGuard', 'stop_signals', 'job_ends_soon', 'run_progress', 'stop_reason', 'peak_flops',
+           'flops_share', 'prepare_module', 'validate', 'Recorder', 'make_bar', 'TrainResult', 'Trainer']
 
 # %% ../nbs/03_trainer.ipynb #types
 Batch = dict[str, Tensor]
@@ -72,31 +74,32 @@ def rescale_gradients(parameters: list[nn.Parameter], factor: Tensor, max_norm: 
     every gradient becomes NaN, so that a bad step shows in the next loss instead of passing unseen.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads, foreach=True) * factor / scale
+    norm = undivided(torch.nn.utils.get_total_norm(grads, foreach=True)) * factor / scale
     shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    torch._foreach_mul_(grads, torch.where(norm.isfinite(), factor * shrink, torch.nan))
+    torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in grads], torch.where(norm.isfinite(), factor * shrink, torch.nan))
     return norm
 
 # %% ../nbs/03_trainer.ipynb #optimizer-step
 def optimizer_step(
-    state: TrainingState, loss_fn: LossFunction, batch: Batch, cfg: TrainConfig, lr_factor: float
+    state: TrainingState, loss_fn: LossFunction, batch: Batch, cfg: TrainConfig, lr_factor: float, world: World = World()
 ) -> tuple[LossOutput, Tensor]:
-    """One update from a batch on the CPU, in micro-batches; the device is never waited for.
+    """One update from a batch on the CPU (a rank's rows of it), in micro-batches; the device is never waited for.
 
-    Sums are added over the micro-batches and the gradient divided once by the total count, so the cut changes nothing.
-    Returns the batch's summed LossOutput and the gradient norm before clipping.
+    Sums are added over the micro-batches and ranks and the gradient divided once by the total count, so the cut changes
+    nothing. Returns the batch's summed LossOutput and the gradient norm before clipping.
     """
     rows = len(next(iter(batch.values())))
     parameters = [p for o in state.optimizers for group in o.param_groups for p in group["params"]]
-    outputs = []
-    for part in micro_batches(batch, cfg.micro_batch):
+    size, outputs = math.gcd(cfg.micro_batch, rows), []  # a rank may have fewer rows than a micro-batch
+    for start, part in zip(range(0, rows, size), micro_batches(batch, size)):
         part = {name: value.to(state.device, non_blocking=True) for name, value in part.items()}
-        with state.autocast():
-            out = loss_fn(state.module, part)
-        state.scaler.scale(out.total / rows).backward()  # any constant would do: it keeps float16 gradients in range
+        with synced(loss_fn, last=start + size == rows):
+            with state.autocast():
+                out = loss_fn(state.module, part)
+            state.scaler.scale(out.total / rows).backward()  # any constant would do: it keeps float16 gradients in range
         outputs.append(out)
-    summed = add_losses(outputs)
-    factor = rows / summed.count.clamp(min=1)
+    summed = world.summed(add_losses(outputs))
+    factor = rows * world.size / summed.count.clamp(min=1)  # the ranks have averaged their gradients
     norm = rescale_gradients(parameters, factor, cfg.grad_clip, state.scaler.get_scale())
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
@@ -105,16 +108,16 @@ def optimizer_step(
         optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
     state.step += 1
-    state.tokens += batch_tokens(batch)
+    state.tokens += batch_tokens(batch) * world.size
     if state.average:
         state.average.update(state.module, state.step)
     return summed, norm
 
 # %% ../nbs/03_trainer.ipynb #prefetch
 def prefetch(
-    batches: Callable[[int], Batch], start: int, stop: int, rows: int, pin: bool = False, ahead: int = 2
+    batches: Callable[[int], Batch], start: int, stop: int, rows: int, pin: bool = False, ahead: int = 2, world: World = World()
 ) -> Iterator[Batch]:
-    """Yield batches(start) … batches(stop - 1), made by a background thread up to `ahead` steps early.
+    """Yield batches(start) … batches(stop - 1), or a rank's rows of them, made by a thread up to `ahead` steps early.
 
     An error raised by `batches` is raised here, at its step; so is a batch whose tensors do not have `rows` rows.
     """
@@ -124,6 +127,7 @@ def prefetch(
         wrong = {name: len(value) for name, value in batch.items() if len(value) != rows}
         if wrong or not batch:
             raise ValueError(f"batches({step}) has rows {wrong or 0}, but train.batch_size={rows}")
+        batch = world.rows(batch)
         return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
@@ -187,7 +191,7 @@ class DivergenceGuard:
 # %% ../nbs/03_trainer.ipynb #stop-signals
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """Inside, SIGINT, SIGTERM and SIGUSR1 only put "interrupted" or "stopped" on the yielded list: a step is never torn.
+    """Inside, SIGINT, SIGTERM and SIGUSR1 only put "interrupted" or "preempted" on the yielded list: a step is never torn.
 
     A second SIGINT raises KeyboardInterrupt. Outside the main thread nothing is changed.
     """
@@ -199,7 +203,7 @@ def stop_signals() -> Iterator[list[str]]:
     def note(number, frame):
         if number == signal.SIGINT and caught:
             raise KeyboardInterrupt
-        caught.append("interrupted" if number == signal.SIGINT else "stopped")
+        caught.append("interrupted" if number == signal.SIGINT else "preempted")
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     former = {number: signal.signal(number, note) for number in numbers}
@@ -209,6 +213,14 @@ def stop_signals() -> Iterator[list[str]]:
         for number, handler in former.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
+# %% ../nbs/03_trainer.ipynb #job-end
+def job_ends_soon(margin: float) -> bool:
+    """Whether SLURM ends this job within `margin` seconds, or a minute if that is more; False where it does not say.
+
+    The time is SLURM_JOB_END_TIME, seconds since 1970.
+    """
+    return time.time() + max(60.0, margin) >= float(os.environ.get("SLURM_JOB_END_TIME") or math.inf)
+
 # %% ../nbs/03_trainer.ipynb #progress
 def run_progress(step: float, seconds: float, cfg: TrainConfig) -> float:
     """Share of the run that is over, 0 to 1: of its steps or of its minutes, whichever is further."""
@@ -216,12 +228,15 @@ def run_progress(step: float, seconds: float, cfg: TrainConfig) -> float:
     return min(1.0, max(step / cfg.max_steps, timed))
 
 # %% ../nbs/03_trainer.ipynb #stop-reason
-def stop_reason(state: TrainingState, cfg: TrainConfig, asked: bool, caught: list[str]) -> str | None:
-    """Why to stop after this step, or None to go on."""
+REASONS = (None, "max_minutes", "stopped", "preempted", "interrupted", "finished")  # if ranks differ, the last one counts
+
+
+def stop_reason(state: TrainingState, cfg: TrainConfig, asked: str | None = None, caught: Sequence[str] = ()) -> str | None:
+    """Why to stop after this step, or None to go on; `asked` by a file or function, `caught` as signals."""
     if state.step >= cfg.max_steps:
         return "finished"
     if caught or asked:
-        return caught[0] if caught else "stopped"
+        return caught[0] if caught else asked
     return "max_minutes" if cfg.max_minutes and state.seconds >= 60 * cfg.max_minutes else None
 
 # %% ../nbs/03_trainer.ipynb #peak-flops
@@ -269,6 +284,7 @@ class Recorder:
     def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Evaluate | None = None, share: float | None = None):
         self.files, self.cfg, self.evaluate, self.share = files, cfg, evaluate, share
         self.guard, self.window, self.bar = DivergenceGuard(), Window(), None
+        self.slowest_save = 0.0
         for row in read_metrics(files.metrics):  # of the sittings before this one
             if row["loss"] is not None:
                 self.guard.check(row["step"], row["loss"], None, files.last_checkpoint)
@@ -291,13 +307,15 @@ class Recorder:
                 self.guard.check(step, row["loss"], norm, self.files.last_checkpoint)
             state.kept = max(state.kept, parts)
             if reason or (check_point and not self.guard.bad):  # a suspicious state never replaces a good one
+                began = time.perf_counter()
                 self.files.save(state)
+                self.slowest_save = max(self.slowest_save, time.perf_counter() - began)
             if keep and not self.guard.bad:
                 self.files.keep(state)
             if judge:
-                row |= validate(state, self.evaluate)
+                row |= validate(state, self.evaluate if self.files.writes else lambda module: {})
         finally:
-            if seen:
+            if seen and self.files.writes:
                 append_row(self.files.metrics, row)
             self.window.clear(state.tokens)
         self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "val_loss") if k in row}, refresh=False)
@@ -311,7 +329,7 @@ def make_bar(state: TrainingState, cfg: TrainConfig, show: bool) -> tqdm:
 # %% ../nbs/03_trainer.ipynb #train-result
 @dataclass
 class TrainResult:
-    """How a run ended: `stopped` is "finished", "max_minutes", "stopped" or "interrupted"."""
+    """How a run ended: `stopped` is "finished", "max_minutes", "stopped" (on request), "preempted" (by the scheduler) or "interrupted"."""
 
     step: int
     tokens: int
@@ -330,47 +348,82 @@ class Trainer:
         save_model: (module, folder) writes the model's files into an existing folder.
         flops_per_token: of forward and backward pass, for the share of the GPU's peak (mfu).
         resume: continue folder/checkpoint if it is there; without it a used folder is refused.
-        should_stop: asked after every step. A file folder/STOP, SIGTERM, SIGUSR1 and Ctrl-C stop the run too.
+        world: the ranks that train together; module and batches are the same on all of them, rank 0 alone writes and evaluates.
+        should_stop: asked after every step. A file folder/STOP, SIGTERM, SIGUSR1, Ctrl-C and the end of a SLURM job that is
+            near stop the run too, after a whole step and with a checkpoint.
     """
 
     def __init__(
         self, module: nn.Module, loss_fn: LossFunction, batches: Callable[[int], Batch], cfg: TrainConfig,
         folder: str | Path, *, evaluate: Evaluate | None = None, save_model: SaveModel | None = None,
         flops_per_token: float | None = None, device: str = "auto", seed: int = 0, resume: bool = False,
-        should_stop: Callable[[], bool] | None = None, progress_bar: bool = True,
+        world: World | None = None, should_stop: Callable[[], bool] | None = None, progress_bar: bool = True,
     ):
-        self.loss_fn, self.batches, self.cfg, self.progress_bar = loss_fn, batches, cfg, progress_bar
-        self.should_stop = should_stop or (lambda: False)
-        seed_everything(seed)
-        self.state = TrainingState(module, cfg, pick_device(device))
-        self.files = RunFolder(folder, save_model)
-        self.files.open(self.state, resume)
-        prepare_module(module, cfg, self.state.device)
-        self.recorder = Recorder(self.files, cfg, evaluate, flops_share(flops_per_token, self.state))
+        self.world, self.batches, self.cfg = world or World(), batches, cfg
+        self.should_stop, self.progress_bar = should_stop or (lambda: False), progress_bar and self.world.main
+        place = pick_device(device)
+        if cfg.batch_size % self.world.size:
+            raise ValueError(f"train.batch_size={cfg.batch_size} cannot be shared equally by {self.world.size} ranks")
+        self.world.join(place)
+        with failing_together(self.world):
+            seed_everything(seed)
+            self.loss_fn, whole = spread(module.to(place), loss_fn, self.world, place)
+            self.state = TrainingState(module, cfg, place, whole)
+            self.files = RunFolder(folder, save_model, self.world.main)
+            self._open(resume)
+            prepare_module(module, cfg, place)
+            self.recorder = Recorder(self.files, cfg, evaluate, flops_share(flops_per_token, self.state))
+
+    def _open(self, resume: bool) -> None:
+        """Rank 0 opens the folder; the others read the checkpoint that it found."""
+        if self.world.main:
+            self.files.open(self.state, resume)
+        found = self.world.told(self.files.opened)
+        if found and not self.world.main:
+            self.state.load_state_dict(read_checkpoint(found)[0])
+
+    def _reason(self, caught: list[str], slowest: float) -> str | None:
+        """Why to stop after this step, as all ranks see it: they agree on the clock, too."""
+        if job_ends_soon(1.5 * (slowest + self.recorder.slowest_save)):
+            caught.append("preempted")
+        asked = "stopped" if self.should_stop() else self.files.stop_asked()
+        number = REASONS.index(stop_reason(self.state, self.cfg, asked, caught))
+        self.state.seconds, number = self.world.agreed(self.state.seconds, number)
+        return REASONS[int(number)]
 
     def fit(self) -> TrainResult:
         """Train to the end of the steps or minutes, or until asked to stop; may be called again to go on."""
         state, cfg, recorder = self.state, self.cfg, self.recorder
-        reason, start = stop_reason(state, cfg, False, []), time.perf_counter() - state.seconds
-        batches = prefetch(self.batches, state.step, cfg.max_steps, cfg.batch_size, state.device.type == "cuda")
+        reason, start = stop_reason(state, cfg), time.perf_counter() - state.seconds
+        first, slowest = state.step, 0.0
+        world, pin = self.world, state.device.type == "cuda"
+        batches = prefetch(self.batches, state.step, cfg.max_steps, cfg.batch_size, pin, world=world)
         restore_random_states(state.random)
         state.module.train()
         recorder.window.clear(state.tokens)
-        with contextlib.closing(batches), stop_signals() as caught, make_bar(state, cfg, self.progress_bar) as bar:
-            recorder.bar = bar
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(failing_together(world))
+            stack.enter_context(contextlib.closing(batches))
+            caught = stack.enter_context(stop_signals())
+            recorder.bar = bar = stack.enter_context(make_bar(state, cfg, self.progress_bar))
             while not reason:
+                began = time.perf_counter()
                 try:
                     progress = run_progress(state.step + 0.5, state.seconds, cfg)
                     factor = learning_rate_factor(state.step + 0.5, progress, cfg)
-                    recorder.window.add(*optimizer_step(state, self.loss_fn, next(batches), cfg, factor))
+                    with own_random_numbers(world):
+                        recorder.window.add(*optimizer_step(state, self.loss_fn, next(batches), cfg, factor, world))
                     state.seconds, state.random = time.perf_counter() - start, random_states()
-                    reason = stop_reason(state, cfg, self.should_stop() or self.files.stop_file.exists(), caught)
+                    reason = self._reason(caught, slowest)
                     recorder.observe(state, factor, reason)
                     bar.update()
+                    if state.step > first + 1:  # the first step of a sitting may have compiled
+                        slowest = max(slowest, time.perf_counter() - began)
                 except KeyboardInterrupt:
-                    if caught:  # the second Ctrl-C
+                    if caught or world.size > 1:  # the second Ctrl-C; the other ranks are in the middle of the step
                         raise
                     reason = "interrupted"
                     state.abandon_step()
                     recorder.observe(state, factor, reason)
+            world.agreed(0)  # no rank goes on before rank 0 has written
         return TrainResult(state.step, state.tokens, state.seconds, reason, read_metrics(self.files.metrics))

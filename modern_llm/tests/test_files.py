@@ -1,6 +1,10 @@
 """Atomic writes under faults: the old content or the new one, never a part."""
 
 import os
+import random
+import signal
+import sys
+import time
 
 import pandas as pd
 import pytest
@@ -59,6 +63,57 @@ def test_fault_at_any_file_operation_leaves_a_whole_folder(tmp_path, monkeypatch
     assert (files.find_folder(folder) / "a.txt").read_text() == found
 
 
+def test_the_former_content_is_kept_on_request(tmp_path):
+    folder = tmp_path / "checkpoint"
+    for version in ("one", "two", "three"):
+        with files.atomic_folder(folder, {"version": version}, keep_previous=True) as temporary:
+            (temporary / "a.txt").write_text(version)
+    kept = [files.check_folder(place)["version"] for place in (folder, files.previous_of(folder))]
+    assert kept == ["three", "two"] and names(tmp_path) == ["checkpoint", "checkpoint.previous"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_before_any_file_operation_loses_one_generation_at_most(tmp_path):
+    """kill -9 of a process that replaces a folder with two generations: before its 1st, 2nd, … file operation, until it comes through."""
+    operations = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+    for number in range(100):
+        folder = tmp_path / str(number) / "checkpoint"
+        for version in ("one", "two"):
+            with files.atomic_folder(folder, {"version": version}, keep_previous=True) as temporary:
+                (temporary / "a.txt").write_text(version)
+        child = os.fork()
+        if child == 0:
+            left = iter(range(number, -1, -1))
+            sys.addaudithook(lambda event, _: event in operations and next(left) == 0 and os.kill(os.getpid(), signal.SIGKILL))
+            with files.atomic_folder(folder, {"version": "three"}, keep_previous=True) as temporary:
+                (temporary / "a.txt").write_text("three")
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        found = files.check_folder(files.find_folder(folder))["version"]
+        assert found in ("two", "three"), f"killed before file operation {number}"
+        if os.WIFEXITED(status):
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert found == "three" and number >= 12
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    folder = tmp_path / "checkpoint"
+    write_version(folder, "some words")
+    for name in ("a.txt", "meta.json") * 50:
+        path = folder / name
+        whole = path.read_bytes()
+        position, bit = draw.randrange(len(whole)), draw.randrange(8)
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1:])
+        with pytest.raises(files.DamagedFolder):
+            print(f"{name}: byte {position}, bit {bit}: {files.check_folder(folder)}")
+        path.write_bytes(whole)
+    files.check_folder(folder)
+
+
 def test_damage_is_named(tmp_path):
     folder = tmp_path / "checkpoint"
     write_version(folder, "one")
@@ -68,6 +123,14 @@ def test_damage_is_named(tmp_path):
     (folder / "a.txt").unlink()
     with pytest.raises(files.DamagedFolder, match="a.txt is missing"):
         files.check_folder(folder)
+    (folder / "meta.json").write_text("[]")
+    with pytest.raises(files.DamagedFolder, match="meta.json is missing or damaged"):
+        files.check_folder(folder)
+    (folder / "meta.json").rename(tmp_path / "elsewhere.json")
+    (tmp_path / "checkpoint.previous").mkdir()
+    (tmp_path / "elsewhere.json").rename(tmp_path / "checkpoint.previous" / "meta.json")
+    with pytest.raises(FileNotFoundError, match="its meta.json is missing"):  # no silent step back
+        files.find_folder(folder)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         files.find_folder(tmp_path / "nowhere")
 

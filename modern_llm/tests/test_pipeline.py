@@ -20,7 +20,6 @@ from modern_llm.cli import _key_values, main
 from modern_llm.config import ConfigError
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import NOTEBOOKS, StageError
-from modern_llm.stage import is_alive, refuse_if_alive, this_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=6 pretrain.eval_every=6 "
@@ -32,6 +31,7 @@ SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.m
 PRESET = Path(os.environ["MODERN_LLM_CACHE"]).parent / "small.json"  # "lesson" by another name: its chapters expect more of it
 PRESET.write_text('{"base": "lesson", "name": "small"}')
 # Every stage takes half a minute to be killed, finished and compared; the default proves it where the others start from.
+SEVERAL = ("pretrain", "sft", "dpo", "verifier") if os.environ.get("MODERN_LLM_SLOW_TESTS") else ()
 KILLED = ("sft", "dpo", "verifier") if os.environ.get("MODERN_LLM_SLOW_TESTS") else ("sft",)
 
 
@@ -135,6 +135,21 @@ def test_a_stage_whose_start_was_made_anew_is_refused(runs):
     assert code == 2 and "--force" in text and (runs / "it" / "sft" / "results.json").exists()
 
 
+def test_data_that_changed_is_named_before_a_stage_starts(tmp_path):
+    from modern_llm.tests.test_stage import begin
+
+    path = tmp_path / "mine.txt"
+    path.write_text("Tom has 3 hats.\n" * 50)
+    begin(tmp_path, run="it", overrides=f"data.sources={path}").finish({"table": []})
+    ask_plan = lambda **more: pipeline.Plan("pretrain", preset="lesson", run="it", output_dir=str(tmp_path),
+                                            overrides=f"data.sources={path}", **more).step("pretrain")
+    assert ask_plan().action == "skip"
+    path.write_text("Tom has 4 hats.\n" * 50)
+    with pytest.raises(StageError, match=f"since then this has changed:\n  - data file {path}: sha256 .* -> "):
+        ask_plan()
+    assert ask_plan(no_overwrite=True).action == "skip" and ask_plan(force=True).action == "run"
+
+
 def test_parameters_go_to_the_stages_that_declare_them(tuned):
     everything = pipeline.Plan("all", preset="lesson", max_minutes=6, max_steps=9)
     assert all(everything.parameters[name]["max_minutes"] == 6 for name in ("pretrain", "sft", "dpo", "verifier"))
@@ -207,21 +222,32 @@ def test_killed_command_leaves_no_orphan_and_the_same_command_finishes_it(stage,
     assert tables[0] == tables[1]
 
 
-def test_a_stage_that_another_process_runs_is_refused(tmp_path, capfd):
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        entry = {**this_process(), "pid": sleeper.pid, "pid_started": psutil.Process(sleeper.pid).create_time(), "status": "running"}
-        (tmp_path / "it").mkdir()
-        write_json(tmp_path / "it" / "run.json", {"stages": {"sft": entry}})
-        assert is_alive(entry)
-        assert not is_alive({**entry, "pid_started": entry["pid_started"] - 100}), "a number that was given to another process"
-        assert not is_alive({**entry, "host": "elsewhere"}) and not is_alive(this_process())
-        with pytest.raises(StageError, match=f"run by process {sleeper.pid} on this machine"):
-            refuse_if_alive(tmp_path / "it", "sft", patience=0.3)
-    finally:
-        sleeper.kill()
-        sleeper.wait()
-    refuse_if_alive(tmp_path / "it", "sft", patience=5)
+def curve(folder: Path) -> list[float]:
+    return [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize("stage, strategy", [("sft", "fsdp"), *((stage, "ddp") for stage in SEVERAL)])
+def test_ranks_train_a_stage_like_one_process(stage, strategy, tuned, tmp_path):
+    """`-p hardware.ranks=2`; the second rank is killed on the way, which ends the first; the same command goes on and ends as one process."""
+    finish(*words(stage, tuned))
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "it" / stage
+    shutil.rmtree(folder)
+    together = words(stage, tmp_path, "-p", "hardware.ranks=2", "-p", f"hardware.strategy={strategy}")
+    process = start(*together)
+    wait_for((folder / "checkpoint" / "meta.json").exists, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    second, = (p for p in family if p.environ().get("RANK") == "1")
+    second.kill()
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 137 and "rank 1 ended first, with exit code -9" in text and "another rank is gone" in text, text
+    assert not psutil.wait_procs(family, timeout=10)[1] and not (folder / "results.json").exists()
+
+    text = finish(*together)
+    assert f"{stage}: resume" in text and text.count(f"{stage}: finished") == 1
+    alone, both = curve(tuned / "it" / stage), curve(folder)
+    assert len(alone) == len(both) and both[:2] == pytest.approx(alone[:2], rel=1e-6) and both == pytest.approx(alone, rel=1e-4)
+    assert "shared by 2 ranks" in (folder / "notebook.ipynb").read_text() and not list(folder.glob("*rank*"))
 
 
 # ---- afterwards ------------------------------------------------------------------------------------------------------

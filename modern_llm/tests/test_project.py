@@ -15,6 +15,7 @@ PACKAGE = ROOT / "modern_llm"
 
 # What each module may import of the package. A module that is not listed may import nothing of it.
 ALLOWED = {
+    "ranks": {"config", "files", "distributed"}, "distributed": {"checkpoints", "optim", "ranks"},
     "config": set(), "files": set(), "figures": set(), "synth_problems": set(),
     "synth_world": {"synth_problems"}, "synth": {"synth_problems", "synth_world"},
     "layers": set(),
@@ -35,7 +36,7 @@ ALLOWED = {
     "tasks": {"chat", "config", "models", "reading", "scoring", "synth", "tokens"},
     "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tasks", "tokens"},
     "fewshot": {"generation", "scoring", "synth", "tokens"},
-    "trainer": {"config", "files", "optim", "checkpoints"},
+    "trainer": {"config", "distributed", "files", "optim", "checkpoints"},
     "ledger": {"files", "scoring"},
     "evals": {"chat", "data", "fewshot", "files", "hub", "ledger", "perplexity", "scoring", "tasks", "tokens"},
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks", "tokens"},
@@ -45,14 +46,20 @@ ALLOWED = {
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"files"},
     "report": {"config", "counts", "files", "report_eval", "report_figures", "report_page"}, "report_eval": {"report_figures", "report_page"},
-    "stage": {"config", "files", "counts", "checkpoints", "inputs", "models"},
+    "locks": {"inputs"},
+    "stage": {"config", "files", "counts", "checkpoints", "distributed", "inputs", "locks", "models", "ranks"},
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
-    "pipeline": {"config", "files", "stage", "inputs", "report"},
+    "pipeline": {"config", "files", "stage", "inputs", "locks", "report"},
     "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "stage", "tokens"},
-    "cli": {"config", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
+    "duration": {"config", "counts"},
+    "submit": {"config", "duration", "files", "inputs", "pipeline"},
+    "disturb": {"checkpoints", "config", "files", "models", "optim", "trainer"},
+    "faults_run": {"checkpoints", "disturb"},
+    "faults": {"config", "data", "disturb", "faults_run", "files", "inputs", "locks", "models", "stage", "tokens"},
+    "cli": {"config", "files", "hub", "pipeline", "ranks", "stage", "inputs", "sources", "reading", "submit", "talk", "tokens"},
 }
-NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
-            "pipeline", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
+NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs", "locks",
+            "pipeline", "ranks", "duration", "submit", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
             "llama_layout"}
 
 

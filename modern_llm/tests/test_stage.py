@@ -37,6 +37,8 @@ def begin(tmp_path, cells=(), stage="pretrain", **values):
     ({"stage": "dpo", "preset": "local-smoke", "checkpoint": "/no/where"}, st.StageError, "Tried /no/where, /no/where/checkpoint"),
     ({"device": "gpu"}, ConfigError, "hardware.device='gpu' is unknown"),
     ({"run": "../up"}, ConfigError, "is no folder name"),
+    ({"overrides": "hardware.ranks=2"}, st.StageError, "hardware.ranks=2, but 1 process was started: run `modern-llm run --stage pretrain"),
+    ({"overrides": "hardware.ranks=3"}, ConfigError, "hardware.ranks=3 does not divide pretrain.batch_size=16"),
     ({"overrides": "data.sources=no-such-data"}, st.StageError, "no-such-data"),
 ])
 def test_refused_before_anything_is_written(tmp_path, values, error, message):
@@ -240,3 +242,70 @@ def test_reports_of_runs_kept_elsewhere_stay_with_them(tmp_path):
     assert st.report_folder(tmp_path / "mine") == tmp_path / "mine" / "report"
     checkout = Path(st.__file__).resolve().parent.parent
     assert st.report_folder(checkout / "runs" / "mine") == checkout / "report"
+
+
+# ---- bad luck --------------------------------------------------------------------------------------------------------
+
+
+def test_a_preempted_stage_is_resumed_without_being_told_only_under_the_same_settings(tmp_path, capsys):
+    first = begin(tmp_path, run="mine", max_steps=7)
+    with pytest.raises(st.StageError, match="was preempted and checkpointed"):
+        first.require("preempted")
+    again = begin(tmp_path, run="mine", max_steps=7)
+    assert again.resume and again.folder == first.folder and "was preempted, goes on" in capsys.readouterr().err
+    with pytest.raises(st.StageError, match="was stopped"):
+        again.require("stopped")
+    with pytest.raises(st.StageError, match="run 'mine' exists: stage pretrain was begun"):
+        begin(tmp_path, run="mine", max_steps=7)
+    begin(tmp_path, run="mine", max_steps=7, resume=True)._record("preempted")
+    with pytest.raises(st.StageError, match="run 'mine' exists"):
+        begin(tmp_path, run="mine", max_steps=8)
+    assert not begin(tmp_path, run="mine", max_steps=7, force=True).resume
+
+
+def test_an_unnamed_run_is_resumed_after_preemption_too(tmp_path):
+    begin(tmp_path)._record("preempted")
+    assert begin(tmp_path).run == "lesson" and begin(tmp_path).run.startswith("lesson-2")
+
+
+def test_changed_data_is_named_and_refused(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("Tom has 3 hats.\n" * 50)
+    options = {"run": "mine", "overrides": f"data.sources={path}"}
+    run = begin(tmp_path / "runs", **options)
+    files = read_json(run.folder / "params.json")["data_files"]
+    assert [entry["path"] for entry in files.values()] == [str(path)] and all(len(entry["sha256"]) == 64 for entry in files.values())
+    path.touch()
+    assert begin(tmp_path / "runs", **options, resume=True).resume, "the time alone says nothing"
+    path.write_text("Tom has 4 hats.\n" * 50)
+    with pytest.raises(st.StageError, match=f"begun with other data: data file {path}: sha256 .* -> .*Put the former file back, or say force=True"):
+        begin(tmp_path / "runs", **options, resume=True)
+    assert not begin(tmp_path / "runs", **options, force=True).resume
+
+
+def test_a_disk_that_fills_up_is_named_and_costs_no_result(tmp_path, monkeypatch):
+    run = begin(tmp_path, run="mine")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(st, "write_json", full)
+        with pytest.raises(st.StageError, match="cannot write to .*mine.pretrain: No space left on device; make room .* resume=True"):
+            run.finish({"table": []})
+    assert not (run.folder / "results.json").exists() and begin(tmp_path, run="mine", resume=True).resume
+    run.finish({"table": []})
+    assert read_json(run.folder / "results.json") == {"table": []}
+
+
+def test_a_lost_device_is_named_with_the_way_on(tmp_path, capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    names = {"preset": "lesson", "run": "mine", "seed": 0, "max_steps": None, "max_minutes": None, "device": "", "overrides": "",
+             "output_dir": str(tmp_path), "resume": False, "force": False}
+    run = st.begin("pretrain", {**names, "In": [], "get_ipython": lambda: shell}, DECLARED)
+    shell.run_cell("import torch; raise torch.AcceleratorError('CUDA error: the device is gone')")
+    assert "the device cpu is lost" in capsys.readouterr().err
+    assert read_json(tmp_path / "mine" / "run.json")["stages"]["pretrain"]["status"] == "failed"
+    run.lock.release()

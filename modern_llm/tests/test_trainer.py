@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from modern_llm.checkpoints import CheckpointError, load_checkpoint, read_metrics
-from modern_llm.config import TrainConfig
-from modern_llm.files import DamagedFolder, sha256, read_json, write_json
+from modern_llm.config import DataConfig, ModelConfig, TrainConfig
+from modern_llm.data import PackedBatches, load_corpus
+from modern_llm.files import DamagedFolder, read_json, sha256, write_json
+from modern_llm.models import ModernDecoderLM
 from modern_llm.optim import LossOutput, Muon, chunked_cross_entropy, lm_loss, make_optimizers
+from modern_llm.tokens import make_tokenizer
 from modern_llm.trainer import Trainer, TrainingDiverged
 
 CONFIG = TrainConfig(max_steps=14, batch_size=8, micro_batch_size=4, warmup_steps=3, ema_decay=0.9, log_every=3,
@@ -67,13 +71,20 @@ def noisy_validation(model):  # draws random numbers, as sampling does
     return {"loss": torch.rand(()).item() + random.random()}
 
 
+def any_number(what: str, low: int, high: int) -> int:
+    """A number from low to high - 1, another one every time; the output of a failed test names it."""
+    number = random.Random(time.time_ns()).randrange(low, high)
+    print(what, number)
+    return number
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resume_is_exact(tmp_path, optimizer, precision):
     cfg = dataclasses.replace(CONFIG, optimizer=optimizer, precision=precision)
     straight, resumed = toy(), toy(seed=7)
     trainer(straight, tmp_path / "a", cfg, evaluate=noisy_validation, save_model=save_weights).fit()
-    stop_at = random.Random(f"{optimizer}{precision}").randrange(1, cfg.max_steps)
+    stop_at = any_number("stopped after step", 1, cfg.max_steps)
     calls = iter(range(1, 100))
     first = trainer(toy(), tmp_path / "b", cfg, should_stop=lambda: next(calls) == stop_at, save_model=save_weights).fit()
     assert (first.step, first.stopped) == (stop_at, "stopped")
@@ -89,24 +100,43 @@ def test_resume_is_exact(tmp_path, optimizer, precision):
 KILLED = """
 import os, sys
 from pathlib import Path
-from modern_llm.tests.test_trainer import batches, lm_loss, toy, trainer
-def data(step):
-    if step == 12: os.kill(os.getpid(), 9)
-    return batches(step)
-trainer(toy(), Path(sys.argv[1]), data=data).fit()
+from modern_llm.tests.test_trainer import lm_loss, world_model, world_trainer
+passes = iter(range(1, 10**6))
+def loss_fn(model, batch):
+    if next(passes) == int(sys.argv[2]): os.kill(os.getpid(), 9)
+    return lm_loss(model, batch)
+world_trainer(world_model(), Path(sys.argv[1]), loss_fn=loss_fn, resume=True).fit()
 """
 
 
-def test_resume_after_kill_9(tmp_path):
-    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "b")], capture_output=True, timeout=300)
-    assert process.returncode == -signal.SIGKILL
-    assert load_checkpoint(tmp_path / "b" / "checkpoint")[1]["step"] in (5, 10)
+def world_model() -> nn.Module:
+    torch.manual_seed(1)
+    return ModernDecoderLM(ModelConfig(vocab_size=512, width=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=64, dropout=0.2))
+
+
+def world_trainer(model, folder, **options) -> Trainer:
+    """The real model with dropout on packed documents, whose epochs have 3 steps, with Muon, micro-batches, averaged weights."""
+    config = DataConfig(max_train_tokens=2_000, max_validation_tokens=500)
+    packed = PackedBatches(load_corpus(config, make_tokenizer(config), progress=False)[0], 64, 8, seed=1)
+    cfg = dataclasses.replace(CONFIG, max_steps=12, checkpoint_every=4)
+    return trainer(model, folder, cfg, data=packed, save_model=save_weights, **options)
+
+
+def test_resume_after_two_kills_9(tmp_path):
+    """Killed in the forward pass of any micro-batch, twice: the weights of the run that was never killed."""
+    straight, resumed = world_model(), world_model()
+    world_trainer(straight, tmp_path / "a").fit()
+    for kill_at in (any_number("first killed in pass", 9, 24), any_number("then killed in pass", 1, 8)):
+        process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "b"), str(kill_at)], capture_output=True, text=True,
+                                 timeout=300)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+    assert load_checkpoint(tmp_path / "b" / "checkpoint")[1]["step"] in (4, 8)
     (tmp_path / "b" / ".checkpoint.12345678.tmp").mkdir()  # as a kill while writing leaves it
-    straight, resumed = toy(), toy(seed=3)
-    trainer(straight, tmp_path / "a").fit()
-    result = trainer(resumed, tmp_path / "b", resume=True).fit()
+    result = world_trainer(resumed, tmp_path / "b", seed=3, resume=True).fit()
     steps = [row["step"] for row in result.history]
-    assert same(straight, resumed) and steps == sorted(set(steps))
+    assert same(straight, resumed) and steps == sorted(set(steps)) and result.step == 12
+    averages = [torch.load(tmp_path / run / "checkpoint" / "weights.pt") for run in "ab"]
+    assert all(torch.equal(*pair) for pair in zip(*(a.values() for a in averages)))
     assert not list((tmp_path / "b").glob(".*"))
 
 
@@ -143,15 +173,23 @@ def test_interrupt_ends_cleanly_and_resumes_exactly(tmp_path, where):
     assert same(straight, resumed)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "STOP"])
-def test_scheduler_stops(tmp_path, name):
+@pytest.mark.parametrize("how, status", [("SIGTERM", "preempted"), ("SIGUSR1", "preempted"), ("STOP", "stopped"),
+                                         ("STOP that says preempted", "preempted"), ("SLURM_JOB_END_TIME", "preempted")])
+def test_scheduler_stops(tmp_path, monkeypatch, how, status):
     def should_stop():
-        (tmp_path / "STOP").touch() if name == "STOP" else os.kill(os.getpid(), getattr(signal, name))
+        if how.startswith("STOP"):
+            (tmp_path / "STOP").write_text("preempted\n" if "says" in how else "")
+        elif how.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, how))
         time.sleep(0.01)
         return False
 
+    if how == "SLURM_JOB_END_TIME":
+        monkeypatch.setenv(how, str(int(time.time() + 59)))
     result = trainer(toy(), tmp_path, should_stop=should_stop).fit()
-    assert result.stopped == "stopped" and result.step <= 2
+    assert result.stopped == status and result.step <= 2
+    assert load_checkpoint(tmp_path / "checkpoint")[1]["step"] == result.step
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 3600)))
     assert trainer(toy(), tmp_path, resume=True).fit().stopped == "finished"
 
 
@@ -228,12 +266,39 @@ def test_unwritable_folder(tmp_path):
         trainer(toy(), tmp_path / "run")
 
 
-def test_damaged_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", ["training_state.pt", "weights.pt", "meta.json"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_former_one_used(tmp_path, capsys, name, damage):
+    calls = iter(range(1, 100))
+    trainer(toy(), tmp_path, save_model=save_weights, should_stop=lambda: next(calls) == 12).fit()
+    spoil(tmp_path / "checkpoint" / name, damage)
+    second = trainer(toy(seed=2), tmp_path, save_model=save_weights, resume=True)
+    said = capsys.readouterr().err
+    assert name in said and "Going on from" in said and "(step 10)" in said and second.state.step == 10
+    assert (tmp_path / "checkpoint.damaged").is_dir()
+    assert second.fit().step == 14
+    assert [load_checkpoint(tmp_path / place)[1]["step"] for place in ("checkpoint", "checkpoint.previous")] == [14, 10]
+
+
+def spoil(path: Path, damage: str) -> None:
+    """Flip any bit of a file, cut it anywhere, or delete it."""
+    content = bytearray(path.read_bytes())
+    position = any_number(f"{path.name}, damaged at byte", 0, len(content))
+    content[position] ^= 1 << any_number("bit", 0, 8)
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "bit" else content[:position])
+
+
+def test_two_damaged_checkpoints_are_named_and_left_alone(tmp_path):
     trainer(toy(), tmp_path).fit()
-    path = tmp_path / "checkpoint" / "training_state.pt"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DamagedFolder, match="training_state.pt"):
+    for place in ("checkpoint", "checkpoint.previous"):
+        spoil(tmp_path / place / "training_state.pt", "cut")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(DamagedFolder, match=r"checkpoint/training_state.pt .*previous/training_state.pt .*nothing was changed"):
         trainer(toy(), tmp_path, resume=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 class Hostile:
@@ -246,11 +311,11 @@ class Hostile:
 
 @pytest.mark.parametrize("plain_pickle", [True, False])
 def test_hostile_checkpoint_runs_nothing(tmp_path, plain_pickle):
-    trainer(toy(), tmp_path).fit()
+    trainer(toy(), tmp_path, dataclasses.replace(CONFIG, max_steps=5)).fit()
     path, target = tmp_path / "checkpoint" / "training_state.pt", tmp_path / "was-here"
     path.write_bytes(pickle.dumps(Hostile(target))) if plain_pickle else torch.save({"module": Hostile(target)}, path)
     meta = read_json(path.with_name("meta.json"))
-    meta["sha256"]["training_state.pt"] = sha256(path)
+    meta["sha256"] = {"training_state.pt": sha256(path)}
     write_json(path.with_name("meta.json"), meta)
     with pytest.raises(DamagedFolder, match="refused"):
         trainer(toy(), tmp_path, resume=True)

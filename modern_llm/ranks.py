@@ -1,0 +1,175 @@
+"""Several processes, one run: who this one is, how the others are started, and what they do while rank 0 runs the stages.
+
+Every rank is the same command, `modern-llm run …`, started by torchrun or srun. Rank 0 plans and executes the stages as it
+does alone. The others wait; when a stage of rank 0 is about to train, they run the cells of its notebook up to there, without
+keeping a page, train with it, and wait again. Imports no torch at the top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+from modern_llm.config import ConfigError
+from modern_llm.files import read_json
+
+PATIENCE = timedelta(days=1)  # of ranks with each other: rank 0 may draw samples for hours; the launcher ends what has died
+
+
+class TrainingEnded(Exception):
+    """Raised behind the training of a stage on every rank but the first: what follows is rank 0's alone."""
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
+    """(rank, number of ranks, rank on this machine) as torchrun or srun told this process; (0, 1, 0) if neither did."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:  # a batch script itself is no step of srun
+        names = "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"
+    else:
+        return 0, 1, 0
+    rank, size, local_rank = (int(environment.get(name, 0)) for name in names)
+    return rank, size, local_rank
+
+
+def address(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Where the ranks meet: MASTER_ADDR and MASTER_PORT (torchrun sets them), else the host srun was called on and a port of the job's own."""
+    host = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
+    return host, int(environment.get("MASTER_PORT") or 20_000 + int(environment.get("SLURM_JOB_ID", 0)) % 20_000)
+
+
+@functools.cache
+def open_store():
+    """The key-value store that all ranks see: torchrun's, else one that the first process of rank 0 keeps."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    rank, _, _ = launched()
+    kept_by_another = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = address()
+    store = TCPStore(host, port, is_master=rank == 0 and not kept_by_another, wait_for_workers=False, timeout=PATIENCE)
+    if rank == 0:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # for the kernels that this process starts
+    return PrefixStore("modern_llm", store)
+
+
+def next_training() -> int:
+    """The number of the training that rank 0 is about to announce."""
+    return open_store().add("trainings", 1) - 1
+
+
+def announce(number: int, task: dict | None) -> None:
+    """Tell the other ranks what to run next; None sends them home."""
+    open_store().set(f"task/{number}", json.dumps(task))
+
+
+def awaited(number: int) -> dict | None:
+    """What rank 0 announced under this number, however long that takes."""
+    store = open_store()
+    store.wait([f"task/{number}"], PATIENCE)
+    return json.loads(store.get(f"task/{number}"))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gathered(wanted: int):
+    """Around the stages of `modern-llm run`: inside there is rank 0 only, with the others (`hardware.ranks=wanted` in all) behind it.
+
+    Started alone, the process becomes torchrun for `wanted` copies of itself. Leaves the program on every other rank.
+    """
+    rank, size, _ = launched()
+    if size == 1 and wanted > 1:
+        sys.exit(torchrun(wanted))
+    if size > 1 and wanted != size and (rank or "RANK" in os.environ):
+        raise ConfigError(f"hardware.ranks={wanted}, but {size} processes were started: say -p hardware.ranks={size}, or start {wanted}")
+    if wanted == 1:
+        yield
+        return
+    if rank:
+        follow()
+        sys.exit()
+    open_store()
+    try:
+        yield
+    finally:
+        announce(next_training(), None)
+
+
+def torchrun(ranks: int) -> int:
+    """This very command as so many ranks on this machine; returns its exit code.
+
+    Signals are passed on to rank 0, which stops; the ranks agree on that between two steps.
+    """
+    import psutil
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def pass_on(number: int, frame) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.environ().get("RANK") == "0":
+                    child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    words = ["--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", "--no-python", sys.executable, "-c",
+             "import json, os; from modern_llm.cli import main; main(json.loads(os.environ['MODERN_LLM_WORDS']), 'modern-llm')"]
+    os.environ["MODERN_LLM_WORDS"] = json.dumps(sys.argv[1:])  # torchrun's parser would take --run for its own --run-path
+    try:
+        run.run(run.parse_args(words))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if rank:
+            print(f"rank {rank} ended first, with exit code {failure.exitcode}; so all were ended", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+def follow() -> None:
+    """What every rank but the first does, until rank 0 has finished all stages."""
+    rank, _, local_rank = launched()
+    for number in (signal.SIGINT, signal.SIGUSR1):  # only while it trains does a rank heed them; rank 0 sends it home
+        signal.signal(number, signal.SIG_IGN)
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    from modern_llm.distributed import RankFailed
+
+    for number in itertools.count():
+        if (task := awaited(number)) is None:
+            return
+        try:
+            run_cells(task)
+        except TrainingEnded:
+            continue
+        except RankFailed as error:
+            sys.exit(f"rank {rank}: {str(error).splitlines()[0]}")
+        except Exception as error:
+            if getattr(error, "told", False):  # rank 0 shows the traceback
+                sys.exit(f"rank {rank}: {type(error).__name__}: {error}")
+            raise
+
+
+def run_cells(task: dict) -> None:
+    """Run the code of a stage's notebook with a task's parameters, its output muted."""
+    namespace: dict = {"__name__": "__main__", "TASK": task}
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        for cell in read_json(Path(task["notebook"]))["cells"]:
+            if cell["cell_type"] == "code":
+                lines = "".join(cell["source"]).splitlines()
+                source = "\n".join("" if line.startswith(("%", "!")) else line for line in lines)
+                exec(compile(source, f"{Path(task['notebook']).name}, cell {cell['id']}", "exec"), namespace)
+                if "parameters" in cell["metadata"].get("tags", []):
+                    namespace.update(task["parameters"])

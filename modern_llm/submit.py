@@ -1,0 +1,267 @@
+"""Stages as SLURM jobs: the lines for `sbatch`, the chain, what SLURM says of the jobs.
+
+Imports no torch: it runs on a login node. SLURM itself does the scheduling; the job files in `slurm/` do the work.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from modern_llm.config import ConfigError, PipelineConfig, nearest
+from modern_llm.duration import MARGIN, Estimate, estimate, time_limit
+from modern_llm.files import read_json, write_json
+from modern_llm.inputs import StageError
+from modern_llm.pipeline import Plan, trains
+
+ROOT = Path(__file__).resolve().parent.parent
+TOGETHER = ("eval", "attention", "report")  # one job, slurm/eval.slurm, when all of them are wanted
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What a partition's nodes have: the GPU's name, how many of them, and the longest job there, in minutes."""
+
+    gpu: str
+    count: int
+    longest: int
+
+
+PARTITIONS = {  # of TACC: Lonestar6 and Vista
+    "gpu-a100": Nodes("A100", 3, 2880), "gpu-a100-dev": Nodes("A100", 3, 120), "gpu-a100-small": Nodes("A100", 1, 2880),
+    "gpu-h100": Nodes("H100 PCIe", 2, 2880), "gh": Nodes("GH200", 1, 2880), "gh-dev": Nodes("GH200", 1, 120),
+}
+
+
+def partition_of(config: PipelineConfig) -> str | None:
+    """The TACC partition that a preset was sized for; None where any node of the cluster will do."""
+    memory = config.hardware.min_gpu_memory_gb
+    if not config.hardware.needs_bf16:
+        return None
+    return "gpu-h100" if memory > 40 else "gpu-a100" if memory > 12 else "gpu-a100-dev"
+
+
+def clock(minutes: float) -> str:
+    """Minutes as SLURM writes them, HH:MM:SS."""
+    return f"{int(minutes) // 60:02d}:{int(minutes) % 60:02d}:00"
+
+
+# ---- what SLURM says -------------------------------------------------------------------------------------------------
+
+
+def ask(*words: str) -> str | None:
+    """What a SLURM command prints; None if it is not here or does not answer."""
+    if not shutil.which(words[0]):
+        return None
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return None
+    return answer.stdout if answer.returncode == 0 else None
+
+
+def minutes_of(limit: str) -> int | None:
+    """Minutes of a time as SLURM writes it, `2-00:00:00`, `30:00` or `infinite` (None)."""
+    if limit in ("infinite", "UNLIMITED", "n/a"):
+        return None
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, minutes = (parts[0], parts[1]) if len(parts) == 3 else (0, parts[0])
+    return (int(days or 0) * 24 + hours) * 60 + minutes
+
+
+def partitions() -> tuple[dict[str, int | None], str | None]:
+    """This cluster's partitions with the longest job in minutes (None = no limit) of each, and the default one; none without SLURM."""
+    rows = [line.split("|") for line in (ask("sinfo", "-h", "-o", "%P|%l") or "").split()]
+    default = next((name.rstrip("*") for name, _ in rows if name.endswith("*")), None)
+    return {name.rstrip("*"): minutes_of(limit) for name, limit in rows}, default
+
+
+def job_states(ids: list[str]) -> dict[str, str]:
+    """The state of each job, such as `RUNNING` or `PENDING (Dependency)`; jobs that nobody remembers are left out."""
+    found = {}
+    for line in (ask("squeue", "--me", "-h", "-t", "all", "-o", "%A|%T|%r") or "").splitlines():
+        job, state, reason = line.split("|")
+        if job in ids:
+            found[job] = state + (f" ({reason})" if state == "PENDING" and reason != "None" else "")
+    if gone := [job for job in ids if job not in found]:  # squeue forgets after minutes; a cluster with accounting does not
+        for line in (ask("sacct", "-n", "-X", "-P", "-j", ",".join(gone), "-o", "JobID,State") or "").splitlines():
+            job, state = line.split("|")
+            found[job] = state
+    return found
+
+
+# ---- the record ------------------------------------------------------------------------------------------------------
+
+
+def note_job(run_folder: Path, job: str, stages: list[str], command: str) -> Path:
+    """Write `jobs/<id>.json` of a run: a file a job, so that a job under way and a submission never overwrite each other."""
+    (run_folder / "jobs").mkdir(parents=True, exist_ok=True)
+    submitted = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return write_json(run_folder / "jobs" / f"{job}.json", {"id": job, "stages": stages, "submitted": submitted, "command": command})
+
+
+def note_this_job(run_folder: Path, stages: list[str]) -> None:
+    """Inside a job that was submitted by hand: note it too."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and not (run_folder / "jobs" / f"{job}.json").exists():
+        note_job(run_folder, job, stages, f"{os.environ.get('SLURM_JOB_NAME', '')} (sbatch by hand)")
+
+
+def jobs_of(run_folder: Path) -> list[dict]:
+    """The jobs of a run, the oldest first."""
+    records = [read_json(path) for path in run_folder.glob("jobs/*.json")]
+    return sorted(records, key=lambda record: (record["submitted"], int(record["id"])))
+
+
+def with_jobs(rows: list[dict], root: Path, only: str | None = None) -> list[dict]:
+    """The rows of `pipeline.runs_table` with a column `job`, and a row for every stage that still waits for its job.
+
+    Where no run was ever submitted the rows stay as they are.
+    """
+    latest = {(path.name, stage): record["id"] for path in sorted(root.glob("*")) if only in (None, path.name)
+              for record in jobs_of(path) for stage in record["stages"]}
+    if not latest:
+        return rows
+    states = job_states(sorted(set(latest.values())))
+    there = {(row["run"], row["stage"]) for row in rows}
+    waiting = [{"run": run, "stage": stage, "status": "to do"} for run, stage in latest if (run, stage) not in there]
+    table = []
+    for row in [*rows, *waiting]:
+        job = latest.get((row["run"], row["stage"]), "")
+        table.append({**{name: row[name] for name in ("run", "stage", "status")}, "job": f"{job} {states.get(job, '')}".strip(),
+                      **{name: row.get(name, "") for name in ("started", "minutes", "figures")}})
+    return table
+
+
+# ---- submitting ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a chain: its stages, the line for sbatch (without the dependency), the limit, and why so long."""
+
+    stages: list[str]
+    words: list[str]
+    estimates: dict[str, Estimate]
+    limit: int
+    longest: int | None
+
+    def line(self, after: str | None = None) -> list[str]:
+        """The whole command; `after` is the job that must have succeeded."""
+        chain = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+        return ["sbatch", "--parsable", *chain, *self.words]
+
+
+class Chain:
+    """The jobs that the stages of a plan still need, in order, each after the one before it.
+
+    Args:
+        plan: what is asked for; stages that are finished are left out.
+        preset: its name or file, as given.
+        words: further words for `modern-llm run`.
+        account, partition, time: of sbatch; the last two are chosen if not given.
+        nodes, gpus: for the stages that train, with a rank on every GPU (`gpus` of each node).
+
+    Raises ConfigError for a partition that this cluster does not have.
+    """
+
+    def __init__(self, plan: Plan, preset: str, words: list[str], account: str | None = None, partition: str | None = None,
+                 time: str | None = None, nodes: int = 1, gpus: int = 1):
+        self.plan, self.preset, self.words = plan, preset, words
+        config = next(iter(plan.configs.values()))
+        there, default = partitions()
+        self.partition = partition or partition_of(config) or default
+        if there and self.partition not in (None, *there):
+            raise ConfigError(f"this cluster has no partition {self.partition!r}{nearest(self.partition, there)}. Say --partition "
+                              f"NAME; sinfo knows: {', '.join(there)}")
+        known = PARTITIONS.get(self.partition)
+        self.gpu = (known.gpu if known else "A100") if config.hardware.min_gpu_memory_gb else None
+        self.longest = there.get(self.partition) or (known.longest if known else None)
+        self.options = [f"{name}={value}" for name, value in (("--account", account), ("--partition", self.partition)) if value]
+        self.together = [f"--nodes={nodes}", f"--ntasks-per-node={gpus}"] if nodes * gpus > 1 else []
+        self.time, self.ranks, self.todo = time, nodes * gpus, []
+        pending = False
+        for stage in plan.stages:
+            if plan.step(stage, pending).action != "skip":
+                self.todo.append(stage)
+                pending = True
+        self.jobs = [self._job(stages) for stages in self._groups()]
+
+    def _groups(self) -> list[list[str]]:
+        tail = list(TOGETHER) if set(TOGETHER) <= set(self.todo) else []
+        return [[stage] for stage in self.todo if stage not in tail] + [tail] * bool(tail)
+
+    def _job(self, stages: list[str]) -> Job:
+        folder = self.plan.run_folder
+        known = {stage: estimate(self.plan.configs[stage], stage, folder / stage, self.gpu, self.ranks) for stage in stages
+                 if stage != "report"}
+        limit = time_limit(sum(each.minutes for each in known.values()), self.longest)
+        file, first = ("slurm/eval.slurm", []) if len(stages) > 1 else ("slurm/stage.slurm", stages)
+        words = [f"--job-name={stages[0]}", f"--output={folder}/logs/%x-%j.out", f"--time={self.time or clock(limit)}", *self.options,
+                 *(self.together if trains(stages[0]) else []), file, *first, self.preset, folder.name, *(self.words if stages != ["report"] else [])]
+        return Job(stages, words, known, limit, self.longest)
+
+    def table(self) -> list[dict]:
+        """A row a stage: steps to do, speed, hours, the limit of its job, where that is from."""
+        rows = []
+        for job in self.jobs:
+            wanted = sum(each.minutes for each in job.estimates.values()) * MARGIN
+            more = "; longer than a job may be: it goes on after its limit" if job.longest and wanted > job.longest and not self.time else ""
+            for stage, each in job.estimates.items():
+                steps, speed = (f"{each.steps:,}", f"{each.tokens_per_second:,.0f}") if each.steps else ("", "")
+                time = f"{each.minutes / 60:.1f} h" if each.minutes > 90 else f"{each.minutes:.0f} min"
+                rows.append({"stage": stage, "steps": steps, "tokens/s": speed, "time": time, "limit": self.time or clock(job.limit),
+                             "estimate": each.why + more})
+        return rows
+
+    def environment(self) -> dict[str, str]:
+        """What the jobs must know to write where this run is."""
+        return {"MODERN_LLM_RUNS": str(self.plan.run_folder.parent)}
+
+    def lines(self) -> list[str]:
+        """The commands as a shell in the checkout takes them; $JOB1 is the number of the first job."""
+        exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment().items()]
+        return exports + [f"JOB{number}=$({_shown(job.line(f'$JOB{number - 1}' if number > 1 else None))} | tail -n 1)"
+                          for number, job in enumerate(self.jobs, 1)]
+
+    def submit(self) -> list[tuple[Job, str]]:
+        """Submit every job and note it in the run's folder; the jobs and their numbers.
+
+        If one is refused, those before it are cancelled, and StageError gives sbatch's own words.
+        """
+        if not shutil.which("sbatch"):
+            raise StageError("sbatch is not here: jobs are submitted on a login node of a SLURM cluster. --dry-run shows the lines; "
+                             "`modern-llm run` with the same words runs the stages on this machine.")
+        self._refuse_if_queued()
+        (self.plan.run_folder / "logs").mkdir(parents=True, exist_ok=True)
+        done: list[tuple[Job, str]] = []
+        for job in self.jobs:
+            line = job.line(done[-1][1] if done else None)
+            answer = subprocess.run(line, cwd=ROOT, env=os.environ | self.environment(), capture_output=True, text=True)
+            if answer.returncode:
+                for _, number in done:
+                    subprocess.run(["scancel", number], capture_output=True)
+                raise StageError(f"sbatch refused {_shown(line)}\n{answer.stderr.strip()}\nNothing is left in the queue. Clusters differ in what "
+                                 "they ask for: --account, --partition (sinfo lists them), --time, or lines in slurm/*.slurm.")
+            number = answer.stdout.split()[-1].split(";")[0]  # some clusters greet first
+            note_job(self.plan.run_folder, number, job.stages, _shown(line))
+            done.append((job, number))
+        return done
+
+    def _refuse_if_queued(self) -> None:
+        jobs = [job for job in jobs_of(self.plan.run_folder) if set(job["stages"]) & set(self.todo)]
+        states = job_states([job["id"] for job in jobs])
+        if waiting := [job["id"] for job in jobs if states.get(job["id"], "").split(" ")[0] in
+                       ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")]:
+            raise StageError(f"run {self.plan.run_folder.name!r} has jobs in the queue already: {', '.join(waiting)}. Wait for them, cancel "
+                             f"them (scancel {' '.join(waiting)}), or choose another --run")
+
+
+def _shown(line: list[str]) -> str:
+    return " ".join(word if word.startswith("--dependency=afterok:$") else shlex.quote(word) for word in line)

@@ -1,0 +1,75 @@
+"""Everything that can go wrong with a run does, in real processes; the scenarios are those of the fault table."""
+
+import csv
+import json
+import os
+import sys
+
+import pytest
+
+from modern_llm import faults
+from modern_llm.disturb import CannotInject, Row, build_library, prepared
+
+
+def inject(times: int, *names: str) -> dict[str, dict]:
+    """What scenarios gave, in one prepared process."""
+    try:
+        done = prepared("modern_llm.faults", "--times", str(times), "--only", *names, capture_output=True, text=True, timeout=500)
+    except CannotInject as error:
+        pytest.skip(str(error))
+    assert done.returncode == 0, done.stderr
+    return {row["scenario"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", ["full-operation", "dying-operation"])
+def test_a_checkpoint_disturbed_at_any_file_operation_costs_no_step_and_no_bit(name):
+    row = inject(0, name)[name]
+    seen = row["seen"]
+    kinds = [one["operation"] for one in seen]
+    assert row["times"] == len(seen) > 60 and {"open", "write", "fsync", "rename", "mkdir", "unlink"} <= set(kinds)
+    assert [one for one in seen if not one["same"]] == [] and row["survived"] == row["times"] and row["lost"] == 0
+    assert {one["start"] for one in seen} == {4, 6}, "some disturb before the rename, some after"
+    if name == "dying-operation":
+        assert {one["code"] for one in seen} == {137}
+    else:
+        errors = [one["error"] for one in seen if one["code"]]
+        assert len(errors) > 50 and all(error.startswith("CheckpointError: ") and ("cannot write" in error) for error in errors)
+
+
+def test_every_other_fault_of_the_table_is_survived_or_refused():
+    if os.geteuid() or sys.platform != "linux":
+        pytest.skip("mounting a small disk needs root")
+    rows = inject(2, "full-disk", "read-only", "kill", "warning", "device", "checkpoint", "tokens", "data")
+    assert {name: (row["survived"], row["lost"]) for name, row in rows.items()} == {name: (row["times"], 0) for name, row in rows.items()}
+    assert all(row["times"] > 0 for row in rows.values()) and "tmpfs" in rows["full-disk"]["fault"]
+
+
+def test_no_file_that_is_loaded_can_run_code():
+    row = inject(0, "pickles")["pickles"]
+    assert row["survived"] == row["times"] == len(row["seen"]) == 20
+    for file in ("training_state.pt", "model.safetensors", "config.json", "tokens.bin", "offsets.npy", "reference.jsonl"):
+        answers = [said for name, said in row["seen"].items() if file in name]
+        assert len(answers) == 2 and all(file in said for said in answers), answers
+
+
+def test_the_payload_would_have_run(tmp_path):
+    """The pickle of the test above is a real one."""
+    import pickle
+
+    pickle.loads(pickle.dumps(faults.Payload(tmp_path / "it ran")))
+    assert (tmp_path / "it ran").is_dir()
+
+
+def test_the_table_is_written_and_says_how_it_was_made(tmp_path):
+    faults.write_table([Row("a fault", 3, 2, 1, "somehow, loudly")], tmp_path, "the command", 4.0)
+    rows = list(csv.DictReader((tmp_path / "results" / "faults.csv").open()))
+    assert [list(row.values()) for row in rows] == [["a fault", "3", "2", "1", "somehow, loudly"]]
+    assert "steps lost beyond the last checkpoint" in rows[0]
+    text = (tmp_path / "faults.md").read_text()
+    assert "3 faults were injected and 2 survived" in text and "`the command`" in text and "| a fault | 3 | 2 | 1 | somehow, loudly |" in text
+
+
+def test_a_machine_that_cannot_inject_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CannotInject, match="need Linux, a C compiler"):
+        build_library(tmp_path)
