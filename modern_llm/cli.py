@@ -38,16 +38,20 @@ def main() -> None:
     modern-llm status                                what was run, how long it took, what came out
     modern-llm chat --run local-smoke                talk to the model
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
+    modern-llm export --run local-smoke --to DIR     for transformers and others, with a model card
     modern-llm presets local-cpu                     every setting of a preset, as JSON
     modern-llm datasets --preset local-cpu           is the data it needs there?
     """
 
 
-RUN_OPTIONS = (
+WHICH_MODEL = (
     click.option("--run", "run_name", metavar="NAME", help="A run: its folder under runs/."),
     click.option("--stage", metavar="STAGE", help="Whose weights: pretrain, sft or dpo; the last that is there unless told."),
     click.option("--checkpoint", metavar="PATH", help="A checkpoint, stage or run folder, instead of --run."),
     click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS)."),
+)
+RUN_OPTIONS = (
+    *WHICH_MODEL,
     click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 = always the likeliest token."),
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."),
@@ -55,11 +59,16 @@ RUN_OPTIONS = (
 )
 
 
-def model_options(command):
+def model_options(command, options=RUN_OPTIONS):
     """The options of the commands that load a model."""
-    for option in reversed(RUN_OPTIONS):
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def which_model(command):
+    """The options that name a model."""
+    return model_options(command, WHICH_MODEL)
 
 
 @main.command()
@@ -253,6 +262,30 @@ def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens,
         click.echo(str(folder), err=True)
         for text in samples(model, tokenizer, folder, prompt, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
             click.echo(f"--- {text}")
+
+
+@main.command()
+@which_model
+@click.option("--to", "folder", required=True, metavar="DIR", help="Where; it must not exist yet.")
+@click.option("--dtype", metavar="fp32|bf16|fp16", help="Of the written weights; as they are unless told.")
+@click.option("--shard-gb", type=float, default=5.0, show_default=True, help="Cut larger weights into files of so many gigabytes.")
+def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> None:
+    """Write a model as a Hugging Face folder with a model card made from the run's own files.
+
+    A checkpoint folder can be opened by transformers as it stands; this leaves the optimizer's state behind, may halve the
+    weights, and says in README.md what the model was trained on, what was measured, and what to beware of.
+
+    \b
+    modern-llm export --run local-smoke --stage dpo --to my-model
+    modern-llm export --run tacc-h100 --to my-model --dtype bf16
+    lm_eval --model hf --model_args pretrained=my-model --tasks gsm8k
+    """
+    from modern_llm.export import export_model
+    from modern_llm.talk import choose_model
+
+    with _said_in_one_line():
+        source = choose_model(run_name, stage, checkpoint, output_dir)
+        click.echo(f"{source} -> {export_model(source, folder, dtype=dtype, shard_gb=shard_gb)}")
 
 
 @contextlib.contextmanager

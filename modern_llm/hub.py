@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from modern_llm.foreign import TransformersLM
     from modern_llm.models import ModernDecoderLM
 
-IMPORT_VERSION = 1  # raise it when the same files are imported differently
+IMPORT_VERSION = 2  # raise it when the same files are imported differently
 ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
 
 
@@ -186,6 +186,9 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
         made = with_transformers(place, torch.float32)
         config, tensors = made.config.to_dict() | {"architectures": [type(made).__name__]}, made.state_dict()
         cfg = model_config(config, context_length)
+        if cfg.num_experts:
+            raise CannotImport(f"{place}: transformers joins the experts of a GGUF file into one tensor; save it once as safetensors "
+                               "(transformers: from_pretrained with gguf_file, save_pretrained) and import that folder")
     elif (place / "config.json").is_file():
         config = read_json(place / "config.json")
         cfg = model_config(config, context_length)  # refuses before gigabytes are read
@@ -199,11 +202,11 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     new_rows = max(0, max(tokenizer.get_vocab().values()) + 1 - cfg.vocab_size)
     model = own_model(tensors, cfg, place, getattr(torch, dtype), new_rows)
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end, closing = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id("<|end|>")
     facts = {"source": place.name, "architecture": config["architectures"][0], "end_of_text_was": former or END_OF_TEXT,
              "begin_ids": _ids(config.get("bos_token_id")), "end_ids": _ids(config.get("eos_token_id")), "added_tokens": added}
     with disk_errors(folder), atomic_folder(folder, {"imported": facts}) as temporary:
-        save_model(temporary, model, eos_id=end)
+        save_model(temporary, model, eos_id=closing if closing in facts["end_ids"] else end)  # one of ours, tuned to chat, still is
         write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": sorted({end, *facts["end_ids"]})})
         template = said.get("chat_template") if isinstance(said.get("chat_template"), str) else None
         save_tokenizer(tokenizer, temporary, template.replace(former, END_OF_TEXT) if template and former else template)

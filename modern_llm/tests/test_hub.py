@@ -35,6 +35,9 @@ FAMILIES = {
     "mistral without window": ("Mistral", {"sliding_window": None}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "qwen3 with window": ("Qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 50_000.0}),
+    "mixtral with window": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5}),
+    "qwen3 moe": ("Qwen3Moe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 48}),
 }
 
 
@@ -138,6 +141,7 @@ def test_a_tied_head_stored_twice_is_tied_only_if_equal(tmp_path):
         assert ours.cfg.tie_embeddings is tied and torch.equal(ours.lm_head.weight, factor * ours.embed_tokens.weight)
 
 
+QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "num_experts": 4, "moe_intermediate_size": 32}
 REFUSED = {
     "rope_scaling='llama3'": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "rope_scaling='linear'": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
@@ -152,6 +156,10 @@ REFUSED = {
     "num_kv_heads=3 does not divide": {"num_key_value_heads": 3},
     "sliding_window=5 is on 1 of 2 layers": {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True,
                                              "sliding_window": 5, "max_window_layers": 1},
+    "norm_topk_prob=False leaves": QWEN3_MOE | {"norm_topk_prob": False},
+    "decoder_sparse_step=2 puts layers": QWEN3_MOE | {"decoder_sparse_step": 2},
+    r"mlp_only_layers=\[1\] puts layers": QWEN3_MOE | {"mlp_only_layers": [1]},
+    "has no number 'num_experts'": {"architectures": ["MixtralForCausalLM"]},
     "'Qwen2ForCausalLM'\\] has biases": {"architectures": ["Qwen2ForCausalLM"]},
     "'BloomForCausalLM'\\] is not one of Llama": {"architectures": ["BloomForCausalLM"]},
 }

@@ -42,6 +42,7 @@ ALLOWED = {
     "inputs": {"config", "files", "hub", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
     "hub": {"files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
+    "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"files"},
     "report": {"config", "counts", "files", "report_eval", "report_figures", "report_page"}, "report_eval": {"report_figures", "report_page"},
@@ -49,11 +50,11 @@ ALLOWED = {
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "stage", "inputs", "report"},
     "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "stage", "tokens"},
-    "cli": {"config", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
+    "cli": {"config", "export", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
 }
 NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
             "pipeline", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
-            "llama_layout"}
+            "llama_layout", "export"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
