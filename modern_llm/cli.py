@@ -39,6 +39,7 @@ def main() -> None:
     modern-llm chat --run local-smoke                talk to the model
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm export --run local-smoke --to DIR     for transformers and others, with a model card
+    modern-llm check-inference --run local-smoke     does it fit 12 GB?
     modern-llm presets local-cpu                     every setting of a preset, as JSON
     modern-llm datasets --preset local-cpu           is the data it needs there?
     """
@@ -286,6 +287,36 @@ def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> 
     with _said_in_one_line():
         source = choose_model(run_name, stage, checkpoint, output_dir)
         click.echo(f"{source} -> {export_model(source, folder, dtype=dtype, shard_gb=shard_gb)}")
+
+
+@main.command("check-inference")
+@which_model
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or the best there is.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the weights in memory; as they are on disk unless told.")
+@click.option("--limit-gb", type=click.FloatRange(min=0, min_open=True), default=12.0, show_default=True, help="What the process may take, in 10^9 bytes.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Problems answered at once.")
+@click.option("--count", type=click.IntRange(min=1), default=16, show_default=True, help="Problems answered in all.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer.")
+@click.option("--problems", type=click.Choice(["synthetic", "gsm8k"]), default="synthetic", show_default=True, help="Word problems to answer.")
+@click.option("--to", "target", metavar="FILE", help="Where the figures go, instead of inference_ok.json beside the checkpoint.")
+def check_inference(run_name, stage, checkpoint, output_dir, target, **options) -> None:
+    """Load a model, let it answer word problems, and hold the memory it took against a limit; exit code 1 if it is too much.
+
+    The figures go into inference_ok.json beside the checkpoint (for a model from elsewhere: here), the closed-form estimate of
+    the same batch next to what was measured.
+
+    \b
+    modern-llm check-inference --run local-smoke
+    modern-llm check-inference --checkpoint SmolLM2/ --dtype bf16 --problems gsm8k --batch 16
+    """
+    from modern_llm.inference import write_check
+    from modern_llm.talk import choose_model
+
+    with _said_in_one_line():
+        found, path = write_check(choose_model(run_name, stage, checkpoint, output_dir), Path(target) if target else None, **options)
+    click.echo(f"{'ok' if found['ok'] else 'not ok'}: peak {found['peak_gb']:.2f} of {found['limit_gb']:g} GB; the model added "
+               f"{found['added_gb']:.2f}, {found['added_over_estimate']:.2f} of the estimate; {path}")
+    sys.exit(0 if found["ok"] else 1)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from modern_llm.config import ModelConfig, TrainConfig
 
 # %% auto #0
-__all__ = ['parameter_count', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory', 'inference_memory']
+__all__ = ['parameter_count', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory', 'reading_bytes',
+           'inference_memory']
 
 # %% ../nbs/02c_counts.ipynb #parameter-count
 def parameter_count(cfg: ModelConfig) -> dict[str, int]:
@@ -112,9 +113,43 @@ def training_memory(cfg: ModelConfig, train: TrainConfig) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 # %% ../nbs/02c_counts.ipynb #inference-memory
-def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = None, bytes_per_value: int = 2) -> dict[str, int]:
-    """Bytes of the weights and of the key/value cache of `batch` rows of `context` tokens (None: `context_length`)."""
-    kv_width = cfg.num_kv_heads * cfg.head_width
+def reading_bytes(cfg: ModelConfig, value_bytes: int) -> int:
+    """Bytes that a token of a prompt holds at once while one layer reads it, without gradients.
+
+    Experts are taken as evenly chosen.
+
+    Args:
+        cfg: the architecture.
+        value_bytes: of weights and activations.
+    """
+    kv_width, k = cfg.num_kv_heads * cfg.head_width, cfg.experts_per_token
+    rotation = max(value_bytes * ((4 + cfg.use_qk_norm) * cfg.width + 2 * kv_width) + 12 * cfg.width,  # of queries, in float32
+                   value_bytes * (4 * cfg.width + (3 + cfg.use_qk_norm) * kv_width) + 12 * kv_width)  # then of keys
+    if cfg.num_experts:  # tokens as sorted, answers, the last expert at work; then the answers three times
+        feed_forward = value_bytes * max((4 + 2 * k) * cfg.width + 3 * cfg.ffn_width * k // cfg.num_experts, (4 + 4 * k) * cfg.width)
+    else:
+        feed_forward = value_bytes * (4 * cfg.width + 3 * cfg.ffn_width)
+    return 8 * cfg.head_width + max(rotation, feed_forward)
+
+
+def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = None, bytes_per_value: int = 2,
+                     prompt: int | None = None) -> dict[str, int]:
+    """Bytes that `batch` rows of `context` tokens need to be written, by part; `work` is the largest thing in hand at once.
+
+    Not counted: attention masks, what the allocator wastes, the interpreter and its libraries.
+
+    Args:
+        cfg: the architecture.
+        batch: rows written together.
+        context: tokens of a row, prompt and answer; None = `context_length`.
+        bytes_per_value: of weights and cache.
+        prompt: tokens of a row that are read at once, before the first is written; None = all of the context.
+    """
+    context = context or cfg.context_length
     weights = parameter_count(cfg)["total"] * bytes_per_value
-    cache = 2 * cfg.num_layers * batch * (context or cfg.context_length) * kv_width * bytes_per_value
-    return {"weights": weights, "cache": cache, "total": weights + cache}
+    cache = 2 * cfg.num_layers * batch * context * cfg.num_kv_heads * cfg.head_width * bytes_per_value
+    reading = batch * (prompt or context) * reading_bytes(cfg, bytes_per_value)
+    drawing = batch * cfg.vocab_size * 16  # logits and what a token is drawn from
+    leaving = cache // 2 if batch > 1 else 0  # the rows that stay, copied
+    work = max(reading, drawing, leaving)
+    return {"weights": weights, "cache": cache, "work": work, "total": weights + cache + work}

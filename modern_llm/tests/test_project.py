@@ -43,6 +43,7 @@ ALLOWED = {
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
     "hub": {"files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
     "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
+    "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"files"},
     "report": {"config", "counts", "files", "report_eval", "report_figures", "report_page"}, "report_eval": {"report_figures", "report_page"},
@@ -50,7 +51,7 @@ ALLOWED = {
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "stage", "inputs", "report"},
     "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "stage", "tokens"},
-    "cli": {"config", "export", "files", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
+    "cli": {"config", "export", "files", "inference", "pipeline", "stage", "inputs", "sources", "reading", "talk"},
 }
 NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs",
             "pipeline", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
