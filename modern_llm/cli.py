@@ -120,8 +120,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
             _print_plan(plan)
             return
         if stage == "all":
-            if checkpoint:
-                click.echo(f"pretrain: left out, the run starts from {plan.parameters[plan.stages[0]]['checkpoint']}")
+            if plan.start:
+                click.echo(f"pretrain: left out, the run starts from {plan.parameters[plan.stages[0]].get('checkpoint') or plan.start}")
             plan.check_data()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's warning stops like Ctrl-C
         for name in plan.stages:
@@ -293,7 +293,8 @@ def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> 
 @which_model
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or the best there is.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the weights in memory; as they are on disk unless told.")
-@click.option("--limit-gb", type=click.FloatRange(min=0, min_open=True), default=12.0, show_default=True, help="What the process may take, in 10^9 bytes.")
+@click.option("--limit-gb", type=click.FloatRange(min=0, min_open=True), default=12.0, show_default=True,
+              help="What the process may take, in 10^9 bytes.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Problems answered at once.")
 @click.option("--count", type=click.IntRange(min=1), default=16, show_default=True, help="Problems answered in all.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer.")

