@@ -149,7 +149,7 @@ def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = Non
     weights = parameter_count(cfg)["total"] * bytes_per_value
     cache = 2 * cfg.num_layers * batch * context * cfg.num_kv_heads * cfg.head_width * bytes_per_value
     reading = batch * (prompt or context) * reading_bytes(cfg, bytes_per_value)
-    drawing = batch * cfg.vocab_size * 16  # logits and what a token is drawn from
+    drawing = batch * cfg.vocab_size * 20  # logits, their log-softmax, and what a token is drawn from
     leaving = cache // 2 if batch > 1 else 0  # the rows that stay, copied
     work = max(reading, drawing, leaving)
     return {"weights": weights, "cache": cache, "work": work, "total": weights + cache + work}
