@@ -134,14 +134,14 @@ def tokenise_example(tokenizer: Tokenizer, example: Example, start_id: int) -> E
     Raises:
         ValueError: a key word is not in the text.
     """
-    encoding = tokenizer.encode(example.text)
+    encoding = tokenizer.encode(example.text, add_special_tokens=False)
     positions = set()
     for word in example.keys:
         begin = example.text.rfind(word)
         if begin < 0:
             raise ValueError(f"example {example.name!r}: its text has no {word!r}; name key words as they stand in the text")
         positions |= {i + 1 for i, (a, b) in enumerate(encoding.offsets) if a < begin + len(word) and b > begin}
-    answer_id = tokenizer.encode(example.text + example.answer).ids[len(encoding.ids)]
+    answer_id = tokenizer.encode(example.text + example.answer, add_special_tokens=False).ids[len(encoding.ids)]
     shown = {"\n": "⏎", " ": "·", "$": r"\$"}
     labels = ["".join(shown.get(c, c) for c in tokenizer.decode([i], skip_special_tokens=False)) for i in encoding.ids]
     ids = torch.tensor([[start_id, *encoding.ids]])

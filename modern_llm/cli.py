@@ -38,17 +38,22 @@ def main() -> None:
     modern-llm status                                what was run, how long it took, what came out
     modern-llm chat --run local-smoke                talk to the model
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
+    modern-llm export --run local-smoke --to DIR     for transformers and others, with a model card
+    modern-llm check-inference --run local-smoke     does it fit 12 GB?
     modern-llm presets local-cpu                     every setting of a preset, as JSON
     modern-llm datasets --preset local-cpu           is the data it needs there?
     modern-llm submit --preset tacc-h100 --dry-run   the same stages as jobs of a SLURM cluster: how long, and the lines
     """
 
 
-RUN_OPTIONS = (
+WHICH_MODEL = (
     click.option("--run", "run_name", metavar="NAME", help="A run: its folder under runs/."),
     click.option("--stage", metavar="STAGE", help="Whose weights: pretrain, sft or dpo; the last that is there unless told."),
     click.option("--checkpoint", metavar="PATH", help="A checkpoint, stage or run folder, instead of --run."),
     click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS)."),
+)
+RUN_OPTIONS = (
+    *WHICH_MODEL,
     click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 = always the likeliest token."),
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."),
@@ -56,11 +61,16 @@ RUN_OPTIONS = (
 )
 
 
-def model_options(command):
+def model_options(command, options=RUN_OPTIONS):
     """The options of the commands that load a model."""
-    for option in reversed(RUN_OPTIONS):
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def which_model(command):
+    """The options that name a model."""
+    return model_options(command, WHICH_MODEL)
 
 
 @main.command()
@@ -119,8 +129,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
             _print_plan(plan)
             return
         if stage == "all":
-            if checkpoint:
-                click.echo(f"pretrain: left out, the run starts from {plan.parameters[plan.stages[0]]['checkpoint']}")
+            if plan.start:
+                click.echo(f"pretrain: left out, the run starts from {plan.parameters[plan.stages[0]].get('checkpoint') or plan.start}")
             plan.check_data()
         with gathered(max(config.hardware.ranks for config in plan.configs.values())):
             pipeline.end_on_warnings()
@@ -325,6 +335,61 @@ def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens,
         click.echo(str(folder), err=True)
         for text in samples(model, tokenizer, folder, prompt, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
             click.echo(f"--- {text}")
+
+
+@main.command()
+@which_model
+@click.option("--to", "folder", required=True, metavar="DIR", help="Where; it must not exist yet.")
+@click.option("--dtype", metavar="fp32|bf16|fp16", help="Of the written weights; as they are unless told.")
+@click.option("--shard-gb", type=float, default=5.0, show_default=True, help="Cut larger weights into files of so many gigabytes.")
+def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> None:
+    """Write a model as a Hugging Face folder with a model card made from the run's own files.
+
+    A checkpoint folder can be opened by transformers as it stands; this leaves the optimizer's state behind, may halve the
+    weights, and says in README.md what the model was trained on, what was measured, and what to beware of.
+
+    \b
+    modern-llm export --run local-smoke --stage dpo --to my-model
+    modern-llm export --run tacc-h100 --to my-model --dtype bf16
+    lm_eval --model hf --model_args pretrained=my-model --tasks gsm8k
+    """
+    from modern_llm.export import export_model
+    from modern_llm.talk import choose_model
+
+    with _said_in_one_line():
+        source = choose_model(run_name, stage, checkpoint, output_dir)
+        click.echo(f"{source} -> {export_model(source, folder, dtype=dtype, shard_gb=shard_gb)}")
+
+
+@main.command("check-inference")
+@which_model
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or the best there is.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the weights in memory; as they are on disk unless told.")
+@click.option("--limit-gb", type=click.FloatRange(min=0, min_open=True), default=12.0, show_default=True,
+              help="What the process may take, in 10^9 bytes.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Problems answered at once.")
+@click.option("--count", type=click.IntRange(min=1), default=16, show_default=True, help="Problems answered in all.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer.")
+@click.option("--problems", type=click.Choice(["synthetic", "gsm8k"]), default="synthetic", show_default=True, help="Word problems to answer.")
+@click.option("--to", "target", metavar="FILE", help="Where the figures go, instead of inference_ok.json beside the checkpoint.")
+def check_inference(run_name, stage, checkpoint, output_dir, target, **options) -> None:
+    """Load a model, let it answer word problems, and hold the memory it took against a limit; exit code 1 if it is too much.
+
+    The figures go into inference_ok.json beside the checkpoint (for a model from elsewhere: here), the closed-form estimate of
+    the same batch next to what was measured.
+
+    \b
+    modern-llm check-inference --run local-smoke
+    modern-llm check-inference --checkpoint SmolLM2/ --dtype bf16 --problems gsm8k --batch 16
+    """
+    from modern_llm.inference import write_check
+    from modern_llm.talk import choose_model
+
+    with _said_in_one_line():
+        found, path = write_check(choose_model(run_name, stage, checkpoint, output_dir), Path(target) if target else None, **options)
+    click.echo(f"{'ok' if found['ok'] else 'not ok'}: peak {found['peak_gb']:.2f} of {found['limit_gb']:g} GB; the model added "
+               f"{found['added_gb']:.2f}, {found['added_over_estimate']:.2f} of the estimate; {path}")
+    sys.exit(0 if found["ok"] else 1)
 
 
 @contextlib.contextmanager

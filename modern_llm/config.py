@@ -60,6 +60,7 @@ class ModelConfig:
     num_layers: int = 4
     num_heads: int = 4  # query heads h
     num_kv_heads: int = 2  # key/value groups g; equal to num_heads is plain multi-head attention
+    head_dim: int | None = None  # channels of a head, where they are not width / num_heads
     ffn_width: int = 384  # hidden size of SwiGLU
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5
@@ -78,11 +79,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _positive("model", self, "vocab_size", "context_length", "width", "num_layers", "num_heads", "num_kv_heads",
                   "ffn_width", "rope_theta", "norm_eps", "init_std")
-        _require(self.width % self.num_heads == 0,
+        _require(self.head_dim is None or self.head_dim > 0, f"model.head_dim={self.head_dim} must be at least 2, or null for width/num_heads")
+        _require(self.head_dim is not None or self.width % self.num_heads == 0,
                  f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
                  f"use one of {[h for h in range(1, self.width + 1) if self.width % (2 * h) == 0][-8:]}")
         _require(self.head_width % 2 == 0,
-                 f"model.width/num_heads={self.head_width} is odd; rotary embedding turns pairs of channels")
+                 f"model.{'head_dim' if self.head_dim else 'width/num_heads'}={self.head_width} is odd; rotary embedding turns pairs of channels")
         _require(self.num_heads % self.num_kv_heads == 0,
                  f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}; "
                  f"use one of {[g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]}")
@@ -95,7 +97,7 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """Channels d of one attention head."""
-        return self.width // self.num_heads
+        return self.head_dim or self.width // self.num_heads
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,7 @@ class PipelineConfig:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    start_from: str = ""  # a model from elsewhere instead of pretraining: a folder, a GGUF file, or a name in the hub's local cache
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -534,6 +537,31 @@ def h100_speedrun() -> PipelineConfig:
     )
 
 
+def smollm2_135m() -> PipelineConfig:
+    return PipelineConfig(
+        name="smollm2-135m",
+        description="SmolLM2-135M-Instruct, tuned further on the built-in world instead of pretraining; a CPU will do",
+        model=ModelConfig(vocab_size=49_152, context_length=512, width=576, num_layers=30, num_heads=9, num_kv_heads=3, ffn_width=1536,
+                          rope_theta=100_000.0, use_qk_norm=False),
+        data=DataConfig(max_train_tokens=500_000, max_validation_tokens=10_000),
+        pretrain=TrainConfig(batch_size=8, micro_batch_size=1, loss_chunk_tokens=512),  # left out
+        sft=SFTConfig(max_steps=100, batch_size=8, micro_batch_size=1, optimizer="adamw", lr=5e-5, weight_decay=0.0, warmup_steps=5,
+                      loss_chunk_tokens=512, log_every=1, eval_every=50, checkpoint_every=25, keep_checkpoints=0,
+                      max_train_examples=2000, max_validation_examples=20),
+        dpo=DPOConfig(max_steps=50, batch_size=8, micro_batch_size=1, optimizer="adamw", lr=5e-6, weight_decay=0.0, warmup_steps=5,
+                      loss_chunk_tokens=512, log_every=1, eval_every=25, checkpoint_every=25, keep_checkpoints=0, sft_weight=1.0,
+                      max_train_pairs=200, max_validation_pairs=20, max_new_tokens=40),
+        verifier=VerifierConfig(levels=(1, 2, 3), max_steps=30, batch_size=8, micro_batch_size=1, optimizer="adamw", lr=2e-5,
+                                weight_decay=0.0, warmup_steps=3, loss_chunk_tokens=512, log_every=1, eval_every=15, checkpoint_every=15,
+                                keep_checkpoints=0, train_problems=20, validation_problems=20, samples_per_problem=4,
+                                validation_samples=8, max_new_tokens=96, gold_problems=200),
+        eval=EvalConfig(num_problems=40, sampled_problems=12, samples_per_problem=4, max_new_tokens=96, batch_rows=32, num_sentences=40,
+                        shots=(0, 4), draws=2, num_instructions=40, num_pairs=20, max_perplexity_tokens=10_000, protocol_tokens=3000,
+                        overlap_documents=2000),
+        start_from="HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+
+
 PRESETS: dict[str, typing.Callable[[], PipelineConfig]] = {
     "lesson": lesson,
     "local-smoke": local_smoke,
@@ -544,6 +572,7 @@ PRESETS: dict[str, typing.Callable[[], PipelineConfig]] = {
     "tacc-h100": tacc_h100,
     "gpu-full": gpu_full,
     "h100-speedrun": h100_speedrun,
+    "smollm2-135m": smollm2_135m,
 }
 ALIASES = {"local-rtx3060": "local", "tacc": "tacc-h100"}
 

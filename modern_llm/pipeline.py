@@ -19,14 +19,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, get_pipeline_preset, nearest
+from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, get_pipeline_preset, nearest, override
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
-    NOTEBOOKS, SECTIONS, WARNINGS, Preempted, StageError, changed_data, changes, described, find_checkpoint, missing_data, no_inputs,
-    notebooks_folder, own_inputs, sections, start_papermill,
+    NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, described, find_checkpoint, found_inputs, missing_data, no_inputs,
+    notebooks_folder, sections, start_papermill,
 )
 from modern_llm.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
-from modern_llm.stage import KINDS, choose_folder, refuse_unknown, report_folder, resolve, writes_to
+from modern_llm.stage import KINDS, choose_folder, parse_overrides, refuse_unknown, report_folder, resolve, writes_to
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
@@ -48,8 +48,8 @@ class Step:
 # ---- what to do ------------------------------------------------------------------------------------------------------
 
 
-def chosen_stages(stage: str, parameters: dict) -> list[str]:
-    """The stages that `stage` ("all" or one name) stands for. With a checkpoint, "all" begins behind pretraining."""
+def chosen_stages(stage: str, given: object) -> list[str]:
+    """The stages that `stage` ("all" or one name) stands for. Where a checkpoint is `given`, "all" begins behind pretraining."""
     if stage not in (*STAGES, "all"):
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, [*STAGES, 'all'])}")
     if stage != "all":
@@ -57,7 +57,7 @@ def chosen_stages(stage: str, parameters: dict) -> list[str]:
     there = [name for name in NOTEBOOKS if declared_parameters(name)]
     if importlib.util.find_spec("modern_llm.report"):
         there.append("report")
-    return [name for name in there if not (name == "pretrain" and parameters.get("checkpoint"))]
+    return [name for name in there if not (name == "pretrain" and given)]
 
 
 def declared_parameters(stage: str) -> dict:
@@ -79,10 +79,13 @@ class Plan:
     """
 
     def __init__(self, stage: str = "all", no_overwrite: bool = False, **parameters):
-        self.stages, self.alone, self.no_overwrite = chosen_stages(stage, parameters), stage != "all", no_overwrite
+        preset = override(get_pipeline_preset(parameters["preset"]), parse_overrides(parameters.get("overrides") or ""), "overrides")
+        self.start = parameters.get("checkpoint") or preset.start_from
+        self.stages, self.alone, self.no_overwrite = chosen_stages(stage, self.start), stage != "all", no_overwrite
         if stage in ("pretrain", "report") and parameters.get("checkpoint"):
             raise ConfigError(f"stage {stage} does not start from a checkpoint; leave --checkpoint out, or choose a later stage")
-        preset = get_pipeline_preset(parameters["preset"])
+        if stage == "pretrain" and preset.start_from:
+            raise ConfigError(f"preset {preset.name!r} starts from {preset.start_from!r} and pretrains nothing; choose a later stage")
         given = {**parameters, "run": str(parameters.get("run") or preset.name)}
         if given.get("checkpoint"):
             given["checkpoint"] = str(find_checkpoint(given["checkpoint"]))
@@ -131,7 +134,7 @@ class Plan:
 
     def _inputs(self, stage: str) -> dict[str, Path]:
         given = self.parameters[stage].get("checkpoint")
-        return {"checkpoint": Path(given)} if given else own_inputs(stage, self.run_folder)
+        return {"checkpoint": Path(given)} if given else found_inputs(stage, self.run_folder, self.configs[stage])
 
     def _need_inputs(self, stage: str, pending: bool) -> None:
         if stage != "pretrain" and not pending and not self._inputs(stage) and self.configs[stage].name != "lesson":

@@ -32,7 +32,7 @@ from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
     DATA, NOTEBOOKS, SLOW_AND_UNUSED, WARNINGS, Preempted, StageError, changed_data, changes, data_files, described, find_checkpoint,
-    is_model, make_bases, missing_data, no_inputs, notebooks_folder, own_inputs, say, sections, setting, start_of,
+    found_inputs, is_model, make_bases, missing_data, no_inputs, notebooks_folder, own_inputs, say, sections, setting, start_of,
 )
 from modern_llm.locks import RunLock, owner_of, this_process
 from modern_llm.ranks import TrainingEnded, launched
@@ -467,7 +467,7 @@ def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: 
     named = run_folder.parent / str(parameters.get("run") or Path(parameters["preset"]).stem)  # run_folder may carry a time
     if parameters.get("checkpoint"):
         inputs = {"checkpoint": find_checkpoint(parameters["checkpoint"])}
-    elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named)):
+    elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named) or found_inputs(stage, run_folder, config)):
         if config.name != "lesson":
             raise no_inputs(stage, run_folder, config.name)
         inputs = {name: Path(entry["path"]) for name, entry in former.get("inputs", {}).items()}
@@ -483,10 +483,13 @@ def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: 
 
 
 def with_model_of(config: PipelineConfig, checkpoint: Path) -> PipelineConfig:
-    """The config with the architecture of a checkpoint in place of the preset's; a line says what differs."""
+    """The config with the architecture of a checkpoint in place of the preset's, but rows no longer than the preset's; a line says what differs."""
     from modern_llm.models import read_config
 
-    model = read_config(checkpoint)
+    own = read_config(checkpoint)
+    model = dataclasses.replace(own, context_length=min(own.context_length, config.model.context_length))
+    if model != own:
+        say(f"  rows of {model.context_length} tokens, as the preset says; the model itself keeps its context of {own.context_length}")
     if differing := changes(configs.to_dict(config.model), configs.to_dict(model), "model."):
         say("  the model is the checkpoint's, not the preset's: " + "; ".join(differing))
     data = config.data  # later stages read the checkpoint's tokenizer, not these two settings; they must only fit each other

@@ -15,6 +15,7 @@ import torch
 
 from modern_llm import synth
 from modern_llm.config import ModelConfig
+from modern_llm.export import export_model
 from modern_llm.fewshot import (channel_suffix, draw_demonstrations, encode_prompts, label_log_probs, prompt_prefix, prompt_suffix,
                                 tail_log_probs)
 from modern_llm.hub import load
@@ -98,6 +99,19 @@ def both(request, tokenizer, tmp_path_factory):
     save_model(folder, model, end_of_text_id(tokenizer))
     save_tokenizer(tokenizer, folder)
     return model, Peer(folder, CONTEXT)
+
+
+def test_an_export_scores_as_the_checkpoint_does(both, tokenizer, pages, tmp_path):
+    """In shards, with the config and the generation settings that others read."""
+    model, peer = both
+    export_model(peer.model.model.config._name_or_path, tmp_path / "exported", shard_gb=4e-5)
+    exported = Peer(tmp_path / "exported", CONTEXT)
+    assert len(list((tmp_path / "exported").glob("model-*.safetensors"))) > 1
+    np.testing.assert_allclose(exported.perplexities(pages)[1], perplexities(model, tokenizer, pages, CONTEXT)[1], **CLOSE)
+    texts = [review.text for review in sentences("synthetic", "test", 4)]
+    demonstrations = draw_demonstrations(sentences("synthetic", "train", 60), 1, 1)[0]
+    found = exported.log_likelihoods(label_pairs(demonstrations, texts, None)).reshape(-1, 2)
+    np.testing.assert_allclose(label_log_probs(model, tokenizer, demonstrations, texts, separator=None), found, **CLOSE)
 
 
 @pytest.fixture(scope="module")

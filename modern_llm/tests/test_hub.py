@@ -34,13 +34,18 @@ FAMILIES = {
     "mistral": ("Mistral", {"sliding_window": 5}),
     "mistral without window": ("Mistral", {"sliding_window": None}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
+    "qwen3 with wide heads": ("Qwen3", {"head_dim": 24}),
+    "llama with wide heads": ("Llama", {"head_dim": 16}),
     "qwen3 with window": ("Qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 50_000.0}),
+    "mixtral with window": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5}),
+    "qwen3 moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 48}),
 }
 
 
-def other_tokenizer() -> Tokenizer:
+def other_tokenizer(texts=(TEXT,) * 3, size: int = 290) -> Tokenizer:
     """A byte-level BPE that names its tokens as Llama does: <unk>, <s>, </s>, and that puts <s> in front."""
-    trained = json.loads(train_tokenizer([TEXT] * 3, 290).to_str())
+    trained = json.loads(train_tokenizer(texts, size).to_str())
     vocab = {token: index for token, index in trained["model"]["vocab"].items() if not token.startswith("<|")}
     order = ["<unk>", "<s>", "</s>", *sorted(vocab, key=vocab.get)]
     merges = [tuple(pair) for pair in trained["model"]["merges"]]
@@ -138,6 +143,7 @@ def test_a_tied_head_stored_twice_is_tied_only_if_equal(tmp_path):
         assert ours.cfg.tie_embeddings is tied and torch.equal(ours.lm_head.weight, factor * ours.embed_tokens.weight)
 
 
+QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "num_experts": 4, "moe_intermediate_size": 32}
 REFUSED = {
     "rope_scaling='llama3'": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "rope_scaling='linear'": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
@@ -145,13 +151,17 @@ REFUSED = {
     "mlp_bias=True": {"mlp_bias": True},
     "hidden_act='gelu'": {"hidden_act": "gelu"},
     "layer_norm_eps=1e-05": {"layer_norm_eps": 1e-5},
-    "head_dim=16": {"head_dim": 16},
+    "model.head_dim=7 is odd": {"head_dim": 7},
     "partial_rotary_factor=0.5": {"partial_rotary_factor": 0.5},
     "quantization_config='gptq'": {"quantization_config": {"quant_method": "gptq"}},
     "has no number 'hidden_size'": {"hidden_size": None},
     "num_kv_heads=3 does not divide": {"num_key_value_heads": 3},
     "sliding_window=5 is on 1 of 2 layers": {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True,
                                              "sliding_window": 5, "max_window_layers": 1},
+    "norm_topk_prob=False leaves": QWEN3_MOE | {"norm_topk_prob": False},
+    "decoder_sparse_step=2 puts layers": QWEN3_MOE | {"decoder_sparse_step": 2},
+    r"mlp_only_layers=\[1\] puts layers": QWEN3_MOE | {"mlp_only_layers": [1]},
+    "has no number 'num_experts'": {"architectures": ["MixtralForCausalLM"]},
     "'Qwen2ForCausalLM'\\] has biases": {"architectures": ["Qwen2ForCausalLM"]},
     "'BloomForCausalLM'\\] is not one of Llama": {"architectures": ["BloomForCausalLM"]},
 }
@@ -204,6 +214,9 @@ def test_the_token_between_documents_is_renamed_and_keeps_its_id(llama, tmp_path
     assert encode_documents(tokenizer, [END_OF_TEXT])[0] != [2] == tokenizer.encode(END_OF_TEXT, add_special_tokens=False).ids
     facts = read_json(tmp_path / "ours" / "meta.json")["imported"]
     assert facts["end_of_text_was"] == "</s>" and facts["begin_ids"] == [1] and facts["added_tokens"] == []
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "0123"
+    shutil.copytree(llama[0], snapshot)
+    assert read_json(hub.import_model(snapshot, tmp_path / "named") / "meta.json")["imported"]["source"] == "someone/tiny"
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert len(theirs) == tokenizer.get_vocab_size() and theirs.eos_token_id == 2
     assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi" + END_OF_TEXT

@@ -290,8 +290,37 @@ def test_a_long_conversation_forgets_its_beginning(tuned):
         list(talk.reply("word " * 200))
 
 
+@torch.no_grad()
+def test_a_run_is_opened_by_transformers_as_it_stands_and_exported(tuned, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="it has to open what the stages wrote: pip install 'modern_llm[hub]'")
+    from modern_llm.chat import encode_prompt, end_id
+    from modern_llm.generation import generate
+    from modern_llm.talk import open_model
+
+    code, text = ask("export", "--run", "it", "--output-dir", tuned, "--stage", "sft", "--to", tmp_path / "it-sft", "--shard-gb", 4e-4)
+    assert code == 0 and len(list((tmp_path / "it-sft").glob("model-*.safetensors"))) > 1, text
+    card = (tmp_path / "it-sft" / "README.md").read_text()
+    assert all(part in card for part in ("ends by itself", "| synthetic-problems | sft |", "--stage pretrain", "torch 2.", "one seed"))
+    for stage, folder in (("pretrain", None), ("sft", None), ("sft", tmp_path / "it-sft")):
+        model, tokenizer, checkpoint = open_model("it", stage, None, str(tuned))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder or checkpoint).eval()
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder or checkpoint)
+        prompt = encode_prompt(tokenizer, "Tom has 3 hats and buys 4 hats. How many hats?")
+        if stage == "sft":
+            messages = [{"role": "user", "content": "Tom has 3 hats and buys 4 hats. How many hats?"}]
+            assert list(their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)) == prompt
+        ids = torch.tensor([prompt])
+        assert (model(ids) - theirs(ids).logits).abs().max() < 1e-5
+        eos = theirs.generation_config.eos_token_id
+        assert eos == (end_id(tokenizer) if stage == "sft" else tokenizer.token_to_id("<|endoftext|>"))
+        ours = generate(model, [prompt], max_new_tokens=24, temperature=0, eos_id=eos)[0]
+        answer = theirs.generate(ids, max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
+        assert ours == answer[:answer.index(eos) if eos in answer else None] and len(ours) > 0
+        assert tokenizer.decode(ours) == their_tokenizer.decode(ours, skip_special_tokens=True)
+
+
 def test_help_teaches_by_example():
-    for command in ((), ("run",), ("status",), ("chat",), ("sample",), ("datasets",)):
+    for command in ((), ("run",), ("status",), ("chat",), ("sample",), ("export",), ("check-inference",), ("datasets",)):
         code, text = ask(*command, "--help")
         assert code == 0 and "modern-llm" in text.split("Options:")[0].split("\n", 1)[1]
     check = "import sys, modern_llm.cli; assert not {'torch', 'pandas', 'papermill', 'numpy'} & set(sys.modules)"

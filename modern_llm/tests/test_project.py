@@ -43,6 +43,8 @@ ALLOWED = {
     "inputs": {"config", "files", "hub", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
     "hub": {"files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
+    "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
+    "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"files"},
     "report": {"config", "counts", "files", "report_eval", "report_figures", "report_page"}, "report_eval": {"report_figures", "report_page"},
@@ -56,11 +58,11 @@ ALLOWED = {
     "disturb": {"checkpoints", "config", "files", "models", "optim", "trainer"},
     "faults_run": {"checkpoints", "disturb"},
     "faults": {"config", "data", "disturb", "faults_run", "files", "inputs", "locks", "models", "stage", "tokens"},
-    "cli": {"config", "files", "hub", "pipeline", "ranks", "stage", "inputs", "sources", "reading", "submit", "talk", "tokens"},
+    "cli": {"config", "export", "files", "hub", "inference", "inputs", "pipeline", "ranks", "reading", "sources", "stage", "submit", "talk", "tokens"},
 }
 NO_TORCH = {"config", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading", "stage", "inputs", "locks",
             "pipeline", "ranks", "duration", "submit", "cli", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
-            "llama_layout"}
+            "llama_layout", "export"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -1,0 +1,204 @@
+"""What we write is what transformers reads: a checkpoint as it stands, an export in one file or many, and its model card."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from modern_llm import export, hub, synth
+from modern_llm.chat import CHAT_TEMPLATE, encode_chat, end_id, speaks_chat
+from modern_llm.cli import main
+from modern_llm.config import ModelConfig, get_pipeline_preset
+from modern_llm.export import ExportError, export_model, shards
+from modern_llm.files import DamagedFolder, atomic_folder, check_folder, read_json, write_json
+from modern_llm.generation import generate
+from modern_llm.inputs import sections
+from modern_llm.models import ModernDecoderLM, save_model
+from modern_llm.tests.test_report import make_run
+from modern_llm.tokens import end_of_text_id, load_tokenizer, save_tokenizer, train_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="it has to open what we write: pip install 'modern_llm[hub]'")
+CFG = ModelConfig(vocab_size=320, context_length=96, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=64, use_qk_norm=False)
+EXPERTS = {"num_experts": 4, "experts_per_token": 2}
+LAYOUTS = {
+    "LlamaForCausalLM": {}, "MistralForCausalLM": {"sliding_window": 7}, "Qwen3ForCausalLM": {"use_qk_norm": True, "tie_embeddings": False},
+    "MixtralForCausalLM": EXPERTS, "Qwen3MoeForCausalLM": {"use_qk_norm": True, **EXPERTS},
+    "LlamaForCausalLM, wide heads": {"head_dim": 14}, "Qwen3ForCausalLM, window": {"use_qk_norm": True, "sliding_window": 7}, "MixtralForCausalLM, window": {**EXPERTS, "sliding_window": 7},
+    "Qwen3MoeForCausalLM, window": {"use_qk_norm": True, **EXPERTS, "sliding_window": 7},
+}
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where does Anna live? <|end|>"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer((item.text for item, _ in zip(synth.documents(), range(60))), 318)
+
+
+def saved(folder, tokenizer, cfg=CFG, meta=None):
+    """A random model with loud weights as the stages save one, in `folder`; returned too."""
+    torch.manual_seed(0)
+    model = ModernDecoderLM(cfg).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(parameter, std=0.2)
+    with atomic_folder(folder, meta) as temporary:
+        save_model(temporary, model, eos_id=end_id(tokenizer))
+        save_tokenizer(tokenizer, temporary, chat_template=CHAT_TEMPLATE)
+    return model
+
+
+def opened(folder):
+    """Model and tokenizer as transformers' own classes open a folder."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def assert_same(model, tokenizer, folder, tolerance=1e-5):
+    """Logits, greedy text and the template's ids of a folder in transformers are those of our model."""
+    theirs, their_tokenizer = opened(folder)
+    ids = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    assert (model(ids) - theirs(ids).logits).abs().max() < tolerance
+    talk = [{**message, "content": message["content"].replace("<|end|>", "")} for message in TALK]
+    prompt = encode_chat(tokenizer, talk, generation_prompt=True)
+    assert list(their_tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)) == prompt
+    ours = generate(model, [prompt], max_new_tokens=20, temperature=0, eos_id=end_id(tokenizer))[0]
+    answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt):].tolist()
+    assert their_tokenizer.decode(answer, skip_special_tokens=True) == tokenizer.decode(ours) and len(ours) > 3
+
+
+@pytest.mark.parametrize("name, changes", LAYOUTS.items(), ids=LAYOUTS)
+def test_a_checkpoint_folder_is_a_hugging_face_folder(name, changes, tokenizer, tmp_path):
+    model = saved(tmp_path / "checkpoint", tokenizer, replace(CFG, **changes))
+    theirs, _ = opened(tmp_path / "checkpoint")
+    assert type(theirs).__name__ == name.split(",")[0]
+    assert_same(model, tokenizer, tmp_path / "checkpoint")
+    export_model(tmp_path / "checkpoint", tmp_path / "exported", shard_gb=3e-5)
+    index = read_json(tmp_path / "exported" / "model.safetensors.index.json")
+    files = sorted(path.name for path in (tmp_path / "exported").glob("*.safetensors"))
+    assert len(files) > 3 and sorted(set(index["weight_map"].values())) == files and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert_same(model, tokenizer, tmp_path / "exported")
+    assert "modern_llm" not in read_json(tmp_path / "exported" / "config.json") and check_folder(tmp_path / "exported")
+
+
+def test_half_precision_and_what_transformers_takes_from_the_files(tokenizer, tmp_path):
+    model = saved(tmp_path / "checkpoint", tokenizer)
+    export_model(tmp_path / "checkpoint", tmp_path / "half", dtype="bf16")
+    theirs, their_tokenizer = opened(tmp_path / "half")
+    assert theirs.dtype == torch.bfloat16 and torch.equal(theirs.model.norm.weight, model.norm.weight.bfloat16())
+    assert [path.name for path in (tmp_path / "half").glob("*.safetensors*")] == ["model.safetensors"]
+    assert (theirs.config.bos_token_id, theirs.generation_config.eos_token_id) == (end_of_text_id(tokenizer), end_id(tokenizer))
+    assert theirs.generation_config.pad_token_id == end_id(tokenizer)  # not the first token of every prompt, which would be masked
+    assert their_tokenizer.model_max_length == CFG.context_length and their_tokenizer.pad_token_id == end_of_text_id(tokenizer)
+    assert their_tokenizer.chat_template == CHAT_TEMPLATE
+    again, _ = hub.load(tmp_path / "half")  # and back again
+    assert torch.equal(again.norm.weight, model.norm.weight.bfloat16().float())
+
+
+def test_what_has_no_counterpart_is_refused_by_its_flag(tokenizer, tmp_path):
+    saved(tmp_path / "sinks", tokenizer, replace(CFG, use_attention_sinks=True))
+    with pytest.raises(ExportError, match="model.use_attention_sinks=true has no counterpart"):
+        export_model(tmp_path / "sinks", tmp_path / "out")
+    assert read_json(tmp_path / "sinks" / "config.json")["model_type"] == "modern_llm"
+    with pytest.raises(ValueError, match="modern_llm"):  # it does not pass for a Llama either
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sinks")
+    saved(tmp_path / "verifier", tokenizer)
+    (tmp_path / "verifier" / "verifier.json").write_text("{}")
+    with pytest.raises(ExportError, match="is a verifier: its score comes from a head"):
+        export_model(tmp_path / "verifier", tmp_path / "out")
+    for options, message in (({"dtype": "bf61"}, "dtype='bf61' is unknown; did you mean 'bf16'"), ({"shard_gb": 0.0}, "shard_gb=0.0")):
+        with pytest.raises(ExportError, match=message):
+            export_model(tmp_path / "verifier", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tokenizer, tmp_path, monkeypatch):
+    saved(tmp_path / "checkpoint", tokenizer)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ExportError, match="mine' is there already and is never overwritten"):
+        export_model(tmp_path / "checkpoint", tmp_path / "mine")
+    monkeypatch.setattr(export, "model_card", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ValueError, match="No space left on device"):
+        export_model(tmp_path / "checkpoint", tmp_path / "out")
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "mine"] and len(list((tmp_path / "mine").iterdir())) == 1
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedFolder, match="model.safetensors is truncated or changed"):
+        export_model(tmp_path / "checkpoint", tmp_path / "out")
+
+
+def test_shards_keep_the_order_and_the_limit():
+    sizes = {"a": 3, "b": 4, "c": 3, "d": 20, "e": 1, "f": 9}
+    assert shards(sizes, 7) == [["a", "b"], ["c"], ["d"], ["e"], ["f"]] and shards(sizes, 100) == [list(sizes)]
+
+
+def sections_of(text):
+    return {part.split("\n")[0]: part for part in text.split("\n## ")[1:]}
+
+
+@pytest.fixture
+def run(tokenizer, tmp_path):
+    """A run whose stages left what they leave, with a model that can be opened; it began with a model from elsewhere."""
+    folder = make_run(tmp_path / "runs", "it")
+    preset = get_pipeline_preset("lesson")
+    chain = {"sft": {"checkpoint": {"path": str(tmp_path / "base"), "sha256": "a" * 64}}, "dpo": {"sft": {"path": "x", "sha256": "b" * 64}}}
+    for stage in ("pretrain", "sft", "dpo"):
+        params = read_json(folder / stage / "params.json")
+        write_json(folder / stage / "params.json", {**params, "config": sections(preset, stage), "inputs": chain.get(stage, {})})
+        saved(folder / stage / "checkpoint", tokenizer, meta={"step": 9})
+    (tmp_path / "base").mkdir()
+    write_json(tmp_path / "base" / "meta.json", {"imported": {"source": "someone/tiny"}, "sha256": {}})
+    return folder
+
+
+def test_the_model_card_is_written_from_the_files_of_the_run(run, tmp_path):
+    export_model(run / "sft" / "checkpoint", tmp_path / "out" / "tiny-chat")
+    text = (tmp_path / "out" / "tiny-chat" / "README.md").read_text()
+    parts = sections_of(text)
+    assert text.startswith("---\nlibrary_name: transformers") and "base_model: someone/tiny" in text.split("\n---\n")[0]
+    assert "layout of `LlamaForCausalLM` (float32" in text and 'from_pretrained("tiny-chat")' in parts["Use"] and "chat template" in parts["Use"]
+    made = parts["How it was made"]
+    assert "started from someone/tiny" in made and "c0ffee+changes" in made and "--stage sft" in made and "--stage dpo" not in made
+    assert "| synthetic | sft | built in | MIT |" in parts["Data and licences"] and "synthetic-problems" in parts["Data and licences"]
+    assert "| problems | exact match | 0.370 [0.310, 0.430] | 250 | chat |" in parts["Results"] and "minus" not in parts["Results"]
+    assert "9,000 tokens of training here, one seed" in parts["Limits"] and "written by a program" in parts["Limits"]
+    assert "3.6% of the items of problems share" in parts["Limits"] and "stuck at log 2" not in parts["Limits"]
+    assert read_json(tmp_path / "out" / "tiny-chat" / "meta.json")["exported"]["step"] == 9
+
+
+def test_a_card_names_alarms_and_real_data_and_admits_what_it_does_not_know(run, tokenizer, tmp_path):
+    params = read_json(run / "dpo" / "params.json")
+    params["config"]["dpo"] |= {"sources": ["hh-rlhf", "my-own.jsonl"], "replay_weight": 0.0}
+    write_json(run / "dpo" / "params.json", params)
+    (run / "eval" / "ledger.csv").unlink()
+    export_model(run / "dpo" / "checkpoint", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "datasets:\n- Anthropic/hh-rlhf\n" in text and "| hh-rlhf | dpo | Anthropic/hh-rlhf | MIT |" in text
+    assert "| my-own.jsonl | dpo |  | unknown |" in text and "alarm: stuck at log 2 at step 7 (0.693)" in text
+    assert "| held out in the dpo stage | preference accuracy, after, synthetic | 0.600 [0.500, 0.700] | 40 | 40 held-out \\| things |" in text
+    saved(tmp_path / "alone", tokenizer)
+    export_model(tmp_path / "alone", tmp_path / "alone-out")
+    text = (tmp_path / "alone-out" / "README.md").read_text()
+    assert "None were measured." in text and "knows no results" in text and "Not known to this card." in text
+
+
+def test_the_command(run, tmp_path):
+    ask = lambda *words: CliRunner().invoke(main, ["export", "--run", "it", "--output-dir", str(run.parent), *map(str, words)])
+    result = ask("--stage", "sft", "--to", tmp_path / "out", "--dtype", "bf16", "--shard-gb", 1e-5)
+    assert result.exit_code == 0 and "sft/checkpoint -> " in result.output and (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    again = ask("--to", tmp_path / "out")
+    assert again.exit_code == 2 and "never overwritten" in again.output and len(again.output.splitlines()) == 1
+    assert "no language model" in ask("--stage", "eval", "--to", tmp_path / "other").output
+    code = "import sys, modern_llm.export; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_an_export_still_speaks_chat_when_it_comes_back(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
+    export_model(run / "sft" / "checkpoint", tmp_path / "out", shard_gb=1e-4)
+    folder = hub.imported(tmp_path / "out")
+    assert speaks_chat(folder, load_tokenizer(folder)) and json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]

@@ -1,0 +1,77 @@
+"""The memory of a model that writes: measured in a process of its own, by its closed form, and against a limit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modern_llm import synth
+from modern_llm.chat import CHAT_TEMPLATE, end_id
+from modern_llm.config import ModelConfig
+from modern_llm.files import atomic_folder, read_json
+from modern_llm.inference import check_inference, forget_peak, peak_resident, resident
+from modern_llm.inputs import StageError
+from modern_llm.models import ModernDecoderLM, save_model
+from modern_llm.tokens import save_tokenizer, train_tokenizer
+
+SMALL = ModelConfig(vocab_size=512, context_length=256, width=32, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=64)
+LARGE = ModelConfig(vocab_size=512, context_length=512, width=768, num_layers=8, num_heads=12, num_kv_heads=4, ffn_width=2048)  # 50M
+
+
+def saved(folder: Path, cfg: ModelConfig, chat: bool = True) -> Path:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer((item.text for item, _ in zip(synth.documents(), range(300))), 512)
+    with atomic_folder(folder) as temporary:
+        save_model(temporary, ModernDecoderLM(cfg), eos_id=end_id(tokenizer) if chat else 0)
+        save_tokenizer(tokenizer, temporary, CHAT_TEMPLATE if chat else None)
+    return folder
+
+
+def command(*words: object, cwd: Path) -> tuple[int, str]:
+    done = subprocess.run([Path(sys.executable).parent / "modern-llm", "check-inference", *map(str, words)], cwd=cwd, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's account of a process's memory")
+def test_the_estimate_is_within_ten_percent_of_what_the_process_took(tmp_path):
+    folder = saved(tmp_path / "checkpoint", LARGE)
+    for dtype, rows, tokens in (("fp32", 4, 24), ("bf16", 2, 2)):
+        code, text = command("--checkpoint", folder, "--device", "cpu", "--count", rows, "--max-new-tokens", tokens, "--dtype", dtype, cwd=tmp_path)
+        found = read_json(tmp_path / "inference_ok.json")
+        assert code == 0 and text.startswith("ok: peak") and found["ok"], text
+        assert found["added_over_estimate"] == pytest.approx(1, abs=0.1), found
+        assert found["added_gb"] < found["peak_gb"] < 12 and found["batch"] == rows
+        assert ("loading" in found["estimate_gb"]) == (dtype == "bf16")  # read from disk in float32 first
+
+
+def test_too_little_memory_is_an_exit_code(tmp_path):
+    saved(tmp_path / "checkpoint", SMALL)
+    code, text = command("--checkpoint", tmp_path / "checkpoint", "--limit-gb", 0.01, "--count", 2, "--max-new-tokens", 4, "--to", "mine.json",
+                         "--device", "cpu", cwd=tmp_path)
+    assert code == 1 and text.startswith("not ok: peak") and read_json(tmp_path / "mine.json")["ok"] is False
+    code, text = command("--checkpoint", tmp_path / "nothing", cwd=tmp_path)
+    assert code == 2 and "Tried" in text and len(text.splitlines()) == 1
+
+
+def test_base_models_and_short_contexts(tmp_path):
+    found = check_inference(saved(tmp_path / "base", SMALL, chat=False), device="cpu", count=3, batch=2, max_new_tokens=5)
+    assert found["ok"] and found["problems"]["exact match"]["n"] == 3 and found["batch"] == 2 and found["sample"]["question"]
+    assert found["full_context_estimate_gb"] > found["estimate_gb"]["total"] and len(found["sha256"]) == 64
+    short = ModelConfig(**{**vars(SMALL), "context_length": 16})
+    with pytest.raises(StageError, match="leaves room for an answer in a context of 16 tokens"):
+        check_inference(saved(tmp_path / "short", short), device="cpu", count=2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's account of a process's memory")
+def test_the_high_water_mark_sees_what_is_gone_again():
+    forget_peak()
+    before = resident()
+    assert peak_resident() < before + 20e6
+    torch.ones(25_000_000).sum()
+    assert peak_resident() > before + 95e6 and resident() < before + 20e6
+    forget_peak()
+    assert peak_resident() < before + 20e6
