@@ -20,7 +20,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["modern_llm", "modern_llm.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "hub", "agreement")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "hub", "docs", "browser", "agreement")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
