@@ -1,4 +1,7 @@
-"""The documentation site: built once, read as files, then opened in a browser. Needs the extras `docs` and `browser`, and a Chromium."""
+"""The documentation site: built once, read as files, then opened in a browser.
+
+`bash scripts/environment.sh docs,browser` installs what these tests need beside a Chromium or Chrome; without it they skip.
+"""
 
 import json
 import os
