@@ -1,8 +1,8 @@
-# Two targets matter: `make test` and `make lab`. Both make the environment first, and reuse it afterwards.
+# Two targets matter: `make test` and `make lab`. All make the environment first, and reuse it afterwards.
 SHELL := /bin/bash
 PYTHON_BIN := .venv/bin
 
-.PHONY: help env test lab export readme
+.PHONY: help env test lab docs export
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,10 @@ test: env  ## notebooks in step, run top to bottom, import rule, pytest
 
 lab: env  ## open the notebooks in JupyterLab
 	@PATH="$(CURDIR)/$(PYTHON_BIN):$$PATH" jupyter lab --notebook-dir=$(CURDIR) nbs/index.ipynb
+
+docs: env  ## build the documentation site in _docs/html (adds Sphinx to .venv; no network afterwards)
+	@bash scripts/environment.sh docs
+	@$(PYTHON_BIN)/python docs/build.py
 
 export: env  ## after editing notebooks: clean them, export the package, write README.md
 	@PATH="$(CURDIR)/$(PYTHON_BIN):$$PATH" nbdev_clean

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import seaborn as sns
@@ -51,6 +57,49 @@ def training_curves(metrics, floor: float | None = None, window: int = 1):
     right.plot(millions, metrics.lr, color=COLOURS[2], lw=1.5)
     right.set(xlabel="tokens, millions", ylabel="learning rate (AdamW)", ylim=(0, None))
     return fig
+
+
+@contextlib.contextmanager
+def live_curves(metrics_file: Path, seconds: float = 2.0, **options) -> Iterator[None]:
+    """Inside, a notebook open in Jupyter shows the curves of a training run, drawn anew every `seconds` while `metrics_file` grows.
+
+    Anywhere else (papermill, a script, a test) nothing is drawn: there the trainer's bar tells how far it is, in lines of text.
+
+    Args:
+        metrics_file: the `metrics.jsonl` a trainer appends to.
+        options: of `training_curves`.
+    """
+    if "JPY_SESSION_NAME" not in os.environ:  # what Jupyter's server tells the kernels of open notebooks
+        yield
+        return
+    import pandas as pd
+    from IPython.display import Image, Markdown, display
+
+    handle, over, drawn = display(Markdown("*The curves come with the second row of the metrics.*"), display_id=True), threading.Event(), b""
+
+    def draw() -> None:
+        nonlocal drawn
+        rows = metrics_file.read_bytes() if metrics_file.exists() else b""
+        rows = rows[: rows.rfind(b"\n") + 1]  # a row may be half written
+        if rows.count(b"\n") > 1 and rows != drawn:
+            fig = training_curves(pd.read_json(io.BytesIO(rows), lines=True), **options)
+            fig.savefig(picture := io.BytesIO(), format="png")
+            plt.close(fig)
+            handle.update(Image(picture.getvalue()))
+            drawn = rows
+
+    def watch() -> None:
+        while not over.wait(seconds):
+            draw()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+    draw()
 
 
 def sample_sheet(samples: dict[str, list[str]], width: int = 100):

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes .venv and installs the project into it; does nothing when it is up to date. Needs Python >= 3.10 and a package index.
-# PYTHON=python3.12 scripts/environment.sh picks the interpreter.
+# PYTHON=python3.12 scripts/environment.sh picks the interpreter; `scripts/environment.sh docs,browser` adds extras of settings.ini.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stamp=.venv/.installed
+stamp=.venv/.installed${1:+-$1}
 wanted=$(cat settings.ini setup.py constraints.txt | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
@@ -19,8 +19,8 @@ if [ ! -x .venv/bin/python ]; then
 fi
 pins=(-c constraints.txt)
 .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || pins=()   # the pins need 3.11; 3.10 takes the ranges
-echo "Installing the packages into .venv (about 90 seconds, 1.6 GB; once) ..."
-.venv/bin/python -m pip install --quiet --disable-pip-version-check "${pins[@]}" --editable '.[dev]' ||
+echo "Installing the packages${1:+ and the extra $1} into .venv (about 90 seconds, 1.6 GB; once) ..."
+.venv/bin/python -m pip install --quiet --disable-pip-version-check "${pins[@]}" --editable ".[dev${1:+,$1}]" ||
   { echo "pip failed (see above). Behind a mirror, set PIP_INDEX_URL; what was installed is kept, run again." >&2; exit 1; }
 echo "$wanted" > "$stamp"
 echo "The environment is ready: .venv"
