@@ -304,7 +304,7 @@ def start_papermill(notebook: Path, output: Path, parameters: dict) -> subproces
     for name, value in parameters.items():
         words += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
     command = [sys.executable, "-I", "-S", "-c", _WITH_ITS_PARENT, str(os.getpid()), *words]
-    kernel = os.environ | {"JPY_SESSION_NAME": str(output)}  # as Jupyter tells a kernel which notebook it runs
+    kernel = os.environ | {"MODERN_LLM_NOTEBOOK": str(output)}  # the kernel keeps a copy of it in the run
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=kernel,
                             start_new_session=True)  # out of reach of the terminal's Ctrl-C
 

@@ -564,7 +564,7 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
 
 def notebook_path(namespace: dict) -> Path | None:
     """Where the executing notebook is being saved: by papermill (its output), or by Jupyter; None if nobody says."""
-    if path := namespace.get("PAPERMILL_OUTPUT_PATH") or os.environ.get("JPY_SESSION_NAME"):
+    if path := namespace.get("PAPERMILL_OUTPUT_PATH") or os.environ.get("MODERN_LLM_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME"):
         return Path(path)
     try:
         import psutil
