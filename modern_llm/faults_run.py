@@ -138,7 +138,7 @@ def in_a_process(folder: Path, resume: bool) -> int:
 
 
 def signalled(place: Path, times: int, numbers: tuple[int, ...]) -> Row:
-    """Send signals to training processes at random moments, until `times` of them arrived before the end; and resume each time."""
+    """Send `times` signals to training processes at random moments before their end, resume each time, and compare how they end."""
     wanted, luck = undisturbed(place / "straight", **LONG), random.Random(0)
     arrived = survived = lost = run = 0
     while arrived < times:
@@ -146,8 +146,9 @@ def signalled(place: Path, times: int, numbers: tuple[int, ...]) -> Row:
         folder, hits = place / f"{run}", 0
         while not ended:
             child = in_a_process(folder, resume=folder.exists())
-            time.sleep(luck.uniform(0, 0.15))
-            os.kill(child, numbers[arrived % len(numbers)])
+            if arrived < times:
+                time.sleep(luck.uniform(0, 0.15))
+                os.kill(child, numbers[arrived % len(numbers)])
             os.waitpid(child, 0)
             rows = read_metrics(folder / "metrics.jsonl")
             ended = not rows or rows[-1]["step"] >= LONG["max_steps"]
