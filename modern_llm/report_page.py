@@ -136,11 +136,16 @@ class Run:
         words = ["modern-llm", "run", "--preset", preset, "--run", self.folder.name, "--stage", stage]
         for name in ("checkpoint", "output_dir", "max_steps"):
             if given.get(name) not in (None, ""):
-                words += [f"--{name.replace('_', '-')}", str(given[name])]
+                words += [f"--{name.replace('_', '-')}", self._from_the_checkout(str(given[name]))]
         for name in ("seed", "max_minutes", "device", "overrides"):
             if given.get(name) not in (None, ""):
                 words += ["-p", f"{name}={given[name]}"]
         return shlex.join(words)
+
+    def _from_the_checkout(self, value: str) -> str:
+        """A path beside this run's folder, as one writes it where runs/ lies: another machine has another root."""
+        root = self.folder.resolve().parent.parent
+        return str(Path(value).relative_to(root)) if Path(value).is_relative_to(root) else value
 
     def frame(self, name: str) -> pd.DataFrame:
         """A CSV or JSON-lines file as a table; empty if there is none."""

@@ -402,9 +402,9 @@ class Trainer:
         state.module.train()
         recorder.window.clear(state.tokens)
         with contextlib.ExitStack() as stack:
+            caught = stack.enter_context(stop_signals())  # outermost: a signal must not tear the cleaning up either
             stack.enter_context(failing_together(world))
             stack.enter_context(contextlib.closing(batches))
-            caught = stack.enter_context(stop_signals())
             recorder.bar = bar = stack.enter_context(make_bar(state, cfg, self.progress_bar))
             while not reason:
                 began = time.perf_counter()

@@ -170,6 +170,14 @@ def test_commands_are_exact(written):
     assert "--stage pretrain\n" in commands
 
 
+def test_a_checkpoint_beside_the_run_is_named_from_the_checkout(tmp_path):
+    folder = make_run(tmp_path / "runs", stages=("pretrain", "sft"))
+    params = json.loads((folder / "sft/params.json").read_text())
+    for given, shown in ((tmp_path / "runs/other/pretrain", "runs/other/pretrain"), ("/elsewhere/model", "/elsewhere/model")):
+        write(folder / "sft/params.json", {**params, "checkpoint": str(given)})
+        assert f"--checkpoint {shown} " in Run(folder).command("sft") + " "
+
+
 def test_same_files_same_text(written, tmp_path):
     place, path = written
     shutil.copytree(place / "runs", tmp_path / "runs")
