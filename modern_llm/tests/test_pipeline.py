@@ -172,7 +172,7 @@ def test_checkpoints_are_found_by_folder_stage_and_run(tuned, tmp_path):
     with pytest.raises(StageError, match="Tried .*/nothing, .*/nothing/checkpoint, .*/nothing/dpo/checkpoint"):
         inputs.find_checkpoint(tmp_path / "nothing")
     shutil.copytree(stage, tmp_path / "killed")
-    os.rename(tmp_path / "killed" / "checkpoint", tmp_path / "killed" / "checkpoint.previous")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint")  # the former one is kept beside it
     assert inputs.find_checkpoint(tmp_path / "killed").name == "checkpoint.previous"
 
 
