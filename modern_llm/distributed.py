@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -219,6 +221,9 @@ def failing_together(world: World) -> Iterator[None]:
     except Exception as error:
         if world.size == 1:
             raise
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # the launcher ends what is left: let this rank say why first
+                signal.signal(number, signal.SIG_IGN)
         broken = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
         said = left_behind(world, traceback.format_exc() if not broken else None)
         if broken:

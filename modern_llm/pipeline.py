@@ -238,6 +238,8 @@ def execute(step: Step) -> int:
         os.replace(output, step.folder / "notebook.ipynb") if began else output.unlink(missing_ok=True)
     if warning and status(step) in ("running", "stopped"):
         mark(step, "preempted")
+    if code and warning and status(step) == "failed":  # another rank failed, and the launcher's warning was only meant to end this one
+        return code
     if warning or (code and status(step) == "preempted"):  # the kernel alone was warned, or knows when its job ends
         raise warning or Preempted(f"stage {step.stage} was preempted")
     return code
