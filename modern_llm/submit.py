@@ -225,7 +225,7 @@ class Chain:
         return {"MODERN_LLM_RUNS": str(self.plan.run_folder.parent)}
 
     def lines(self) -> list[str]:
-        """The commands as a shell in the checkout takes them; $JOB1 is the number of the first job."""
+        """The commands as a shell in the checkout takes them; the variable JOB1 holds the number of the first job."""
         exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment().items()]
         return exports + [f"JOB{number}=$({_shown(job.line(f'$JOB{number - 1}' if number > 1 else None))} | tail -n 1)"
                           for number, job in enumerate(self.jobs, 1)]
