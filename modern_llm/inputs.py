@@ -19,8 +19,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from modern_llm.config import PipelineConfig, to_dict
+from modern_llm.config import PipelineConfig
 from modern_llm.files import find_folder, read_json, sha256
+from modern_llm.overrides import to_dict
 
 NOTEBOOKS = {"pretrain": "03_pretrain.ipynb", "sft": "04_sft.ipynb", "dpo": "05_dpo.ipynb", "verifier": "06_verifier.ipynb",
              "eval": "07_eval.ipynb", "attention": "08_attention_viz.ipynb"}  # in the order of the pipeline

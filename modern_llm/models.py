@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import CausalSelfAttention, KVCache, rotary_tables
-from .config import ModelConfig, override, to_dict
+from .config import ModelConfig
 from .files import DamagedFolder, check_folder, find_folder, read_json, write_json
 from .layers import MixtureOfExperts, RMSNorm, SwiGLU
+from .overrides import override, to_dict
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

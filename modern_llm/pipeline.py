@@ -10,7 +10,6 @@ import ast
 import hashlib
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +18,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, get_pipeline_preset, nearest, override
+from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, nearest
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
     NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, described, find_checkpoint, found_inputs, missing_data, no_inputs,
     notebooks_folder, sections, start_papermill,
 )
 from modern_llm.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
-from modern_llm.stage import KINDS, choose_folder, parse_overrides, refuse_unknown, report_folder, resolve, writes_to
+from modern_llm.overrides import override, parse_overrides
+from modern_llm.parameters import KINDS, choose_folder, refuse_unknown, report_folder, resolve
+from modern_llm.presets import get_pipeline_preset
+from modern_llm.record import writes_to
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.config import ModelConfig, override
+from modern_llm.config import ModelConfig
 from modern_llm.counts import flops_per_token, parameter_count
 from modern_llm.files import write_text
-from modern_llm.report_eval import baselines, contamination, main_rows, perplexities, results, sentiment, stage_gains, verifier
+from modern_llm.overrides import override
+from modern_llm.report_eval import baselines, contamination, perplexities, results, sentiment, stage_gains, verifier
 from modern_llm.report_page import (
     MEASURED, STAGES, Page, ReportError, Run, folded, interval, markdown_table, measures, number, text_block,
 )

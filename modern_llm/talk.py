@@ -11,7 +11,7 @@ from modern_llm.checkpoints import pick_device
 from modern_llm.generation import generate, stream
 from modern_llm.inputs import GENERATORS, StageError, find_checkpoint, is_model
 from modern_llm.models import load_model
-from modern_llm.stage import runs_folder
+from modern_llm.parameters import runs_folder
 from modern_llm.tokens import end_of_text_id, load_tokenizer
 
 if TYPE_CHECKING:

@@ -7,24 +7,26 @@ from dataclasses import replace
 
 import pytest
 
-from modern_llm import config as c
 from modern_llm import counts
+from modern_llm.config import ConfigError
+from modern_llm.overrides import to_dict
+from modern_llm.presets import ALIASES, PRESETS, get_pipeline_preset, local_cpu, tacc_h100
 
 
-@pytest.mark.parametrize("name", [*c.PRESETS, *c.ALIASES])
+@pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
 def test_preset_resolves_and_round_trips(name, tmp_path):
-    preset = c.get_pipeline_preset(name)
+    preset = get_pipeline_preset(name)
     path = tmp_path / "same.json"
-    path.write_text(json.dumps(c.to_dict(preset)))
-    assert c.get_pipeline_preset(str(path)) == preset
-    assert preset.name == c.ALIASES.get(name, name)
+    path.write_text(json.dumps(to_dict(preset)))
+    assert get_pipeline_preset(str(path)) == preset
+    assert preset.name == ALIASES.get(name, name)
 
 
 def test_json_preset_starts_from_a_base(tmp_path):
     path = tmp_path / "wide.json"
     path.write_text(json.dumps({"base": "local-cpu", "model": {"width": 512}}))
-    wide = c.get_pipeline_preset(str(path))
-    assert wide == replace(c.local_cpu(), model=replace(c.local_cpu().model, width=512))
+    wide = get_pipeline_preset(str(path))
+    assert wide == replace(local_cpu(), model=replace(local_cpu().model, width=512))
 
 
 @pytest.mark.parametrize("values, message", [
@@ -44,29 +46,29 @@ def test_json_preset_starts_from_a_base(tmp_path):
 def test_bad_json_names_place_and_remedy(values, message, tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(values))
-    with pytest.raises(c.ConfigError, match=message):
-        c.get_pipeline_preset(str(path))
+    with pytest.raises(ConfigError, match=message):
+        get_pipeline_preset(str(path))
 
 
 @pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[]", "must hold a JSON object")])
 def test_file_that_is_no_preset(text, message, tmp_path):
     path = tmp_path / "broken.json"
     path.write_text(text)
-    with pytest.raises(c.ConfigError, match=message):
-        c.get_pipeline_preset(str(path))
+    with pytest.raises(ConfigError, match=message):
+        get_pipeline_preset(str(path))
 
 
 def test_unknown_preset_names_the_nearest():
-    with pytest.raises(c.ConfigError, match="did you mean 'tacc-h100'"):
-        c.get_pipeline_preset("tacc-h10")
-    with pytest.raises(c.ConfigError, match="cannot be read"):
-        c.get_pipeline_preset("no-such-file.json")
+    with pytest.raises(ConfigError, match="did you mean 'tacc-h100'"):
+        get_pipeline_preset("tacc-h10")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        get_pipeline_preset("no-such-file.json")
 
 
-@pytest.mark.parametrize("name", list(c.PRESETS))
+@pytest.mark.parametrize("name", list(PRESETS))
 def test_preset_fits_the_memory_it_names(name):
     """Training fits the GPU (or 8 GB of main memory) it was sized for; inference fits 12 GB."""
-    preset = c.get_pipeline_preset(name)
+    preset = get_pipeline_preset(name)
     limit = (preset.hardware.min_gpu_memory_gb or 8) * 2**30
     assert counts.training_memory(preset.model, preset.pretrain)["total"] <= limit
     assert counts.inference_memory(preset.model, batch=16, context=preset.model.context_length,
@@ -74,9 +76,9 @@ def test_preset_fits_the_memory_it_names(name):
 
 
 def test_published_model_has_253m_parameters():
-    assert round(counts.parameter_count(c.tacc_h100().model)["total"] / 1e6) == 253
+    assert round(counts.parameter_count(tacc_h100().model)["total"] / 1e6) == 253
 
 
 def test_config_and_cli_import_no_torch():
-    code = "import sys, modern_llm.cli, modern_llm.pipeline, modern_llm.stage, modern_llm.config; print('torch' in sys.modules)"
+    code = "import sys, modern_llm.cli, modern_llm.pipeline, modern_llm.stage, modern_llm.presets; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from modern_llm import export, hub, synth
 from modern_llm.chat import CHAT_TEMPLATE, encode_chat, end_id, speaks_chat
 from modern_llm.cli import main
-from modern_llm.config import ModelConfig, get_pipeline_preset
+from modern_llm.config import ModelConfig
 from modern_llm.export import ExportError, export_model, shards
 from modern_llm.files import DamagedFolder, atomic_folder, check_folder, read_json, write_json
 from modern_llm.generation import generate
 from modern_llm.inputs import sections
 from modern_llm.models import ModernDecoderLM, save_model
+from modern_llm.presets import get_pipeline_preset
 from modern_llm.tests.test_report import make_run
 from modern_llm.tokens import end_of_text_id, load_tokenizer, save_tokenizer, train_tokenizer
 

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from modern_llm import synth
-from modern_llm.config import get_pipeline_preset
 from modern_llm.overlap import (SAME_MIX, NgramIndex, clean_rows, find_overlap, item_subsets, ngram_hashes, overlap_summary,
                                 run_overlap, training_sources, training_texts, word_batches, word_hashes, words)
+from modern_llm.presets import get_pipeline_preset
 from modern_llm.reading import documents, rows
 from modern_llm.scoring import items_interval, mcnemar, mean_interval, paired_difference, proportion_interval, ratio_interval
 from modern_llm.sources import DatasetNotFound, find_source

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from modern_llm import inputs, pipeline
-from modern_llm.cli import _key_values, main
+from modern_llm.cli import main
+from modern_llm.cli_run import _key_values
 from modern_llm.config import ConfigError
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import NOTEBOOKS, StageError
@@ -262,7 +263,7 @@ def test_status_needs_no_torch_and_shows_the_figures(tuned):
     assert code == 0 and all(part in text for part in ("pretrain", "sft", "finished", "bits per byte"))
     code, text = ask("status", "ot", "--output-dir", tuned)
     assert code == 2 and "did you mean 'it'" in text
-    check = "import sys; from modern_llm.cli import _key_values, main; main(['status'], standalone_mode=False); assert 'torch' not in sys.modules"
+    check = "import sys; from modern_llm.cli import main; main(['status'], standalone_mode=False); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0
 
 

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from modern_llm.config import get_pipeline_preset, to_dict
-from modern_llm.report import STAGES, ReportError, main_rows, summarise_seeds, write_report
+from modern_llm.overrides import to_dict
+from modern_llm.presets import get_pipeline_preset
+from modern_llm.report import STAGES, ReportError, summarise_seeds, write_report
+from modern_llm.report_eval import main_rows
 from modern_llm.report_page import Run, interval, markdown_table, number
 
 MEASURE = {"low": 0.5, "high": 0.7, "n": 40, "protocol": "40 held-out | things"}

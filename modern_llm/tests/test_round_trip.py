@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from modern_llm import hub, pipeline, synth
 from modern_llm.chat import encode_prompt
 from modern_llm.cli import main
-from modern_llm.config import get_pipeline_preset
 from modern_llm.files import read_json, write_json
 from modern_llm.generation import generate
 from modern_llm.inputs import StageError, find_checkpoint
 from modern_llm.models import load_model
+from modern_llm.presets import get_pipeline_preset
 from modern_llm.stage import with_model_of
 from modern_llm.tests.test_hub import other_tokenizer, token_ids, written
 from modern_llm.tokens import load_tokenizer

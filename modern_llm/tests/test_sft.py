@@ -15,10 +15,12 @@ import torch
 
 from modern_llm import sft, synth
 from modern_llm.chat import CHAT_TEMPLATE, Answer, end_id, padded_batch
-from modern_llm.config import ModelConfig, SFTConfig, get_pipeline_preset, override
+from modern_llm.config import ModelConfig, SFTConfig
 from modern_llm.data import build_token_cache
 from modern_llm.models import ModernDecoderLM, load_model, save_model
 from modern_llm.optim import lm_loss
+from modern_llm.overrides import override
+from modern_llm.presets import get_pipeline_preset
 from modern_llm.scoring import perplexity_ratio
 from modern_llm.sft import Example
 from modern_llm.tokens import load_tokenizer, save_tokenizer, train_tokenizer

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 
 from modern_llm import duration, submit
 from modern_llm.cli import main
-from modern_llm.config import get_pipeline_preset
 from modern_llm.files import read_json, sha256
 from modern_llm.inputs import NOTEBOOKS
+from modern_llm.presets import get_pipeline_preset
 from modern_llm.tests.slurm import loopback
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from modern_llm import stage as st
 from modern_llm.config import ConfigError
 from modern_llm.files import atomic_folder, read_json, write_json
+from modern_llm.inputs import StageError
+from modern_llm.overrides import parse_overrides
+from modern_llm.parameters import report_folder, resolve
+from modern_llm.preflight import fit_micro_batch
+from modern_llm.record import machine
+from modern_llm.stage import begin as begin_stage
+from modern_llm.stage import config_table
 
 DECLARED = ["preset", "run", "seed", "max_steps", "max_minutes", "device", "overrides", "output_dir", "resume", "force"]
 
@@ -15,7 +21,7 @@ DECLARED = ["preset", "run", "seed", "max_steps", "max_minutes", "device", "over
 def begin(tmp_path, cells=(), stage="pretrain", **values):
     parameters = {"preset": "lesson", "run": "", "seed": 0, "max_steps": None, "max_minutes": None, "device": "",
                   "overrides": "", "output_dir": str(tmp_path), "checkpoint": "", "resume": False, "force": False, **values}
-    return st.begin(stage, {**parameters, "In": list(cells)}, DECLARED + ["checkpoint"] * (stage != "pretrain"))
+    return begin_stage(stage, {**parameters, "In": list(cells)}, DECLARED + ["checkpoint"] * (stage != "pretrain"))
 
 
 @pytest.mark.parametrize("values, error, message", [
@@ -33,13 +39,13 @@ def begin(tmp_path, cells=(), stage="pretrain", **values):
     ({"overrides": "pretrain.lr=Infinity"}, ConfigError, "lr=inf must be .* finite"),
     ({"stage": "sft", "checkpoint": 3}, ConfigError, "checkpoint=3 is int, should be text"),
     ({"stage": "eval", "max_steps": 3}, ConfigError, "max_steps is no setting of EvalConfig"),
-    ({"stage": "sft", "preset": "local-smoke"}, st.StageError, "no finished stage pretrain.*--stage pretrain.*--checkpoint PATH"),
-    ({"stage": "dpo", "preset": "local-smoke", "checkpoint": "/no/where"}, st.StageError, "Tried /no/where, /no/where/checkpoint"),
+    ({"stage": "sft", "preset": "local-smoke"}, StageError, "no finished stage pretrain.*--stage pretrain.*--checkpoint PATH"),
+    ({"stage": "dpo", "preset": "local-smoke", "checkpoint": "/no/where"}, StageError, "Tried /no/where, /no/where/checkpoint"),
     ({"device": "gpu"}, ConfigError, "hardware.device='gpu' is unknown"),
     ({"run": "../up"}, ConfigError, "is no folder name"),
-    ({"overrides": "hardware.ranks=2"}, st.StageError, "hardware.ranks=2, but 1 process was started: run `modern-llm run --stage pretrain"),
+    ({"overrides": "hardware.ranks=2"}, StageError, "hardware.ranks=2, but 1 process was started: run `modern-llm run --stage pretrain"),
     ({"overrides": "hardware.ranks=3"}, ConfigError, "hardware.ranks=3 does not divide pretrain.batch_size=16"),
-    ({"overrides": "data.sources=no-such-data"}, st.StageError, "no-such-data"),
+    ({"overrides": "data.sources=no-such-data"}, StageError, "no-such-data"),
 ])
 def test_refused_before_anything_is_written(tmp_path, values, error, message):
     with pytest.raises(error, match=message):
@@ -59,7 +65,7 @@ def test_preset_too_big_for_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
-    with pytest.raises(st.StageError) as caught:
+    with pytest.raises(StageError) as caught:
         begin(tmp_path, preset="tacc-h100")
     for part in ("data.tokenizer=bpe", "needs a CUDA GPU with 70 GB", "memory: ", "data: ", "wikitext-103-raw-v1", "local-cpu", "device=cpu"):
         assert part in str(caught.value)
@@ -79,12 +85,12 @@ def test_record_and_existing_runs(tmp_path):
     assert record["stages"]["pretrain"]["status"] == "running" and record["config"]["pretrain"]["max_steps"] == 7
     assert {"git_commit", "versions", "device", "seed"} <= record.keys()
     assert read_json(first.folder / "params.json")["max_steps"] == 7
-    with pytest.raises(st.StageError, match="'mine' exists.*was begun.*resume=True.*force=True"):
+    with pytest.raises(StageError, match="'mine' exists.*was begun.*resume=True.*force=True"):
         begin(tmp_path, run="mine")
     assert begin(tmp_path, run="mine", resume=True).resume
     first.finish({"table": []})
     assert read_json(tmp_path / "mine" / "run.json")["stages"]["pretrain"]["status"] == "finished"
-    with pytest.raises(st.StageError, match="is finished"):
+    with pytest.raises(StageError, match="is finished"):
         begin(tmp_path, run="mine")
     again = begin(tmp_path, run="mine", force=True)
     assert not again.resume and not (again.folder / "results.json").exists()
@@ -98,17 +104,17 @@ def test_run_without_a_name_never_touches_another(tmp_path):
 def test_unwritable_folder_is_named(tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
-    with pytest.raises(st.StageError, match="cannot write to .*choose another place with output_dir"):
+    with pytest.raises(StageError, match="cannot write to .*choose another place with output_dir"):
         begin(blocker)
 
 
 def test_micro_batch_shrinks_to_the_memory_there_is():
-    config = st.resolve("pretrain", {"preset": "tacc-h100"})
-    fitted = st.fit_micro_batch(config, "pretrain", 40 * 2**30).pretrain
+    config = resolve("pretrain", {"preset": "tacc-h100"})
+    fitted = fit_micro_batch(config, "pretrain", 40 * 2**30).pretrain
     assert 1 <= fitted.micro_batch < config.pretrain.micro_batch
     assert fitted.batch_size == config.pretrain.batch_size == 128
-    with pytest.raises(st.StageError, match="even one sequence at a time"):
-        st.fit_micro_batch(config, "pretrain", 2**30)
+    with pytest.raises(StageError, match="even one sequence at a time"):
+        fit_micro_batch(config, "pretrain", 2**30)
 
 
 @pytest.mark.parametrize("text, nested", [
@@ -119,13 +125,13 @@ def test_micro_batch_shrinks_to_the_memory_there_is():
     ("", {}),
 ])
 def test_overrides(text, nested):
-    assert st.parse_overrides(text) == nested
+    assert parse_overrides(text) == nested
 
 
 def test_every_package_setting_is_json():
-    config = st.resolve("pretrain", {"preset": "lesson", "seed": 3, "device": "cpu", "max_minutes": 2})
+    config = resolve("pretrain", {"preset": "lesson", "seed": 3, "device": "cpu", "max_minutes": 2})
     assert (config.seed, config.hardware.device, config.pretrain.max_minutes) == (3, "cpu", 2.0)
-    json.dumps(st.machine("cpu"))
+    json.dumps(machine("cpu"))
 
 
 # ---- what a stage starts from ----------------------------------------------------------------------------------------
@@ -169,7 +175,7 @@ def test_stages_start_from_the_last_checkpoint_of_their_run(tmp_path):
 def test_an_unfinished_stage_is_no_start(tmp_path):
     finished(tmp_path, "pretrain", run="mine")
     (tmp_path / "mine" / "pretrain" / "results.json").unlink()
-    with pytest.raises(st.StageError, match="no finished stage pretrain"):
+    with pytest.raises(StageError, match="no finished stage pretrain"):
         begin(tmp_path, stage="sft", preset="local-smoke", run="mine")
     assert begin(tmp_path, stage="sft", preset="local-smoke", run="mine", checkpoint=str(tmp_path / "mine")).start.parent.name == "pretrain"
 
@@ -182,7 +188,7 @@ def test_a_checkpoint_given_by_hand_is_the_only_input_and_decides_the_architectu
     assert "model.width: 128 -> 32" in capsys.readouterr().err
     again = begin(tmp_path, stage="sft", run="mine", checkpoint=str(given), resume=True)
     assert again.resume and again.inputs == run.inputs
-    with pytest.raises(st.StageError, match="was begun from other weights"):
+    with pytest.raises(StageError, match="was begun from other weights"):
         begin(tmp_path, stage="sft", run="mine", resume=True)
 
 
@@ -199,7 +205,7 @@ def test_a_stage_asks_for_the_data_it_reads_and_no_other(tmp_path, monkeypatch, 
     monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
     finished(tmp_path, "pretrain")
     finished(tmp_path, "sft")
-    with pytest.raises(st.StageError, match=f"data: {source.split('=')[1].split()[0]} not found"):
+    with pytest.raises(StageError, match=f"data: {source.split('=')[1].split()[0]} not found"):
         begin(tmp_path, stage=stage, overrides=source, run="lesson", force=True)
     other = "attention" if stage != "attention" else "dpo"
     assert begin(tmp_path, stage=other, overrides=source, run="lesson", force=True).start
@@ -216,10 +222,10 @@ def test_the_record_keeps_what_it_says_of_other_stages(tmp_path):
 
 
 def test_the_config_table_shows_every_stage(tmp_path):
-    config = st.resolve("pretrain", {"preset": "lesson"})
+    config = resolve("pretrain", {"preset": "lesson"})
     for stage, rows in {"pretrain": {"budget", "data"}, "sft": {"replay fraction", "optimizer"}, "dpo": {"beta", "batch"},
                         "verifier": {"lm weight"}, "eval": {"num problems", "data"}, "attention": {"parameters"}}.items():
-        assert rows <= set(st.config_table(config, stage).index), stage
+        assert rows <= set(config_table(config, stage).index), stage
 
 
 def test_the_lesson_preset_makes_its_small_base_once(tmp_path, monkeypatch, capsys):
@@ -231,7 +237,7 @@ def test_the_lesson_preset_makes_its_small_base_once(tmp_path, monkeypatch, caps
     assert first.start.is_relative_to(tmp_path / "cache" / "bases") and set(first.inputs) == {"pretrain"}
     second = begin(tmp_path / "runs", stage="attention", overrides=small + " sft.lr=1e-4")
     assert "made before" in capsys.readouterr().err and second.inputs == first.inputs
-    other = st.resolve("sft", {"preset": "lesson", "overrides": small, "seed": 5})
+    other = resolve("sft", {"preset": "lesson", "overrides": small, "seed": 5})
     from modern_llm.inputs import base_name
 
     names = {base_name(("pretrain",), config, "cpu") for config in (first.config, second.config, other)}
@@ -239,9 +245,9 @@ def test_the_lesson_preset_makes_its_small_base_once(tmp_path, monkeypatch, caps
 
 
 def test_reports_of_runs_kept_elsewhere_stay_with_them(tmp_path):
-    assert st.report_folder(tmp_path / "mine") == tmp_path / "mine" / "report"
-    checkout = Path(st.__file__).resolve().parent.parent
-    assert st.report_folder(checkout / "runs" / "mine") == checkout / "report"
+    assert report_folder(tmp_path / "mine") == tmp_path / "mine" / "report"
+    checkout = Path(__file__).resolve().parents[2]
+    assert report_folder(checkout / "runs" / "mine") == checkout / "report"
 
 
 # ---- bad luck --------------------------------------------------------------------------------------------------------
@@ -249,22 +255,22 @@ def test_reports_of_runs_kept_elsewhere_stay_with_them(tmp_path):
 
 def test_a_preempted_stage_is_resumed_without_being_told_only_under_the_same_settings(tmp_path, capsys):
     first = begin(tmp_path, run="mine", max_steps=7)
-    with pytest.raises(st.StageError, match="was preempted and checkpointed"):
+    with pytest.raises(StageError, match="was preempted and checkpointed"):
         first.require("preempted")
     again = begin(tmp_path, run="mine", max_steps=7)
     assert again.resume and again.folder == first.folder and "was preempted, goes on" in capsys.readouterr().err
-    with pytest.raises(st.StageError, match="was stopped"):
+    with pytest.raises(StageError, match="was stopped"):
         again.require("stopped")
-    with pytest.raises(st.StageError, match="run 'mine' exists: stage pretrain was begun"):
+    with pytest.raises(StageError, match="run 'mine' exists: stage pretrain was begun"):
         begin(tmp_path, run="mine", max_steps=7)
-    begin(tmp_path, run="mine", max_steps=7, resume=True)._record("preempted")
-    with pytest.raises(st.StageError, match="run 'mine' exists"):
+    begin(tmp_path, run="mine", max_steps=7, resume=True).mark("preempted")
+    with pytest.raises(StageError, match="run 'mine' exists"):
         begin(tmp_path, run="mine", max_steps=8)
     assert not begin(tmp_path, run="mine", max_steps=7, force=True).resume
 
 
 def test_an_unnamed_run_is_resumed_after_preemption_too(tmp_path):
-    begin(tmp_path)._record("preempted")
+    begin(tmp_path).mark("preempted")
     assert begin(tmp_path).run == "lesson" and begin(tmp_path).run.startswith("lesson-2")
 
 
@@ -278,7 +284,7 @@ def test_changed_data_is_named_and_refused(tmp_path):
     path.touch()
     assert begin(tmp_path / "runs", **options, resume=True).resume, "the time alone says nothing"
     path.write_text("Tom has 4 hats.\n" * 50)
-    with pytest.raises(st.StageError, match=f"begun with other data: data file {path}: sha256 .* -> .*Put the former file back, or say force=True"):
+    with pytest.raises(StageError, match=f"begun with other data: data file {path}: sha256 .* -> .*Put the former file back, or say force=True"):
         begin(tmp_path / "runs", **options, resume=True)
     assert not begin(tmp_path / "runs", **options, force=True).resume
 
@@ -290,8 +296,8 @@ def test_a_disk_that_fills_up_is_named_and_costs_no_result(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(st, "write_json", full)
-        with pytest.raises(st.StageError, match="cannot write to .*mine.pretrain: No space left on device; make room .* resume=True"):
+        patch.setattr("modern_llm.record.write_json", full)
+        with pytest.raises(StageError, match="cannot write to .*mine.pretrain: No space left on device; make room .* resume=True"):
             run.finish({"table": []})
     assert not (run.folder / "results.json").exists() and begin(tmp_path, run="mine", resume=True).resume
     run.finish({"table": []})
@@ -304,7 +310,7 @@ def test_a_lost_device_is_named_with_the_way_on(tmp_path, capsys):
     shell = InteractiveShell()
     names = {"preset": "lesson", "run": "mine", "seed": 0, "max_steps": None, "max_minutes": None, "device": "", "overrides": "",
              "output_dir": str(tmp_path), "resume": False, "force": False}
-    run = st.begin("pretrain", {**names, "In": [], "get_ipython": lambda: shell}, DECLARED)
+    run = begin_stage("pretrain", {**names, "In": [], "get_ipython": lambda: shell}, DECLARED)
     shell.run_cell("import torch; raise torch.AcceleratorError('CUDA error: the device is gone')")
     assert "the device cpu is lost" in capsys.readouterr().err
     assert read_json(tmp_path / "mine" / "run.json")["stages"]["pretrain"]["status"] == "failed"

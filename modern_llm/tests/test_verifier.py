@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from modern_llm import synth
-from modern_llm.config import ConfigError, ModelConfig, VerifierConfig, get_pipeline_preset, override
+from modern_llm.config import ConfigError, ModelConfig, VerifierConfig
 from modern_llm.files import atomic_folder
 from modern_llm.models import ModernDecoderLM, load_model, save_model
+from modern_llm.overrides import override
+from modern_llm.presets import get_pipeline_preset
 from modern_llm.tasks import word_problems
 from modern_llm.tokens import train_tokenizer
 from modern_llm.trainer import Trainer, micro_batches

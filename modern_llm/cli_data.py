@@ -1,0 +1,110 @@
+"""The commands about presets and the data they need: `presets`, `datasets`, `prefetch`. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+from functools import partial
+
+import click
+
+from modern_llm.cli_common import Failure, as_table
+from modern_llm.config import ConfigError
+from modern_llm.overrides import to_dict
+from modern_llm.presets import ALIASES, PRESETS, get_pipeline_preset
+
+
+@click.command()
+@click.argument("preset", required=False)
+def presets(preset: str | None) -> None:
+    """List the presets, or print one (a name or a JSON file) with every setting."""
+    if preset:
+        try:
+            click.echo(json.dumps(to_dict(get_pipeline_preset(preset)), indent=2))
+        except ConfigError as error:
+            raise Failure(str(error)) from error
+        return
+    for name in PRESETS:
+        aka = "".join(f" (= {alias})" for alias, target in ALIASES.items() if target == name)
+        click.echo(f"{name + aka:24} {get_pipeline_preset(name).description}")
+
+
+def _wanted(preset: str) -> list[str]:
+    """Every data set that the stages of a preset read."""
+    from modern_llm.inputs import NOTEBOOKS, data_names
+
+    config = get_pipeline_preset(preset)
+    return list(dict.fromkeys(name for stage in NOTEBOOKS for name in data_names(config, stage))) or ["synthetic"]
+
+
+@click.command()
+@click.option("--preset", metavar="NAME|FILE.json", help="Check what this preset needs; exit code 1 if any is missing.")
+@click.option("--download", is_flag=True, help="First fetch them from the Hugging Face hub into its local cache.")
+@click.argument("names", nargs=-1)
+def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None:
+    """Look for every data source (or those of NAMES) and print where it was found, or why not.
+
+    Sources are looked up in $MODERN_LLM_DATA, a folder of plain files, then on the Hugging Face hub and in its cache.
+    The exit code is 0 only if all that was asked for is there; without names or a preset, the table alone is printed.
+
+    \b
+    modern-llm datasets --preset local-cpu
+    modern-llm datasets --download tinystories       once, where there is a network
+    modern-llm prefetch --preset tacc-h100           everything a preset needs: data, tokenizer, models to compare with
+    """
+    from modern_llm import reading
+    from modern_llm.sources import check_sources, remedy
+
+    try:
+        wanted = _wanted(preset) if preset else list(names)
+        if download and not wanted:
+            raise Failure("--download needs the names of data sets, or --preset")
+        for name in wanted if download else ():
+            reading.download(name)
+        rows = check_sources(wanted or None)
+    except (ConfigError, ValueError) as error:
+        raise Failure(str(error)) from error
+    click.echo(as_table(rows))
+    missing = [row["name"] for row in rows if row["status"] != "found"]
+    if missing:
+        root = os.environ.get("MODERN_LLM_DATA") or "not set"
+        text = f"Missing: {', '.join(missing)} (MODERN_LLM_DATA is {root}). For each of them, {remedy()}"
+        click.echo("\n" + textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
+    if wanted and missing:
+        sys.exit(1)
+
+
+@click.command()
+@click.option("--preset", required=True, metavar="NAME|FILE.json", help="Whose data, tokenizer and baselines.")
+def prefetch(preset: str) -> None:
+    """Fetch what a preset needs and this machine does not have, on a login node whose compute nodes have no network.
+
+    What is in $MODERN_LLM_DATA or in the hub's cache already is left as it is. On a cluster, first `source
+    slurm/environment.sh`, so that it lands on $SCRATCH, where the jobs look. The exit code is 0 only if everything is there.
+
+    \b
+    modern-llm prefetch --preset tacc-h100
+    """
+    from modern_llm import hub, reading
+    from modern_llm.sources import check_sources
+    from modern_llm.tokens import gpt2_tokenizer
+
+    try:
+        config = get_pipeline_preset(preset)
+        tasks = [(row["name"], None if row["status"] == "found" else partial(reading.download, row["name"]))
+                 for row in check_sources(_wanted(preset))]
+    except (ConfigError, ValueError) as error:
+        raise Failure(str(error)) from error
+    tasks += [("GPT-2's tokenizer", gpt2_tokenizer)] * (config.data.tokenizer == "gpt2")
+    tasks += [(name, partial(hub.find_model, name, download=True)) for name in config.eval.baselines]
+    failed = 0
+    for name, fetch in tasks:
+        try:
+            click.echo(f"{name}: {'here' if fetch is None or fetch() is not None else 'fetched'}")
+        except (ValueError, OSError) as error:
+            failed += 1
+            click.echo(f"{name}: missing. {error}")
+    if failed:
+        raise Failure(f"{failed} of {len(tasks)} are missing; jobs that need them would stop at their first cell")

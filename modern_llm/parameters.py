@@ -1,0 +1,113 @@
+"""What a stage is told: its parameters, refused when they are wrong, and the config and the folder that they come to.
+
+Shared by the stages, which get them from papermill, and the pipeline, which gets them from the command line. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from modern_llm.config import ConfigError, PipelineConfig, nearest
+from modern_llm.files import read_json
+from modern_llm.inputs import StageError, changes
+from modern_llm.locks import owner_of
+from modern_llm.overrides import override, parse_overrides
+from modern_llm.presets import get_pipeline_preset
+
+KINDS = {"preset": (str,), "run": (str, int), "overrides": (str,), "device": (str,), "output_dir": (str,),
+         "checkpoint": (str,), "resume": (bool,), "force": (bool,)}
+
+
+def injected_parameters(cells: list[str]) -> list[str]:
+    """The names assigned in papermill's injected cell, found among the executed cells (IPython's `In`)."""
+    found = []
+    for source in cells:
+        if source.startswith("# Parameters\n"):
+            for node in ast.parse(source).body:
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    found.append(node.targets[0].id)
+    return found
+
+
+def refuse_unknown(given: Iterable[str], declared: Iterable[str]) -> None:
+    """Raise ConfigError for a parameter the stage does not have: papermill itself only warns."""
+    for name in given:
+        if name not in declared and not name.startswith("PAPERMILL_"):
+            raise ConfigError(f"unknown parameter {name!r}{nearest(name, declared)}")
+
+
+def resolve(stage: str, parameters: dict) -> PipelineConfig:
+    """The preset with the notebook's parameters put in: overrides, seed, device, and the stage's max_steps/minutes."""
+    for name, kind in KINDS.items():
+        if not isinstance(value := parameters.get(name), (*kind, type(None))):
+            wanted = "True or False" if bool in kind else "text"
+            raise ConfigError(f"parameters: {name}={value!r} is {type(value).__name__}, should be {wanted}")
+    resolved = get_pipeline_preset(parameters["preset"])
+    resolved = override(resolved, parse_overrides(parameters.get("overrides") or ""), "overrides")
+    train = {k: parameters[k] for k in ("max_steps", "max_minutes") if parameters.get(k) is not None}
+    values: dict = {stage: train} if train else {}
+    if parameters.get("seed") is not None:
+        values["seed"] = parameters["seed"]
+    if parameters.get("device"):
+        values["hardware"] = {"device": parameters["device"]}
+    return override(resolved, values, "parameters")
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def runs_folder() -> Path:
+    """`$MODERN_LLM_RUNS`, else `runs/` of the checkout the package is installed from, else `runs/` here."""
+    if chosen := os.environ.get("MODERN_LLM_RUNS"):
+        return Path(chosen).expanduser()
+    checkout = Path(__file__).resolve().parent.parent
+    return (checkout if (checkout / "settings.ini").is_file() else Path.cwd()) / "runs"
+
+
+def report_folder(run_folder: Path) -> Path:
+    """`report/` of the checkout for a run that is kept in its `runs/`; a run elsewhere keeps its report with it."""
+    checkout = Path(__file__).resolve().parent.parent
+    inside = (checkout / "settings.ini").is_file() and run_folder.resolve().parent == checkout / "runs"
+    return checkout / "report" if inside else run_folder / "report"
+
+
+def preempted(folder: Path, wanted: dict) -> bool:
+    """Whether a scheduler ended this stage, and it was begun with the settings that are wanted now."""
+    record, params = folder.parent / "run.json", folder / "params.json"
+    if not (record.is_file() and params.is_file()):
+        return False
+    ended = read_json(record)["stages"].get(folder.name, {}).get("status")
+    return ended == "preempted" and not changes(read_json(params).get("config", {}), wanted)
+
+
+def choose_folder(stage: str, parameters: dict, wanted: dict | None = None) -> tuple[str, Path, bool]:
+    """Run name, stage folder and whether to resume. An existing stage is never touched without `resume` or `force`.
+
+    With `wanted`, the settings asked for, a stage that was preempted under the same settings is resumed without being told.
+    """
+    root = Path(parameters.get("output_dir") or runs_folder()).expanduser().resolve()
+    name = str(parameters.get("run") or Path(parameters["preset"]).stem)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"run={name!r} is no folder name: use letters, digits, '.', '_' and '-'")
+    folder, resume, force = root / name / stage, parameters.get("resume"), parameters.get("force")
+    resume = resume or (wanted is not None and not force and preempted(folder, wanted))
+    begun, named = (folder / "params.json").exists(), parameters.get("run")
+    if begun and named and not (resume or force):
+        how = "is finished" if (folder / "results.json").exists() else "was begun"
+        raise StageError(f"run {name!r} exists: stage {stage} {how} in {folder}; say resume=True to go on, "
+                         "force=True to delete it and begin anew, or choose another run name")
+    if not (named or resume or force) and (begun or is_in_use(root / name)):
+        name += datetime.datetime.now().strftime("-%Y%m%d-%H%M%S")
+        folder = root / name / stage
+    return name, folder, bool(resume and (folder / "params.json").exists())
+
+
+def is_in_use(run_folder: Path) -> bool:
+    """Whether another process works on a run."""
+    owner = owner_of(run_folder)
+    return owner is not None and owner["pid"] != os.getpid()
