@@ -24,7 +24,7 @@ from modern_llm.inputs import NOTEBOOKS, StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=6 pretrain.eval_every=6 "
-         "pretrain.checkpoint_every=2 sft.max_steps=60 sft.checkpoint_every=2 sft.eval_every=60 sft.batch_size=2 "
+         "pretrain.checkpoint_every=2 sft.max_steps=24 sft.checkpoint_every=2 sft.eval_every=24 sft.batch_size=2 "
          "sft.max_train_examples=60 sft.max_validation_examples=4 dpo.max_steps=20 dpo.batch_size=2 dpo.checkpoint_every=2 "
          "dpo.eval_every=20 dpo.max_train_pairs=20 dpo.max_validation_pairs=4 verifier.max_steps=20 verifier.batch_size=4 "
          "verifier.checkpoint_every=2 verifier.eval_every=20 verifier.train_problems=6 verifier.validation_problems=4 "
@@ -84,7 +84,7 @@ def weights(folder: Path) -> dict:
 def test_a_stage_records_what_it_depends_on(tuned):
     record = read_json(tuned / "it" / "sft" / "params.json")
     pretrained = tuned / "it" / "pretrain" / "checkpoint"
-    assert set(record["config"]) == {"data", "sft", "seed"} and record["config"]["sft"]["max_steps"] == 60
+    assert set(record["config"]) == {"data", "sft", "seed"} and record["config"]["sft"]["max_steps"] == 24
     assert record["inputs"] == {"pretrain": {"path": str(pretrained),
                                              "sha256": read_json(pretrained / "meta.json")["sha256"]["model.safetensors"]}}
     entries = read_json(tuned / "it" / "run.json")["stages"]
