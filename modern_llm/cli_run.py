@@ -57,6 +57,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     """
     from modern_llm import pipeline
     from modern_llm.inputs import Preempted
+    from modern_llm.outcomes import runs_table
     from modern_llm.inputs import StageError
     from modern_llm.ranks import gathered
     from modern_llm.submit import note_this_job
@@ -88,7 +89,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     except (ConfigError, StageError, FileNotFoundError) as error:
         raise Failure(str(error)) from error
     if stage == "all":
-        rows = pipeline.runs_table(plan.run_folder.parent, plan.run_folder.name)
+        rows = runs_table(plan.run_folder.parent, plan.run_folder.name)
         click.echo(f"\n{as_table([{key: row[key] for key in ('stage', 'status', 'minutes', 'figures')} for row in rows])}")
         click.echo(f"\n{len(plan.stages)} stages in {(time.time() - began) / 60:.1f} minutes; run {plan.run_folder}")
 
@@ -104,6 +105,7 @@ def _print_plan(plan) -> None:
 def _run_step(step) -> None:
     """Execute what a step asks for; leaves the program with the stage's exit code if it fails."""
     from modern_llm import pipeline
+    from modern_llm.outcomes import summary
 
     if step.action == "skip":
         click.echo(f"{step.stage}: skipped, {step.why} ({step.folder})")
@@ -117,7 +119,7 @@ def _run_step(step) -> None:
             click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}. When the cause is "
                        "mended, the same command goes on there", err=True)
         sys.exit(code)
-    click.echo(pipeline.summary(step))
+    click.echo(summary(step))
 
 
 def _key_values(items: tuple[str, ...]) -> dict:
@@ -206,7 +208,7 @@ def status(name: str | None, output_dir: str | None) -> None:
     modern-llm status local-smoke
     """
     from modern_llm.parameters import runs_folder
-    from modern_llm.pipeline import runs_table
+    from modern_llm.outcomes import runs_table
     from modern_llm.submit import with_jobs
 
     root = Path(output_dir or runs_folder()).expanduser()

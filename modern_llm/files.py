@@ -155,7 +155,7 @@ def check_folder(folder: str | Path) -> dict:
         raise DamagedFolder(f"{folder / 'meta.json'} is missing or damaged: {error}") from error
     for name, digest in sums.items():
         if not (folder / name).is_file():
-            raise DamagedFolder(f"{folder / name} is missing: the folder is incomplete")
+            raise DamagedFolder(f"{folder / name} is missing, which meta.json names: the folder is incomplete")
         if sha256(folder / name) != digest:
             raise DamagedFolder(f"{folder / name} is truncated or changed: its sha256 is not the one in meta.json")
     return meta

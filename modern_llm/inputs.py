@@ -1,4 +1,4 @@
-"""What a stage starts from: earlier checkpoints of its run, one given by hand, or (preset "lesson") a small base made once.
+"""What a stage starts from: earlier checkpoints of its run, or one given by hand.
 
 Plain plumbing under `stage`. Also the facts about stages that both a stage and the pipeline need: which notebook it is,
 which settings it depends on, which data it reads. Imports no torch.
@@ -6,7 +6,6 @@ which settings it depends on, which data it reads. Imports no torch.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -15,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -308,73 +306,3 @@ def start_papermill(notebook: Path, output: Path, parameters: dict) -> subproces
     kernel = os.environ | {"MODERN_LLM_NOTEBOOK": str(output)}  # the kernel keeps a copy of it in the run
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=kernel,
                             start_new_session=True)  # out of reach of the terminal's Ctrl-C
-
-
-# ---- the small base of the lesson preset -----------------------------------------------------------------------------
-
-
-def code_digest(notebook: Path) -> str:
-    """A digest of the notebook's code and of every module of the package that it imports, directly or not."""
-    package, seen, texts = Path(__file__).resolve().parent, set(), []
-    cells = [cell for cell in read_json(notebook)["cells"] if cell["cell_type"] == "code"]
-    waiting = ["".join(cell["source"]) for cell in cells]
-    while waiting:
-        texts.append(text := waiting.pop())
-        code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("%", "!")))
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("modern_llm")):
-                module = (node.module or "").removeprefix("modern_llm").lstrip(".")
-                for name in (module, *(alias.name for alias in node.names)):
-                    path = package / f"{name}.py"
-                    if path.is_file() and path not in seen:
-                        seen.add(path)
-                        waiting.append(path.read_text(encoding="utf-8"))
-    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()
-
-
-def base_name(stages: tuple[str, ...], config: PipelineConfig, device: str) -> str:
-    """The run name of the last of `stages`, made one from the other: it changes with their settings and their code."""
-    parts = [device, *(part for stage in stages for part in (sections(config, stage), code_digest(notebooks_folder() / NOTEBOOKS[stage])))]
-    return f"{config.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
-
-
-def make_bases(stage: str, config: PipelineConfig, parameters: dict, device: str) -> dict[str, Path]:
-    """The checkpoints that `stage` needs, made by the notebooks of the earlier stages, once, and kept in the cache.
-
-    Another process that wants the same base waits for the first. One line says what was made, what reused, and where.
-    """
-    from modern_llm.tokens import cache_root, one_builder
-
-    root, chain = cache_root() / "bases", BASES[stage]
-    made: dict[str, Path] = {}
-    how = []
-    for count, earlier in enumerate(chain, 1):
-        folder = root / base_name(chain[:count], config, device)
-        with one_builder(folder):
-            began, ready = time.time(), own_checkpoint(folder, earlier)
-            if ready is None:
-                say(f"{stage}: nothing to start from in this run: making a small base, stage {earlier}, once …")
-                _make_base(earlier, folder, start_of(made), parameters)
-            how.append(f"{earlier} ({'made before' if ready else f'made in {time.time() - began:.0f} s'}, {folder.name})")
-        made[earlier] = own_checkpoint(folder, earlier)
-    say(f"{stage}: small base: {', '.join(how)}, kept in {root}")
-    return made
-
-
-def _make_base(stage: str, folder: Path, start: Path | None, parameters: dict) -> None:
-    notebook = notebooks_folder() / NOTEBOOKS[stage]
-    values = {name: parameters[name] for name in ("preset", "seed", "device", "overrides") if parameters.get(name) not in (None, "")}
-    values["overrides"] = f"{values.get('overrides', '')} hardware.ranks=1".strip()  # made by this process alone
-    values |= {"run": folder.name, "output_dir": str(folder.parent), "resume": True}
-    if start:
-        values["checkpoint"] = str(start)
-    (folder / stage).mkdir(parents=True, exist_ok=True)
-    process = start_papermill(notebook, folder / stage / "notebook.ipynb", values)
-    try:
-        text = process.communicate()[0].decode("utf-8", "replace")
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode or own_checkpoint(folder, stage) is None:
-        last = "\n".join(text.strip().splitlines()[-8:])
-        raise StageError(f"the small base could not be made: {notebook.name} failed, see {folder / stage / 'notebook.ipynb'}\n{last}")

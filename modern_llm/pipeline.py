@@ -272,6 +272,13 @@ def trains(stage: str) -> bool:
     return isinstance(getattr(PipelineConfig(), stage, None), TrainConfig)
 
 
+def status(step: Step) -> str:
+    """What `run.json` says of the stage: "running", "finished", "stopped", …; "unknown" if it never began."""
+    path = step.folder.parent / "run.json"
+    stages = read_json(path)["stages"] if path.exists() else {}
+    return stages.get(step.stage, {}).get("status", "unknown")
+
+
 def mark(step: Step, status: str) -> None:
     """Note in `run.json` how a stage ended that could not do so itself."""
     path = step.folder.parent / "run.json"
@@ -329,65 +336,3 @@ def _show(stream) -> None:
             print(line, flush=True)
     if held:
         print("\n".join(held), flush=True)
-
-
-# ---- what was done ---------------------------------------------------------------------------------------------------
-
-
-def status(step: Step) -> str:
-    """What `run.json` says of the stage: "running", "finished", "stopped", …; "unknown" if it never began."""
-    path = step.folder.parent / "run.json"
-    stages = read_json(path)["stages"] if path.exists() else {}
-    return stages.get(step.stage, {}).get("status", "unknown")
-
-
-HEADLINES = {  # how the names of a stage's telling figures begin
-    "pretrain": ("bits per byte", "above the floor"),
-    "sft": ("ends by itself and parses", "instruction exact match, SFT", "perplexity tax"),
-    "dpo": ("preference accuracy, after", "implicit-reward accuracy", "perplexity tax"),
-    "verifier": ("within-problem AUC", "weighted_vote@", "best_of_n@"),
-}
-
-
-def headline(stage: str, results: dict) -> str:
-    """A few figures of a stage on one line."""
-    rows = [row for row in results.get("table", []) if row.get("value") is not None]
-    first = [next((row for row in rows if row["metric"].startswith(start)), None) for start in HEADLINES.get(stage, ())]
-    chosen = [row for row in first if row] or rows[:3]
-    return ", ".join(f"{row['metric']} {row['value']:.3g}" for row in chosen)
-
-
-def summary(step: Step) -> str:
-    """The stage's figures, from its `results.json`."""
-    if step.stage == "report":
-        return f"report: {read_json(step.folder / 'run.json')['report']['path']}"
-    results = read_json(step.folder / "results.json")
-    lines = [f"{step.stage}: finished, record in {step.folder}"]
-    for row in results.get("table", []):
-        interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low") is not None else ""
-        value = "none" if row["value"] is None else f"{row['value']:.3f}"
-        lines.append(f"  {row['metric']:40} {value}{interval}  {row.get('protocol', '')}")
-    return "\n".join(lines)
-
-
-def runs_table(root: Path, only: str | None = None) -> list[dict]:
-    """One row a stage of every run in a folder, as the files tell it: run, stage, status, minutes, headline."""
-    rows = []
-    for path in sorted(root.glob("*/run.json"), key=lambda path: path.stat().st_mtime):
-        if only and path.parent.name != only:
-            continue
-        record = read_json(path)
-        stages = record.get("stages", {})
-        for stage in [*(name for name in NOTEBOOKS if name in stages), *(name for name in stages if name not in NOTEBOOKS)]:
-            entry, results = stages[stage], path.parent / stage / "results.json"
-            state = entry["status"]
-            if state == "running" and not is_alive(entry) and entry.get("pid") != os.getpid() and not owner_of(path.parent):
-                state = "killed" if entry.get("pid") else "unknown"
-            figures = headline(stage, read_json(results)) if results.is_file() else ""
-            minutes = f"{entry['seconds'] / 60:.1f}" if entry.get("seconds") and state not in ("running", "killed") else ""
-            rows.append({"run": path.parent.name, "stage": stage, "status": state, "started": entry["started"][:16].replace("T", " "),
-                         "minutes": minutes, "figures": figures})
-        if report := record.get("report"):
-            rows.append({"run": path.parent.name, "stage": "report", "status": "finished" if Path(report["path"]).is_file() else "gone",
-                         "started": "", "minutes": "", "figures": report["path"]})
-    return rows

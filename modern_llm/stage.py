@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 from modern_llm import counts
+from modern_llm.bases import make_bases
 from modern_llm.config import GPT2_VOCAB_SIZE, PipelineConfig, TrainConfig
 from modern_llm.files import read_json
 from modern_llm.inputs import (
     DATA, NOTEBOOKS, SLOW_AND_UNUSED, WARNINGS, Preempted, StageError, changed_data, changes, data_files, described, find_checkpoint,
-    found_inputs, is_model, make_bases, no_inputs, notebooks_folder, own_inputs, say, sections, setting, start_of,
+    found_inputs, is_model, no_inputs, notebooks_folder, own_inputs, say, sections, setting, start_of,
 )
 from modern_llm.locks import RunLock
 from modern_llm.overrides import override, to_dict

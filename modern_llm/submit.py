@@ -120,7 +120,7 @@ def jobs_of(run_folder: Path) -> list[dict]:
 
 
 def with_jobs(rows: list[dict], root: Path, only: str | None = None) -> list[dict]:
-    """The rows of `pipeline.runs_table` with a column `job`, and a row for every stage that still waits for its job.
+    """The rows of `runs_table` with a column `job`, and a row for every stage that still waits for its job.
 
     Where no run was ever submitted the rows stay as they are.
     """

@@ -21,6 +21,7 @@ from modern_llm.cli_run import _key_values
 from modern_llm.config import ConfigError
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import NOTEBOOKS, StageError
+from modern_llm.outcomes import runs_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=6 pretrain.eval_every=6 "
@@ -214,7 +215,7 @@ def test_killed_command_leaves_no_orphan_and_the_same_command_finishes_it(stage,
     process.wait()
     gone, alive = psutil.wait_procs(family, timeout=10)
     assert not alive and not (folder / "results.json").exists()
-    assert [row["status"] for row in pipeline.runs_table(tmp_path) if row["stage"] == stage] == ["killed"]
+    assert [row["status"] for row in runs_table(tmp_path) if row["stage"] == stage] == ["killed"]
 
     text = finish(*words(stage, tmp_path))
     assert f"{stage}: resume" in text

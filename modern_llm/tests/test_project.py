@@ -46,15 +46,17 @@ ALLOWED = {
     "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
     "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
-    "report_figures": {"figures"}, "report_page": {"files"},
-    "report": {"config", "counts", "files", "overrides", "report_eval", "report_figures", "report_page"}, "report_eval": {"report_figures", "report_page"},
-    "locks": {"inputs"},
+    "report_figures": {"figures"}, "report_page": {"files"}, "report_seeds": {"report_page"},
+    "report": {"config", "counts", "files", "overrides", "report_eval", "report_figures", "report_page", "report_seeds"},
+    "report_eval": {"report_figures", "report_page"},
+    "bases": {"config", "files", "inputs", "tokens"}, "locks": {"inputs"},
     "parameters": {"config", "files", "inputs", "locks", "overrides", "presets"}, "preflight": {"checkpoints", "config", "counts", "inputs"},
     "record": {"config", "files", "inputs", "locks", "overrides", "parameters", "preflight", "ranks"},
-    "stage": {"checkpoints", "config", "counts", "distributed", "files", "inputs", "locks", "models", "overrides", "parameters", "preflight", "ranks",
-              "record"},
+    "stage": {"bases", "checkpoints", "config", "counts", "distributed", "files", "inputs", "locks", "models", "overrides", "parameters", "preflight",
+              "ranks", "record"},
     "verifier": {"chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "inputs", "locks", "overrides", "parameters", "presets", "record", "report"},
+    "outcomes": {"files", "inputs", "locks", "pipeline"},
     "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "parameters", "tokens"},
     "duration": {"config", "counts"},
     "submit": {"config", "duration", "files", "inputs", "pipeline"},
@@ -62,14 +64,14 @@ ALLOWED = {
     "faults_run": {"checkpoints", "disturb"},
     "faults": {"config", "data", "disturb", "faults_run", "files", "inputs", "locks", "models", "stage", "tokens"},
     "cli": {"cli_data", "cli_models", "cli_run"}, "cli_common": {"files", "inputs"},
-    "cli_run": {"cli_common", "config", "inputs", "parameters", "pipeline", "ranks", "submit"},
+    "cli_run": {"cli_common", "config", "inputs", "outcomes", "parameters", "pipeline", "ranks", "submit"},
     "cli_models": {"cli_common", "export", "inference", "talk"},
     "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
 }
 NO_TORCH = {"config", "overrides", "presets", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading",
-            "parameters", "preflight", "record", "stage", "inputs", "locks", "pipeline", "ranks", "duration", "submit", "cli", "cli_common",
-            "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "hub",
-            "llama_layout", "export"}
+            "parameters", "preflight", "record", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "submit", "cli",
+            "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
+            "hub", "llama_layout", "export"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

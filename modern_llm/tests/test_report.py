@@ -10,9 +10,10 @@ import pytest
 
 from modern_llm.overrides import to_dict
 from modern_llm.presets import get_pipeline_preset
-from modern_llm.report import STAGES, ReportError, summarise_seeds, write_report
+from modern_llm.report import write_report
 from modern_llm.report_eval import main_rows
-from modern_llm.report_page import Run, interval, markdown_table, number
+from modern_llm.report_page import STAGES, ReportError, Run, interval, markdown_table, number
+from modern_llm.report_seeds import summarise_seeds
 
 MEASURE = {"low": 0.5, "high": 0.7, "n": 40, "protocol": "40 held-out | things"}
 LEDGER = """stage,task,metric,value,low,high,n,protocol,seconds

@@ -238,7 +238,7 @@ def test_the_lesson_preset_makes_its_small_base_once(tmp_path, monkeypatch, caps
     second = begin(tmp_path / "runs", stage="attention", overrides=small + " sft.lr=1e-4")
     assert "made before" in capsys.readouterr().err and second.inputs == first.inputs
     other = resolve("sft", {"preset": "lesson", "overrides": small, "seed": 5})
-    from modern_llm.inputs import base_name
+    from modern_llm.bases import base_name
 
     names = {base_name(("pretrain",), config, "cpu") for config in (first.config, second.config, other)}
     assert len(names) == 2, "another seed makes another base, another learning rate of SFT does not"
