@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ROLES', 'CHAT_TEMPLATE', 'Message', 'Example', 'end_id', 'special_id', 'encode_chat', 'encode_prompt',
            'encode_example', 'example_rows', 'padded_batch', 'PackedExamples', 'Answer', 'continuations', 'answer',
-           'speaks_chat', 'document_prompt']
+           'document_prompt', 'speaks_chat']
 
 # %% ../nbs/03a_chat.ipynb #template
 ROLES = ("system", "user", "assistant")
@@ -184,12 +184,6 @@ def answer(model: ModernDecoderLM, tokenizer: Tokenizer, requests: Sequence[str]
     return continuations(model, tokenizer, [encode_prompt(tokenizer, r) for r in requests], end_id(tokenizer), **options)
 
 # %% ../nbs/03a_chat.ipynb #document-prompt
-def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
-    """Whether a checkpoint was tuned for chat: its answers end with <|end|>, which its config.json says."""
-    eos = read_json(Path(folder) / "config.json").get("eos_token_id")
-    return eos is not None and eos == tokenizer.token_to_id("<|end|>")
-
-
 def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str, room: int, separator: str | None = None) -> list[int]:
     """Token ids of `opening` behind as many of the `examples` as fit into `room` tokens with it, the first one nearest.
 
@@ -208,3 +202,9 @@ def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str,
             break
         ids = [end, *part, *ids]
     return ids
+
+# %% ../nbs/03a_chat.ipynb #speaks-chat
+def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
+    """Whether a checkpoint was tuned for chat: its answers end with <|end|>, which its config.json says."""
+    eos = read_json(Path(folder) / "config.json").get("eos_token_id")
+    return eos is not None and eos == tokenizer.token_to_id("<|end|>")
