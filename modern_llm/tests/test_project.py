@@ -35,10 +35,11 @@ ALLOWED = {
     "chat": {"data", "files", "generation", "models", "tokens"},  # the model as a type only
     "tasks": {"chat", "config", "models", "reading", "scoring", "synth", "tokens"},
     "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tasks", "tokens"},
-    "fewshot": {"generation", "scoring", "synth", "tokens"},
+    "prefix": {"generation"},
+    "fewshot": {"prefix", "scoring", "synth", "tokens"},
     "trainer": {"config", "distributed", "files", "optim", "checkpoints"},
     "ledger": {"files", "scoring"},
-    "evals": {"chat", "data", "fewshot", "files", "hub", "ledger", "perplexity", "scoring", "tasks", "tokens"},
+    "evals": {"chat", "data", "fewshot", "files", "hub", "ledger", "perplexity", "prefix", "scoring", "tasks", "tokens"},
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks", "tokens"},
     "inputs": {"config", "files", "hub", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
