@@ -34,7 +34,8 @@ ALLOWED = {
     "checkpoints": {"config", "files", "optim"},
     "chat": {"data", "files", "generation", "models", "tokens"},  # the model as a type only
     "tasks": {"chat", "config", "models", "reading", "scoring", "synth", "tokens"},
-    "dpo": {"chat", "config", "files", "generation", "models", "optim", "reading", "scoring", "synth", "tasks", "tokens"},
+    "pairs": {"chat", "config", "optim", "reading", "synth", "tokens"},
+    "dpo": {"chat", "config", "files", "generation", "models", "optim", "pairs", "reading", "scoring", "synth", "tasks", "tokens"},
     "prefix": {"generation"},
     "fewshot": {"prefix", "scoring", "synth", "tokens"},
     "trainer": {"config", "distributed", "files", "optim", "checkpoints"},
