@@ -16,7 +16,7 @@ import torch
 from modern_llm import synth
 from modern_llm.config import ModelConfig
 from modern_llm.export import export_model
-from modern_llm.fewshot import (channel_suffix, draw_demonstrations, encode_prompts, label_log_probs, prompt_prefix, prompt_suffix)
+from modern_llm.fewshot import channel_suffix, draw_demonstrations, encode_prompts, label_log_probs, prompt_prefix, prompt_suffix
 from modern_llm.hub import load
 from modern_llm.models import ModernDecoderLM, save_model
 from modern_llm.perplexity import cut_texts, detokenise, held_out_pages, protocol_rows, score_documents
