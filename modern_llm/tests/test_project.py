@@ -44,7 +44,7 @@ ALLOWED = {
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks", "tokens"},
     "inputs": {"config", "files", "hub", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
-    "hub": {"files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
+    "hub": {"chat", "files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
     "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
     "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
