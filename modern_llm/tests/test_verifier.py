@@ -19,7 +19,8 @@ from modern_llm.overrides import override
 from modern_llm.presets import get_pipeline_preset
 from modern_llm.tasks import word_problems
 from modern_llm.tokens import train_tokenizer
-from modern_llm.trainer import Trainer, micro_batches
+from modern_llm.train_step import micro_batches
+from modern_llm.trainer import Trainer
 from modern_llm.verifier import (
     AnswerBatches, VerifierModel, calibrate, calibration_error, encode_candidate, fork_of, judgements, load_verifier, perturb, read_answers,
     reliability, rerank_differences, running_surprise, sampling_plan, save_verifier, score, score_answers, small_encoder,
