@@ -246,16 +246,28 @@ def test_a_chain_stops_where_a_stage_fails(cluster):
     assert re.search(rf"dpo +to do +{jobs['dpo']} CANCELLED", text)
 
 
+def four_steps(name: str, *options: str) -> str:
+    """Submit a job of four steps of pretraining; its number."""
+    return sbatch(*options, "--partition=main", "slurm/stage.slurm", "pretrain", "slurm/smoke.json", name, "-p", "pretrain.max_steps=4",
+                  "-p", "pretrain.log_every=1")
+
+
+@pytest.fixture(scope="module")
+def alone(cluster):
+    """The job of one process that the two nodes are compared with; it runs beside them."""
+    return four_steps("alone")
+
+
 @needs_slurm
 @pytest.mark.parametrize("launcher, tasks, ranks", [("srun", 1, 2), ("torchrun", 2, 4)])
-def test_two_nodes_train_as_one(cluster, launcher, tasks, ranks):
-    """On each of two nodes a rank started by srun, or two by srun torchrun: the losses of the chain's pretraining, which one process did."""
+def test_two_nodes_train_as_one(cluster, alone, launcher, tasks, ranks):
+    """On each of two nodes a rank started by srun, or two by srun torchrun: the losses of one process."""
     run = cluster / launcher
-    job = sbatch("--nodes=2", f"--ntasks-per-node={tasks}", f"--export=ALL,MODERN_LLM_LAUNCHER={launcher}", "--partition=main",
-                 "slurm/stage.slurm", "pretrain", "slurm/smoke.json", run.name, "-p", "pretrain.max_steps=4", "-p", "pretrain.log_every=1")
+    job = four_steps(launcher, "--nodes=2", f"--ntasks-per-node={tasks}", f"--export=ALL,MODERN_LLM_LAUNCHER={launcher}")
     assert end_of(job) == ("COMPLETED", "0:0"), log(run)
     assert seen(job)["NodeList"] == "n[1-2]" and read_json(run / "run.json")["config"]["hardware"]["ranks"] == ranks
-    one, several = (losses(cluster / name / "pretrain") for name in ("chain", launcher))
+    assert end_of(alone) == ("COMPLETED", "0:0"), log(cluster / "alone")
+    one, several = (losses(cluster / name / "pretrain") for name in ("alone", launcher))
     assert len(one) == 4 and several == pytest.approx(one, rel=1e-6)
 
 
