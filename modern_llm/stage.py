@@ -177,13 +177,13 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
     shell = namespace.get("get_ipython", lambda: None)()
     if shell is None:
         return
-    busy = threading.Event()
+    busy, warned = threading.Event(), threading.Event()
     busy.set()  # this very cell
 
     def after_cell(result) -> None:
         busy.clear()
         error = result.error_in_exec
-        if error is None or isinstance(error, (StageError, Preempted)):
+        if error is None or isinstance(error, (StageError, Preempted)) or warned.is_set():  # code in C may turn Preempted into another error
             return
         if isinstance(error, getattr(sys.modules.get("torch"), "AcceleratorError", ())):
             say(f"{stage.stage}: the device {stage.device} is lost. What {stage.folder} holds is whole: run again with run={stage.run!r} and "
@@ -196,6 +196,7 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
         stage.mark("preempted")
         name = signal.Signals(number).name
         if busy.is_set():
+            warned.set()
             raise Preempted(f"{name}: stage {stage.stage} was ended between two of its results; what it has kept in {stage.folder} stays, "
                             "and the same start goes on there")
         say(f"{stage.stage}: ended by {name}")

@@ -1,13 +1,14 @@
 """A stage starts only when it can, and refuses by naming the value, the place and the remedy; nothing is written then."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from modern_llm.config import ConfigError
 from modern_llm.files import atomic_folder, read_json, write_json
-from modern_llm.inputs import StageError
+from modern_llm.inputs import WARNINGS, StageError
 from modern_llm.overrides import parse_overrides
 from modern_llm.parameters import report_folder, resolve
 from modern_llm.preflight import fit_micro_batch
@@ -314,4 +315,25 @@ def test_a_lost_device_is_named_with_the_way_on(tmp_path, capsys):
     shell.run_cell("import torch; raise torch.AcceleratorError('CUDA error: the device is gone')")
     assert "the device cpu is lost" in capsys.readouterr().err
     assert read_json(tmp_path / "mine" / "run.json")["stages"]["pretrain"]["status"] == "failed"
+    run.lock.release()
+
+
+def test_a_warning_that_code_in_c_turns_into_another_error_is_a_warning_still(tmp_path):
+    """As the reader of safetensors does, when a signal arrives while it makes a tensor."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    class ZMQInteractiveShell(InteractiveShell):
+        """A kernel's shell, by its name."""
+
+    shell, former = ZMQInteractiveShell(), {number: signal.getsignal(number) for number in WARNINGS}
+    names = {"preset": "lesson", "run": "mine", "seed": 0, "max_steps": None, "max_minutes": None, "device": "", "overrides": "",
+             "output_dir": str(tmp_path), "resume": False, "force": False}
+    try:
+        run = begin_stage("pretrain", {**names, "In": [], "get_ipython": lambda: shell}, DECLARED)
+        cell = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    raise ValueError('no shape')"
+        assert isinstance(shell.run_cell(cell).error_in_exec, ValueError)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    assert read_json(tmp_path / "mine" / "run.json")["stages"]["pretrain"]["status"] == "preempted"
     run.lock.release()
