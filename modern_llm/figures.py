@@ -11,18 +11,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import PIL.Image
 import seaborn as sns
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 COLOURS = sns.color_palette("colorblind")
 
 
+def small_png(fig) -> bytes:
+    """The figure as a PNG of 128 colours: to the eye the same, in a third of the bytes."""
+    fig.savefig(picture := io.BytesIO(), format="png", dpi=fig.dpi, bbox_inches="tight")
+    PIL.Image.open(picture).convert("RGB").quantize(128).save(small := io.BytesIO(), format="png", optimize=True)
+    return small.getvalue()
+
+
 def figure(width: float = 6.0, height: float = 3.0, columns: int = 1, rows: int = 1, **options):
-    """A figure of `width` × `height` inches at 100 dpi and its axes (one, or an array of rows × columns)."""
+    """A figure of `width` × `height` inches at 100 dpi and its axes (one, or an array of rows × columns); notebooks store its `small_png`."""
+    from IPython import get_ipython
+
     sns.set_theme(style="ticks", context="notebook", palette="colorblind", font_scale=0.8)
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
                          "legend.frameon": False, "savefig.dpi": 100})
-    return plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained", **options)
+    drawing = plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained", **options)
+    if shell := get_ipython():  # after the first figure, with which matplotlib sets its own formatter
+        shell.display_formatter.formatters["image/png"].for_type(plt.Figure, small_png)
+    return drawing
 
 
 def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "", colour_bar: bool = True, **options):
@@ -83,9 +96,8 @@ def live_curves(metrics_file: Path, seconds: float = 2.0, **options) -> Iterator
         rows = rows[: rows.rfind(b"\n") + 1]  # a row may be half written
         if rows.count(b"\n") > 1 and rows != drawn:
             fig = training_curves(pd.read_json(io.BytesIO(rows), lines=True), **options)
-            fig.savefig(picture := io.BytesIO(), format="png")
+            handle.update(Image(small_png(fig)))
             plt.close(fig)
-            handle.update(Image(picture.getvalue()))
             drawn = rows
 
     def watch() -> None:
