@@ -32,7 +32,7 @@ __all__ = ['SYNTHETIC_TOKENS', 'CACHE_VERSION', 'plain_array', 'TokenCache', 'bu
            'pack_documents', 'row_pattern', 'Pieces', 'PackedBatches', 'validation_batches', 'bits_per_byte',
            'load_corpus', 'data_card']
 
-# %% ../nbs/02a_data.ipynb #token-cache
+# %% ../nbs/02a_data.ipynb #plain-array
 def plain_array(path: Path) -> np.ndarray:
     """The array in a .npy file. DamagedFolder if it holds anything else, such as objects, which could run code."""
     try:
@@ -40,7 +40,7 @@ def plain_array(path: Path) -> np.ndarray:
     except ValueError as error:
         raise DamagedFolder(f"{path} is refused, it holds more than a plain array: {error}") from error
 
-
+# %% ../nbs/02a_data.ipynb #token-cache
 @dataclass(frozen=True)
 class TokenCache:
     """A tokenised corpus on disk: one flat memory-mapped array, documents end to end, each opened by <|endoftext|>.
