@@ -231,6 +231,8 @@ def row_pattern(lengths: np.ndarray, capacity: int, min_density: float = 0.97) -
 
     Args:
         lengths: tokens of each document, longest first, 1 to `capacity`.
+        min_density: share of the rows that is to be filled; 0 = never cut.
+
     Returns:
         Arrays document, offset, length and row of each part; a cut part comes last in its row.
     """
