@@ -13,8 +13,7 @@ from modern_llm.overrides import parse_overrides
 from modern_llm.parameters import report_folder, resolve
 from modern_llm.preflight import fit_micro_batch
 from modern_llm.record import machine
-from modern_llm.stage import begin as begin_stage
-from modern_llm.stage import config_table
+from modern_llm.stage import begin as begin_stage, config_table
 
 DECLARED = ["preset", "run", "seed", "max_steps", "max_minutes", "device", "overrides", "output_dir", "resume", "force"]
 
