@@ -74,7 +74,8 @@ def _make_base(stage: str, folder: Path, start: Path | None, parameters: dict) -
     if start:
         values["checkpoint"] = str(start)
     (folder / stage).mkdir(parents=True, exist_ok=True)
-    process = start_papermill(notebook, folder / stage / "notebook.ipynb", values)
+    # sums are rounded differently by one thread and by two, and training makes much of it: whoever makes the base, it is the same
+    process = start_papermill(notebook, folder / stage / "notebook.ipynb", values, OMP_NUM_THREADS="1")
     try:
         text = process.communicate()[0].decode("utf-8", "replace")
     finally:

@@ -296,13 +296,16 @@ os.execv(sys.executable, [sys.executable, "-c", {_PAPERMILL!r}, *sys.argv[2:]])
 """
 
 
-def start_papermill(notebook: Path, output: Path, parameters: dict) -> subprocess.Popen:
-    """Execute a notebook in a process group of its own, which is killed when this process dies; its output is piped here."""
+def start_papermill(notebook: Path, output: Path, parameters: dict, **environment: str) -> subprocess.Popen:
+    """Execute a notebook in a process group of its own, which is killed when this process dies; its output is piped here.
+
+    `environment` is added to this process's own.
+    """
     words = [str(notebook), str(output), "--no-progress-bar", "--log-output",
              "--no-request-save-on-cell-execute"]  # saved every 30 s and at the end, not twice a cell: 5 s of a long notebook
     for name, value in parameters.items():
         words += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
     command = [sys.executable, "-I", "-S", "-c", _WITH_ITS_PARENT, str(os.getpid()), *words]
-    kernel = os.environ | {"MODERN_LLM_NOTEBOOK": str(output)}  # the kernel keeps a copy of it in the run
+    kernel = os.environ | {"MODERN_LLM_NOTEBOOK": str(output), **environment}  # the kernel keeps a copy of it in the run
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=kernel,
                             start_new_session=True)  # out of reach of the terminal's Ctrl-C
