@@ -73,7 +73,7 @@ def refuse_unknown(given: Iterable[str], declared: Iterable[str]) -> None:
 def parse_overrides(text: str) -> dict:
     """`"model.num_experts=4 data.sources=synthetic"` as the nested dict that `config.override` takes.
 
-    Values are JSON where they parse as JSON, else strings; a comma makes a list.
+    Values are JSON where they parse as JSON, else strings; a comma makes a list, nothing behind the sign an empty one.
     """
     try:
         items = shlex.split(text)
@@ -91,7 +91,7 @@ def parse_overrides(text: str) -> dict:
             if not isinstance(place, dict):
                 raise ConfigError(f"overrides: {path!r} is set both as a value and as a section")
         value = _json_or_text(raw) if raw[:1] in '[{"' or "," not in raw else [_json_or_text(r) for r in raw.split(",")]
-        place[leaf] = [value] if leaf in LISTS and not isinstance(value, list) else value
+        place[leaf] = [value] * (raw != "") if leaf in LISTS and not isinstance(value, list) else value
     return nested
 
 

@@ -116,6 +116,7 @@ def test_micro_batch_shrinks_to_the_memory_there_is():
     ("model.use_attention_sinks=true", {"model": {"use_attention_sinks": True}}),
     ("data.sources=a,b", {"data": {"sources": ["a", "b"]}}),
     ("data.sources=a", {"data": {"sources": ["a"]}}),
+    ("eval.baselines=", {"eval": {"baselines": []}}),
     ("", {}),
 ])
 def test_overrides(text, nested):
