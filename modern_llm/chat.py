@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,23 +25,46 @@ if TYPE_CHECKING:
     from modern_llm.models import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['ROLES', 'CHAT_TEMPLATE', 'Message', 'Example', 'end_id', 'special_id', 'encode_chat', 'encode_prompt',
-           'encode_example', 'example_rows', 'padded_batch', 'PackedExamples', 'Answer', 'continuations', 'answer',
-           'speaks_chat', 'document_prompt']
+__all__ = ['ROLES', 'Message', 'Example', 'CHAT_TEMPLATE', 'OURS', 'CHATML', 'ChatFormat', 'chat_format', 'special_id', 'end_id',
+           'encode_chat', 'encode_prompt', 'encode_example', 'example_rows', 'padded_batch', 'PackedExamples', 'Answer',
+           'continuations', 'answer', 'document_prompt', 'speaks_chat']
 
 # %% ../nbs/03a_chat.ipynb #template
 ROLES = ("system", "user", "assistant")
-CHAT_TEMPLATE = (
-    "<|endoftext|>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 Message = dict[str, str]  # "role": one of ROLES, "content": text
 Example = tuple[list[int], list[int]]  # input ids, and labels that are shifted by one and -100 where nothing is trained
 
 
-def end_id(tokenizer: Tokenizer) -> int:
-    """The id of <|end|>, which closes every message."""
-    return special_id(tokenizer, "<|end|>")
+@dataclass(frozen=True)
+class ChatFormat:
+    """One way to write a conversation down: `begin`, then of each message `opening`, `header`, its text, `closing`, `gap`.
+
+    `{role}` stands for the role. Opening and closing are special tokens, header and gap ordinary text; `template` is the same in Jinja.
+    """
+
+    begin: str
+    opening: str
+    header: str
+    closing: str
+    gap: str
+    template: str
+
+
+CHAT_TEMPLATE = (
+    "<|endoftext|>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+OURS = ChatFormat("<|endoftext|>", "<|{role}|>", "", "<|end|>", "", CHAT_TEMPLATE)
+CHATML = ChatFormat("", "<|im_start|>", "{role}\n", "<|im_end|>", "\n", (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+))
+
+
+def chat_format(tokenizer: Tokenizer) -> ChatFormat:
+    """ChatML for a tokenizer that has its two tokens and not our <|end|>; ours for every other."""
+    has = lambda token: tokenizer.token_to_id(token) is not None
+    return CHATML if has(CHATML.opening) and has(CHATML.closing) and not has(OURS.closing) else OURS
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
@@ -52,20 +74,36 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
         raise ValueError(f"the tokenizer has no token {token!r}: it was not made for chat; use one of modern_llm.tokens")
     return index
 
+
+def end_id(tokenizer: Tokenizer) -> int:
+    """The id of the token that closes every message: our <|end|>, or ChatML's <|im_end|>."""
+    return special_id(tokenizer, chat_format(tokenizer).closing)
+
 # %% ../nbs/03a_chat.ipynb #encode-chat
-def _pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[int]]:
-    """The ids of each message, its role's token and the closing <|end|> included."""
+def _lead(tokenizer: Tokenizer, role: str) -> list[int]:
+    """The ids in front of a message's text."""
+    form = chat_format(tokenizer)
+    if role not in ROLES:
+        raise ValueError(f"message role {role!r} is unknown; use one of {', '.join(ROLES)}")
+    return [special_id(tokenizer, form.opening.format(role=role)), *encode_documents(tokenizer, [form.header.format(role=role)])[0]]
+
+
+def _pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[int], list[int], list[int]]]:
+    """The ids of each message: its lead, its text with the closing token, and what stands before the next one."""
     texts, close = encode_documents(tokenizer, [message["content"] for message in messages]), end_id(tokenizer)
-    for message in messages:
-        if message["role"] not in ROLES:
-            raise ValueError(f"message role {message['role']!r} is unknown; use one of {', '.join(ROLES)}")
-    return [[special_id(tokenizer, f"<|{message['role']}|>"), *text, close] for message, text in zip(messages, texts)]
+    gap, = encode_documents(tokenizer, [chat_format(tokenizer).gap])
+    return [(_lead(tokenizer, message["role"]), [*text, close], gap) for message, text in zip(messages, texts)]
+
+
+def _begin(tokenizer: Tokenizer) -> list[int]:
+    begin = chat_format(tokenizer).begin
+    return [special_id(tokenizer, begin)] if begin else []
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> list[int]:
     """Token ids of a conversation. ValueError for a role that is not one of ROLES."""
-    ids = [end_of_text_id(tokenizer), *chain.from_iterable(_pieces(tokenizer, messages))]
-    return ids + [special_id(tokenizer, "<|assistant|>")] * generation_prompt
+    ids = _begin(tokenizer) + [i for piece in _pieces(tokenizer, messages) for part in piece for i in part]
+    return ids + (_lead(tokenizer, "assistant") if generation_prompt else [])
 
 
 def encode_prompt(tokenizer: Tokenizer, request: str) -> list[int]:
@@ -74,12 +112,14 @@ def encode_prompt(tokenizer: Tokenizer, request: str) -> list[int]:
 
 # %% ../nbs/03a_chat.ipynb #encode-example
 def encode_example(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
-    """Input ids and labels of a conversation: only what the assistant says, and the <|end|> behind it, has labels."""
-    ids, labels = [end_of_text_id(tokenizer)], []
-    for message, piece in zip(messages, _pieces(tokenizer, messages)):
-        ids += piece
-        labels += [-100, *piece[1:]] if message["role"] == "assistant" else [-100] * len(piece)
-    return ids[:-1], labels
+    """Input ids and labels of a conversation: only what the assistant says, and the token that closes it, has labels."""
+    ids = _begin(tokenizer)
+    labels = [-100] * len(ids)
+    for message, (lead, said, gap) in zip(messages, _pieces(tokenizer, messages)):
+        ids += lead + said + gap
+        labels += [-100] * len(lead) + (said if message["role"] == "assistant" else [-100] * len(said)) + [-100] * len(gap)
+    end = len(ids) - len(gap)  # nothing is read behind the last closing token
+    return ids[:end - 1], labels[1:end]
 
 # %% ../nbs/03a_chat.ipynb #batches
 def example_rows(examples: Sequence[Example], rows: Sequence[Sequence[int]], length: int, pad_id: int = 0) -> dict[str, Tensor]:
@@ -149,8 +189,8 @@ class Answer:
 
     text: str
     tokens: list[int]
-    log_probs: list[float]  # of every token at temperature 1; that of the closing <|end|> is the last, if `ended`
-    ended: bool  # by <|end|>, not by running out of room
+    log_probs: list[float]  # of every token at temperature 1; that of the closing token is the last, if `ended`
+    ended: bool  # by the closing token, not by running out of room
 
 
 def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], ending: int, *, samples: int = 1,
@@ -184,12 +224,6 @@ def answer(model: ModernDecoderLM, tokenizer: Tokenizer, requests: Sequence[str]
     return continuations(model, tokenizer, [encode_prompt(tokenizer, r) for r in requests], end_id(tokenizer), **options)
 
 # %% ../nbs/03a_chat.ipynb #document-prompt
-def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
-    """Whether a checkpoint was tuned for chat: its answers end with <|end|>, which its config.json says."""
-    eos = read_json(Path(folder) / "config.json").get("eos_token_id")
-    return eos is not None and eos == tokenizer.token_to_id("<|end|>")
-
-
 def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str, room: int, separator: str | None = None) -> list[int]:
     """Token ids of `opening` behind as many of the `examples` as fit into `room` tokens with it, the first one nearest.
 
@@ -208,3 +242,9 @@ def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str,
             break
         ids = [end, *part, *ids]
     return ids
+
+# %% ../nbs/03a_chat.ipynb #speaks-chat
+def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
+    """Whether a checkpoint was tuned for chat: its answers end with the token that closes a message, which its config.json says."""
+    eos = read_json(Path(folder) / "config.json").get("eos_token_id")
+    return eos is not None and eos == tokenizer.token_to_id(chat_format(tokenizer).closing)

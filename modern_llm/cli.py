@@ -109,6 +109,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     modern-llm run --preset local-cpu --stage eval --run other --checkpoint SmolLM2/   a model from elsewhere
     modern-llm run -p hardware.ranks=2 --run together                     two processes that train together (torchrun)
     srun modern-llm run -p hardware.ranks=8 --preset tacc-h100            a rank for each of 8 tasks of a SLURM job
+    srun --ntasks-per-node=1 modern-llm run -p hardware.ranks=8           on two nodes: torchrun on each, for four ranks
     modern-llm run -p seed=1 --run seed-1 --dry-run                       what would be done?
     """
     from modern_llm import pipeline

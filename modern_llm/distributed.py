@@ -177,7 +177,8 @@ class SpreadLoss:
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have a longer name for broadcast_buffers
-                self.watched = DistributedDataParallel(whole, broadcast_buffers=False, gradient_as_bucket_view=True)
+                self.watched = DistributedDataParallel(whole, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                                       find_unused_parameters=device.type == "cpu")  # buckets stay: see below
 
     def __call__(self, module: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
         return LossOutput(*self.watched(batch))

@@ -5,12 +5,8 @@
 # %% ../nbs/05_dpo.ipynb #imports
 from __future__ import annotations
 
-import hashlib
 import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import synth
-from .chat import Example, Message, PackedExamples, continuations, encode_chat, encode_example, end_id, padded_batch
-from .config import DataConfig, DPOConfig, nearest
+from .chat import Example, PackedExamples, continuations, encode_chat, encode_example, end_id
+from .config import DataConfig, DPOConfig
 from .files import kept_frame
 from .generation import evaluating
 from .optim import IGNORED, LossOutput
-from .reading import documents, rows
+from .pairs import EncodedPair, fitting_turns, pair_batch
+from .reading import documents
 from .scoring import completion_log_probs
 from .tasks import problem_request, word_problems
 from .tokens import encode_documents, end_of_text_id
@@ -39,174 +36,8 @@ if TYPE_CHECKING:
     from modern_llm.models import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['TURN', 'ROLES', 'SOURCES', 'CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'Pair', 'parse_dialogue',
-           'dialogue_pair', 'preference_pairs', 'EncodedPair', 'fitting_turns', 'encode_pair', 'encode_pairs',
-           'pair_batch', 'both_log_probs', 'pair_log_probs', 'preference_loss', 'dpo_loss', 'compare',
-           'reference_log_probs', 'replay_rows', 'PairBatches', 'alarms', 'write_answers']
-
-# %% ../nbs/05_dpo.ipynb #pair
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to the same conversation; people, or a rule, prefer the first."""
-
-    prompt: tuple[Message, ...]  # chat messages, the last one the user's
-    chosen: str
-    rejected: str
-    source: str = ""
-    rule: str = ""  # the rule that the rejected answer breaks, where it is known
-
-    @property
-    def request(self) -> str:
-        """The whole prompt as one text: what tells prompts apart."""
-        return "\n".join(message["content"] for message in self.prompt)
-
-# %% ../nbs/05_dpo.ipynb #parse-dialogue
-TURN = re.compile(r"\n\n(Human|Assistant):")
-ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-def parse_dialogue(text: str) -> list[Message]:
-    """The messages of an HH-RLHF dialogue; neighbours of the same role become one, empty turns but the last vanish.
-
-    Source: Bai et al. 2022 (2204.05862): turns begin with a blank line and `Human:` or `Assistant:`.
-    """
-    _, *parts = TURN.split(text)
-    messages = []
-    for number, (name, content) in enumerate(zip(parts[::2], parts[1::2])):
-        role, content, last = ROLES[name], content.strip(), 2 * number + 2 == len(parts)
-        if messages and messages[-1]["role"] == role and not last:
-            messages[-1] = {"role": role, "content": f"{messages[-1]['content']}\n{content}".strip()}
-        elif content or last:
-            messages.append({"role": role, "content": content})
-    return messages
-
-# %% ../nbs/05_dpo.ipynb #dialogue-pair
-def dialogue_pair(row: dict) -> Pair | str:
-    """A row of HH-RLHF as a pair, or why it is none."""
-    chosen, rejected = (parse_dialogue(str(row.get(name) or "")) for name in ("chosen", "rejected"))
-    if not all(len(m) >= 2 and m[-1]["role"] == "assistant" and m[-2]["role"] == "user" for m in (chosen, rejected)):
-        return "no answer at the end"
-    if chosen[:-1] != rejected[:-1]:
-        return "prompts differ"
-    answers = [messages[-1]["content"] for messages in (chosen, rejected)]
-    if answers[0] == answers[1]:
-        return "answers equal"
-    if not all(answers):
-        return "an answer is empty"
-    return Pair(tuple(chosen[:-1]), *answers, source="hh-rlhf")
-
-# %% ../nbs/05_dpo.ipynb #preference-pairs
-SOURCES = ("synthetic", "hh-rlhf")
-
-
-def _candidates(source: str, split: str, seed: int, world_seed: int) -> Iterator[Pair | str]:
-    if source == "hh-rlhf":
-        yield from (dialogue_pair(row) for row in rows(source, split))
-        return
-    part = {"train": "train", "validation": "heldout", "test": "heldout"}[split]
-    for item in synth.preferences(part, seed + (split == "test"), world_seed):
-        yield Pair(({"role": "user", "content": item.prompt},), item.chosen, item.rejected, source, item.rule)
-
-
-def preference_pairs(
-    source: str, split: str, limit: int, seed: int = 0, world_seed: int = 0
-) -> tuple[list[Pair], dict[str, int]]:
-    """The first `limit` usable pairs of a source, and how many rows were read, kept, and dropped for which reason.
-
-    Args:
-        source: "synthetic" (endless; the rejected answer breaks one planted rule) or "hh-rlhf".
-        split: "train", "validation" or "test". The built-in held-out prompts serve the last two, drawn differently.
-
-    Raises:
-        ValueError: the source is unknown, or has no usable pair.
-    """
-    if source not in SOURCES:
-        raise ValueError(f"preference_pairs: source={source!r} is unknown{nearest(source, SOURCES)}")
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"preference_pairs: split={split!r} must be 'train', 'validation' or 'test'")
-    pairs, dropped = [], Counter()
-    for found in _candidates(source, split, seed, world_seed):
-        if isinstance(found, str):
-            dropped[found] += 1
-        else:
-            pairs.append(found)
-        if len(pairs) == limit:
-            break
-    if not pairs:
-        raise ValueError(f"preference_pairs: no usable pair in the {split} split of {source!r}; dropped: {dict(dropped)}")
-    return pairs, {"read": len(pairs) + dropped.total(), "kept": len(pairs), **dict(sorted(dropped.items()))}
-
-# %% ../nbs/05_dpo.ipynb #encoded-pair
-@dataclass(frozen=True)
-class EncodedPair:
-    """A pair as tokens. Only the last answer is labelled: it is what the two have not in common."""
-
-    chosen: Example
-    rejected: Example
-    pair: Pair
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longer side."""
-        return max(len(self.chosen[0]), len(self.rejected[0]))
-
-    @property
-    def digest(self) -> str:
-        """Eight letters that change when a token or a label does."""
-        return hashlib.sha256(repr((self.chosen, self.rejected)).encode()).hexdigest()[:8]
-
-# %% ../nbs/05_dpo.ipynb #fitting-turns
-def fitting_turns(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> list[Message]:
-    """The last turns of a conversation that fit into `room` tokens; it still begins with a user. One turn is always kept."""
-    messages = list(messages)
-    while len(encode_chat(tokenizer, messages, generation_prompt=True)) > room:
-        later = [i for i, message in enumerate(messages) if i and message["role"] == "user"]
-        if not later:
-            break
-        messages = messages[later[0]:]
-    return messages
-
-# %% ../nbs/05_dpo.ipynb #encode-pair
-def encode_pair(tokenizer: Tokenizer, pair: Pair, context_length: int) -> tuple[EncodedPair | None, list[str]]:
-    """A pair as tokens that fit the context, and what was cut for it; None if it cannot be made to fit.
-
-    Turns are cut from the left of the prompt until both answers fit or one turn is left, then the answers from the right.
-    A prompt that leaves them less than a quarter of the context is dropped.
-    """
-    answers = pair.chosen, pair.rejected
-    longest = max(map(len, encode_documents(tokenizer, answers)))
-    messages = fitting_turns(tokenizer, pair.prompt, context_length - longest)
-    start = len(encode_chat(tokenizer, messages, generation_prompt=True)) - 1
-    cut = ["prompt cut"] * (len(messages) < len(pair.prompt)) + ["answer cut"] * (start + 1 + longest > context_length)
-    if start + 1 > 0.75 * context_length:
-        return None, ["dropped: prompt too long"]
-    both = []
-    for answer in answers:
-        ids, labels = encode_example(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-        both.append((ids[:context_length], ([IGNORED] * start + labels[start:])[:context_length]))
-    if both[0] == both[1]:
-        return None, ["dropped: equal when cut"]
-    return EncodedPair(*both, pair), cut
-
-
-def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], context_length: int) -> tuple[list[EncodedPair], dict[str, int]]:
-    """All pairs that fit, as tokens, and how many were cut or dropped. ValueError if none is left."""
-    found = [encode_pair(tokenizer, pair, context_length) for pair in pairs]
-    encoded = [example for example, _ in found if example is not None]
-    if not encoded:
-        raise ValueError(f"encode_pairs: none of {len(pairs)} pairs fits a context of {context_length} tokens; use a longer one")
-    return encoded, {"encoded": len(encoded), **Counter(what for _, whats in found for what in whats)}
-
-# %% ../nbs/05_dpo.ipynb #pair-batch
-def pair_batch(examples: Sequence[EncodedPair], pad_id: int = 0, multiple: int = 8) -> dict[str, Tensor]:
-    """Both sides of some pairs, right padded to the longest of them, rounded up: a row is a pair."""
-    width = math.ceil(max(example.length for example in examples) / multiple) * multiple
-    batch = {}
-    for side in ("chosen", "rejected"):
-        for name, value in padded_batch([getattr(example, side) for example in examples], pad_id).items():
-            fill = pad_id if name == "input_ids" else IGNORED
-            batch[f"{side}_{name}"] = F.pad(value, (0, width - value.shape[1]), value=fill)
-    return batch
+__all__ = ['CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'both_log_probs', 'pair_log_probs', 'preference_loss',
+           'dpo_loss', 'compare', 'reference_log_probs', 'replay_rows', 'PairBatches', 'alarms', 'write_answers']
 
 # %% ../nbs/05_dpo.ipynb #pair-log-probs
 def both_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

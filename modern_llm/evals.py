@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from .chat import Answer, Example, answer, continuations, document_prompt
 from .data import TokenCache, validation_batches
-from .fewshot import sentiment_items, tail_log_probs
+from .fewshot import sentiment_items
 from .files import kept_frame, read_json, write_json
 from .ledger import STAGES, item_rows
 from .perplexity import perplexity_tables, protocol_rows
+from .prefix import tail_log_probs
 from .scoring import document_nats, held_out_measures, perplexity_ratio
 from .tasks import Calculator, Problem, Review, flexible_answer, mark, pass_at_k, problem_request, rerank
 from .tokens import encode_documents, end_of_text_id

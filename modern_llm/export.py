@@ -230,13 +230,14 @@ def model_card(checkpoint: Path, cfg: ModelConfig, architecture: str, dtype: str
     run, stages, base = origin(checkpoint)
     count, rows = parameter_count(cfg), data_rows(run, stages) if run else []
     chats = read_json(checkpoint / "tokenizer_config.json").get("chat_template") is not None
+    closing = load_tokenizer(checkpoint).id_to_token(read_json(checkpoint / "config.json").get("eos_token_id") or 0)
     made = f"stage `{stages[-1]}` of the run `{run.folder.name}`" if run else "a checkpoint"
     active = f", {count['active']:,} of them active for a token" if count["active"] != count["total"] else ""
     parts = [front_matter(list(dict.fromkeys(info.hub for row in rows if (info := info_of(row["data set"])).hub)), base), f"# {name}",
              f"{count['total']:,} parameters{active}, context {cfg.context_length:,}, vocabulary {cfg.vocab_size:,}; {made}, written by "
              f"modern_llm in the layout of `{architecture}` ({dtype}, {size / 1e6:,.1f} MB).",
              "## Use", f"```python\n{USE.format(name=name, ids=CHAT_IDS if chats else TEXT_IDS)}\n```",
-             "It was tuned to answer in its chat template and to close an answer with `<|end|>`." if chats else
+             f"It answers in its chat template and closes an answer with `{closing}`." if chats else
              "It continues text; documents begin and end with `<|endoftext|>`.", "## How it was made"]
     if base:
         parts.append(f"It started from {base}, a model from elsewhere: that model's licence and limits hold here too.")

@@ -12,17 +12,36 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import seaborn as sns
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 COLOURS = sns.color_palette("colorblind")
 
 
 def figure(width: float = 6.0, height: float = 3.0, columns: int = 1, rows: int = 1, **options):
-    """A figure of `width` × `height` inches at 100 dpi and its axes (one, or an array of rows × columns)."""
+    """A figure of `width` × `height` inches at 100 dpi and its axes (one, or an array of rows × columns).
+
+    From here on this notebook, if it is one, stores every figure as `small_png`.
+    """
     sns.set_theme(style="ticks", context="notebook", palette="colorblind", font_scale=0.8)
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
                          "legend.frameon": False, "savefig.dpi": 100})
-    return plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained", **options)
+    from IPython import get_ipython
+
+    made = plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained", **options)
+    if shell := get_ipython():
+        shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
+    return made
+
+
+def small_png(fig: Figure, colours: int = 128) -> bytes:
+    """The figure as a PNG with a palette: to the eye the same, a third of the size."""
+    from IPython.core.pylabtools import print_figure
+    from PIL import Image
+
+    drawn = Image.open(io.BytesIO(print_figure(fig, "png"))).convert("RGB")
+    drawn.quantize(colours).save(packed := io.BytesIO(), "PNG", optimize=True)
+    return packed.getvalue()
 
 
 def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "", colour_bar: bool = True, **options):

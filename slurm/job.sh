@@ -28,11 +28,15 @@ open_log() {
 }
 
 # run_or_requeue WORDS…: `modern-llm run WORDS…`; stopped by the scheduler, it goes back into the queue and, the next time,
-# on from its checkpoint. Several tasks (nodes × tasks per node, one for each GPU) train together: srun starts one rank a task.
+# on from its checkpoint. Several tasks (nodes × tasks per node, one for each GPU) train together: srun starts one rank a task,
+# or, with MODERN_LLM_LAUNCHER=torchrun, one command a node, which becomes torchrun for the ranks of its node.
 run_or_requeue() {
-  local code ranks="${SLURM_NTASKS:-1}"
+  local code ranks="${SLURM_NTASKS:-1}" tasks=()
+  if [ "${MODERN_LLM_LAUNCHER:-srun}" = torchrun ]; then
+    tasks=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
+  fi
   if [ "$ranks" -gt 1 ]; then
-    srun --kill-on-bad-exit=1 modern-llm run "$@" -p "hardware.ranks=$ranks" &
+    srun ${tasks[@]+"${tasks[@]}"} --kill-on-bad-exit=1 modern-llm run "$@" -p "hardware.ranks=$ranks" &
   else
     modern-llm run "$@" &
   fi

@@ -66,8 +66,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     assert losses(history) == pytest.approx(losses(straight), rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_resume_with_as_many_ranks_is_exact(tmp_path, strategy):
+@pytest.mark.parametrize("strategy, size", [("ddp", 2), ("fsdp", 2), ("ddp", 4)])
+def test_resume_with_as_many_ranks_is_exact(tmp_path, strategy, size):
     """With dropout, which each rank draws for itself; stopped by a signal to the second rank at any step."""
     stop_at = any_number("signal after step", 1, 11)
     calls = iter(range(1, 100))
@@ -76,10 +76,10 @@ def test_resume_with_as_many_ranks_is_exact(tmp_path, strategy):
         stop = lambda: world.rank == 1 and next(calls) == stop_at and os.kill(os.getpid(), signal.SIGUSR1) and False
         return run(tmp_path / "b", dropout=0.2, should_stop=stop)(world)[1]
 
-    straight = on_ranks(run(tmp_path / "a", dropout=0.2), 2, strategy)
-    stopped = on_ranks(signalled, 2, strategy)
-    assert [s[:2] for s in stopped] == [(stop_at, "preempted")] * 2, stopped
-    resumed = on_ranks(run(tmp_path / "b", dropout=0.2, resume=True), 2, strategy)
+    straight = on_ranks(run(tmp_path / "a", dropout=0.2), size, strategy)
+    stopped = on_ranks(signalled, size, strategy)
+    assert [s[:2] for s in stopped] == [(stop_at, "preempted")] * size, stopped
+    resumed = on_ranks(run(tmp_path / "b", dropout=0.2, resume=True), size, strategy)
     one, other = (load_checkpoint(tmp_path / name / "checkpoint")[0] for name in "ab")
     assert all(torch.equal(one["module"][name], other["module"][name]) for name in one["module"])
     assert losses(straight[0][0]) == losses(resumed[0][0])

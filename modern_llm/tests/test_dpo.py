@@ -14,9 +14,10 @@ import torch
 from modern_llm import dpo, synth
 from modern_llm.chat import encode_chat, end_id
 from modern_llm.config import DataConfig, DPOConfig, ModelConfig
-from modern_llm.dpo import Pair, PairBatches, alarms, dpo_loss, encode_pair, encode_pairs, pair_batch, pair_log_probs, preference_loss
+from modern_llm.dpo import PairBatches, alarms, dpo_loss, pair_log_probs, preference_loss
 from modern_llm.models import ModernDecoderLM
 from modern_llm.optim import IGNORED
+from modern_llm.pairs import Pair, dialogue_pair, encode_pair, encode_pairs, pair_batch, preference_pairs
 from modern_llm.tokens import train_tokenizer
 from modern_llm.trainer import Trainer, micro_batches
 
@@ -31,7 +32,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def examples(tokenizer):
-    pairs, _ = dpo.preference_pairs("synthetic", "train", 48)
+    pairs, _ = preference_pairs("synthetic", "train", 48)
     return encode_pairs(tokenizer, pairs, 128)[0]
 
 
@@ -49,10 +50,10 @@ def small_model(seed=0, std=0.05):
 
 
 def test_built_in_pairs_depend_on_the_split_and_hold_their_rule():
-    train, counts = dpo.preference_pairs("synthetic", "train", 200)
-    again, _ = dpo.preference_pairs("synthetic", "train", 300)
-    held_out, _ = dpo.preference_pairs("synthetic", "validation", 200)
-    test, _ = dpo.preference_pairs("synthetic", "test", 200)
+    train, counts = preference_pairs("synthetic", "train", 200)
+    again, _ = preference_pairs("synthetic", "train", 300)
+    held_out, _ = preference_pairs("synthetic", "validation", 200)
+    test, _ = preference_pairs("synthetic", "test", 200)
     assert counts == {"read": 200, "kept": 200} and train == again[:200] and held_out != test
     assert not {pair.request for pair in train} & {pair.request for pair in held_out + test}
     for pair in train:
@@ -68,7 +69,7 @@ def test_dialogues_of_a_file_are_read_and_every_drop_is_counted(tmp_path, monkey
     for split in ("train", "validation", "test"):
         (tmp_path / "hh-rlhf" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path))
-    pairs, counts = dpo.preference_pairs("hh-rlhf", "train", 100)
+    pairs, counts = preference_pairs("hh-rlhf", "train", 100)
     assert counts == {"read": 7, "kept": 2, "an answer is empty": 1, "answers equal": 1, "no answer at the end": 2, "prompts differ": 1}
     assert [m["role"] for m in pairs[1].prompt] == ["user", "assistant", "user"] and pairs[1].rejected == "E.\n\nStill E."
 
@@ -79,14 +80,14 @@ def test_dialogues_of_a_file_are_read_and_every_drop_is_counted(tmp_path, monkey
     ({"chosen": ROW["chosen"] + "\n\nHuman: Thanks", "rejected": ROW["rejected"]}, "no answer at the end"),
 ])
 def test_rows_that_are_no_pairs(row, reason):
-    assert dpo.dialogue_pair(row) == reason
+    assert dialogue_pair(row) == reason
 
 
 def test_unknown_names_are_errors_that_help():
     with pytest.raises(ValueError, match="did you mean 'hh-rlhf'"):
-        dpo.preference_pairs("hh_rlhf", "train", 1)
+        preference_pairs("hh_rlhf", "train", 1)
     with pytest.raises(ValueError, match="split='valid' must be"):
-        dpo.preference_pairs("synthetic", "valid", 1)
+        preference_pairs("synthetic", "valid", 1)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from modern_llm import hub, inputs
-from modern_llm.chat import document_prompt, encode_prompt
+from modern_llm.chat import CHATML, document_prompt, encode_chat, encode_prompt, speaks_chat
 from modern_llm.files import DamagedFolder, read_json, write_json
 from modern_llm.foreign import TransformersLM
 from modern_llm.generation import generate
@@ -232,6 +232,24 @@ def test_chat_tokens_take_unused_rows_or_new_ones_that_change_nothing(llama, tmp
         assert ours.cfg.vocab_size == rows and encode_prompt(tokenizer, "Hi")[:2] == [2, size + 1]
         change = theirs(ids).logits.log_softmax(-1) - ours(ids)[..., :vocabulary].log_softmax(-1)
         assert -1e-5 < change.min() and change.max() < torch.log1p(torch.tensor((rows - vocabulary) / vocabulary)) + 1e-5
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
+def test_a_model_made_for_chatml_keeps_it(tmp_path, eos):
+    """No tokens are added, conversations are written as its own template does, and its end says whether it was tuned for them."""
+    tokenizer = other_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    written(tmp_path / "source", vocab_size=320, eos_token_id=tokenizer.token_to_id(eos))
+    tokenizer.save(str(tmp_path / "source" / "tokenizer.json"))
+    write_json(tmp_path / "source" / "tokenizer_config.json", {"eos_token": eos, "chat_template": CHATML.template})
+    folder = hub.import_model(tmp_path / "source", tmp_path / "ours", chat_tokens=True)
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert load_model(folder).cfg.vocab_size == 320 and len(theirs) == tokenizer.get_vocab_size()
+    assert speaks_chat(folder, ours) is (eos == "<|im_end|>")
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3?"}]
+    for cue in (False, True):
+        assert encode_chat(ours, talk, cue) == list(theirs.apply_chat_template(talk, add_generation_prompt=cue, return_dict=False))
+    assert encode_prompt(ours, "Is <|im_end|> the end?").count(ours.token_to_id("<|im_end|>")) == 1  # what a user types closes nothing
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def test_training_sources_of_every_preset():
 
 
 def test_built_in_texts_are_those_the_stages_read():
-    from modern_llm.dpo import preference_pairs
+    from modern_llm.pairs import preference_pairs
     from modern_llm.sft import instructions
     from modern_llm.tasks import word_problems
 

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from modern_llm import hub, pipeline, synth
-from modern_llm.chat import encode_prompt
+from modern_llm.chat import answer, encode_prompt, speaks_chat
 from modern_llm.cli import main
 from modern_llm.config import get_pipeline_preset
 from modern_llm.files import read_json, write_json
@@ -126,19 +126,23 @@ def test_smollm2_from_its_package_and_back(tmp_path, monkeypatch, capsys):
         times[name] = round(time.perf_counter() - start - sum(times.values()), 1)
 
     checkpoint = find_checkpoint("HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert load_model(checkpoint).cfg.context_length == 8192
-    lap("imported")
+    model, tokenizer, apples = load_model(checkpoint), load_tokenizer(checkpoint), "Tom has 5 apples and buys 7 more. How many apples does he have?"
+    assert model.cfg.context_length == 8192 and model.cfg.vocab_size == 49_152 and speaks_chat(checkpoint, tokenizer)
+    said = answer(model, tokenizer, [apples], max_new_tokens=60)[0]
+    assert said.ended and "12" in said.text, said.text  # in its own template, which is ChatML
+    lap("imported, asked")
     finish("run", *where, "--stage", "dpo", "--max-steps", 10, "-p", f"overrides={few}")
     lap("ten steps of DPO")
     finish("run", *where, "--stage", "eval", "-p", f"overrides={few}")
     lap("evaluated")
     finish("export", "--run", "it", "--output-dir", tmp_path, "--stage", "dpo", "--to", tmp_path / "out")
     lap("exported")
-    answer = assert_same_in_transformers(tmp_path / "it" / "dpo" / "checkpoint", tmp_path / "out", "What is 2 + 3?", 16)
+    told = assert_same_in_transformers(tmp_path / "it" / "dpo" / "checkpoint", tmp_path / "out", apples, 40)
     lap("opened by transformers, the same answer")
     losses = [row["loss"] for row in map(json.loads, (tmp_path / "it" / "dpo" / "metrics.jsonl").read_text().splitlines()) if row.get("loss")]
     with capsys.disabled():
-        print(f"\n{times}, {sum(times.values()):.0f} s; loss {losses[0]:.4f} -> {losses[-1]:.4f}; {answer!r}")
+        print(f"\n{times}, {sum(times.values()):.0f} s; loss {losses[0]:.4f} -> {losses[-1]:.4f}; {told!r}")
     assert "SmolLM2" in (tmp_path / "out" / "README.md").read_text() and len(losses) == 10
+    assert "12" in told, told  # ten steps have not unlearned it
     used = os.times()
     assert used.user + used.system + used.children_user + used.children_system < 600  # seconds of a core: others may be at work here

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -246,14 +247,44 @@ def test_a_chain_stops_where_a_stage_fails(cluster):
 
 
 @needs_slurm
-def test_two_nodes_train_as_one(cluster):
-    """A rank on each of two nodes, started by srun: the losses of the chain's pretraining, which one process did."""
-    job = sbatch("--nodes=2", "--partition=main", "slurm/stage.slurm", "pretrain", "slurm/smoke.json", "pair", "-p", "pretrain.max_steps=4",
-                 "-p", "pretrain.log_every=1")
-    assert end_of(job) == ("COMPLETED", "0:0"), log(cluster / "pair")
-    assert seen(job)["NodeList"] == "n[1-2]" and read_json(cluster / "pair" / "run.json")["config"]["hardware"]["ranks"] == 2
-    one, two = (losses(cluster / name / "pretrain") for name in ("chain", "pair"))
-    assert len(one) == 4 and two == pytest.approx(one, rel=1e-6)
+@pytest.mark.parametrize("launcher, tasks, ranks", [("srun", 1, 2), ("torchrun", 2, 4)])
+def test_two_nodes_train_as_one(cluster, launcher, tasks, ranks):
+    """On each of two nodes a rank started by srun, or two by srun torchrun: the losses of the chain's pretraining, which one process did."""
+    run = cluster / launcher
+    job = sbatch("--nodes=2", f"--ntasks-per-node={tasks}", f"--export=ALL,MODERN_LLM_LAUNCHER={launcher}", "--partition=main",
+                 "slurm/stage.slurm", "pretrain", "slurm/smoke.json", run.name, "-p", "pretrain.max_steps=4", "-p", "pretrain.log_every=1")
+    assert end_of(job) == ("COMPLETED", "0:0"), log(run)
+    assert seen(job)["NodeList"] == "n[1-2]" and read_json(run / "run.json")["config"]["hardware"]["ranks"] == ranks
+    one, several = (losses(cluster / name / "pretrain") for name in ("chain", launcher))
+    assert len(one) == 4 and several == pytest.approx(one, rel=1e-6)
+
+
+@needs_slurm
+@pytest.mark.skipif(not SLOW, reason="takes a minute: set MODERN_LLM_SLOW_TESTS=1")
+def test_two_nodes_of_torchrun_go_on_exactly_and_die_together(cluster):
+    """Warned once and requeued once, four ranks on two nodes end in the weights of four undisturbed ones; a killed one takes all along."""
+    def submitted(name: str, steps: int) -> tuple[str, Path]:
+        return sbatch("--nodes=2", "--ntasks-per-node=2", "--export=ALL,MODERN_LLM_LAUNCHER=torchrun", "--partition=main", "slurm/stage.slurm",
+                      "pretrain", "slurm/smoke.json", name, "-p", f"pretrain.max_steps={steps}", "-p", "pretrain.log_every=1"), cluster / name
+
+    _, alone = submitted("four", 200)
+    job, run = submitted("four-disturbed", 200)
+    ways = (lambda: slurm("scancel", "--batch", "--signal=USR1", job)), (lambda: slurm("scontrol", "requeue", job))
+    for number, (step, preempt) in enumerate(zip((40, 100), ways), 1):
+        until(lambda: running_at(job, run / "pretrain", step), f"step {step}")
+        preempt()
+        until(lambda: seen(job)["Restarts"] == str(number), f"requeue number {number}")
+    assert end_of(job) == ("COMPLETED", "0:0"), log(run)
+    weights = [sha256(folder / "pretrain" / "checkpoint" / "model.safetensors") for folder in (alone, run)]
+    assert weights[0] == weights[1] and "ended with code 75" in log(run) and "start number 3" in log(run)
+
+    job, run = submitted("four-killed", 100_000)
+    until(lambda: running_at(job, run / "pretrain", 5), "the first steps")
+    ranks = [each for each in psutil.process_iter(["cmdline"]) if "modern_llm.cli import main" in " ".join(each.info["cmdline"] or ())
+             and each.environ().get("SLURM_JOB_ID") == job]
+    assert sorted((each.environ()["SLURM_NODEID"], each.environ()["LOCAL_RANK"]) for each in ranks) == [(n, i) for n in "01" for i in "01"]
+    next(each for each in ranks if each.environ()["RANK"] == "3").kill()
+    assert end_of(job)[0] == "FAILED" and "another rank is gone" in log(run) and log(run).count("Traceback") == 1, log(run)
 
 
 @needs_slurm
