@@ -17,7 +17,7 @@ exclude_patterns = ["files"]
 suppress_warnings = ["ref.python"]  # a type in a signature may be defined in two modules
 
 nb_execution_mode = "off"
-nb_code_prompt_show = nb_code_prompt_hide = "Set-up"
+nb_code_prompt_show = nb_code_prompt_hide = "Set-up and further tests"
 nb_render_markdown_format = "myst"
 myst_enable_extensions = ["amsmath", "attrs_block", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3

@@ -49,17 +49,24 @@ def attention_weights(
 
 # %% ../nbs/01_attention.ipynb #rotary-frequencies
 def rotary_frequencies(
-    head_width: int, theta: float = 10_000.0, device: torch.device | str | None = None
+    head_width: int, theta: float = 10_000.0, device: torch.device | str | None = None, factor: float = 1.0, trained_context: int = 8192
 ) -> Float[Tensor, "pairs"]:
     """Angular speeds of the d/2 channel pairs, in radians a token, from 1 down to almost 1/theta.
 
-    Source: Su et al. 2021 (2104.09864), section 3.2.2.
+    Source: Su et al. 2021 (2104.09864), section 3.2.2. With a `factor` over 1, pairs that turn less than once in
+    `trained_context` tokens are so many times slower, those that turn over four times are not, and the others lie between:
+    the rule "llama3" of Llama 3.1's checkpoints.
     """
-    return theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
+    speeds = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
+    if factor == 1:
+        return speeds
+    turns = trained_context * speeds / (2 * math.pi)
+    kept = ((turns - 1) / (4 - 1)).clamp(0, 1)
+    return speeds * (kept + (1 - kept) / factor)
 
 # %% ../nbs/01_attention.ipynb #rotary-tables
 def rotary_tables(
-    positions: Int[Tensor, "*b t"], head_width: int, theta: float = 10_000.0
+    positions: Int[Tensor, "*b t"], head_width: int, theta: float = 10_000.0, factor: float = 1.0, trained_context: int = 8192
 ) -> tuple[Float[Tensor, "*b t d"], Float[Tensor, "*b t d"]]:
     """Cosines and sines of every position's angles, in float32.
 
@@ -69,8 +76,9 @@ def rotary_tables(
         positions: (t,) shared by the batch, or (b, t).
         head_width: channels d of one head, even.
         theta: base of the wavelengths.
+        factor, trained_context: for contexts longer than trained on, see `rotary_frequencies`.
     """
-    angles = positions[..., None].float() * rotary_frequencies(head_width, theta, positions.device)
+    angles = positions[..., None].float() * rotary_frequencies(head_width, theta, positions.device, factor, trained_context)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

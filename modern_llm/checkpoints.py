@@ -25,14 +25,10 @@ from .files import DamagedFolder, atomic_folder, check_folder, find_folder, prev
 from .optim import divided_like, make_optimizers, undivided
 
 # %% auto #0
-__all__ = ['STATE_FILE', 'COUNTERS', 'CheckpointError', 'pick_device', 'compute_dtype', 'seed_everything', 'random_states',
-           'restore_random_states', 'WeightAverage', 'put_together', 'whole_values', 'load_moments', 'TrainingState',
-           'save_checkpoint', 'load_checkpoint', 'read_checkpoint', 'whole_lines', 'append_row', 'read_metrics',
-           'cut_metrics', 'RunFolder']
-
-# %% ../nbs/02f_checkpoints.ipynb #errors
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or does not fit this run. The message says which and what to do."""
+__all__ = ['STATE_FILE', 'COUNTERS', 'pick_device', 'compute_dtype', 'seed_everything', 'random_states', 'restore_random_states',
+           'WeightAverage', 'put_together', 'judged', 'load_moments', 'whole_values', 'CheckpointError',
+           'TrainingState', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'whole_lines', 'append_row',
+           'read_metrics', 'cut_metrics', 'newest_checkpoint', 'RunFolder']
 
 # %% ../nbs/02f_checkpoints.ipynb #device
 def pick_device(name: str = "auto") -> torch.device:
@@ -129,20 +125,31 @@ def put_together(module: nn.Module, average: dict[str, torch.Tensor], whole: nn.
     finally:
         whole.cpu()
 
+# %% ../nbs/02f_checkpoints.ipynb #judged
+@contextlib.contextmanager
+def judged(module: nn.Module, average: WeightAverage | None = None, whole: nn.Module | None = None) -> Iterator[nn.Module]:
+    """Yield what is validated and saved: averaged weights, eval mode, no gradients; afterwards all is as before.
+
+    `whole` is a copy of a module whose weights are divided among ranks; it is filled and yielded in its place.
+    """
+    states, weights = random_states(), contextlib.nullcontext()
+    if whole:
+        weights = put_together(module, average.weights if average else {}, whole)
+    elif average:
+        weights = average.swapped_in(module)
+    with torch.no_grad(), weights:
+        (whole or module).eval()
+        try:
+            yield whole or module
+        finally:
+            module.train()
+            restore_random_states(states)
+
 # %% ../nbs/02f_checkpoints.ipynb #constants-checkpoints
 STATE_FILE = "training_state.pt"
 COUNTERS = ("step", "tokens", "seconds", "kept")
 
 # %% ../nbs/02f_checkpoints.ipynb #load-moments
-def whole_values(value: object) -> object:
-    """The same nested dicts and lists, with every tensor that is divided among ranks put together, on the CPU."""
-    if isinstance(value, dict):
-        return {name: whole_values(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(whole_values(inner) for inner in value)
-    return undivided(value).cpu() if hasattr(value, "full_tensor") else value
-
-
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load an optimizer's state but keep its settings: a resumed run obeys the learning rate it is given now."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
@@ -153,7 +160,20 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)
 
+# %% ../nbs/02f_checkpoints.ipynb #whole-values
+def whole_values(value: object) -> object:
+    """The same nested dicts and lists, with every tensor that is divided among ranks put together, on the CPU."""
+    if isinstance(value, dict):
+        return {name: whole_values(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole_values(inner) for inner in value)
+    return undivided(value).cpu() if hasattr(value, "full_tensor") else value
+
 # %% ../nbs/02f_checkpoints.ipynb #training-state
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or does not fit this run. The message says which and what to do."""
+
+
 class TrainingState:
     """Everything an optimizer step changes, and nothing else: what a checkpoint must hold.
 
@@ -173,22 +193,9 @@ class TrainingState:
         """The context of forward passes."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
-    @contextlib.contextmanager
-    def as_product(self) -> Iterator[nn.Module]:
-        """Inside, the module is what is judged and saved: averaged weights, eval mode; random states are put back."""
-        states, average = random_states(), self.average
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if self.whole:
-                stack.enter_context(put_together(self.module, average.weights if average else {}, self.whole))
-            elif average:
-                stack.enter_context(average.swapped_in(self.module))
-            (self.whole or self.module).eval()
-            try:
-                yield self.whole or self.module
-            finally:
-                self.module.train()
-                restore_random_states(states)
+    def as_product(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """A context that yields what is validated and saved; see `judged`."""
+        return judged(self.module, self.average, self.whole)
 
     def abandon_step(self) -> None:
         """Go back to the end of the last whole step, from a point before its weights were touched."""
@@ -246,14 +253,6 @@ def save_checkpoint(
     return Path(folder)
 
 # %% ../nbs/02f_checkpoints.ipynb #load-checkpoint
-def load_checkpoint(folder: str | Path) -> tuple[dict, dict]:
-    """The training state and meta data of a checkpoint folder (or of the one that a kill left beside it), both checked.
-
-    Raises FileNotFoundError if there is none, DamagedFolder as `read_checkpoint` does.
-    """
-    return read_checkpoint(find_folder(folder))
-
-
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     """The training state and meta data in this folder, every file checked against its sha256.
 
@@ -270,7 +269,15 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
         reason = str(error).splitlines()[0]
         raise DamagedFolder(f"{path} is refused, it holds more than tensors and plain values: {reason}") from error
 
-# %% ../nbs/02f_checkpoints.ipynb #metrics
+
+def load_checkpoint(folder: str | Path) -> tuple[dict, dict]:
+    """The training state and meta data of a checkpoint folder (or of the one that a kill left beside it), both checked.
+
+    Raises FileNotFoundError if there is none, DamagedFolder as `read_checkpoint` does.
+    """
+    return read_checkpoint(find_folder(folder))
+
+# %% ../nbs/02f_checkpoints.ipynb #whole-lines
 @contextlib.contextmanager
 def whole_lines(path: Path) -> Iterator[None]:
     """Inside, a write that fails (a full disk) leaves the file as it was, and becomes a CheckpointError naming it."""
@@ -283,7 +290,7 @@ def whole_lines(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write {path}: {error.strerror}; make room (or make it writable), then go on "
                               "from the last checkpoint with resume=True") from error
 
-
+# %% ../nbs/02f_checkpoints.ipynb #metrics
 def append_row(path: Path, row: dict) -> dict:
     """Add one line to a JSON-lines file; numbers that are not finite become null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -306,6 +313,31 @@ def cut_metrics(path: Path, step: int) -> None:
     with whole_lines(path):
         write_text(path, "".join(rows))
 
+# %% ../nbs/02f_checkpoints.ipynb #newest-checkpoint
+def newest_checkpoint(folder: Path) -> tuple[Path, dict, dict] | None:
+    """(folder, state, meta data) of checkpoint/ or, if that is damaged, of checkpoint.previous/; None if there is neither.
+
+    A damaged one is then moved to checkpoint.damaged/, and a line on stderr says so. Raises DamagedFolder, and moves nothing, if
+    none is whole.
+    """
+    problems = []
+    for candidate in filter(Path.exists, (folder, previous_of(folder))):
+        try:
+            state, meta = read_checkpoint(candidate)
+        except DamagedFolder as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            damaged = folder.with_name("checkpoint.damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+            os.replace(folder, damaged)
+            print(f"{problems[0]}. Going on from {candidate} (step {meta['step']}); the damaged one is now {damaged}", file=sys.stderr)
+        return candidate, state, meta
+    if problems:
+        raise DamagedFolder(f"{'; '.join(problems)}. No checkpoint of this run is whole, and nothing was changed: put a whole "
+                            f"copy at {folder}, or begin anew in another folder (a stage: force=True)")
+    return None
+
 # %% ../nbs/02f_checkpoints.ipynb #run-folder
 class RunFolder:
     """The files of a run: metrics.jsonl, checkpoint/ to resume from, checkpoint.previous/ in case it is damaged, checkpoints/step-…/."""
@@ -323,7 +355,9 @@ class RunFolder:
             raise FileExistsError(f"{self.folder} holds a run already: pass resume=True, or choose another folder")
         for left_by_a_kill in [*self.folder.glob(".checkpoint.*.tmp"), *self.folder.glob("checkpoints/.step-*.tmp")]:
             shutil.rmtree(left_by_a_kill)
-        if saved := self.newest():  # None: stopped before its first checkpoint
+        if found := newest_checkpoint(self.checkpoint):  # None: stopped before its first checkpoint
+            self.opened, saved, meta = found
+            self.last_checkpoint = f"{self.opened} (step {meta['step']})"
             state.load_state_dict(saved)
         if self.metrics.exists():
             cut_metrics(self.metrics, state.step)
@@ -332,30 +366,6 @@ class RunFolder:
         """What a file STOP asks for: "preempted" if that is what it says, else "stopped"; None without one."""
         with contextlib.suppress(FileNotFoundError):
             return "preempted" if self.stop_file.read_text(encoding="utf-8").strip() == "preempted" else "stopped"
-
-    def newest(self) -> dict | None:
-        """The state in checkpoint/; if that is damaged, the one in checkpoint.previous/, and a line on stderr says so.
-
-        The damaged one is then moved to checkpoint.damaged/. Raises DamagedFolder, and moves nothing, if neither is whole.
-        """
-        problems, previous = [], previous_of(self.checkpoint)
-        for folder in filter(Path.exists, (self.checkpoint, previous)):
-            try:
-                saved, meta = read_checkpoint(folder)
-            except DamagedFolder as error:
-                problems.append(str(error))
-                continue
-            self.last_checkpoint, self.opened = f"{folder} (step {meta['step']})", folder
-            if problems:
-                damaged = self.checkpoint.with_name("checkpoint.damaged")
-                shutil.rmtree(damaged, ignore_errors=True)
-                os.replace(self.checkpoint, damaged)
-                print(f"{problems[0]}. Going on from {self.last_checkpoint}; the damaged one is now {damaged}", file=sys.stderr)
-            return saved
-        if problems:
-            raise DamagedFolder(f"{'; '.join(problems)}. No checkpoint of this run is whole, and nothing was changed: put a whole "
-                                f"copy at {self.checkpoint}, or begin anew in another folder (a stage: force=True)")
-        return None
 
     def save(self, state: TrainingState) -> None:
         """Write checkpoint/: the model's files and everything needed to resume; the former one is kept."""

@@ -63,6 +63,8 @@ class ModelConfig:
     head_dim: int | None = None  # channels of a head, where they are not width / num_heads
     ffn_width: int = 384  # hidden size of SwiGLU
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    rope_factor: float = 1.0  # over 1: the slow wavelengths are so many times longer, for contexts beyond rope_trained_context
+    rope_trained_context: int = 8192  # tokens
     norm_eps: float = 1e-5
     use_qk_norm: bool = True  # RMSNorm on queries and keys before the rotation
     use_attention_sinks: bool = False  # one learned logit a head that takes softmax mass
@@ -78,11 +80,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive("model", self, "vocab_size", "context_length", "width", "num_layers", "num_heads", "num_kv_heads",
-                  "ffn_width", "rope_theta", "norm_eps", "init_std")
+                  "ffn_width", "rope_theta", "rope_trained_context", "norm_eps", "init_std")
         _require(self.head_dim is None or self.head_dim > 0, f"model.head_dim={self.head_dim} must be at least 2, or null for width/num_heads")
         _require(self.head_dim is not None or self.width % self.num_heads == 0,
                  f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
                  f"use one of {[h for h in range(1, self.width + 1) if self.width % (2 * h) == 0][-8:]}")
+        _require(1 <= self.rope_factor < math.inf, f"model.rope_factor={self.rope_factor} must be at least 1, which changes nothing")
         _require(self.head_width % 2 == 0,
                  f"model.{'head_dim' if self.head_dim else 'width/num_heads'}={self.head_width} is odd; rotary embedding turns pairs of channels")
         _require(self.num_heads % self.num_kv_heads == 0,

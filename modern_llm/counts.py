@@ -112,7 +112,7 @@ def training_memory(cfg: ModelConfig, train: TrainConfig) -> dict[str, int]:
     }
     return {**parts, "total": sum(parts.values())}
 
-# %% ../nbs/02c_counts.ipynb #inference-memory
+# %% ../nbs/02c_counts.ipynb #reading-bytes
 def reading_bytes(cfg: ModelConfig, value_bytes: int) -> int:
     """Bytes that a token of a prompt holds at once while one layer reads it, without gradients.
 
@@ -131,7 +131,7 @@ def reading_bytes(cfg: ModelConfig, value_bytes: int) -> int:
         feed_forward = value_bytes * (4 * cfg.width + 3 * cfg.ffn_width)
     return 8 * cfg.head_width + max(rotation, feed_forward)
 
-
+# %% ../nbs/02c_counts.ipynb #inference-memory
 def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = None, bytes_per_value: int = 2,
                      prompt: int | None = None) -> dict[str, int]:
     """Bytes that `batch` rows of `context` tokens need to be written, by part; `work` is the largest thing in hand at once.

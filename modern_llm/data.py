@@ -32,7 +32,7 @@ __all__ = ['SYNTHETIC_TOKENS', 'CACHE_VERSION', 'plain_array', 'TokenCache', 'bu
            'pack_documents', 'row_pattern', 'Pieces', 'PackedBatches', 'validation_batches', 'bits_per_byte',
            'load_corpus', 'data_card']
 
-# %% ../nbs/02a_data.ipynb #token-cache
+# %% ../nbs/02a_data.ipynb #plain-array
 def plain_array(path: Path) -> np.ndarray:
     """The array in a .npy file. DamagedFolder if it holds anything else, such as objects, which could run code."""
     try:
@@ -40,7 +40,7 @@ def plain_array(path: Path) -> np.ndarray:
     except ValueError as error:
         raise DamagedFolder(f"{path} is refused, it holds more than a plain array: {error}") from error
 
-
+# %% ../nbs/02a_data.ipynb #token-cache
 @dataclass(frozen=True)
 class TokenCache:
     """A tokenised corpus on disk: one flat memory-mapped array, documents end to end, each opened by <|endoftext|>.
@@ -231,6 +231,8 @@ def row_pattern(lengths: np.ndarray, capacity: int, min_density: float = 0.97) -
 
     Args:
         lengths: tokens of each document, longest first, 1 to `capacity`.
+        min_density: share of the rows that is to be filled; 0 = never cut.
+
     Returns:
         Arrays document, offset, length and row of each part; a cut part comes last in its row.
     """

@@ -28,8 +28,8 @@ from .optim import LossOutput
 from .ranks import PATIENCE, announce, awaited, launched, next_training, open_store
 
 # %% auto #0
-__all__ = ['World', 'on_ranks', 'own_random_numbers', 'WholeLoss', 'SpreadLoss', 'spread', 'synced', 'RankFailed',
-           'failing_together', 'left_behind']
+__all__ = ['World', 'on_ranks', 'own_random_numbers', 'WholeLoss', 'SpreadLoss', 'spread', 'synced', 'left_behind', 'RankFailed',
+           'failing_together']
 
 # %% ../nbs/02g_distributed.ipynb #world
 @dataclass
@@ -145,7 +145,7 @@ def own_random_numbers(world: World) -> Iterator[None]:
     finally:
         restore_random_states(states)
 
-# %% ../nbs/02g_distributed.ipynb #spread-loss
+# %% ../nbs/02g_distributed.ipynb #whole-loss
 class WholeLoss(nn.Module):
     """A module and its loss function as one forward pass, which DDP and FSDP can watch."""
 
@@ -157,7 +157,7 @@ class WholeLoss(nn.Module):
         out = self.loss_fn(self.module, batch)
         return out.total, out.count, out.metrics
 
-
+# %% ../nbs/02g_distributed.ipynb #spread-loss
 class SpreadLoss:
     """A loss function as before, (module, batch) -> LossOutput, whose gradients become their mean over the ranks."""
 
@@ -206,6 +206,17 @@ def synced(loss_fn: Callable, last: bool) -> contextlib.AbstractContextManager:
     """`loss_fn.synced(last)` if it is spread over ranks."""
     return loss_fn.synced(last) if isinstance(loss_fn, SpreadLoss) else contextlib.nullcontext()
 
+# %% ../nbs/02g_distributed.ipynb #left-behind
+def left_behind(world: World, mine: str | None, seconds: float = 5.0) -> str:
+    """What the first rank that failed has said; `mine`, if this is the first one. Waits a little for another's."""
+    try:
+        if mine and world.store.add("failures", 1) == 1:
+            world.store.set("failure", f"rank {world.rank} of {world.size} failed\n{mine}")
+        world.store.wait(["failure"], timedelta(seconds=seconds))
+        return world.store.get("failure").decode()
+    except dist.DistError:
+        return "another rank is gone and left no message: it was killed, or its machine was lost"
+
 # %% ../nbs/02g_distributed.ipynb #failing-together
 class RankFailed(RuntimeError):
     """Another rank failed; the message is its traceback, if it could still tell."""
@@ -231,14 +242,3 @@ def failing_together(world: World) -> Iterator[None]:
             raise RankFailed(said) from None
         error.told = True
         raise
-
-
-def left_behind(world: World, mine: str | None, seconds: float = 5.0) -> str:
-    """What the first rank that failed has said; `mine`, if this is the first one. Waits a little for another's."""
-    try:
-        if mine and world.store.add("failures", 1) == 1:
-            world.store.set("failure", f"rank {world.rank} of {world.size} failed\n{mine}")
-        world.store.wait(["failure"], timedelta(seconds=seconds))
-        return world.store.get("failure").decode()
-    except dist.DistError:
-        return "another rank is gone and left no message: it was killed, or its machine was lost"

@@ -102,9 +102,8 @@ def live_curves(metrics_file: Path, seconds: float = 2.0, **options) -> Iterator
         rows = rows[: rows.rfind(b"\n") + 1]  # a row may be half written
         if rows.count(b"\n") > 1 and rows != drawn:
             fig = training_curves(pd.read_json(io.BytesIO(rows), lines=True), **options)
-            fig.savefig(picture := io.BytesIO(), format="png")
+            handle.update(Image(small_png(fig)))
             plt.close(fig)
-            handle.update(Image(picture.getvalue()))
             drawn = rows
 
     def watch() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Sampling', 'next_token_probabilities', 'penalise_repetition', 'row_uniforms', 'draw', 'ready_tokens', 'check_prompts',
-           'evaluating', 'Row', 'decode', 'generate', 'stream']
+           'left_padded', 'evaluating', 'Row', 'choose', 'decode', 'generate', 'stream']
 
 # %% ../nbs/02d_generation.ipynb #sampling
 @dataclass(frozen=True)
@@ -147,6 +147,13 @@ def check_prompts(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
             raise ValueError(f"generate: prompt {row} has token {min(prompt) if min(prompt) < 0 else max(prompt)}, outside "
                              f"0..{cfg.vocab_size - 1}: was another tokenizer used?")
 
+# %% ../nbs/02d_generation.ipynb #left-padded
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Int[Tensor, "b t"], Int[Tensor, "b"]]:
+    """The prompts as rows that end together, and how many zeros stand before each."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+
 # %% ../nbs/02d_generation.ipynb #evaluating
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -183,6 +190,16 @@ class Row:
             self.forced = self.forced[1:] or list(sampling.force(self.tokens))
         return new
 
+# %% ../nbs/02d_generation.ipynb #choose
+def choose(log_p: Float[Tensor, "b v"], sampling: Sampling, u: Float[Tensor, "b"], forced: Sequence[Sequence[int]] = ()
+           ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"]]:
+    """The next token of each row, drawn with its u or the first of its `forced` ones, and its log-probability in `log_p`."""
+    tokens = draw(next_token_probabilities(log_p, sampling), u)
+    for row, coming in enumerate(forced):
+        if coming:
+            tokens[row] = coming[0]
+    return tokens, log_p.gather(-1, tokens[:, None]).squeeze(-1)
+
 # %% ../nbs/02d_generation.ipynb #decode
 @torch.inference_mode()
 def decode(
@@ -192,18 +209,17 @@ def decode(
 
     `answers`, an empty list, is filled with the `Row`s, whose log-probabilities the caller may want.
     """
-    device, longest, vocabulary = model.embed_tokens.weight.device, max(map(len, prompts)), model.cfg.vocab_size
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    pad_lengths = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    device = model.embed_tokens.weight.device
+    ids, pad_lengths = left_padded(prompts, device)
     answers = [] if answers is None else answers
     answers += [Row(min(sampling.max_new_tokens, model.cfg.context_length - len(prompt))) for prompt in prompts
                 for _ in range(sampling.samples)]
-    rows, steps = [i for i, row in enumerate(answers)], max(row.room for row in answers)
+    rows, steps = list(range(len(answers))), max(row.room for row in answers)
     active = {i for i, row in enumerate(answers) if row.room}
-    cache = model.new_cache(len(prompts), longest + steps, pad_lengths)
+    cache = model.new_cache(len(prompts), ids.shape[1] + steps, pad_lengths)
     uniforms = row_uniforms(sampling.seed, sampling.streams or range(len(answers)), steps).to(device)
     penalised = sampling.repetition_penalty != 1
-    seen = torch.zeros(len(answers) if penalised else 0, vocabulary, dtype=torch.bool, device=device)
+    seen = torch.zeros(len(answers) if penalised else 0, model.cfg.vocab_size, dtype=torch.bool, device=device)
     for i in range(len(seen)):
         seen[i, list(prompts[i // sampling.samples])] = True
     for step in range(steps):
@@ -219,13 +235,9 @@ def decode(
         if not log_p[:, 0].isfinite().all():  # one bad logit spoils its whole row
             raise ValueError(f"generate: the model's logits are not finite at new token {step}: its weights have diverged or are "
                              "damaged; load an earlier checkpoint")
-        tokens = draw(next_token_probabilities(log_p, sampling), uniforms[rows, step])
-        for i, row in enumerate(rows):
-            if answers[row].forced:
-                tokens[i] = answers[row].forced[0]
+        tokens, log_probs = choose(log_p, sampling, uniforms[rows, step], [answers[row].forced for row in rows])
         if penalised:
             seen[rows, tokens] = True
-        log_probs = log_p.gather(-1, tokens[:, None]).squeeze(-1)
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist()):
             if row in active:
                 yield from ((row, shown) for shown in answers[row].advance(token, log_prob, sampling))

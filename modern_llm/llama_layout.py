@@ -82,7 +82,9 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
     scaling, head_width = max(kinds - {None, "default"}, default="default"), source.get("head_dim") or width // heads
     quantized = (source.get("quantization_config") or {}).get("quant_method")
     for field, value, ok, why in (
-        ("rope_scaling", scaling, scaling == "default", "stretches the rotary wavelengths"),
+        ("rope_scaling", scaling, scaling in ("default", "llama3"), "stretches the rotary wavelengths by another rule than Llama 3's"),
+        ("low_freq_factor, high_freq_factor", bounds := (rope.get("low_freq_factor"), rope.get("high_freq_factor")),
+         scaling == "default" or bounds == (1, 4), "are not the bounds 1 and 4 of Llama 3's models"),
         ("partial_rotary_factor", part := source.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)), part == 1,
          "turns only a part of the channels"),
         ("attention_bias", source.get("attention_bias"), not source.get("attention_bias"), "adds biases in attention"),
@@ -98,6 +100,8 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
     ):
         if not ok:
             raise CannotImport(f"{field}={value!r} {why}: this {name} cannot become a ModernDecoderLM; {REMEDY}")
+    stretch = {"rope_factor": float(rope.get("factor", 1)), "rope_trained_context": rope.get("original_max_position_embeddings", 8192),
+               } if scaling == "llama3" else {}
     routing = {"num_experts": source["num_experts"], "experts_per_token": source["num_experts_per_tok"],
                "balance_loss_weight": float(source.get("router_aux_loss_coef", 0.001))} if has_experts else {}
     try:
@@ -106,7 +110,7 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
             num_layers=layers, num_heads=heads, num_kv_heads=source.get("num_key_value_heads") or heads,
             head_dim=head_width if head_width * heads != width else None,
             ffn_width=source[ffn_width], norm_eps=source.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or 10_000.0),
+            rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or 10_000.0), **stretch,
             use_qk_norm=name.startswith("Qwen3"), sliding_window=_window(source, name, layers),
             tie_embeddings=bool(source.get("tie_word_embeddings", False)), **routing)
     except ConfigError as error:

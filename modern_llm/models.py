@@ -94,7 +94,7 @@ class ModernDecoderLM(nn.Module):
         """
         x = self.embed_tokens(input_ids)
         positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1])
-        rotary = rotary_tables(positions, self.cfg.head_width, self.cfg.rope_theta)
+        rotary = rotary_tables(positions, self.cfg.head_width, self.cfg.rope_theta, self.cfg.rope_factor, self.cfg.rope_trained_context)
         aux = x.new_zeros((), dtype=torch.float32)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
@@ -181,6 +181,9 @@ def hugging_face_config(cfg: ModelConfig, dtype: str = "float32", eos_id: int | 
         "mlp_bias": False, "tie_word_embeddings": cfg.tie_embeddings, "initializer_range": cfg.init_std,
         "bos_token_id": eos_id, "eos_token_id": eos_id,
     }
+    if cfg.rope_factor > 1:
+        values["rope_parameters"] |= {"rope_type": "llama3", "factor": cfg.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                      "original_max_position_embeddings": cfg.rope_trained_context}
     if cfg.sliding_window:
         values |= {"sliding_window": cfg.sliding_window, "use_sliding_window": True, "max_window_layers": 0}
     if cfg.num_experts:

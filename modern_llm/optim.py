@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # %% auto #0
-__all__ = ['IGNORED', 'cross_entropy_chunk', 'ChunkedCrossEntropy', 'chunked_cross_entropy', 'LossOutput', 'lm_loss',
-           'orthogonalise', 'undivided', 'divided_like', 'Muon', 'parameter_groups', 'make_optimizers',
-           'learning_rate_factor']
+__all__ = ['IGNORED', 'cross_entropy_chunk', 'chunked_cross_entropy', 'LossOutput', 'lm_loss', 'orthogonalise', 'undivided',
+           'divided_like', 'Muon', 'parameter_groups', 'make_optimizers', 'learning_rate_factor']
 
 # %% ../nbs/02b_optim.ipynb #constants
 IGNORED = -100  # label of a position that is not trained on
@@ -41,7 +40,7 @@ def cross_entropy_chunk(
     return nats, gradient.mul_(labelled)
 
 # %% ../nbs/02b_optim.ipynb #chunked-function
-class ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy whose gradients are computed in the forward pass, chunk by chunk; use `chunked_cross_entropy`."""
 
     @staticmethod
@@ -91,7 +90,7 @@ def chunked_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        return ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, ignore_index, dtype, with_gradients)
+        return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, ignore_index, dtype, with_gradients)
 
 # %% ../nbs/02b_optim.ipynb #loss-output
 @dataclass

@@ -7,28 +7,26 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
 from .generation import evaluating
-from .reading import articles, documents, rows, split_plan
+from .held_out import cut_texts, detokenise, held_out_pages, joined_tokens, scored_split, wikitext_rows, words_and_bytes
 from .scoring import ratio_interval
-from .sources import DataError, dataset_info, find_source
+from .sources import dataset_info, find_source
 from .tokens import encode_documents, end_of_text_id
 
 # %% auto #0
 __all__ = ['LOGITS_AT_ONCE', 'PROTOCOLS', 'LEGACY_LINES', 'LEGACY_TOKENS', 'LONGEST_CONTEXT', 'windows', 'window_nats',
-           'sequence_nats', 'token_nats', 'context_and_stride', 'blank_lines', 'wikitext_pages', 'wikitext_rows',
-           'detokenise', 'encoding', 'joined_tokens', 'words_and_bytes', 'score_lines', 'score_joined',
-           'score_documents', 'held_out_pages', 'scored_split', 'cut_texts', 'perplexity_tables', 'protocol_rows']
+           'sequence_nats', 'token_nats', 'context_and_stride', 'score_lines', 'score_joined', 'score_documents',
+           'perplexity_tables', 'protocol_rows']
 
 # %% ../nbs/02e1_perplexity.ipynb #windows
 def windows(length: int, context_length: int, stride: int) -> list[tuple[int, int, int]]:
@@ -155,101 +153,6 @@ def context_and_stride(model: nn.Module) -> tuple[int, int]:
     context = min(model.cfg.context_length, LONGEST_CONTEXT)
     return context, 512 if context > 512 else context // 2
 
-# %% ../nbs/02e1_perplexity.ipynb #blank-lines
-_HEADING, _TITLE = re.compile(r"^ ?= .* = ?$"), re.compile(r"^ ?= (?!= ).*(?<! =) = ?$")
-
-
-def blank_lines(lines: Sequence[str]) -> list[str]:
-    """WikiText's lines with the blank ones around headings, if they have none at all.
-
-    A formula such as ` = 1 rad / s = ` looks like a title; it interrupts a sentence that goes on with a number.
-    """
-    if any(not line.strip() for line in lines):
-        return list(lines)
-    found: list[str] = []
-    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""]):
-        formula = before.rstrip()[-1:].isalnum() and after.strip()[:1].isdigit() and _TITLE.match(line)
-        if _HEADING.match(line) and not formula:
-            found += [*[""] * (2 if _TITLE.match(line) and found else 1), line, ""]
-        else:
-            found.append(line)
-    return found
-
-# %% ../nbs/02e1_perplexity.ipynb #wikitext-pages
-def wikitext_pages(lines: Iterable[str]) -> list[str]:
-    """WikiText's articles, from a title to the line before the next, with their spaces; a blank line is one space, as published."""
-    lines = blank_lines([line.rstrip("\r\n") for line in lines])
-    lines = [line if line.strip() else "" for line in lines]
-    sizes = [sum(map(bool, article.split("\n"))) for article in articles(["", *lines])]
-    article_of, pages, current = iter(np.repeat(np.arange(len(sizes)), sizes).tolist()), [[] for _ in sizes], 0
-    for line in itertools.dropwhile(lambda line: not line, lines):
-        current = next(article_of) if line else current
-        pages[current].append(line or " ")
-    return ["\n".join(page) for page in pages]
-
-
-def wikitext_rows(page: str) -> list[str]:
-    """The rows of the hub's table that make up a page: its lines, each with its newline, blank ones empty."""
-    return [f"{line}\n" if line.strip() else "" for line in page.split("\n")]
-
-# %% ../nbs/02e1_perplexity.ipynb #detokenise
-_SPACING = [("s '", "s'"), *((f" @{mark}@ ", mark) for mark in "-,."), *((f" {mark} ", f"{mark} ") for mark in ":;.!?,")]
-_ENCLOSING = [(r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'")]
-_REST = [("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
-
-
-def detokenise(page: str) -> str:
-    """A WikiText page in ordinary spacing, by the rules of lm-evaluation-harness (from Megatron-LM), in their order."""
-    for old, new in _SPACING:
-        page = page.replace(old, new)
-    for left, right in _ENCLOSING:
-        page = re.sub(rf"{left}\s*([^{right}]*?)\s*{right}", lambda found: found[0][0] + found[1] + found[0][-1], page)
-    for old, new in _REST:
-        page = page.replace(old, new)
-    return page
-
-# %% ../nbs/02e1_perplexity.ipynb #encoding
-def encoding(tokenizer: Tokenizer, text: str) -> Encoding:
-    """Ids and character offsets of a text in which nothing is special."""
-    before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
-    try:
-        return tokenizer.encode(text, add_special_tokens=False)
-    finally:
-        tokenizer.encode_special_tokens = before
-
-# %% ../nbs/02e1_perplexity.ipynb #joined-tokens
-def joined_tokens(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None = None,
-                  wikitext: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of texts as one stream and the number of the text that each belongs to: two int64 (tokens,).
-
-    Args:
-        max_tokens: the stream ends there.
-        wikitext: the texts are pages of WikiText and joined as its rows are, by blank lines; else by `<|endoftext|>`.
-    """
-    if wikitext:
-        parts, size = [], 0
-        for page in texts:
-            parts.append("\n\n".join(wikitext_rows(page)) + "\n\n")
-            size += len(parts[-1])
-            if max_tokens and size > 16 * max_tokens:  # characters; no language takes so many for a token
-                break
-        whole = encoding(tokenizer, ("\n\n" + "".join(parts))[:-2])  # the table begins with a blank row
-        starts = np.cumsum([2, *map(len, parts[:-1])]) if parts else np.zeros(1)
-        owners = np.searchsorted(starts, [max(2, begin) for begin, _ in whole.offsets], side="right") - 1
-        return np.array(whole.ids[:max_tokens], np.int64), owners[:max_tokens]
-    end, ids, owners = end_of_text_id(tokenizer), [], []
-    for number, text in enumerate(texts):
-        ids += [*([] if ids else [end]), *encode_documents(tokenizer, [text])[0], end]
-        owners += [number] * (len(ids) - len(owners))
-        if max_tokens and len(ids) >= max_tokens:
-            break
-    return np.array(ids[:max_tokens], np.int64), np.array(owners[:max_tokens], np.int64)
-
-# %% ../nbs/02e1_perplexity.ipynb #words-and-bytes
-def words_and_bytes(text: str) -> tuple[int, int]:
-    """Words, as lm-evaluation-harness counts them (white space at either end makes one more), and UTF-8 bytes."""
-    return len(re.split(r"\s+", text)), len(text.encode("utf-8", "replace"))
-
 # %% ../nbs/02e1_perplexity.ipynb #score-lines
 def _table(nats: Iterable[np.ndarray], texts: Iterable[str], setting: str) -> pd.DataFrame:
     found = [(i, np.nansum(n), int(np.isfinite(n).sum()), *words_and_bytes(text), setting) for i, (n, text) in enumerate(zip(nats, texts))]
@@ -319,37 +222,6 @@ def score_documents(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str]
     if wordless := len(texts) - len(kept):
         setting += f"; documents without words left out: {wordless}"
     return _table(nats, kept, setting)
-
-# %% ../nbs/02e1_perplexity.ipynb #source
-def held_out_pages(name: str, split: str, world_seed: int = 0) -> Iterator[str]:
-    """The documents of a source; WikiText's articles with the spaces and blank lines of the published files."""
-    if dataset_info(name).name.startswith("wikitext"):
-        yield from wikitext_pages(row["text"] for row in rows(name, split))
-    else:
-        yield from documents(name, split, world_seed)
-
-
-def scored_split(name: str) -> str:
-    """"test" where a source has such rows, else "validation"."""
-    source = find_source(name)
-    try:
-        return "validation" if source.where == "built-in" else "test" if split_plan(source.splits, "test") else ""
-    except DataError:
-        return "validation"
-
-
-def cut_texts(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None) -> list[str]:
-    """The first texts that together have at most `max_tokens` tokens, the last one cut behind a whole word."""
-    kept, room = [], max_tokens
-    for text in texts:
-        if room is not None:
-            found = encoding(tokenizer, text)
-            if len(found.ids) > room:
-                text = re.sub(r"\S+\Z", "", text[:found.offsets[room][0]])
-                return [*kept, text] if text.strip() else kept
-            room -= len(found.ids)
-        kept.append(text)
-    return kept
 
 # %% ../nbs/02e1_perplexity.ipynb #perplexity-tables
 def perplexity_tables(model: nn.Module, tokenizer: Tokenizer, name: str, max_tokens: int | None = None, world_seed: int = 0,

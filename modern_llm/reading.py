@@ -126,7 +126,7 @@ def read_file(path: str | Path) -> Iterator[dict]:
         fault = _fault(path) or f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: {fault}") from error
 
-# %% ../nbs/02a2_reading.ipynb #rows
+# %% ../nbs/02a2_reading.ipynb #load-hub
 @lru_cache(maxsize=4)
 def load_hub(name: str, split: str):
     """A split from the hub or its local cache, memory-mapped. DatasetNotFound instead of a long wait when offline."""
@@ -150,7 +150,7 @@ def load_hub(name: str, split: str):
         for place, value in zip(offline, before):
             setattr(*place, value)
 
-
+# %% ../nbs/02a2_reading.ipynb #rows
 def rows(name: str, split: str = "train") -> Iterator[dict]:
     """The rows of a source as dictionaries, in order, without those a hash put on the other side of a cut.
 

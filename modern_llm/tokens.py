@@ -68,7 +68,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[in
     finally:
         tokenizer.encode_special_tokens = before
 
-
+# %% ../nbs/02a3_tokens.ipynb #bytes-per-token
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """UTF-8 bytes that one token carries on average."""
     return sum(len(text.encode()) for text in texts) / max(1, sum(map(len, encode_documents(tokenizer, texts))))

@@ -12,9 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,116 +25,15 @@ from modern_llm.checkpoints import (
     read_metrics, restore_random_states, seed_everything,
 )
 from .config import TrainConfig
-from .distributed import World, failing_together, own_random_numbers, spread, synced
-from .optim import LossOutput, learning_rate_factor, undivided
+from .distributed import World, failing_together, own_random_numbers, spread
+from .optim import LossOutput, learning_rate_factor
+from .train_step import Batch, LossFunction, add_losses, optimizer_step, prefetch
 
 # %% auto #0
-__all__ = ['Batch', 'LossFunction', 'Evaluate', 'SaveModel', 'REASONS', 'PEAK_FLOPS', 'micro_batches', 'batch_tokens',
-           'add_losses', 'rescale_gradients', 'optimizer_step', 'prefetch', 'Window', 'TrainingDiverged',
-           'DivergenceGuard', 'stop_signals', 'job_ends_soon', 'run_progress', 'stop_reason', 'peak_flops',
-           'flops_share', 'prepare_module', 'validate', 'Recorder', 'make_bar', 'TrainResult', 'Trainer']
-
-# %% ../nbs/03_trainer.ipynb #types
-Batch = dict[str, Tensor]
-LossFunction = Callable[[nn.Module, Batch], LossOutput]
-Evaluate = Callable[[nn.Module], dict[str, float]]
-SaveModel = Callable[[nn.Module, Path], None]
-
-# %% ../nbs/03_trainer.ipynb #micro-batches
-def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """Cut a batch into pieces of `size` rows (views)."""
-    rows = len(next(iter(batch.values())))
-    for start in range(0, rows, size):
-        yield {name: value[start : start + size] for name, value in batch.items()}
-
-
-def batch_tokens(batch: Batch) -> int:
-    """Positions the model reads: all entries of the tensors whose name ends in `input_ids`, padding included."""
-    return sum(value.numel() for name, value in batch.items() if name.endswith("input_ids"))
-
-# %% ../nbs/03_trainer.ipynb #add-losses
-def add_losses(outputs: list[LossOutput]) -> LossOutput:
-    """The sums of several LossOutputs as detached float32 tensors on their device."""
-    device = outputs[0].total.device
-
-    def add(values: list) -> Tensor:
-        return sum(v.detach().float() if isinstance(v, Tensor) else torch.full((), float(v), device=device) for v in values)
-
-    metrics = {name: add([out.metrics[name] for out in outputs]) for name in outputs[0].metrics}
-    return LossOutput(add([out.total for out in outputs]), add([out.count for out in outputs]), metrics)
-
-# %% ../nbs/03_trainer.ipynb #rescale
-@torch.no_grad()
-def rescale_gradients(parameters: list[nn.Parameter], factor: Tensor, max_norm: float, scale: float = 1.0) -> Tensor:
-    """Multiply all gradients by `factor`, then clip their joint norm to `max_norm` (0 = no clipping); one pass.
-
-    Gradients stay multiplied by the loss `scale`. Returns the norm before clipping, unscaled. Where it is not finite
-    every gradient becomes NaN, so that a bad step shows in the next loss instead of passing unseen.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = undivided(torch.nn.utils.get_total_norm(grads, foreach=True)) * factor / scale
-    shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in grads], torch.where(norm.isfinite(), factor * shrink, torch.nan))
-    return norm
-
-# %% ../nbs/03_trainer.ipynb #optimizer-step
-def optimizer_step(
-    state: TrainingState, loss_fn: LossFunction, batch: Batch, cfg: TrainConfig, lr_factor: float, world: World = World()
-) -> tuple[LossOutput, Tensor]:
-    """One update from a batch on the CPU (a rank's rows of it), in micro-batches; the device is never waited for.
-
-    Sums are added over the micro-batches and ranks and the gradient divided once by the total count, so the cut changes
-    nothing. Returns the batch's summed LossOutput and the gradient norm before clipping.
-    """
-    rows = len(next(iter(batch.values())))
-    parameters = [p for o in state.optimizers for group in o.param_groups for p in group["params"]]
-    size, outputs = math.gcd(cfg.micro_batch, rows), []  # a rank may have fewer rows than a micro-batch
-    for start, part in zip(range(0, rows, size), micro_batches(batch, size)):
-        part = {name: value.to(state.device, non_blocking=True) for name, value in part.items()}
-        with synced(loss_fn, last=start + size == rows):
-            with state.autocast():
-                out = loss_fn(state.module, part)
-            state.scaler.scale(out.total / rows).backward()  # any constant would do: it keeps float16 gradients in range
-        outputs.append(out)
-    summed = world.summed(add_losses(outputs))
-    factor = rows * world.size / summed.count.clamp(min=1)  # the ranks have averaged their gradients
-    norm = rescale_gradients(parameters, factor, cfg.grad_clip, state.scaler.get_scale())
-    for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor
-        state.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    state.scaler.update()
-    state.step += 1
-    state.tokens += batch_tokens(batch) * world.size
-    if state.average:
-        state.average.update(state.module, state.step)
-    return summed, norm
-
-# %% ../nbs/03_trainer.ipynb #prefetch
-def prefetch(
-    batches: Callable[[int], Batch], start: int, stop: int, rows: int, pin: bool = False, ahead: int = 2, world: World = World()
-) -> Iterator[Batch]:
-    """Yield batches(start) … batches(stop - 1), or a rank's rows of them, made by a thread up to `ahead` steps early.
-
-    An error raised by `batches` is raised here, at its step; so is a batch whose tensors do not have `rows` rows.
-    """
-
-    def load(step: int) -> Batch:
-        batch = batches(step)
-        wrong = {name: len(value) for name, value in batch.items() if len(value) != rows}
-        if wrong or not batch:
-            raise ValueError(f"batches({step}) has rows {wrong or 0}, but train.batch_size={rows}")
-        batch = world.rows(batch)
-        return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
-
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        waiting = deque(pool.submit(load, step) for step in range(start, min(start + ahead, stop)))
-        for step in range(start, stop):
-            batch = waiting.popleft().result()
-            if step + ahead < stop:
-                waiting.append(pool.submit(load, step + ahead))
-            yield batch
+__all__ = ['REASONS', 'PEAK_FLOPS', 'Evaluate', 'SaveModel', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'stop_signals',
+           'job_ends_soon', 'run_progress', 'next_learning_rate', 'stop_reason', 'agreed_reason', 'peak_flops',
+           'flops_share', 'prepare_module', 'validate', 'due', 'parts_done', 'Recorder', 'open_run', 'TrainResult',
+           'Trainer']
 
 # %% ../nbs/03_trainer.ipynb #window
 class Window:
@@ -163,11 +60,11 @@ class Window:
         speed = (tokens - self.tokens) / (time.perf_counter() - self.started)
         return {"loss": loss, **dict(zip(total.metrics, metrics)), "grad_norm": self.norm.item(), "tokens_per_s": speed}
 
-# %% ../nbs/03_trainer.ipynb #diverged-error
+# %% ../nbs/03_trainer.ipynb #divergence
 class TrainingDiverged(RuntimeError):
     """The loss is not finite, or far above its best. The message names the step and the last good checkpoint."""
 
-# %% ../nbs/03_trainer.ipynb #divergence
+
 class DivergenceGuard:
     """Raises when training is lost: at once if a number is not finite, after `patience` checks far above the best."""
 
@@ -227,6 +124,12 @@ def run_progress(step: float, seconds: float, cfg: TrainConfig) -> float:
     timed = seconds / (60 * cfg.max_minutes) if cfg.max_minutes else 0.0
     return min(1.0, max(step / cfg.max_steps, timed))
 
+
+def next_learning_rate(state: TrainingState, cfg: TrainConfig) -> float:
+    """Learning rate of the step to come, as a share of its peak."""
+    middle = state.step + 0.5
+    return learning_rate_factor(middle, run_progress(middle, state.seconds, cfg), cfg)
+
 # %% ../nbs/03_trainer.ipynb #stop-reason
 REASONS = (None, "max_minutes", "stopped", "preempted", "interrupted", "finished")  # if ranks differ, the last one counts
 
@@ -239,6 +142,12 @@ def stop_reason(state: TrainingState, cfg: TrainConfig, asked: str | None = None
         return caught[0] if caught else asked
     return "max_minutes" if cfg.max_minutes and state.seconds >= 60 * cfg.max_minutes else None
 
+
+def agreed_reason(state: TrainingState, world: World, reason: str | None) -> str | None:
+    """The last in REASONS of what the ranks give; the clock of the latest becomes that of all."""
+    state.seconds, number = world.agreed(state.seconds, REASONS.index(reason))
+    return REASONS[int(number)]
+
 # %% ../nbs/03_trainer.ipynb #peak-flops
 PEAK_FLOPS = {"GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 / s
 
@@ -248,7 +157,7 @@ def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float |
     known = (peak for name, peak in PEAK_FLOPS.items() if name in device_name)
     return next(known, None) if dtype != torch.float32 else None
 
-# %% ../nbs/03_trainer.ipynb #flops-share
+
 def flops_share(flops_per_token: float | None, state: TrainingState) -> float | None:
     """Share of the GPU's peak that one token per second uses; None on devices whose peak is not known."""
     name = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else ""
@@ -271,60 +180,79 @@ def prepare_module(module: nn.Module, cfg: TrainConfig, device: torch.device) ->
         torch.set_float32_matmul_precision("high")
 
 # %% ../nbs/03_trainer.ipynb #validate
+Evaluate = Callable[[nn.Module], dict[str, float]]
+SaveModel = Callable[[nn.Module, Path], None]
+
+
 def validate(state: TrainingState, evaluate: Evaluate) -> dict[str, float]:
     """What `evaluate` finds in the weights that would be saved, every name beginning with val_."""
     with state.as_product() as module, state.autocast():
         found = evaluate(module)
     return {name if name.startswith("val_") else f"val_{name}": float(value) for name, value in found.items()}
 
+# %% ../nbs/03_trainer.ipynb #due
+def due(state: TrainingState, cfg: TrainConfig, reason: str | None = None) -> dict[str, bool]:
+    """What to do after this step: "row", "checkpoint", "keep" a model, "validate"; `reason` is why the run stops here."""
+    every = lambda steps: state.step % steps == 0
+    return {
+        "row": every(cfg.log_every) or state.step == 1,
+        "checkpoint": every(cfg.checkpoint_every) or reason is not None,
+        "keep": state.kept < parts_done(state, cfg) <= cfg.keep_checkpoints,
+        "validate": reason in ("finished", "max_minutes") if reason else every(cfg.eval_every),
+    }
+
+
+def parts_done(state: TrainingState, cfg: TrainConfig) -> int:
+    """How many of the run's keep_checkpoints + 1 equal parts are over."""
+    return int(run_progress(state.step, state.seconds, cfg) * (cfg.keep_checkpoints + 1) + 1e-9)
+
 # %% ../nbs/03_trainer.ipynb #recorder
 class Recorder:
-    """Looks at a run after every step: stops a lost one, writes checkpoints and metrics, validates, moves the bar."""
+    """Looks at a run after every step: stops a lost one, writes checkpoints and metrics, validates."""
 
     def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Evaluate | None = None, share: float | None = None):
         self.files, self.cfg, self.evaluate, self.share = files, cfg, evaluate, share
-        self.guard, self.window, self.bar = DivergenceGuard(), Window(), None
-        self.slowest_save = 0.0
+        self.guard, self.window, self.slowest_save = DivergenceGuard(), Window(), 0.0
         for row in read_metrics(files.metrics):  # of the sittings before this one
             if row["loss"] is not None:
                 self.guard.check(row["step"], row["loss"], None, files.last_checkpoint)
 
-    def observe(self, state: TrainingState, lr_factor: float, reason: str | None) -> None:
-        """Do what is due: check, checkpoint, validate, write the row. So nothing bad is saved, nothing good is lost."""
-        cfg, step = self.cfg, state.step
-        log, check_point, judge = (step % n == 0 for n in (cfg.log_every, cfg.checkpoint_every, cfg.eval_every))
-        judge = bool(self.evaluate) and (reason in ("finished", "max_minutes") if reason else judge)
-        parts = int(run_progress(step, state.seconds, cfg) * (cfg.keep_checkpoints + 1) + 1e-9)
-        keep = state.kept < parts <= cfg.keep_checkpoints
-        if not (reason or log or check_point or judge or keep or step == 1):
-            return
+    def observe(self, state: TrainingState, lr_factor: float, reason: str | None) -> dict[str, float]:
+        """Do what is due: check, checkpoint, validate, write the row, which is returned. So nothing bad is saved, nothing good lost."""
+        todo = due(state, self.cfg, reason)
+        todo["validate"] &= self.evaluate is not None
+        if not any(todo.values()):
+            return {}
         seen = self.window.read(state.tokens)
-        row = {"step": step, "tokens": state.tokens, "lr": cfg.lr * lr_factor, **seen}
+        row = {"step": state.step, "tokens": state.tokens, "lr": self.cfg.lr * lr_factor, **seen}
         row["mfu"] = seen["tokens_per_s"] * self.share if self.share and seen else None
         try:
             if seen:
                 norm = None if state.scaler.is_enabled() else row["grad_norm"]  # the scaler skips such steps by itself
-                self.guard.check(step, row["loss"], norm, self.files.last_checkpoint)
-            state.kept = max(state.kept, parts)
-            if reason or (check_point and not self.guard.bad):  # a suspicious state never replaces a good one
+                self.guard.check(state.step, row["loss"], norm, self.files.last_checkpoint)
+            state.kept = max(state.kept, parts_done(state, self.cfg))
+            if reason or (todo["checkpoint"] and not self.guard.bad):
                 began = time.perf_counter()
                 self.files.save(state)
                 self.slowest_save = max(self.slowest_save, time.perf_counter() - began)
-            if keep and not self.guard.bad:
+            if todo["keep"] and not self.guard.bad:
                 self.files.keep(state)
-            if judge:
+            if todo["validate"]:
                 row |= validate(state, self.evaluate if self.files.writes else lambda module: {})
         finally:
             if seen and self.files.writes:
                 append_row(self.files.metrics, row)
             self.window.clear(state.tokens)
-        self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "val_loss") if k in row}, refresh=False)
+        return row
 
-# %% ../nbs/03_trainer.ipynb #bar
-def make_bar(state: TrainingState, cfg: TrainConfig, show: bool) -> tqdm:
-    """The progress bar: every half second on a terminal, every ten seconds in a notebook or a log file."""
-    seconds = 0.5 if sys.stderr.isatty() else 10
-    return tqdm(total=cfg.max_steps, initial=state.step, unit="step", disable=not show, mininterval=seconds)
+# %% ../nbs/03_trainer.ipynb #open-run
+def open_run(files: RunFolder, state: TrainingState, world: World, resume: bool) -> None:
+    """Make the folder, or load its checkpoint into the `state` of every rank; see `RunFolder.open`."""
+    if world.main:
+        files.open(state, resume)
+    found = world.told(files.opened)
+    if found and not world.main:
+        state.load_state_dict(read_checkpoint(found)[0])
 
 # %% ../nbs/03_trainer.ipynb #train-result
 @dataclass
@@ -370,52 +298,37 @@ class Trainer:
             self.loss_fn, whole = spread(module.to(place), loss_fn, self.world, place)
             self.state = TrainingState(module, cfg, place, whole)
             self.files = RunFolder(folder, save_model, self.world.main)
-            self._open(resume)
+            open_run(self.files, self.state, self.world, resume)
             prepare_module(module, cfg, place)
             self.recorder = Recorder(self.files, cfg, evaluate, flops_share(flops_per_token, self.state))
 
-    def _open(self, resume: bool) -> None:
-        """Rank 0 opens the folder; the others read the checkpoint that it found."""
-        if self.world.main:
-            self.files.open(self.state, resume)
-        found = self.world.told(self.files.opened)
-        if found and not self.world.main:
-            self.state.load_state_dict(read_checkpoint(found)[0])
-
-    def _reason(self, caught: list[str], slowest: float) -> str | None:
-        """Why to stop after this step, as all ranks see it: they agree on the clock, too."""
-        if job_ends_soon(1.5 * (slowest + self.recorder.slowest_save)):
-            caught.append("preempted")
-        asked = "stopped" if self.should_stop() else self.files.stop_asked()
-        number = REASONS.index(stop_reason(self.state, self.cfg, asked, caught))
-        self.state.seconds, number = self.world.agreed(self.state.seconds, number)
-        return REASONS[int(number)]
-
     def fit(self) -> TrainResult:
         """Train to the end of the steps or minutes, or until asked to stop; may be called again to go on."""
-        state, cfg, recorder = self.state, self.cfg, self.recorder
+        state, cfg, world, recorder = self.state, self.cfg, self.world, self.recorder
         reason, start = stop_reason(state, cfg), time.perf_counter() - state.seconds
         first, slowest = state.step, 0.0
-        world, pin = self.world, state.device.type == "cuda"
-        batches = prefetch(self.batches, state.step, cfg.max_steps, cfg.batch_size, pin, world=world)
         restore_random_states(state.random)
         state.module.train()
         recorder.window.clear(state.tokens)
-        with contextlib.ExitStack() as stack:
-            caught = stack.enter_context(stop_signals())  # outermost: a signal must not tear the cleaning up either
-            stack.enter_context(failing_together(world))
-            stack.enter_context(contextlib.closing(batches))
-            recorder.bar = bar = stack.enter_context(make_bar(state, cfg, self.progress_bar))
+        with (
+            stop_signals() as caught,  # outermost: a signal must not tear the cleaning up either
+            failing_together(world),
+            contextlib.closing(prefetch(self.batches, state.step, cfg.max_steps, cfg.batch_size, state.device.type == "cuda", world=world)) as batches,
+            tqdm(total=cfg.max_steps, initial=state.step, unit="step", disable=not self.progress_bar,
+                 mininterval=0.5 if sys.stderr.isatty() else 10) as bar,
+        ):
             while not reason:
-                began = time.perf_counter()
+                began, factor = time.perf_counter(), next_learning_rate(state, cfg)
                 try:
-                    progress = run_progress(state.step + 0.5, state.seconds, cfg)
-                    factor = learning_rate_factor(state.step + 0.5, progress, cfg)
                     with own_random_numbers(world):
                         recorder.window.add(*optimizer_step(state, self.loss_fn, next(batches), cfg, factor, world))
                     state.seconds, state.random = time.perf_counter() - start, random_states()
-                    reason = self._reason(caught, slowest)
-                    recorder.observe(state, factor, reason)
+                    if job_ends_soon(1.5 * (slowest + recorder.slowest_save)):
+                        caught.append("preempted")
+                    asked = "stopped" if self.should_stop() else self.files.stop_asked()
+                    reason = agreed_reason(state, world, stop_reason(state, cfg, asked, caught))
+                    if row := recorder.observe(state, factor, reason):
+                        bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "val_loss") if name in row}, refresh=False)
                     bar.update()
                     if state.step > first + 1:  # the first step of a sitting may have compiled
                         slowest = max(slowest, time.perf_counter() - began)

@@ -17,9 +17,10 @@ from modern_llm import synth
 from modern_llm.config import ModelConfig
 from modern_llm.export import export_model
 from modern_llm.fewshot import channel_suffix, draw_demonstrations, encode_prompts, label_log_probs, prompt_prefix, prompt_suffix
+from modern_llm.held_out import cut_texts, detokenise, held_out_pages
 from modern_llm.hub import load
 from modern_llm.models import ModernDecoderLM, save_model
-from modern_llm.perplexity import cut_texts, detokenise, held_out_pages, protocol_rows, score_documents
+from modern_llm.perplexity import protocol_rows, score_documents
 from modern_llm.prefix import tail_log_probs
 from modern_llm.synth import LABELS
 from modern_llm.tasks import sentences

@@ -19,7 +19,8 @@ from modern_llm.models import ModernDecoderLM
 from modern_llm.optim import IGNORED
 from modern_llm.pairs import Pair, dialogue_pair, encode_pair, encode_pairs, pair_batch, preference_pairs
 from modern_llm.tokens import train_tokenizer
-from modern_llm.trainer import Trainer, micro_batches
+from modern_llm.train_step import micro_batches
+from modern_llm.trainer import Trainer
 
 ROW = {"chosen": "\n\nHuman: Hello.\n\nAssistant: Hi.", "rejected": "\n\nHuman: Hello.\n\nAssistant: Go on."}
 

@@ -31,6 +31,8 @@ SMALL = dict(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_la
 FAMILIES = {
     "llama": ("Llama", {}),
     "untied, theta": ("Llama", {"tie_word_embeddings": False, "rope_theta": 50_000.0, "rms_norm_eps": 1e-4}),
+    "llama 3.2": ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e3, "factor": 8.0, "low_freq_factor": 1.0,
+                                                "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
     "mistral": ("Mistral", {"sliding_window": 5}),
     "mistral without window": ("Mistral", {"sliding_window": None}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
@@ -145,7 +147,8 @@ def test_a_tied_head_stored_twice_is_tied_only_if_equal(tmp_path):
 
 QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "num_experts": 4, "moe_intermediate_size": 32}
 REFUSED = {
-    "rope_scaling='llama3'": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    r"low_freq_factor, high_freq_factor=\(1.0, 8.0\) are not": {"rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0}},
     "rope_scaling='linear'": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     "attention_bias=True": {"attention_bias": True},
     "mlp_bias=True": {"mlp_bias": True},

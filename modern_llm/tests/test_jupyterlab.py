@@ -65,6 +65,7 @@ def wait_for(found, seconds: float):
 
 def run_all(page, seconds: float = 180, watch=lambda cells: None) -> list[dict]:
     """Choose Run > Run All Cells and wait until every code cell has its number."""
+    page.wait_for_selector('.jp-Toolbar-kernelName:has-text("ipykernel")', timeout=60_000)  # without a kernel, Run asks for one
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()

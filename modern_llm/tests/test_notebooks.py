@@ -7,7 +7,9 @@ digits, pictures are compared by size.
 import os
 import re
 import sys
+from base64 import b64decode
 from html import unescape
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +18,7 @@ import torch
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
+from PIL import Image
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "nbs").glob("*.ipynb"))
 SKIPPED = ("#| slow", "#| gpu", "#| eval: false")
@@ -67,6 +70,12 @@ def agree(stored: str, now: str) -> bool:
 def test_agreement_of_outputs():
     assert agree("loss 2.503 of 12 rows", "loss 2.501 of 12 rows") and agree("[1e-07, -0.5]", "[2e-07, -0.49]")
     assert not agree("loss 2.503", "loss 2.603") and not agree("12 rows", "13 rows") and not agree("is True", "is False")
+
+
+def test_a_figure_is_stored_small():
+    [output] = CaptureShell().run("from modern_llm.figures import figure\nfig, ax = figure()\nax.plot([1, 2]);")
+    picture = Image.open(BytesIO(b64decode(output["data"]["image/png"])))
+    assert picture.mode == "P" and picture.width == pytest.approx(600, abs=15)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -11,9 +11,10 @@ import torch
 
 from modern_llm import perplexity
 from modern_llm.config import ModelConfig
+from modern_llm.held_out import blank_lines, cut_texts, detokenise, held_out_pages, joined_tokens, scored_split, wikitext_pages
 from modern_llm.models import ModernDecoderLM
-from modern_llm.perplexity import (blank_lines, cut_texts, detokenise, joined_tokens, perplexity_tables, protocol_rows, scored_split,
-                                   score_documents, score_joined, score_lines, sequence_nats, token_nats, wikitext_pages, windows)
+from modern_llm.perplexity import (perplexity_tables, protocol_rows, score_documents, score_joined, score_lines, sequence_nats, token_nats,
+                                   windows)
 from modern_llm.reading import documents
 from modern_llm.tokens import end_of_text_id, train_tokenizer
 
@@ -260,6 +261,6 @@ def test_wikitext_is_the_published_text():
     """60 articles and, with GPT-2's tokenizer, the token count that every user of this test set knows."""
     from modern_llm.tokens import gpt2_tokenizer
 
-    pages = list(perplexity.held_out_pages("wikitext-2", scored_split("wikitext-2")))
+    pages = list(held_out_pages("wikitext-2", scored_split("wikitext-2")))
     ids, owners = joined_tokens(gpt2_tokenizer(), pages, wikitext=True)
     assert len(pages) == owners.max() + 1 == 60 and len(ids) == 287_644

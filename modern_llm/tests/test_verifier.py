@@ -17,7 +17,8 @@ from modern_llm.files import atomic_folder
 from modern_llm.models import ModernDecoderLM, load_model, save_model
 from modern_llm.tasks import word_problems
 from modern_llm.tokens import train_tokenizer
-from modern_llm.trainer import Trainer, micro_batches
+from modern_llm.train_step import micro_batches
+from modern_llm.trainer import Trainer
 from modern_llm.verifier import (
     AnswerBatches, VerifierModel, calibrate, calibration_error, encode_candidate, fork_of, judgements, load_verifier, perturb, read_answers,
     reliability, rerank_differences, running_surprise, sampling_plan, save_verifier, score, score_answers, small_encoder,
