@@ -6,17 +6,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from .attention import attention_mask, attention_weights
@@ -32,9 +28,9 @@ if TYPE_CHECKING:
     from modern_llm.models import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['ROLES', 'checked_weights', 'attention_maps', 'Example', 'EncodedExample', 'examples', 'tokenise_example',
+__all__ = ['ROLES', 'checked_weights', 'attention_maps', 'Example', 'examples', 'EncodedExample', 'tokenise_example',
            'row_measures', 'planted_repetition', 'induction_attention', 'repetition_gain', 'head_role', 'head_table',
-           'heads_figure', 'maps_figure', 'head_figure', 'without_head', 'key_table', 'observations', 'save_png']
+           'heads_figure', 'maps_figure', 'without_head', 'key_table', 'head_figure', 'observations']
 
 # %% ../nbs/08_attention_viz.ipynb #rebuilt
 def checked_weights(
@@ -93,17 +89,6 @@ class Example:
     answer: str  # what comes next
     keys: tuple[str, ...]  # words that decide it; the last occurrence of each counts
 
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """An example in tokens."""
-
-    example: Example
-    input_ids: Int[Tensor, "1 t"]
-    labels: list[str]  # a printable name of every token
-    keys: list[int]  # positions of the tokens of the key words
-    answer_id: int  # first token of the answer
-
 # %% ../nbs/08_attention_viz.ipynb #examples
 def examples(built_in: bool, world_seed: int = 0) -> list[Example]:
     """Sentiment positive and negative, an entity, a step of arithmetic: in the built-in world's words, or in plain English."""
@@ -128,6 +113,17 @@ def examples(built_in: bool, world_seed: int = 0) -> list[Example]:
     return [*reviews, entity, sum_of]
 
 # %% ../nbs/08_attention_viz.ipynb #encode
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example in tokens."""
+
+    example: Example
+    input_ids: Int[Tensor, "1 t"]
+    labels: list[str]  # a printable name of every token
+    keys: list[int]  # positions of the tokens of the key words
+    answer_id: int  # first token of the answer
+
+
 def tokenise_example(tokenizer: Tokenizer, example: Example, start_id: int) -> EncodedExample:
     """Tokens, their labels and the positions of the key words; a start token stands in front.
 
@@ -273,17 +269,6 @@ def maps_figure(weights: Float[Tensor, "l h t s"]) -> Figure:
     ax.spines[:].set_visible(False)
     return fig
 
-# %% ../nbs/08_attention_viz.ipynb #head-figure-def
-def head_figure(weights: Float[Tensor, "t s"], item: EncodedExample, title: str = "") -> Figure:
-    """One head's map of one example with the tokens written out; key tokens are marked with an arrow."""
-    t = len(item.labels)
-    side = 1.2 + 0.125 * t
-    fig, ax = figure(side, side)
-    labels = [f"→ {label}" if i in item.keys else label for i, label in enumerate(item.labels)]
-    heatmap(ax, weights.sqrt().numpy(), title=title, colour_bar=False, vmin=0, vmax=1, xticklabels=labels, yticklabels=labels)
-    ax.tick_params(labelsize=6, length=0)
-    return fig
-
 # %% ../nbs/08_attention_viz.ipynb #without-head
 @contextlib.contextmanager
 def without_head(model: ModernDecoderLM, layer: int, head: int) -> Iterator[ModernDecoderLM]:
@@ -325,6 +310,17 @@ def key_table(model: ModernDecoderLM, item: EncodedExample, weights: Float[Tenso
     table.attrs = {"answer": whole[item.answer_id].item(), "even": len(item.keys) / len(item.labels)}
     return table
 
+# %% ../nbs/08_attention_viz.ipynb #head-figure-def
+def head_figure(weights: Float[Tensor, "t s"], item: EncodedExample, title: str = "") -> Figure:
+    """One head's map of one example with the tokens written out; key tokens are marked with an arrow."""
+    t = len(item.labels)
+    side = 1.2 + 0.14 * t
+    fig, ax = figure(side, side)
+    labels = [f"→ {label}" if i in item.keys else label for i, label in enumerate(item.labels)]
+    heatmap(ax, weights.sqrt().numpy(), title=title, colour_bar=False, vmin=0, vmax=1, xticklabels=labels, yticklabels=labels)
+    ax.tick_params(labelsize=7, length=0)
+    return fig
+
 # %% ../nbs/08_attention_viz.ipynb #observations-def
 def observations(heads: pd.DataFrame, gain: dict[str, float], even: float, keys: dict[str, pd.DataFrame]) -> list[str]:
     """What the tables say, as sentences with their figures.
@@ -356,11 +352,3 @@ def observations(heads: pd.DataFrame, gain: dict[str, float], even: float, keys:
                     f"{on[most]:.2f} on the key words (even: {table.attrs['even']:.2f}); without it the probability is "
                     f"{without[most]:.2g}. The lowest, {without[worst]:.2g}, comes from taking away {name(worst)}.")
     return told
-
-# %% ../nbs/08_attention_viz.ipynb #save-def
-def save_png(fig: Figure, path: Path) -> None:
-    """Write a figure with 64 colours, which is enough for a heat-map and a third of the size, and close it."""
-    buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=100)
-    plt.close(fig)
-    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)

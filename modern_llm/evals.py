@@ -33,7 +33,7 @@ from .tokens import encode_documents, end_of_text_id
 # %% auto #0
 __all__ = ['ERRORS', 'Subject', 'ask', 'separator_ids', 'baselines', 'piece', 'same_settings', 'perplexity_piece',
            'perplexity_rows', 'protocol_piece', 'protocol_measures', 'score_examples', 'continuation_example',
-           'sentiment_piece', 'document_pair', 'preference_piece', 'mark_instructions', 'instruction_piece',
+           'document_pair', 'preference_piece', 'sentiment_piece', 'mark_instructions', 'instruction_piece',
            'mark_problems', 'problem_piece', 'error_kind', 'problem_items', 'sample_items', 'verifier_mistakes']
 
 # %% ../nbs/07_eval.ipynb #subject
@@ -188,13 +188,6 @@ def continuation_example(tokenizer: Tokenizer, prompt: Sequence[int], text: str,
     tail = encode_documents(tokenizer, [text])[0] + [end_of_text_id(tokenizer)] * closed
     return [*prompt, *tail][:-1], [-100] * (len(prompt) - 1) + tail
 
-# %% ../nbs/07_eval.ipynb #sentiment-piece
-def sentiment_piece(subject: Subject, reviews: Sequence[Review], pool: Sequence[Review], shots: Sequence[int], draws: int, seed: int = 0,
-                    **options) -> pd.DataFrame:
-    """`sentiment_items`: what is said of each review with each number of shots, draw and method. A model of either kind is asked alike."""
-    return sentiment_items(subject.model, subject.tokenizer, reviews, pool, shots, draws, seed, separator=subject.separator,
-                           progress=f"{subject.stage}: sentiment", **options)
-
 # %% ../nbs/07_eval.ipynb #document-pair
 def document_pair(tokenizer: Tokenizer, request: str, answers: Sequence[str], context_length: int) -> list[Example]:
     """For a base model: each of some answers behind 'Question: … Answer:', closed by <|endoftext|>, cut at the context's end."""
@@ -209,6 +202,13 @@ def preference_piece(subject: Subject, pairs: Sequence[tuple[Example, Example]])
     """item, log-probabilities of the chosen and the rejected answer, and right: whether the chosen one is likelier."""
     sums = score_examples(subject.model, [side for pair in pairs for side in pair], progress=f"{subject.stage}: preferences").reshape(-1, 2)
     return pd.DataFrame({"item": range(len(pairs)), "chosen": sums[:, 0], "rejected": sums[:, 1], "right": sums[:, 0] > sums[:, 1]})
+
+# %% ../nbs/07_eval.ipynb #sentiment-piece
+def sentiment_piece(subject: Subject, reviews: Sequence[Review], pool: Sequence[Review], shots: Sequence[int], draws: int, seed: int = 0,
+                    **options) -> pd.DataFrame:
+    """`sentiment_items`: what is said of each review with each number of shots, draw and method. A model of either kind is asked alike."""
+    return sentiment_items(subject.model, subject.tokenizer, reviews, pool, shots, draws, seed, separator=subject.separator,
+                           progress=f"{subject.stage}: sentiment", **options)
 
 # %% ../nbs/07_eval.ipynb #instruction-piece
 def mark_instructions(items: Sequence, answers: Sequence[Answer], chat: bool = True) -> pd.DataFrame:

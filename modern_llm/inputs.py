@@ -297,14 +297,17 @@ os.execv(sys.executable, [sys.executable, "-c", {_PAPERMILL!r}, *sys.argv[2:]])
 """
 
 
-def start_papermill(notebook: Path, output: Path, parameters: dict) -> subprocess.Popen:
-    """Execute a notebook in a process group of its own, which is killed when this process dies; its output is piped here."""
+def start_papermill(notebook: Path, output: Path, parameters: dict, **environment: str) -> subprocess.Popen:
+    """Execute a notebook in a process group of its own, which is killed when this process dies; its output is piped here.
+
+    `environment` is added to this process's own.
+    """
     words = [str(notebook), str(output), "--no-progress-bar", "--log-output",
              "--no-request-save-on-cell-execute"]  # saved every 30 s and at the end, not twice a cell: 5 s of a long notebook
     for name, value in parameters.items():
         words += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
     command = [sys.executable, "-I", "-S", "-c", _WITH_ITS_PARENT, str(os.getpid()), *words]
-    kernel = os.environ | {"MODERN_LLM_NOTEBOOK": str(output)}  # the kernel keeps a copy of it in the run
+    kernel = os.environ | {"MODERN_LLM_NOTEBOOK": str(output), **environment}  # the kernel keeps a copy of it in the run
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=kernel,
                             start_new_session=True)  # out of reach of the terminal's Ctrl-C
 
@@ -368,7 +371,8 @@ def _make_base(stage: str, folder: Path, start: Path | None, parameters: dict) -
     if start:
         values["checkpoint"] = str(start)
     (folder / stage).mkdir(parents=True, exist_ok=True)
-    process = start_papermill(notebook, folder / stage / "notebook.ipynb", values)
+    # sums are rounded differently by one thread and by two, and training makes much of it: whoever makes the base, it is the same
+    process = start_papermill(notebook, folder / stage / "notebook.ipynb", values, OMP_NUM_THREADS="1")
     try:
         text = process.communicate()[0].decode("utf-8", "replace")
     finally:

@@ -10,8 +10,9 @@ from torch import nn
 
 from modern_llm.attention_viz import (ROLES, attention_maps, examples, head_role, head_table, heads_figure, induction_attention,
                                       key_table, maps_figure, observations, planted_repetition, repetition_gain, row_measures,
-                                      save_png, tokenise_example, without_head)
+                                      tokenise_example, without_head)
 from modern_llm.config import ModelConfig
+from modern_llm.figures import small_png
 from modern_llm.models import ModernDecoderLM
 from modern_llm.tokens import end_of_text_id, train_tokenizer
 
@@ -125,7 +126,7 @@ def test_without_head_is_the_model_with_zeroed_columns():
         assert torch.allclose(model(ids), silenced, atol=1e-5)
 
 
-def test_from_model_to_sentences(tokenizer, tmp_path):
+def test_from_model_to_sentences(tokenizer):
     torch.manual_seed(0)
     model = ModernDecoderLM(ModelConfig(vocab_size=512, width=32, num_layers=2, ffn_width=32)).eval()
     items = [tokenise_example(tokenizer, example, 0) for example in examples(True)[2:]]
@@ -144,8 +145,7 @@ def test_from_model_to_sentences(tokenizer, tmp_path):
     strongest.loc[(1, 3), ["induction", "role"]] = [0.9, "induction"]
     assert "head 1.3 puts 0.90" in (said := observations(strongest, gain, 0.05, keys)[5]) and "threshold of induction: 1." in said
     for name, fig in {"heads": heads_figure(heads), "maps": maps_figure(maps[0])}.items():
-        save_png(fig, tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert small_png(fig).startswith(b"\x89PNG"), name
 
 
 def test_roles_go_by_order_and_threshold():

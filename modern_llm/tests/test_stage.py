@@ -225,11 +225,13 @@ def test_the_config_table_shows_every_stage(tmp_path):
 
 def test_the_lesson_preset_makes_its_small_base_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     small = ("pretrain.max_steps=2 pretrain.batch_size=2 data.max_train_tokens=20000 data.max_validation_tokens=2000 "
              "data.tokenizer_vocab_size=300")
     first = begin(tmp_path / "runs", stage="sft", overrides=small)
     assert "making a small base" in capsys.readouterr().err
     assert first.start.is_relative_to(tmp_path / "cache" / "bases") and set(first.inputs) == {"pretrain"}
+    assert read_json(first.start.parents[1] / "run.json")["threads"] == 1, "the same base on every machine"
     second = begin(tmp_path / "runs", stage="attention", overrides=small + " sft.lr=1e-4")
     assert "made before" in capsys.readouterr().err and second.inputs == first.inputs
     other = st.resolve("sft", {"preset": "lesson", "overrides": small, "seed": 5})

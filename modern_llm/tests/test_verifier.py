@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from modern_llm import synth
+from modern_llm.answer_pairs import AnswerBatches, encode_candidate, fork_of, perturb
 from modern_llm.config import ConfigError, ModelConfig, VerifierConfig, get_pipeline_preset, override
 from modern_llm.files import atomic_folder
 from modern_llm.models import ModernDecoderLM, load_model, save_model
@@ -20,9 +21,8 @@ from modern_llm.tokens import train_tokenizer
 from modern_llm.train_step import micro_batches
 from modern_llm.trainer import Trainer
 from modern_llm.verifier import (
-    AnswerBatches, VerifierModel, calibrate, calibration_error, encode_candidate, fork_of, judgements, load_verifier, perturb, read_answers,
-    reliability, rerank_differences, running_surprise, sampling_plan, save_verifier, score, score_answers, small_encoder,
-    start_from_surprise, token_log_probs, token_scores, verifier_loss,
+    VerifierModel, calibrate, calibration_error, judgements, load_verifier, read_answers, reliability, rerank_differences, running_surprise,
+    sampling_plan, save_verifier, score, score_answers, small_encoder, start_from_surprise, token_log_probs, token_scores, verifier_loss,
 )
 
 CONTEXT = 160
