@@ -172,8 +172,6 @@ def chapter(path: Path, notebook: dict, modules: dict[str, Module]) -> str:
             source = re.sub(r"\n- order: \S+", "", source).rstrip()
             if path.stem != "index":
                 source += f"\n\n{{.download}}\n{{download}}`Download the notebook <../files/{path.name}>`"
-            else:
-                source = source.replace("](../", "](")
         cells.append({**cell, "source": source, "metadata": {"tags": tags} if tags else {}})
         for output in cell.get("outputs", []):
             if html := output.get("data", {}).get("text/html"):
@@ -187,9 +185,16 @@ def markdown(identifier: str, source: str) -> dict:
 
 def front_page(notebook: dict, book: dict[str, str], modules: dict[str, Module]) -> str:
     """`index.ipynb`, its links turned to this site, and the table of contents the side bar shows."""
+    def turned(text: str) -> str:
+        text = re.sub(r"\[([^\]]+)\]\(\.\./modern_llm/(\w+)\.py#(\w+)\)", r"{py:obj}`\1 <modern_llm.\2.\3>`", text)
+        return text.replace("](../", "](")
+
     for cell in notebook["cells"]:
-        text = "".join(cell["source"]).replace("](../", "](")
-        cell["source"] = re.sub(r"\]\(modern_llm/(\w+)\.py\)", r"](api/\1.md)", text) if cell["cell_type"] == "markdown" else text
+        if cell["cell_type"] == "markdown":
+            cell["source"] = turned("".join(cell["source"]))
+        for output in cell.get("outputs", []):
+            if text := output.get("data", {}).get("text/markdown"):
+                output["data"]["text/markdown"] = turned("".join(text))
     reports = [f"report/{path.stem}" for path in sorted((ROOT / "report").glob("*.md"))]
     contents = {"Chapters": [f"{stem.split('_')[0]} {title} <nbs/{stem}>" for stem, title in book.items()], "Reports": reports,
                 "Reference": [f"api/{name}" for name in modules]}
@@ -217,7 +222,7 @@ def sources() -> None:
     for module in modules.values():
         write(f"api/{module.name}.md", reference(module, book))
     for path in (ROOT / "report").rglob("*"):
-        if path.suffix in (".md", ".png"):
+        if path.suffix in (".md", ".png", ".svg"):
             write(str(path.relative_to(ROOT)), path.read_bytes())
     for path in SOURCE.rglob("*"):
         if path.is_file() and path not in written:

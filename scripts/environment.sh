@@ -19,7 +19,8 @@ if [ ! -x .venv/bin/python ]; then
 fi
 pins=(-c constraints.txt)
 .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || pins=()   # the pins need 3.11; 3.10 takes the ranges
-echo "Installing the packages${1:+ and the extra $1} into .venv (about 90 seconds, 1.6 GB; once) ..."
+size=$([ -f .venv/.installed ] || echo " (about 90 seconds, 1.6 GB; once)")
+echo "Installing the packages${1:+ and the extra $1} into .venv$size ..."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pins[@]}" --editable ".[dev${1:+,$1}]" ||
   { echo "pip failed (see above). Behind a mirror, set PIP_INDEX_URL; what was installed is kept, run again." >&2; exit 1; }
 echo "$wanted" > "$stamp"

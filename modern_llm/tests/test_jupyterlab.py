@@ -99,12 +99,14 @@ def test_lab_opens_at_the_index(page, lab):
     started = lambda: [p.cmdline() for p in psutil.Process(server.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
     kernels = wait_for(started, 60)
     assert {Path(words[0]).parent.resolve() for words in kernels} == {Path(sys.executable).parent.resolve()}
-    assert "RMSNorm" in page.inner_text(".jp-Notebook")
+    assert wait_for(lambda: "Two commands" in page.inner_text(".jp-Notebook"), 60)
+    drawn = "() => [...document.querySelectorAll('.jp-Notebook img')].some(i => i.alt.includes('notebook') && i.naturalWidth > 100)"
+    assert wait_for(lambda: page.evaluate(drawn), 60), "the figure of the pipeline"
     page.hover(".jp-Notebook")
 
     def formulas_in_view() -> bool:  # cells are drawn as they come into view
         page.mouse.wheel(0, 400)
-        return page.locator(".jp-Notebook mjx-container").count() >= 4
+        return page.locator(".jp-Notebook mjx-container").count() >= 4 and "RMSNorm" in page.text_content(".jp-Notebook")
 
     assert wait_for(formulas_in_view, 60)
 

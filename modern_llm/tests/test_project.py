@@ -3,12 +3,14 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "modern_llm"
@@ -148,6 +150,33 @@ def test_nbdev_changes_nothing(copy, command):
 
 def test_readme_is_the_index_notebook():
     subprocess.run([sys.executable, ROOT / "scripts" / "readme.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)
+def test_workflows_run_what_is_here(path):
+    """Every step says what it uses or runs; targets, files and extras in its command exist, and so do the files a cache is keyed by."""
+    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert all(("run" in step) != ("uses" in step) for step in steps)
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+    keyed = [name for step in steps for name in step.get("with", {}).get("cache-dependency-path", "").split()]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    extras = re.findall(r"^(\w+)_requirements", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)
+    for line in (step["run"] for step in steps if "run" in step):
+        match line.split("#")[0].split():
+            case ["make", target]:
+                assert target in targets
+            case ["bash", script, chosen]:
+                assert set(chosen.split(",")) <= set(extras)
+                keyed.append(script)
+            case [".venv/bin/python", "-m", "pytest", *tests]:
+                keyed += tests
+            case ["sudo", "apt-get", "update", *_]:
+                pass
+            case _:
+                pytest.fail(f"{line!r}: no check for such a command")
+    assert keyed and [name for name in keyed if not (ROOT / name).is_file()] == []
+    assert all(job in jobs for needed in jobs.values() for job in [needed.get("needs")] if job)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
