@@ -1,5 +1,6 @@
 """The memory of a model that writes: measured in a process of its own, by its closed form, and against a limit."""
 
+import mmap
 import os
 import subprocess
 import sys
