@@ -25,6 +25,7 @@ from modern_llm.tests.test_hub import other_tokenizer, token_ids, written
 from modern_llm.tokens import load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers writes and reads the models here")
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("sft.max_steps=3 sft.batch_size=2 sft.eval_every=3 sft.checkpoint_every=3 sft.max_train_examples=60 sft.max_validation_examples=4 "
          "data.max_train_tokens=20000 data.max_validation_tokens=2000")
 
@@ -103,6 +104,27 @@ def test_a_llama_is_tuned_and_comes_back(preset, tmp_path):
     assert_same_in_transformers(checkpoint, tmp_path / "out", "What is 2 + 3?", 12)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "It started from llama, a model from elsewhere" in card and "| synthetic | sft |" in card
+
+
+@pytest.mark.skipif(not os.environ.get("MODERN_LLM_SLOW_TESTS"), reason="takes a minute: set MODERN_LLM_SLOW_TESTS=1")
+def test_every_stage_takes_a_chatml_model_with_a_stretched_context(tmp_path, monkeypatch):
+    """A random model in the form of a small Llama 3 that answers in ChatML, through all stages of the smoke job."""
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
+    tokenizer = other_tokenizer([item.text for item, _ in zip(synth.documents(), range(300))], 600)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128}
+    written(tmp_path / "llama3", max_position_embeddings=512, vocab_size=640, eos_token_id=tokenizer.token_to_id("<|im_end|>"),
+            rope_parameters=rope)
+    tokenizer.save(str(tmp_path / "llama3" / "tokenizer.json"))
+    smoke = read_json(ROOT / "slurm" / "smoke.json") | {"name": "llama3", "start_from": str(tmp_path / "llama3")}
+    write_json(tmp_path / "smoke.json", smoke)
+    finish("run", "--preset", tmp_path / "smoke.json", "--run", "it", "--output-dir", tmp_path)
+    record = read_json(tmp_path / "it" / "run.json")
+    assert all(record["stages"][stage]["status"] == "finished" for stage in ("sft", "dpo", "verifier", "eval", "attention"))
+    assert read_json(tmp_path / "it" / "dpo" / "checkpoint" / "config.json")["rope_parameters"] == rope
+    finish("export", "--run", "it", "--output-dir", tmp_path, "--stage", "dpo", "--to", tmp_path / "out")
+    assert_same_in_transformers(tmp_path / "it" / "dpo" / "checkpoint", tmp_path / "out", "What is 2 + 3?", 12)
 
 
 def test_smollm2_from_its_package_and_back(tmp_path, monkeypatch, capsys):
