@@ -296,7 +296,8 @@ def test_two_nodes_of_torchrun_go_on_exactly_and_die_together(cluster):
              and each.environ().get("SLURM_JOB_ID") == job]
     assert sorted((each.environ()["SLURM_NODEID"], each.environ()["LOCAL_RANK"]) for each in ranks) == [(n, i) for n in "01" for i in "01"]
     next(each for each in ranks if each.environ()["RANK"] == "3").kill()
-    assert end_of(job)[0] == "FAILED" and "another rank is gone" in log(run) and log(run).count("Traceback") == 1, log(run)
+    assert end_of(job)[0] == "FAILED" and "another rank is gone" in log(run) and log(run).count("Exception encountered") == 1, log(run)
+    assert read_json(run / "run.json")["stages"]["pretrain"]["status"] == "failed" and "Preempted" not in log(run)
 
 
 @needs_slurm
