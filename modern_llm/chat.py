@@ -60,7 +60,7 @@ CHATML = ChatFormat("", "<|im_start|>", "{role}\n", "<|im_end|>", "\n", (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 ))
 
-
+# %% ../nbs/03a_chat.ipynb #special-ids
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
     """ChatML for a tokenizer that has its two tokens and not our <|end|>; ours for every other."""
     has = lambda token: tokenizer.token_to_id(token) is not None
