@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import attention_mask, attention_weights
 from .figures import figure, heatmap
-from .synth_world import ATTRIBUTES, PEOPLE, PRONOUNS, state, world
+from .synth_world import PEOPLE, PRONOUNS, state, world
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modern_llm.checkpoints import (
-    CheckpointError, RunFolder, TrainingState, append_row, load_checkpoint, pick_device, random_states, read_checkpoint,
+    RunFolder, TrainingState, append_row, load_checkpoint, pick_device, random_states, read_checkpoint,
     read_metrics, restore_random_states, seed_everything,
 )
 from .config import TrainConfig
