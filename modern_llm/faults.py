@@ -211,22 +211,45 @@ def run_scenario(name: str, times: int | None = None) -> tuple[Row, object]:
 
 
 def write_table(rows: list[Row], folder: Path, command: str, seconds: float) -> Path:
-    """Write results/faults.csv and faults.md below `folder`."""
+    """Write results/faults.csv and faults.json (how it was measured) below `folder`, and faults.md anew."""
     (folder / "results").mkdir(parents=True, exist_ok=True)
     columns = ["fault", "times", "survived", "steps lost beyond the last checkpoint", "how it shows"]
-    table = [[str(value) for value in dataclasses.astuple(row)] for row in rows]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *table])
+    csv.writer(text, lineterminator="\n").writerows([columns, *map(dataclasses.astuple, rows)])
     write_text(folder / "results" / "faults.csv", text.getvalue())
-    lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *table)]
-    size = sum(weight.numel() for weight in ModernDecoderLM(MODEL).parameters())
     where = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
-    return write_text(folder / "faults.md", "\n".join([
-        "# Faults", "",
-        f"{sum(row.times for row in rows)} faults were injected and {sum(row.survived for row in rows)} survived: the run was resumed and ended with "
+    write_json(folder / "results" / "faults.json", {
+        "command": command, "date": f"{datetime.date.today()}", "seconds": round(seconds), "where": where,
+        "parameters": sum(weight.numel() for weight in ModernDecoderLM(MODEL).parameters())})
+    return write_page(folder)
+
+
+def table_of(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of a csv file, and the same as lines of a Markdown table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *body = csv.reader(file)
+    return [dict(zip(header, cells)) for cells in body], [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *body)]
+
+
+def write_page(folder: Path) -> Path:
+    """Write faults.md from what lies in `folder`/results: faults.csv and faults.json, and fault_cases.csv where it is."""
+    rows, lines = table_of(folder / "results" / "faults.csv")
+    how = read_json(folder / "results" / "faults.json")
+    total = {name: sum(int(row[name]) for row in rows) for name in ("times", "survived")}
+    page = [
+        "# Faults", "", "## Injected into a run", "",
+        f"{total['times']} faults were injected and {total['survived']} survived: the run was resumed and ended with "
         "the weights of an undisturbed one, bit for bit, or the fault was refused before it could do harm.", "", *lines, "",
-        f"Measured by `{command}` on {datetime.date.today()} in {seconds:.0f} s ({where}), with a real trainer of a model of {size:,} "
-        "parameters (dropout, Muon, averaged weights, two micro-batches a step, float32).", ""]))
+        f"Measured by `{how['command']}` on {how['date']} in {how['seconds']} s ({how['where']}), with a real trainer of a model of "
+        f"{how['parameters']:,} parameters (dropout, Muon, averaged weights, two micro-batches a step, float32).", ""]
+    if (cases := folder / "results" / "fault_cases.csv").is_file():
+        rows, lines = table_of(cases)
+        page += [
+            "## Found by people who tried it", "",
+            f"{len(rows)} kinds of fault, each found first as one case, then looked for everywhere; "
+            f"{sum(int(row['cases']) for row in rows)} cases are tests now, marked by their kind "
+            "(`pytest -m fault`; `python scripts/fault_cases.py` counts them).", "", *lines, ""]
+    return write_text(folder / "faults.md", "\n".join(page))
 
 
 def main() -> None:

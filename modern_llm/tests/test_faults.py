@@ -3,12 +3,17 @@
 import csv
 import json
 import os
+import shutil
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from modern_llm import faults
 from modern_llm.disturb import CannotInject, Row, build_library, prepared
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def inject(times: int, *names: str) -> dict[str, dict]:
@@ -67,6 +72,25 @@ def test_the_table_is_written_and_says_how_it_was_made(tmp_path):
     assert "steps lost beyond the last checkpoint" in rows[0]
     text = (tmp_path / "faults.md").read_text()
     assert "3 faults were injected and 2 survived" in text and "`the command`" in text and "| a fault | 3 | 2 | 1 | somehow, loudly |" in text
+    assert "Found by people" not in text
+    (tmp_path / "results" / "fault_cases.csv").write_text('kind,places found,cases,what happens now\nmarking,"here, there",12,read whole\n')
+    text = faults.write_page(tmp_path).read_text()
+    assert "12 cases are tests" in text and "| marking | here, there | 12 | read whole |" in text and "3 faults were injected" in text
+
+
+def test_the_published_page_is_what_its_files_say(tmp_path):
+    shutil.copytree(ROOT / "report" / "results", tmp_path / "results", ignore=lambda folder, names: [n for n in names if not n.startswith("fault")])
+    assert faults.write_page(tmp_path).read_text() == (ROOT / "report" / "faults.md").read_text()
+
+
+def test_the_published_table_counts_the_cases(request):
+    """As `scripts/fault_cases.py --check` does, where all tests are collected anyway."""
+    config, here = request.config, Path(__file__).parent
+    if config.option.keyword or config.option.markexpr or {item.path for item in request.session.items} != set(here.glob("test_*.py")):
+        pytest.skip("some tests are not collected here: python scripts/fault_cases.py --check")
+    collected = Counter(kind for item in request.session.items for mark in item.iter_markers("fault") for kind in mark.args)
+    rows, _ = faults.table_of(ROOT / "report" / "results" / "fault_cases.csv")
+    assert {row["kind"]: int(row["cases"]) for row in rows} == collected, "python scripts/fault_cases.py"
 
 
 def test_a_machine_that_cannot_inject_says_why(tmp_path, monkeypatch):
