@@ -56,13 +56,13 @@ ALLOWED = {
     "report": {"config", "counts", "files", "overrides", "report_eval", "report_figures", "report_page", "report_seeds"},
     "report_eval": {"report_figures", "report_page"},
     "bases": {"config", "files", "inputs", "tokens"}, "locks": {"inputs"},
-    "parameters": {"config", "files", "inputs", "locks", "overrides", "presets"}, "preflight": {"checkpoints", "config", "counts", "inputs"},
+    "parameters": {"config", "inputs", "locks", "overrides", "presets", "resume"}, "resume": {"config", "inputs"}, "preflight": {"checkpoints", "config", "counts", "inputs"},
     "record": {"config", "files", "inputs", "locks", "overrides", "parameters", "preflight", "ranks"},
     "stage": {"bases", "checkpoints", "config", "counts", "distributed", "files", "inputs", "locks", "models", "overrides", "parameters", "preflight",
-              "ranks", "record"},
+              "ranks", "record", "resume"},
     "answer_pairs": {"chat", "config", "tasks", "tokens"},
     "verifier": {"answer_pairs", "chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
-    "pipeline": {"config", "files", "inputs", "locks", "overrides", "parameters", "presets", "record", "report"},
+    "pipeline": {"config", "files", "inputs", "locks", "overrides", "parameters", "presets", "record", "report", "resume"},
     "outcomes": {"files", "inputs", "locks", "pipeline"},
     "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "parameters", "tokens"},
     "duration": {"config", "counts"},
@@ -76,7 +76,7 @@ ALLOWED = {
     "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
 }
 NO_TORCH = {"config", "overrides", "presets", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading",
-            "parameters", "preflight", "record", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "submit", "cli",
+            "parameters", "preflight", "record", "resume", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "submit", "cli",
             "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
             "hub", "llama_layout", "export"}
 
