@@ -26,11 +26,12 @@ ALLOWED = {
     "generation": {"attention", "config", "models"},  # the model as a type only
     "models": {"layers", "attention", "config", "files", "overrides"},
     "scoring": set(),
-    "held_out": {"reading", "sources", "tokens"},
+    "held_out": {"reading", "sources", "splits", "tokens"},
     "perplexity": {"generation", "held_out", "scoring", "sources", "tokens"},
     "overlap": {"config", "reading", "scoring", "sources", "synth"},
     "sources": {"config"},
-    "reading": {"config", "files", "sources", "synth"},
+    "splits": {"config", "sources"},
+    "reading": {"config", "files", "sources", "splits", "synth"},
     "tokens": {"config", "files", "sources", "reading"},
     "data": {"config", "files", "sources", "reading", "tokens", "synth"},
     "optim": {"config"},
@@ -46,7 +47,7 @@ ALLOWED = {
     "ledger": {"files", "scoring"},
     "evals": {"chat", "data", "fewshot", "files", "hub", "ledger", "perplexity", "prefix", "scoring", "tasks", "tokens"},
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks", "tokens"},
-    "inputs": {"config", "files", "hub", "overrides", "sources", "tokens"},
+    "inputs": {"config", "files", "hub", "overrides", "reading", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
     "hub": {"chat", "files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
     "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
@@ -75,7 +76,7 @@ ALLOWED = {
     "cli_models": {"cli_common", "export", "inference", "talk"},
     "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
 }
-NO_TORCH = {"config", "overrides", "presets", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "reading",
+NO_TORCH = {"config", "overrides", "presets", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "splits", "reading",
             "parameters", "preflight", "record", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "submit", "cli",
             "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
             "hub", "llama_layout", "export"}
