@@ -31,7 +31,8 @@ ALLOWED = {
     "overlap": {"config", "reading", "scoring", "sources", "synth"},
     "sources": {"config"},
     "splits": {"config", "sources"},
-    "reading": {"config", "files", "sources", "splits", "synth"},
+    "formats": {"sources"},
+    "reading": {"config", "files", "formats", "sources", "splits", "synth"},
     "tokens": {"config", "files", "sources", "reading"},
     "data": {"config", "files", "sources", "reading", "tokens", "synth"},
     "optim": {"config"},
@@ -76,7 +77,7 @@ ALLOWED = {
     "cli_models": {"cli_common", "export", "inference", "talk"},
     "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
 }
-NO_TORCH = {"config", "overrides", "presets", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "splits", "reading",
+NO_TORCH = {"config", "overrides", "presets", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "formats", "splits", "reading",
             "parameters", "preflight", "record", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "submit", "cli",
             "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
             "hub", "llama_layout", "export"}
