@@ -46,7 +46,7 @@ ALLOWED = {
     "trainer": {"checkpoints", "config", "distributed", "optim", "train_step"},
     "ledger": {"files", "scoring"},
     "evals": {"chat", "data", "fewshot", "files", "hub", "ledger", "perplexity", "prefix", "scoring", "tasks", "tokens"},
-    "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks", "tokens"},
+    "sft": {"chat", "config", "data", "models", "reading", "scoring", "sources", "synth", "tasks", "tokens"},
     "inputs": {"config", "files", "hub", "overrides", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
     "hub": {"chat", "files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
