@@ -195,7 +195,7 @@ def test_null_is_a_word_in_a_tsv(tmp_path, monkeypatch):
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2" / "dev.tsv").write_text("sentence\tlabel\nnull\t0\n")
     monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path))
-    assert list(reading.rows("sst2", "validation")) == [{"sentence": "null", "label": 0}]
+    assert list(reading.rows("sst2", "validation")) == [{"sentence": "null", "label": "0"}]
 
 
 def test_splits_that_nobody_stored_are_cut():
@@ -234,11 +234,11 @@ BAD_FILES = [
     ("a.txt", b"good\n" * 3 + b"caf\xe9\n", "line 4: byte 0xe9 at column 4 is not UTF-8"),
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: .* is not valid JSON"),
     ("a.jsonl", b'{"text": "a"}\n[1, 2]\n', "line 2: .* is not a JSON object"),
-    ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "row 2 has no field 'text'"),
-    ("a.jsonl", b'{"story": "a"}\n', "row 1 has no field 'text', only .'story'."),
+    ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 has no field 'text'"),
+    ("a.jsonl", b'{"story": "a"}\n', "line 1 has no field 'text', only .'story'."),
     ("a.jsonl.gz", b'{"text": "a"}\n', "cannot be read: Not a gzipped file"),
     ("a.jsonl.gz", gzip.compress(os.urandom(300_000).hex().encode())[:-90_000], "breaks off|cannot be read"),
-    ("a.tsv", b"sentence\tlabel\na\t1\n", "row 1 has no field 'text'"),
+    ("a.tsv", b"sentence\tlabel\na\t1\n", "line 2 has no field 'text'"),
 ]
 
 
@@ -254,10 +254,7 @@ def test_an_unusable_file_is_named_with_its_line(name, content, message, tmp_pat
 def test_characters_that_utf8_cannot_hold_are_replaced(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a \\ud83d b"}\n')
-    try:
-        assert list(reading.documents(str(path), "validation"))[0].encode()
-    except DataError as error:  # a JSON reader may refuse it
-        assert "a.jsonl" in str(error)
+    assert list(reading.documents(str(path), "validation")) == ["a \ufffd b"]
 
 
 # ---- token caches
