@@ -301,7 +301,7 @@ class PackedBatches:
     """`batches(step)`: the packed training batch of that step, a pure function of (seed, step).
 
     Every epoch shuffles the documents, packs them, shuffles the rows and the documents in each; epochs follow each
-    other without a gap. Each of `world_size` ranks gets its share of the rows, in order: together, one rank's batch.
+    other without a gap.
 
     Args:
         caches: token caches, mixed in proportion to their size.
@@ -311,13 +311,11 @@ class PackedBatches:
     """
 
     def __init__(self, caches: Sequence[TokenCache], context_length: int, batch_size: int, seed: int = 0,
-                 rank: int = 0, world_size: int = 1, min_density: float = 0.97):
-        if batch_size < 1 or batch_size % world_size:
-            raise DataError(f"batch_size={batch_size} cannot be shared by world_size={world_size}; use a multiple of it")
-        if not 0 <= rank < world_size:
-            raise DataError(f"rank={rank} must lie in 0 to world_size - 1 = {world_size - 1}")
+                 min_density: float = 0.97):
+        if batch_size < 1:
+            raise DataError(f"batch_size={batch_size} must be at least 1")
         self.pieces = Pieces.of(caches, context_length)
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.batch_size, self.seed = batch_size, seed
         self.pattern = row_pattern(np.sort(self.pieces.length)[::-1], context_length, min_density)
         self.rows_per_epoch = int(self.pattern["row"].max()) + 1
         self.tokens_per_epoch = sum(cache.num_tokens for cache in caches)
@@ -338,11 +336,9 @@ class PackedBatches:
         return self._plan
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        """input_ids, labels (-100 = not scored) and segment_ids (0 = padding), each (rows of this rank, t), int64."""
-        share = self.batch_size // self.world_size
-        first = step * self.batch_size + self.rank * share
+        """input_ids, labels (-100 = not scored) and segment_ids (0 = padding), each (batch_size, t), int64."""
         rows = []
-        for number in range(first, first + share):
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
             parts, ends = self.plan(number // self.rows_per_epoch)
             r = number % self.rows_per_epoch
             rows.append(parts[ends[r]:ends[r + 1]].tolist())

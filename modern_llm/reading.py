@@ -5,24 +5,24 @@
 # %% ../nbs/02a2_reading.ipynb #reading-imports
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from .config import nearest
 from .files import sha256
-from .sources import BUILDERS, SPLIT_FILES, TEXT_SUFFIXES, DataError, DatasetNotFound, Source, dataset_info
+from .formats import Row, read_file
+from .sources import SPLIT_FILES, TEXT_SUFFIXES, DataError, DatasetNotFound, Source, dataset_info
 from .sources import find_source, hub_reachable, hub_state, plain_suffix
 
 # %% auto #0
-__all__ = ['READER_VERSION', 'split_plan', 'bucket', 'keep_side', 'read_file', 'load_hub', 'rows', 'articles', 'text_blocks',
-           'documents', 'content_id', 'download']
+__all__ = ['READER_VERSION', 'split_plan', 'bucket', 'keep_side', 'load_hub', 'rows', 'articles', 'text_blocks', 'documents',
+           'content_id', 'download']
 
 # %% ../nbs/02a2_reading.ipynb #split-plan
 def split_plan(splits: Iterable[str], split: str) -> tuple[str, int, int]:
@@ -59,53 +59,9 @@ def keep_side(items: Iterable, key: Callable, low: int, high: int, first_held_ou
         if high - low == 100 or low <= (0 if first_held_out and text == first else bucket(text)) < high:
             yield item
 
-# %% ../nbs/02a2_reading.ipynb #read-file
-def _unpacked(path: Path):
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
-
-
-def _refuse_unreadable(path: Path) -> None:
-    """Raise DataError for a file that is empty, binary or not the gzip it says it is."""
-    try:
-        with _unpacked(path) as file:
-            head = file.read(65536)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if not head.strip():
-        raise DataError(f"{path}: the file is empty; put at least one document into it")
-    if plain_suffix(path) != ".parquet" and b"\0" in head:
-        raise DataError(f"{path}: byte 0 at position {head.index(0)}: a binary file, not UTF-8 text")
-
-
-def _fault(path: Path) -> str:
-    """Where a text or JSON file breaks: the first line that is no UTF-8, or no JSON object. '' if none does."""
-    with _unpacked(path) as file:
-        try:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    return (f"line {number}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; "
-                            "convert the file, for example with `iconv -t utf-8`")
-                if plain_suffix(path) == ".jsonl" and text.strip():
-                    try:
-                        if not isinstance(json.loads(text), dict):
-                            return f"line {number}: {text.strip()[:40]!r} is not a JSON object such as {{\"text\": …}}"
-                    except ValueError as error:
-                        return f"line {number}: {text.strip()[:40]!r} is not valid JSON ({error})"
-        except (OSError, EOFError) as error:
-            return f"the gzip stream breaks off ({error}); copy the file again"
-    return ""
-
-# %% ../nbs/02a2_reading.ipynb #read-file-builders
-def _builder_options(path: Path) -> dict:
-    if plain_suffix(path) == ".tsv":  # quotes are text in GLUE's files; "null" is a word
-        return {"sep": "\t", "quoting": 3, "keep_default_na": False}
-    return {"keep_default_na": False} if plain_suffix(path) == ".csv" else {}
-
-
+# %% ../nbs/02a2_reading.ipynb #load-hub
 def _library():
-    """The `datasets` module, without its notes on progress bars and parsers: our errors name the line."""
+    """The `datasets` module, without its notes on progress bars and parsers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
@@ -114,19 +70,6 @@ def _library():
     return datasets
 
 
-def read_file(path: str | Path) -> Iterator[dict]:
-    """The rows of one plain or gzipped file, streamed by the `datasets` builder of its type. DataError names the line."""
-    path = Path(path)
-    _refuse_unreadable(path)
-    load_dataset = _library().load_dataset
-    try:
-        yield from load_dataset(BUILDERS[plain_suffix(path)], data_files=str(path), split="train", streaming=True,
-                                **_builder_options(path))
-    except Exception as error:  # the builders raise their parsers' own errors, which name no line
-        fault = _fault(path) or f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: {fault}") from error
-
-# %% ../nbs/02a2_reading.ipynb #load-hub
 @lru_cache(maxsize=4)
 def load_hub(name: str, split: str):
     """A split from the hub or its local cache, memory-mapped. DatasetNotFound instead of a long wait when offline."""
@@ -151,35 +94,54 @@ def load_hub(name: str, split: str):
             setattr(*place, value)
 
 # %% ../nbs/02a2_reading.ipynb #rows
-def rows(name: str, split: str = "train") -> Iterator[dict]:
-    """The rows of a source as dictionaries, in order, without those a hash put on the other side of a cut.
+def rows(name: str, split: str = "train", also: Iterable[str] = ()) -> Iterator[Row]:
+    """The rows of a source, in order, without those a hash put on the other side of a cut; each knows its `place`.
 
     Args:
         name: a name of DATASET_REGISTRY, its hub path, or your own file.
         split: "train", "validation" or "test".
+        also: columns that must be there besides the source's fields.
+
+    Raises:
+        DataError: naming file and line of a row that lacks a column, or has something else where text belongs.
     """
     source = find_source(name)
     if source.where == "built-in":
         raise DataError("the synthetic source writes documents, not rows: use modern_llm.synth")
     stored, low, high = split_plan(source.splits, split)
     key = source.info.key or (lambda row: "\n".join(str(row.get(field)) for field in source.info.fields))
-    tables = ([(path, read_file(path)) for path in source.files[stored]] if source.files
-              else [(source.info.hub, load_hub(source.info.name, stored))])
-    yield from keep_side(_checked(source, tables), key, low, high, first_held_out=source.where == "file")
+    yield from keep_side(_checked(source, stored, also), key, low, high, first_held_out=source.where == "file")
 
 
-def _filled(row: dict) -> list[str]:
-    return sorted(field for field, value in row.items() if value is not None)
+def _stored_rows(source: Source, stored: str) -> Iterator[Row]:
+    if source.files:
+        yield from chain.from_iterable(map(read_file, source.files[stored]))
+    else:
+        yield from (Row(row, f"{source.info.hub}: row {number}")
+                    for number, row in enumerate(load_hub(source.info.name, stored), 1))
 
 
-def _checked(source: Source, tables: list) -> Iterator[dict]:
-    for place, table in tables:
-        for number, row in enumerate(table, 1):
-            missing = [field for field in source.info.fields if row.get(field) is None]
-            if missing:
-                raise DataError(f"{place}: row {number} has no field {missing[0]!r}, only {_filled(row)}; "
-                                f"{source.info.name} needs {', '.join(source.info.fields)}")
-            yield row
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+def _checked(source: Source, stored: str, also: Iterable[str] = ()) -> Iterator[Row]:
+    info = source.info
+    needed = [field for field in dict.fromkeys((*info.fields, *also)) if field not in info.optional]
+    types = {**dict.fromkeys(info.fields, (str,)), **info.columns}
+    for row in _stored_rows(source, stored):
+        for field in needed:
+            if row.get(field) is None:
+                have = sorted(str(name) for name, value in row.items() if value is not None)
+                raise DataError(f"{row.place} has no field {field!r}, only {have}; "
+                                f"{info.name} needs {', '.join(needed)}")
+        for field, kinds in types.items():
+            value = row.get(field)
+            if value is None:
+                row.update({field: ""} if field in info.optional else {})
+            elif type(value) not in kinds:
+                raise DataError(f"{row.place}: {field} is {_KINDS.get(type(value), type(value).__name__)}, {repr(value)[:40]}, but "
+                                f"should be {' or '.join(dict.fromkeys(map(_KINDS.get, kinds)))}")
+        yield row
 
 # %% ../nbs/02a2_reading.ipynb #articles
 _TITLE = re.compile(r"^ ?= (?!= ).*(?<! =) = ?$")
@@ -250,7 +212,7 @@ def documents(name: str, split: str = "train", world_seed: int = 0) -> Iterator[
             yield text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # %% ../nbs/02a2_reading.ipynb #content-id
-READER_VERSION = 1  # raise it when `documents` reads the same files differently
+READER_VERSION = 2  # raise it when `documents` reads the same files differently
 
 
 @lru_cache(maxsize=64)

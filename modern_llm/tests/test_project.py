@@ -30,7 +30,8 @@ ALLOWED = {
     "perplexity": {"generation", "held_out", "scoring", "sources", "tokens"},
     "overlap": {"config", "reading", "scoring", "sources", "synth"},
     "sources": {"config"},
-    "reading": {"config", "files", "sources", "synth"},
+    "formats": {"sources"},
+    "reading": {"config", "files", "formats", "sources", "synth"},
     "tokens": {"config", "files", "sources", "reading"},
     "data": {"config", "files", "sources", "reading", "tokens", "synth"},
     "optim": {"config"},
@@ -75,7 +76,8 @@ ALLOWED = {
     "cli_models": {"cli_common", "export", "inference", "talk"},
     "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
 }
-NO_TORCH = {"config", "overrides", "presets", "files", "figures", "marking", "synth", "synth_world", "synth_problems", "counts", "sources", "reading",
+NO_TORCH = {"config", "overrides", "presets", "files", "figures", "marking", "synth", "synth_world", "synth_problems", "counts", "sources", "formats",
+            "reading",
             "parameters", "preflight", "record", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "submit", "cli",
             "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
             "hub", "llama_layout", "export"}
