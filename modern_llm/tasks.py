@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from . import synth
 from .chat import Answer, answer
 from .config import nearest
+from .marking import decimal, last_number
 from .reading import rows
 from .scoring import mean_interval
 from .synth import Problem, Review
@@ -80,15 +81,14 @@ def hash_bit(text: str) -> int:
     return sum(map(ord, text)) % 2
 
 # %% ../nbs/03b_tasks.ipynb #extract
-def strict_answer(text: str) -> int | None:
+def strict_answer(text: str) -> int | float | None:
     """The number behind `####`; None if there is none."""
     return synth.extract_answer(text)
 
 
-def flexible_answer(text: str) -> float | None:
+def flexible_answer(text: str) -> int | float | None:
     """The last number in the text, wherever it stands; None if there is none."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    return last_number(text)
 
 # %% ../nbs/03b_tasks.ipynb #sentences
 def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review]:
@@ -128,8 +128,7 @@ class Calculator:
         value = synth.calculate(found[1]) if found else None
         if value is None:
             return []
-        number = f"{round(value, 2):g}" if abs(value) < 1e6 else f"{value:.0f}"
-        return encode_documents(self.tokenizer, [f"{number}>>{number}"])[0]
+        return encode_documents(self.tokenizer, [f"{decimal(value)}>>{decimal(value)}"])[0]
 
 # %% ../nbs/03b_tasks.ipynb #solve
 def problem_request(problem: Problem) -> str:
@@ -138,13 +137,17 @@ def problem_request(problem: Problem) -> str:
 
 
 def mark(problems: Sequence[Problem], answers: Sequence[Answer], samples: int = 1) -> pd.DataFrame:
-    """One row an answer: problem, sample, level, text, value, right, ended, tokens, log_prob (mean), consistent."""
+    """One row an answer: problem, sample, level, text, value, number, right, ended, tokens, log_prob (mean), consistent.
+
+    `number` is the value as text, exactly ("" where there is none), since a float cannot tell apart whole numbers beyond 2^53.
+    """
     table = []
     for row, said in enumerate(answers):
         problem, value = problems[row // samples], strict_answer(said.text)
         table.append({
             "problem": row // samples, "sample": row % samples, "level": problem.level, "text": said.text,
-            "value": math.nan if value is None else float(value), "right": value == problem.value, "ended": said.ended,
+            "value": math.nan if value is None else float(value),
+            "number": "" if value is None else str(value), "right": value == problem.value, "ended": said.ended,
             "tokens": len(said.log_probs), "log_prob": float(np.mean(said.log_probs)) if said.log_probs else -1e6,  # JSON has no infinity
             "consistent": synth.check_solution(said.text)})
     return pd.DataFrame(table)
@@ -208,7 +211,8 @@ def rerank(samples: pd.DataFrame, size: int, method: str, draws: int = 64, seed:
     """Chance of a right choice among `size` of each problem's answers, averaged over random subsets; indexed by problem.
 
     Args:
-        samples: what `solve` returns, equally many answers to each problem; "score" too for the last two methods.
+        samples: what `solve` returns, equally many answers to each problem; "score" too for the last two methods. Votes are counted by
+            "number", or by "value" where that is all there is.
         draws: subsets for each problem; only one is needed where `size` is all of them, and none where it is 1.
 
     Raises:
@@ -218,6 +222,8 @@ def rerank(samples: pd.DataFrame, size: int, method: str, draws: int = 64, seed:
     if missing := [name for name in columns if name not in samples]:
         raise ValueError(f"rerank, {method}: the samples have no column {missing[0]!r}")
     ordered = samples.sort_values(["problem", "sample"])
+    if "number" in ordered:
+        ordered["value"] = np.where(ordered.number == "", np.nan, pd.factorize(ordered.number)[0])
     names, counts = np.unique(ordered.problem, return_counts=True)
     n = counts.min()
     if counts.max() != n or not 1 <= size <= n:

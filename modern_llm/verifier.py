@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -24,7 +24,7 @@ from .chat import chat_format, end_id
 from .config import ModelConfig, VerifierConfig
 from .files import find_folder, read_json, write_json
 from .generation import evaluating
-from .models import ModernDecoderLM, load_model, save_model
+from .models import ModernDecoderLM, load_model, save_model, write_tensors
 from .optim import LossOutput
 from .scoring import auc, paired_difference, proportion_interval, within_group_auc
 from .tasks import Problem, rerank
@@ -275,7 +275,7 @@ def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokeni
             if not name.startswith("model.")}
     if calibration:
         head["calibration"] = torch.tensor(calibration, dtype=torch.float32)
-    save_file(head, folder / "verifier.safetensors", metadata={"format": "pt"})
+    write_tensors(head, folder / "verifier.safetensors")
     write_json(folder / "verifier.json", {"kind": "encoder" if verifier.is_encoder else "generator",
                                           "surprise": verifier.surprise is not None})
 
