@@ -87,7 +87,7 @@ SOURCES = ("synthetic", "hh-rlhf")
 
 def _candidates(source: str, split: str, seed: int, world_seed: int) -> Iterator[Pair | str]:
     if source == "hh-rlhf":
-        yield from (dialogue_pair(row) for row in rows(source, split))
+        yield from (dialogue_pair(row) for row in rows(source, split, also=("rejected",)))
         return
     part = {"train": "train", "validation": "heldout", "test": "heldout"}[split]
     for item in synth.preferences(part, seed + (split == "test"), world_seed):

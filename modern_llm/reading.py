@@ -158,7 +158,7 @@ def _stored_rows(source: Source, stored: str) -> Iterator[Row]:
                     for number, row in enumerate(load_hub(source.info.name, stored), 1))
 
 
-_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_KINDS = {str: "text", bool: "true or false", int: "an integer", float: "a number", list: "a list", dict: "an object"}
 
 
 def _checked(source: Source, stored: str, also: Iterable[str] = ()) -> Iterator[Row]:

@@ -299,11 +299,11 @@ def test_settings_are_checked():
 
 @pytest.mark.parametrize("name, text, words", [
     ("sst2/dev.tsv", "", "dev.tsv: the file is empty"),
-    ("sst2/dev.tsv", "sentence\tlabel\n", "there is no sentence in the file"),
-    ("sst2/dev.tsv", "sentence\tlabel\ngood\t1\nodd\t7\n", "row 2: label 7 is not 0 or 1"),
+    ("sst2/dev.tsv", "sentence\tlabel\n", "the file is empty but for its header"),
+    ("sst2/dev.tsv", "sentence\tlabel\ngood\t1\nodd\t7\n", "line 3: label '7' is not 0 or 1"),
     ("gsm8k/test.jsonl", "", "test.jsonl: the file is empty"),
     ("gsm8k/test.jsonl", "".join(f'{{"question": "How many, {i}?", "answer": "I do not know."}}\n' for i in range(99)),
-     "row 1: the answer 'I do not know.' does not end"),
+     "line [0-9]+: the answer 'I do not know.' does not end"),
 ])
 def test_bad_evaluation_files_are_named(name, text, words, tmp_path, monkeypatch):
     path = tmp_path / name

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "modern_llm"
 # What each module may import of the package. A module that is not listed may import nothing of it.
 ALLOWED = {
     "ranks": {"config", "files", "distributed"}, "distributed": {"checkpoints", "optim", "ranks"},
-    "config": set(), "overrides": {"config"}, "presets": {"config", "overrides"}, "files": set(), "figures": set(), "synth_problems": set(),
-    "synth_world": {"synth_problems"}, "synth": {"synth_problems", "synth_world"},
+    "config": set(), "overrides": {"config"}, "presets": {"config", "overrides"}, "files": set(), "figures": set(), "marking": set(),
+    "synth_problems": {"marking"}, "synth_world": {"synth_problems"}, "synth": {"marking", "synth_problems", "synth_world"},
     "layers": set(),
     "attention": {"layers", "config"},
     "counts": {"config"},
@@ -38,7 +38,7 @@ ALLOWED = {
     "optim": {"config"},
     "checkpoints": {"config", "files", "optim"},
     "chat": {"data", "files", "generation", "models", "tokens"},  # the model as a type only
-    "tasks": {"chat", "config", "models", "reading", "scoring", "synth", "tokens"},
+    "tasks": {"chat", "config", "marking", "models", "reading", "scoring", "synth", "tokens"},
     "pairs": {"chat", "config", "optim", "reading", "synth", "tokens"},
     "dpo": {"chat", "config", "files", "generation", "models", "optim", "pairs", "reading", "scoring", "synth", "tasks", "tokens"},
     "prefix": {"generation"},
@@ -47,7 +47,7 @@ ALLOWED = {
     "trainer": {"checkpoints", "config", "distributed", "optim", "train_step"},
     "ledger": {"files", "scoring"},
     "evals": {"chat", "data", "fewshot", "files", "hub", "ledger", "perplexity", "prefix", "scoring", "tasks", "tokens"},
-    "sft": {"chat", "config", "data", "models", "reading", "scoring", "synth", "tasks", "tokens"},
+    "sft": {"chat", "config", "data", "models", "reading", "scoring", "sources", "synth", "tasks", "tokens"},
     "inputs": {"config", "files", "hub", "overrides", "reading", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
     "hub": {"chat", "files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
@@ -77,7 +77,8 @@ ALLOWED = {
     "cli_models": {"cli_common", "export", "inference", "talk"},
     "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
 }
-NO_TORCH = {"config", "overrides", "presets", "files", "figures", "synth", "synth_world", "synth_problems", "counts", "sources", "formats", "splits", "reading",
+NO_TORCH = {"config", "overrides", "presets", "files", "figures", "marking", "synth", "synth_world", "synth_problems", "counts", "sources", "formats",
+            "splits", "reading",
             "parameters", "preflight", "record", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "submit", "cli",
             "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
             "hub", "llama_layout", "export"}
