@@ -21,7 +21,9 @@ def said_in_one_line():
 
     try:
         yield
-    except (ValueError, StageError, FileNotFoundError, DamagedFolder) as error:
+    except BrokenPipeError:
+        raise  # whoever read the output has enough
+    except (ValueError, StageError, OSError, DamagedFolder) as error:
         raise Failure(str(error)) from error
 
 

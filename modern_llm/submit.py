@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm.config import ConfigError, PipelineConfig, nearest
-from modern_llm.duration import MARGIN, Estimate, estimate, time_limit
+from modern_llm.duration import MARGIN, Estimate, clock, estimate, minutes_of, time_limit
 from modern_llm.files import write_json
 from modern_llm.inputs import DATA, StageError, setting
 from modern_llm.outcomes import DAMAGED, folders, reason, record_in
@@ -53,22 +53,7 @@ def partition_of(config: PipelineConfig) -> str | None:
     return "gpu-h100" if memory > 40 else "gpu-a100" if memory > 12 else "gpu-a100-dev"
 
 
-def clock(minutes: float) -> str:
-    """Minutes as SLURM writes them, HH:MM:SS."""
-    return f"{int(minutes) // 60:02d}:{int(minutes) % 60:02d}:00"
-
-
 # ---- what SLURM says -------------------------------------------------------------------------------------------------
-
-
-def minutes_of(limit: str) -> int | None:
-    """Minutes of a time as SLURM writes it, `2-00:00:00`, `30:00` or `infinite` (None)."""
-    if limit in ("infinite", "UNLIMITED", "n/a"):
-        return None
-    days, _, rest = limit.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    hours, minutes = (parts[0], parts[1]) if len(parts) == 3 else (0, parts[0])
-    return (int(days or 0) * 24 + hours) * 60 + minutes
 
 
 def partitions() -> tuple[dict[str, int | None], str | None]:
@@ -213,7 +198,7 @@ class Chain:
         account, partition, time: of sbatch; the last two are chosen if not given.
         nodes, gpus: for the stages that train, with a rank on every GPU (`gpus` of each node).
 
-    Raises ConfigError for a partition that this cluster does not have.
+    Raises ConfigError for a partition that this cluster does not have, and for a time that is none.
     """
 
     def __init__(self, plan: Plan, preset: str, words: list[str], account: str | None = None, partition: str | None = None,
@@ -230,6 +215,8 @@ class Chain:
         self.longest = there.get(self.partition) or (known.longest if known else None)
         self.options = [f"{name}={value}" for name, value in (("--account", account), ("--partition", self.partition)) if value]
         self.together = [f"--nodes={nodes}", f"--ntasks-per-node={gpus}"] if nodes * gpus > 1 else []
+        if time:
+            minutes_of(time)  # a ConfigError now, not sbatch's refusal later
         self.time, self.ranks, self.todo = time, nodes * gpus, []
         pending = False
         for stage in plan.stages:
