@@ -141,7 +141,7 @@ def check_inference(run_name, stage, checkpoint, output_dir, target, **options) 
     from modern_llm.talk import choose_model
 
     with said_in_one_line():
-        found, path = write_check(choose_model(run_name, stage, checkpoint, output_dir), Path(target) if target else None, **options)
+        found, path = write_check(choose_model(run_name, stage, checkpoint, output_dir), None if target is None else Path(target), **options)
     click.echo(f"{'ok' if found['ok'] else 'not ok'}: peak {found['peak_gb']:.2f} of {found['limit_gb']:g} GB; the model added "
                f"{found['added_gb']:.2f}, {found['added_over_estimate']:.2f} of the estimate; {path}")
     sys.exit(0 if found["ok"] else 1)

@@ -174,15 +174,20 @@ def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_
     modern-llm status tacc-h100                                      stages and their jobs
     """
     from modern_llm.inputs import StageError
+    from modern_llm.overrides import override, parse_overrides
     from modern_llm.pipeline import Plan
-    from modern_llm.submit import Chain
+    from modern_llm.presets import ALIASES, PRESETS, get_pipeline_preset
+    from modern_llm.submit import Chain, absolute_words
 
     given = {"run": run_name, "max_steps": max_steps}
     ranks = (f"hardware.ranks={nodes * gpus}",) if nodes * gpus > 1 else ()  # the jobs say it themselves, to the stages that train
-    words = [word for item in extra for word in ("-p", item)] + (["--max-steps", str(max_steps)] if max_steps else [])
-    preset = str(Path(preset).resolve()) if Path(preset).is_file() else preset  # jobs run in the checkout
+    if preset not in (*PRESETS, *ALIASES) and Path(preset).is_file():  # jobs run in the checkout, whatever folder this is
+        preset = str(Path(preset).resolve())
     try:
-        plan = Plan(stage, preset=preset, **_key_values(extra + ranks), **{name: value for name, value in given.items() if value})
+        as_here = override(get_pipeline_preset(preset), parse_overrides(_key_values(extra).get("overrides") or ""), "overrides")
+        extra = absolute_words(extra, as_here)
+        words = [word for item in extra for word in ("-p", item)] + (["--max-steps", str(max_steps)] if max_steps else [])
+        plan = Plan(stage, preset=preset, **_key_values((*extra, *ranks)), **{name: value for name, value in given.items() if value})
         chain = Chain(plan, preset, words, account, partition, limit, nodes, gpus)
         if not chain.jobs:
             click.echo(f"nothing to do: every stage is finished in {plan.run_folder}")
@@ -206,14 +211,15 @@ def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_
 def status(name: str | None, output_dir: str | None) -> None:
     """Show the runs (or one): their stages, how they ended, when they began, what they took and what came out.
 
-    Stages that went to a cluster's queue show the latest job and what SLURM says of it.
+    Stages that went to a cluster's queue show the latest job and what SLURM says of it. What is damaged has a row that says why, among
+    the others, and the exit code is then 1.
 
     \b
     modern-llm status
     modern-llm status local-smoke
     """
     from modern_llm.parameters import runs_folder
-    from modern_llm.outcomes import runs_table
+    from modern_llm.outcomes import DAMAGED, runs_table
     from modern_llm.submit import with_jobs
 
     root = Path(output_dir or runs_folder()).expanduser()
@@ -222,3 +228,4 @@ def status(name: str | None, output_dir: str | None) -> None:
         there = sorted(path.parent.name for path in root.glob("*/run.json"))
         raise Failure(f"no run {name!r} in {root}{nearest(name, there) if there else ', nor any other'}")
     click.echo(as_table(rows) if rows else f"no runs in {root} yet; `modern-llm run` makes the first")
+    sys.exit(any(row["status"].startswith(DAMAGED) for row in rows))

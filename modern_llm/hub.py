@@ -312,6 +312,10 @@ def _keep_foreign(place: Path, device: str | torch.device, dtype: torch.dtype | 
     except CannotImport as error:
         raise CannotImport(f"{reason} (tried: {error})") from error
     say(f"{place} keeps the code of transformers: {str(reason).removesuffix('; ' + REMEDY)}")
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"{place}: tensor {name!r} has values that are NaN or infinite as {str(weight.dtype).removeprefix('torch.')}: another "
+                             "dtype may hold them, or the file is damaged")
     model = TransformersLM(model.to(device))
     tokenizer, said = source_tokenizer(place)
     check_vocabulary(tokenizer, model.cfg.vocab_size, place)

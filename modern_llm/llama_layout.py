@@ -158,7 +158,7 @@ def own_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path, d
     """
     import torch
 
-    from modern_llm.models import ModernDecoderLM, check_tensors, disk_names
+    from modern_llm.models import ModernDecoderLM, check_tensors, converted, disk_names
 
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if biases := sorted(name for name in tensors if name.endswith(".bias")):
@@ -174,7 +174,7 @@ def own_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path, d
         model = ModernDecoderLM(cfg)
     names, state = disk_names(model), model.state_dict()
     check_tensors(place, tensors, {on_disk: state[name] for on_disk, name in names.items()})
-    state = {names[on_disk]: tensor.to(dtype) for on_disk, tensor in tensors.items()}
+    state = {names[on_disk]: converted(on_disk, tensor, dtype, place) for on_disk, tensor in tensors.items()}
     if new_rows:
         for name in {"embed_tokens.weight", "lm_head.weight"} & state.keys():
             state[name] = torch.cat([state[name], state[name].float().mean(0, keepdim=True).to(dtype).expand(new_rows, -1)])

@@ -48,6 +48,8 @@ class DatasetInfo:
     aliases: tuple[str, ...] = ()
     note: str = ""  # what to know about the files in `files`
     key: Callable[[dict], str] | None = None  # text that decides on which side of a cut a row falls
+    optional: tuple[str, ...] = ()  # fields that a row may lack: missing, null and "" are the same
+    columns: dict[str, tuple[type, ...]] = field(default_factory=dict)  # types of what else the later stages read
 
 # %% ../nbs/02a1_sources.ipynb #registry
 def _question(row: dict) -> str:
@@ -75,15 +77,18 @@ DATASET_REGISTRY: dict[str, DatasetInfo] = {info.name: info for info in (
     DatasetInfo("openwebtext", "Skylion007/openwebtext", "CC0 (packaging)", "text", ("text",), revision=_PARQUET),
     DatasetInfo("bookcorpus", "bookcorpus/bookcorpus", "unknown", "text", ("text",), revision=_PARQUET),
     DatasetInfo("alpaca", "tatsu-lab/alpaca", "CC BY-NC 4.0", "instruction", ("instruction", "input", "output"),
-                files={"train": ("random_9k.jsonl.gz", "extra.jsonl.gz")}, key=lambda row: str(row.get("instruction"))),
-    DatasetInfo("oasst1", "OpenAssistant/oasst1", "Apache-2.0", "chat", ("text",), hub_splits=("train", "validation")),
+                files={"train": ("random_9k.jsonl.gz", "extra.jsonl.gz")}, key=lambda row: str(row.get("instruction")),
+                optional=("input",)),
+    DatasetInfo("oasst1", "OpenAssistant/oasst1", "Apache-2.0", "chat", ("text",), hub_splits=("train", "validation"),
+                key=lambda row: str(row.get("message_tree_id") or row.get("text")),
+                columns={**dict.fromkeys(("message_id", "parent_id", "role", "lang"), (str,)), "rank": (int, float)}),
     DatasetInfo("hh-rlhf", "Anthropic/hh-rlhf", "MIT", "preference", ("chosen",), files={"test": _HH},
-                hub_splits=("train", "test"), key=_question),
+                hub_splits=("train", "test"), key=_question, columns={"rejected": (str,)}),
     DatasetInfo("gsm8k", "openai/gsm8k", "MIT", "problem", ("question", "answer"), "main",
                 hub_splits=("train", "test"), key=lambda row: str(row.get("question"))),
     DatasetInfo("sst2", "stanfordnlp/sst2", "see its authors", "sentiment", ("sentence",), folders=("sst-2", "SST-2"),
                 files={"train": ("train.tsv.gz",), "validation": ("dev.tsv",), "test": ("test_labeled.tsv",)},
-                hub_splits=_ALL, aliases=("glue/sst2",)),
+                hub_splits=_ALL, aliases=("glue/sst2",), columns={"label": (int, str)}),
 )}
 
 # %% ../nbs/02a1_sources.ipynb #dataset-info-lookup
@@ -195,7 +200,7 @@ class Source:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that exist as such; the others are cut (see `reading.split_plan`)."""
+        """The splits that exist as such; the others are cut (see `splits.split_plan`)."""
         return tuple(self.files) if self.files else self.info.hub_splits
 
     @property

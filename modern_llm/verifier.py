@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -24,7 +24,7 @@ from .chat import chat_format, end_id
 from .config import ModelConfig, VerifierConfig
 from .files import find_folder, read_json, write_json
 from .generation import evaluating
-from .models import ModernDecoderLM, load_model, save_model
+from .models import ModernDecoderLM, load_model, save_model, write_tensors
 from .optim import LossOutput
 from .scoring import auc, paired_difference, proportion_interval, within_group_auc
 from .tasks import Problem, rerank
@@ -246,9 +246,11 @@ def calibrate(parts: Float[np.ndarray, "n 3"], right: Bool[np.ndarray, "n"]) -> 
     """Weights of the three parts of a score, and a shift, so that the sigmoid of their sum fits these answers' labels best.
 
     Source: Platt 1999, here with three inputs. No weight is negative: an input that would get such a weight is left out. The
-    answers must be as the generator writes them, to problems that the verifier was not trained on.
+    answers must be as the generator writes them, to problems that the verifier was not trained on. Without any the head alone counts.
     """
     known = ~np.isnan(parts).any(1)
+    if not known.any():
+        return [1.0, 0.0, 0.0, 0.0]
     features, targets = np.column_stack([parts[known], np.ones(known.sum())]), torch.tensor(right[known], dtype=torch.double)
     weights, used = [0.0] * 4, [0, 1, 2, 3]
     while True:
@@ -275,7 +277,7 @@ def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokeni
             if not name.startswith("model.")}
     if calibration:
         head["calibration"] = torch.tensor(calibration, dtype=torch.float32)
-    save_file(head, folder / "verifier.safetensors", metadata={"format": "pt"})
+    write_tensors(head, folder / "verifier.safetensors")
     write_json(folder / "verifier.json", {"kind": "encoder" if verifier.is_encoder else "generator",
                                           "surprise": verifier.surprise is not None})
 
