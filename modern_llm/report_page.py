@@ -99,9 +99,12 @@ class Run:
         if not path.is_file():
             return {}
         try:
-            return read_json(path)
-        except ValueError as error:
+            found = read_json(path)
+        except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{path} is not valid JSON ({error}): delete it and run that stage again") from error
+        if not isinstance(found, dict):
+            raise ReportError(f"{path} holds no JSON object: delete it and run that stage again")
+        return found
 
     @cached_property
     def record(self) -> dict:
