@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -211,7 +212,7 @@ def changed_data(config: PipelineConfig, stage: str, former: dict) -> list[str]:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a saved model."""
-    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+    return os.path.isfile(folder / "config.json") and os.path.isfile(folder / "model.safetensors")  # false, too, of what is no possible name
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -221,12 +222,12 @@ def find_checkpoint(path: str | Path) -> Path:
     named as there. StageError lists what was tried.
     """
     given = Path(path).expanduser().resolve()
-    if not given.exists() and not Path(path).is_absolute() and str(path).count("/") == 1:
+    if not os.path.exists(given) and not Path(path).is_absolute() and str(path).count("/") == 1:
         from modern_llm import hub
 
         with contextlib.suppress(FileNotFoundError):
             given = hub.find_model(str(path))
-    if given.exists():
+    if os.path.exists(given):
         from modern_llm import hub
 
         if hub.is_foreign(given):
