@@ -222,6 +222,9 @@ def find_checkpoint(path: str | Path) -> Path:
     for folder in tried:
         for candidate in (folder, folder.with_name(folder.name + ".previous")):  # left by a kill between two renames
             if is_model(candidate) and candidate != given.with_name(given.name + ".previous"):
+                if (candidate / "verifier.json").is_file():
+                    raise StageError(f"checkpoint={str(path)!r} is a verifier: it judges answers and was not made to write them. Name the model "
+                                     "whose answers it judges, the run's stage dpo or sft")
                 return candidate
     raise StageError(f"checkpoint={str(path)!r}: no folder with config.json and model.safetensors. Tried "
                      + ", ".join(map(str, tried)) + ". Give a checkpoint folder, a stage's folder or a run's folder.")
