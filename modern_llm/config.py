@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -35,6 +36,15 @@ def require(claim: bool, message: str) -> None:
     """Raise ConfigError with the message if the claim is false."""
     if not claim:
         raise ConfigError(message)
+
+
+def device_parts(place: str, name: str) -> tuple[str, int | None]:
+    """What a device is called, taken apart: kind and number, None where it has none. ConfigError if it is no name of a device."""
+    found = re.fullmatch(r"(auto|cpu|mps|cuda)|(cpu|mps):(0)|(cuda):(0|[1-9][0-9]{0,3})", name)
+    require(found is not None, f"{place}={name!r} is unknown: say auto (the best there is), cpu, mps (Apple silicon), cuda "
+                               "(an NVIDIA or AMD GPU), or cuda:1 for the second of several GPUs")
+    kind, *number = filter(None, found.groups())
+    return kind, int(number[0]) if number else None
 
 
 def _one_of(place: str, value: str, options: tuple[str, ...]) -> None:
@@ -313,8 +323,10 @@ class HardwareConfig:
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"hardware.ranks={self.ranks} must be at least 1")
         _one_of("hardware.strategy", self.strategy, STRATEGIES)
-        require(self.device.split(":")[0] in ("auto", "cpu", "cuda", "mps"),
-                f"hardware.device={self.device!r} is unknown{nearest(self.device, ('auto', 'cpu', 'cuda', 'mps'))}")
+        kind, number = device_parts("hardware.device", self.device)
+        require(self.ranks == 1 or (kind != "mps" and number is None),
+                f"hardware.device={self.device!r} is a single device, hardware.ranks={self.ranks} need one each: say hardware.device="
+                + ("cpu" if kind == "mps" else kind) + ", or hardware.ranks=1")
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,18 @@ def test_seeds_are_summarised(tmp_path):
     assert "Median and range of 2 runs" in chosen
 
 
+@pytest.mark.fault("scheduler")
+@pytest.mark.parametrize("name, content", [("run.json", b"{"), ("run.json", b"[]"), ("eval/results.json", b"\xff"), ("run.json", b'{"stages": 5, "seed": 2}'),
+                                           ("pretrain/results.json", b'{"table": [5]}'), ("eval/ledger.csv", b"a,b\n1,2\n")])
+def test_a_damaged_sibling_is_left_out_of_the_seeds(tmp_path, capsys, name, content):
+    runs = tmp_path / "runs"
+    folders = [make_run(runs, f"small{end}", seed, stages=("pretrain", "eval")) for seed, end in enumerate(("", "-seed1", "-seed2"))]
+    (folders[2] / name).write_bytes(content)
+    text = section(write_report("small", runs, tmp_path / "out").read_text(), "Across seeds")
+    assert "Median and range of 2 runs" in text and "small-seed2" not in text
+    assert "small-seed2 is left out of the report across seeds" in capsys.readouterr().err or name == "run.json"
+
+
 def test_runs_that_are_not_seeds_of_one_recipe_are_refused(tmp_path):
     each = (("one", 0), ("one-seed7", 0), ("other", 1))
     one, twin, other = (make_run(tmp_path, name, seed, stages=("sft",)) for name, seed in each)
