@@ -302,7 +302,7 @@ def test_an_unknown_name_says_what_was_tried(tmp_path, monkeypatch):
     (tmp_path / "b.gguf").touch()
     with pytest.raises(CannotImport, match="holds 2 GGUF files: name one of a.gguf, b.gguf"):
         hub.load(tmp_path)
-    with pytest.raises(inputs.StageError, match="Tried"):
+    with pytest.raises(FileNotFoundError, match="Tried"):
         hub.load(Path(__file__).parent)
 
 
@@ -628,7 +628,7 @@ def test_several_gguf_files_are_a_question(tmp_path):
 
 
 @pytest.mark.fault("names")
-@pytest.mark.parametrize("name", ["", " ", "empty", "file.txt", "someone/tiny"])
+@pytest.mark.parametrize("name", ["", " ", "empty", "file.txt", "someone/tiny", "cut"])
 def test_a_baseline_that_is_none_is_absent_and_takes_nothing_down(name, tmp_path, monkeypatch):
     from modern_llm.evals import baselines
 
@@ -636,5 +636,8 @@ def test_a_baseline_that_is_none_is_absent_and_takes_nothing_down(name, tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").touch()
+    (tmp_path / "cut").mkdir()
+    written(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:-9])
     found, absent = baselines([name], "cpu")
     assert not found and list(absent) == [name]
