@@ -49,10 +49,12 @@ def word_problems(source: str, split: str, limit: int, levels: Sequence[int] | N
     if source != "gsm8k":
         raise ValueError(f"problems={source!r} is unknown{nearest(source, ('synthetic', 'gsm8k'))}")
     found = []
-    for number, row in enumerate(islice(rows("gsm8k", split), limit), 1):
+    for row in islice(rows("gsm8k", split), limit):
+        if not row["question"].strip():
+            raise ValueError(f"{row.place}: the question is empty")
         value = strict_answer(row["answer"])
         if value is None:
-            raise ValueError(f"gsm8k, {split}, row {number}: the answer {row['answer'][-40:]!r} does not end with `#### number`")
+            raise ValueError(f"{row.place}: the answer {row['answer'][-40:]!r} does not end with `#### number`")
         found.append(Problem(row["question"].strip(), row["answer"].strip(), max(1, row["answer"].count("<<")), value))
     if not found:
         raise ValueError(f"gsm8k, {split}: there is no problem in the file")
@@ -95,7 +97,7 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
     SST-2's test labels are not public, so its "test" is the validation split, as everybody reports it.
 
     Raises:
-        ValueError: another source, a label outside the set, with its row, or no sentence at all.
+        ValueError: another source, a label outside the set, with its line, or no sentence at all.
     """
     if source == "synthetic":
         part = "train" if split == "train" else "heldout"
@@ -103,10 +105,10 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
     if source != "sst2":
         raise ValueError(f"sentiment={source!r} is unknown{nearest(source, ('synthetic', 'sst2'))}")
     found = []
-    for number, row in enumerate(islice(rows("sst2", "train" if split == "train" else "validation"), limit), 1):
-        if str(row.get("label")) not in ("0", "1"):
-            raise ValueError(f"sst2, {split}, row {number}: label {row.get('label')!r} is not 0 or 1")
-        found.append(Review(str(row["sentence"]).strip(), synth.LABELS[int(row["label"])]))
+    for row in islice(rows("sst2", "train" if split == "train" else "validation", also=("label",)), limit):
+        if str(row["label"]) not in ("0", "1"):
+            raise ValueError(f"{row.place}: label {row['label']!r} is not 0 or 1")
+        found.append(Review(row["sentence"].strip(), synth.LABELS[int(row["label"])]))
     if not found:
         raise ValueError(f"sst2, {split}: there is no sentence in the file")
     return found
