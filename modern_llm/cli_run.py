@@ -116,13 +116,17 @@ def _run_step(step) -> None:
         click.echo(f"{step.stage}: skipped, {step.why} ({step.folder})")
         return
     click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
+    page = step.folder / "notebook.ipynb"
+    former = page.stat().st_mtime_ns if page.is_file() else None
     code = pipeline.execute(step)
     if code:
+        shown = page.is_file() and page.stat().st_mtime_ns != former
         if pipeline.status(step) in ("stopped", "preempted", "interrupted"):
             click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from there", err=True)
         else:
-            click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}. When the cause is "
-                       "mended, the same command goes on there", err=True)
+            where = (f"the notebook with its error is {page}" if shown else f"what it said stands above, and {step.folder} is as it was"
+                     if former else "what it said stands above; it got no notebook")
+            click.echo(f"{step.stage}: failed; {where}. When the cause is mended, the same command goes on there", err=True)
         sys.exit(code)
     click.echo(summary(step))
 

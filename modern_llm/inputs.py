@@ -10,9 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -323,33 +321,3 @@ def no_inputs(stage: str, run_folder: Path, preset: str) -> StageError:
 
 # jsonschema, when it finds this package, builds 39 grammars for a format that no notebook uses: two seconds of every start.
 SLOW_AND_UNUSED = "rfc3987_syntax"
-
-# A first small interpreter asks Linux to kill it when its parent dies, then becomes papermill; a kernel watches its own parent.
-# A scheduler's warnings, which may be sent to every process of a job, are for the kernel: papermill would die and take it along.
-_PAPERMILL = f"import sys; sys.modules[{SLOW_AND_UNUSED!r}] = None; from papermill.cli import papermill; papermill()"
-_WITH_ITS_PARENT = f"""
-import os, signal, sys
-for number in {[int(number) for number in WARNINGS]}:
-    signal.signal(number, signal.SIG_IGN)
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit("the parent died first")
-os.execv(sys.executable, [sys.executable, "-c", {_PAPERMILL!r}, *sys.argv[2:]])
-"""
-
-
-def start_papermill(notebook: Path, output: Path, parameters: dict, **environment: str) -> subprocess.Popen:
-    """Execute a notebook in a process group of its own, which is killed when this process dies; its output is piped here.
-
-    `environment` is added to this process's own.
-    """
-    words = [str(notebook), str(output), "--no-progress-bar", "--log-output",
-             "--no-request-save-on-cell-execute"]  # saved every 30 s and at the end, not twice a cell: 5 s of a long notebook
-    for name, value in parameters.items():
-        words += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
-    command = [sys.executable, "-I", "-S", "-c", _WITH_ITS_PARENT, str(os.getpid()), *words]
-    kernel = os.environ | {"MODERN_LLM_NOTEBOOK": str(output), **environment}  # the kernel keeps a copy of it in the run
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=kernel,
-                            start_new_session=True)  # out of reach of the terminal's Ctrl-C

@@ -22,8 +22,9 @@ from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, nearest
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
     NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, described, find_checkpoint, found_inputs, missing_data, no_inputs,
-    notebooks_folder, start_papermill,
+    notebooks_folder,
 )
+from modern_llm.launch import start_papermill
 from modern_llm.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
 from modern_llm.overrides import override, parse_overrides
 from modern_llm.parameters import choose_folder, refuse_unknown, report_folder, resolve
@@ -212,7 +213,7 @@ def execute(step: Step) -> int:
     if step.stage == "report":
         return write_the_report(step)
     output = step.folder / "notebook.ipynb"
-    if (step.folder / "results.json").is_file() and step.action == "run":  # the stage deletes the old record once its checks pass
+    if (step.folder / "results.json").is_file():  # the record of what is finished stays until the stage's own checks pass
         output = step.folder.parent / f".{step.stage}.ipynb"
     with writes_to(step.folder, "or choose another --output-dir"):
         RunLock(step.folder.parent, "modern-llm run").take().release()  # refuses, before the notebook is touched, if a kernel works there
@@ -241,7 +242,9 @@ def execute(step: Step) -> int:
     relay.join(timeout=5)
     if output.parent != step.folder:
         began = not (step.folder / "results.json").is_file() or code == 0
-        os.replace(output, step.folder / "notebook.ipynb") if began else output.unlink(missing_ok=True)
+        if began and output.is_file():  # a kernel that was killed leaves none
+            os.replace(output, step.folder / "notebook.ipynb")
+        output.unlink(missing_ok=True)
     if warning and status(step) in ("running", "stopped"):
         mark(step, "preempted")
     if code and warning and status(step) == "failed":  # another rank failed, and the launcher's warning was only meant to end this one
@@ -288,6 +291,7 @@ def mark(step: Step, status: str) -> None:
 
 def write_the_report(step: Step) -> int:
     """Write the report of the run and note it in `run.json`."""
+    os.environ["MPLBACKEND"] = "Agg"  # figures are files here, whatever window the user's notebooks draw in
     from modern_llm.report import write_report
 
     path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))

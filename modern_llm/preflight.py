@@ -90,11 +90,13 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
             missing.append(f"memory: estimated {memory_needed(fitted, stage) / GIB:.1f} GB, {memory / GIB:.1f} GB free on {device}")
     except StageError as error:
         missing.append(str(error))
-    missing += [*missing_data(config, [stage]), *cut_data(config, stage)[1]]
+    missing += missing_data(config, [stage])
     if missing:
         raise StageError(f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: "
                          + "preset=local-cpu (real text on a CPU) or " * (config.name != "local-cpu")
                          + "preset=local-smoke (built-in data, needs nothing)." + _forced(config, stage))
+    if unusable := cut_data(config, stage)[1]:
+        raise StageError("\n".join(unusable))
     return fitted, device
 
 

@@ -166,7 +166,7 @@ class Run:
         if not path.is_file() or not path.stat().st_size:
             return pd.DataFrame()
         if path.suffix == ".csv":
-            empty = {column: [""] for column in ("value", "low", "high", "n")}
+            empty = {column: [""] for column in ("value", "change", "low", "high", "n")}
             return pd.read_csv(path, keep_default_na=False, na_values=empty)
         return pd.read_json(path, lines=True)
 

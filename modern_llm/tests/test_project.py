@@ -17,7 +17,7 @@ PACKAGE = ROOT / "modern_llm"
 
 # What each module may import of the package. A module that is not listed may import nothing of it.
 ALLOWED = {
-    "ranks": {"config", "files", "distributed"}, "distributed": {"checkpoints", "optim", "ranks"},
+    "ranks": {"config", "files", "distributed", "launch"}, "launch": {"inputs"}, "distributed": {"checkpoints", "optim", "ranks"},
     "config": set(), "overrides": {"config"}, "presets": {"config", "overrides"}, "files": set(), "figures": set(), "marking": set(),
     "synth_problems": {"marking"}, "synth_world": {"synth_problems"}, "synth": {"marking", "synth_problems", "synth_world"},
     "layers": set(),
@@ -58,7 +58,7 @@ ALLOWED = {
     "report_figures": {"figures"}, "report_page": {"files"}, "report_seeds": {"report_page"},
     "report": {"config", "counts", "files", "overrides", "report_eval", "report_figures", "report_page", "report_seeds"},
     "report_eval": {"report_figures", "report_page"},
-    "bases": {"config", "files", "inputs", "tokens"}, "locks": {"inputs", "scheduler"}, "scheduler": {"inputs"},
+    "bases": {"config", "files", "inputs", "launch", "tokens"}, "locks": {"inputs", "scheduler"}, "scheduler": {"inputs"},
     "parameters": {"config", "inputs", "locks", "overrides", "presets", "resume"}, "resume": {"config", "inputs"},
     "preflight": {"checkpoints", "config", "counts", "inputs"},
     "record": {"config", "files", "inputs", "locks", "overrides", "parameters", "preflight", "ranks"},
@@ -66,7 +66,7 @@ ALLOWED = {
               "ranks", "record", "resume"},
     "answer_pairs": {"chat", "config", "tasks", "tokens"},
     "verifier": {"answer_pairs", "chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
-    "pipeline": {"config", "files", "inputs", "locks", "overrides", "parameters", "presets", "record", "report", "resume"},
+    "pipeline": {"config", "files", "inputs", "launch", "locks", "overrides", "parameters", "presets", "record", "report", "resume"},
     "outcomes": {"files", "inputs", "locks", "pipeline"},
     "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "parameters", "tokens"},
     "duration": {"config", "counts"},
@@ -81,7 +81,7 @@ ALLOWED = {
 }
 NO_TORCH = {"config", "overrides", "presets", "files", "figures", "marking", "synth", "synth_world", "synth_problems", "counts", "sources", "formats",
             "splits", "reading",
-            "parameters", "preflight", "record", "resume", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "scheduler", "submit",
+            "launch", "parameters", "preflight", "record", "resume", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "scheduler", "submit",
             "cli",
             "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
             "hub", "llama_layout", "export", "templates"}
