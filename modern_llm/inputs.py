@@ -140,6 +140,23 @@ def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
     return problems
 
 
+def cut_data(config: PipelineConfig, stage: str) -> tuple[list[str], list[str]]:
+    """Of the plain files that a stage reads: how those are split that came without a held-out part, and why others cannot be used."""
+    from modern_llm.reading import how_split
+    from modern_llm.sources import DataError, DatasetNotFound, find_source
+
+    said, problems = [], []
+    for name in data_names(config, stage):
+        try:
+            if find_source(name).files and (how := how_split(name)):
+                said.append(f"{name}: {how}")
+        except DatasetNotFound:  # `missing_data` says so
+            continue
+        except DataError as error:
+            problems.append(f"data: {error}")
+    return said, problems
+
+
 def data_files(config: PipelineConfig, stage: str, known: dict | None = None) -> dict[str, dict]:
     """Path, size, time of change and sha256 of every plain file of the data sets that a stage reads (the hub has versions of its own).
 

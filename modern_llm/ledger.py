@@ -18,9 +18,9 @@ from .files import write_json, write_text
 from .scoring import items_interval, mcnemar, paired_difference, ratio_interval
 
 # %% auto #0
-__all__ = ['COLUMNS', 'STAGES', 'MEASURES', 'item_rows', 'in_order', 'difference_row', 'measure_rows', 'stage_differences',
-           'ledger_rows', 'write_ledger', 'read_ledger', 'stage_gains', 'comparison_table', 'cost_rows', 'stage_ledger',
-           'problem_analysis', 'derive', 'write_derived']
+__all__ = ['COLUMNS', 'INTERVAL', 'STAGES', 'MEASURES', 'item_rows', 'in_order', 'difference_row', 'measure_rows',
+           'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger', 'stage_gains', 'comparison_table',
+           'cost_rows', 'stage_ledger', 'problem_analysis', 'derive', 'write_derived']
 
 # %% ../nbs/06a_ledger.ipynb #item-rows
 def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterable, group: Iterable | str = "",
@@ -32,6 +32,7 @@ def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterabl
 
 # %% ../nbs/06a_ledger.ipynb #ledger-columns
 COLUMNS = ["stage", "task", "metric", "value", "low", "high", "n", "protocol", "seconds"]
+INTERVAL = ["value", "low", "high"]
 STAGES = ("base", "sft", "dpo", "verifier", "checkpoint")  # in the order of the pipeline; models from elsewhere come behind
 
 
@@ -104,22 +105,24 @@ def ledger_rows(items: pd.DataFrame, protocols: dict[tuple[str, str], str], seco
 def write_ledger(folder: str | Path, rows: Iterable[dict]) -> pd.DataFrame:
     """Write ledger.csv in one step. Every row needs stage, task, metric, value, low, high, n, protocol and seconds.
 
+    What is not a finite number, such as the perplexity of a model that has diverged, is not known: its cell is empty.
+
     Raises:
-        ValueError: a row is there twice, or a value is not a number.
+        ValueError: a row is there twice.
     """
     ledger = pd.DataFrame(list(rows), columns=COLUMNS).astype({"n": int})
     twice = ledger[ledger.duplicated(["stage", "task", "metric"])]
     if len(twice):
         raise ValueError(f"write_ledger: {tuple(twice.iloc[0][['stage', 'task', 'metric']])} is there twice; give it another metric")
-    if len(bad := ledger[~np.isfinite(ledger[["value", "low", "high"]].astype(float)).all(axis=1)]):
-        raise ValueError(f"write_ledger: {tuple(bad.iloc[0][['stage', 'task', 'metric', 'value']])} is not a finite number")
+    measured = ledger[INTERVAL].astype(float)
+    ledger[INTERVAL] = measured.where(np.isfinite(measured))
     write_text(Path(folder) / "ledger.csv", ledger.to_csv(index=False))
     return ledger
 
 
 def read_ledger(folder: str | Path) -> pd.DataFrame:
     """The ledger of an evaluation, every digit as it was written. FileNotFoundError if there is none."""
-    exact = {name: float for name in ("value", "low", "high", "seconds")}  # pandas' own reader is off in the last digit
+    exact = {name: lambda text: float(text or "nan") for name in (*INTERVAL, "seconds")}  # pandas' own reader is off in the last digit
     return pd.read_csv(Path(folder) / "ledger.csv", converters=exact, keep_default_na=False)
 
 # %% ../nbs/06a_ledger.ipynb #comparison

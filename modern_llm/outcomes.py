@@ -33,8 +33,8 @@ def summary(step: Step) -> str:
     results = read_json(step.folder / "results.json")
     lines = [f"{step.stage}: finished, record in {step.folder}"]
     for row in results.get("table", []):
-        interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low") is not None else ""
-        value = "none" if row["value"] is None else f"{row['value']:.3f}"
+        interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if None not in (row.get("low"), row.get("high")) else ""
+        value = "none" if row.get("value") is None else f"{row['value']:.3f}"
         lines.append(f"  {row['metric']:40} {value}{interval}  {row.get('protocol', '')}")
     return "\n".join(lines)
 

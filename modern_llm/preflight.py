@@ -10,7 +10,7 @@ import os
 
 from modern_llm import counts
 from modern_llm.config import PipelineConfig, TrainConfig
-from modern_llm.inputs import DATA, StageError, missing_data
+from modern_llm.inputs import DATA, StageError, cut_data, missing_data
 
 GIB = 2**30
 
@@ -90,7 +90,7 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
             missing.append(f"memory: estimated {memory_needed(fitted, stage) / GIB:.1f} GB, {memory / GIB:.1f} GB free on {device}")
     except StageError as error:
         missing.append(str(error))
-    missing += missing_data(config, [stage])
+    missing += [*missing_data(config, [stage]), *cut_data(config, stage)[1]]
     if missing:
         raise StageError(f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: "
                          + "preset=local-cpu (real text on a CPU) or " * (config.name != "local-cpu")

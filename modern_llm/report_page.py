@@ -46,8 +46,16 @@ def interval(row: dict) -> str:
     low, high = row.get("low"), row.get("high")
     if row.get("n") == 1 and low == high is not None:
         return f"{number(row.get('value'))} (n = 1)"
-    known = low is not None and high is not None and low == low
+    known = low is not None and high is not None and low == low and high == high
     return f"{number(row.get('value'))} [{number(low)}, {number(high)}]" if known else number(row.get("value"))
+
+
+def measured(rows: Iterable[dict]) -> pd.DataFrame:
+    """Rows as a table to draw from: what is not known of value, low and high is NaN, even where nothing is."""
+    import pandas as pd
+
+    table = pd.DataFrame(list(rows))
+    return table.astype({name: float for name in ("value", "low", "high") if name in table})
 
 
 def markdown_table(rows: Iterable[dict], columns: Sequence[str] | None = None) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['document_nats', 'ratio_interval', 'perplexity_ratio', 'held_out_measures', 'completion_log_probs',
+__all__ = ['document_nats', 'ratio_interval', 'perplexity', 'perplexity_ratio', 'held_out_measures', 'completion_log_probs',
            'proportion_interval', 'mean_interval', 'paired_difference', 'items_interval', 'mcnemar', 'auc',
            'within_group_auc']
 
@@ -61,6 +61,11 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, draws: int = 
     return {"value": float(pairs[:, 0].sum() / pairs[:, 1].sum()), "low": float(low), "high": float(high), "n": n}
 
 # %% ../nbs/02e_scoring.ipynb #perplexity-tax
+def perplexity(nats: float) -> float:
+    """exp of nats per token; infinity where that is more than a number can hold, as for a model that has diverged."""
+    return math.inf if nats > 709 else math.exp(nats)
+
+
 def perplexity_ratio(base: pd.DataFrame, tuned: pd.DataFrame) -> dict[str, float]:
     """Perplexity of `tuned` over that of `base` on the same documents, with its paired 95% interval (1.05: 5% more).
 
@@ -68,7 +73,7 @@ def perplexity_ratio(base: pd.DataFrame, tuned: pd.DataFrame) -> dict[str, float
         base, tuned: what `document_nats` found for each model. Documents are resampled, the same ones for both.
     """
     found = ratio_interval(tuned.nats - base.nats, base.tokens)
-    return {**{name: math.exp(found[name]) for name in ("value", "low", "high")}, "n": found["n"]}
+    return {**{name: perplexity(found[name]) for name in ("value", "low", "high")}, "n": found["n"]}
 
 # %% ../nbs/02e_scoring.ipynb #held-out-measures
 def held_out_measures(scores: pd.DataFrame, num_bytes: int, source: str) -> list[dict]:
@@ -82,7 +87,8 @@ def held_out_measures(scores: pd.DataFrame, num_bytes: int, source: str) -> list
     loss = ratio_interval(scores.nats, scores.tokens)
     per_byte = scores.tokens.sum() / num_bytes / math.log(2)
     protocol = f"held-out {source}, {int(scores.tokens.sum())} tokens in {len(scores)} documents, each token once, packed rows"
-    forms = {"nats per token": lambda x: x, "perplexity": math.exp, "bits per byte": lambda x: x * per_byte}
+    protocol += "; one document, so the interval says nothing" * (len(scores) == 1)
+    forms = {"nats per token": lambda x: x, "perplexity": perplexity, "bits per byte": lambda x: x * per_byte}
     return [{"metric": f"{name}, {source}", **{k: form(loss[k]) for k in ("value", "low", "high")}, "n": loss["n"],
              "protocol": protocol} for name, form in forms.items()]
 

@@ -132,11 +132,14 @@ def instructions(source: str, split: str, limit: int, world_seed: int = 0) -> li
         world_seed: of the built-in world, whose facts its instructions ask for.
 
     Raises:
-        ValueError: naming the nearest valid source.
+        ValueError: naming the nearest valid source, or a source without any example.
     """
     if source not in SOURCES:
         raise ValueError(f"sft.sources: {source!r} is unknown{nearest(source, SOURCES)}")
-    return list(SOURCES[source](split, limit, world_seed))
+    found = list(SOURCES[source](split, limit, world_seed))
+    if not found:
+        raise ValueError(f"sft.sources: {source!r} has no example in its {split} split; add rows or leave the source out")
+    return found
 
 # %% ../nbs/04_sft.ipynb #encode-examples
 def encode_examples(tokenizer: Tokenizer, examples: Iterable[Example], context_length: int) -> tuple[list[Encoded], dict[str, int]]:

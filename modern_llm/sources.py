@@ -235,7 +235,7 @@ class Source:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that exist as such; the others are cut (see `reading.split_plan`)."""
+        """The splits that exist as such; the others are cut (see `splits.split_plan`)."""
         return tuple(self.files) if self.files else self.info.hub_splits
 
     @property

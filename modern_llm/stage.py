@@ -21,7 +21,7 @@ from modern_llm.bases import make_bases
 from modern_llm.config import GPT2_VOCAB_SIZE, PipelineConfig, TrainConfig
 from modern_llm.files import read_json
 from modern_llm.inputs import (
-    DATA, NOTEBOOKS, SLOW_AND_UNUSED, WARNINGS, Preempted, StageError, changed_data, changes, data_files, described, find_checkpoint,
+    DATA, NOTEBOOKS, SLOW_AND_UNUSED, WARNINGS, Preempted, StageError, changed_data, changes, cut_data, data_files, described, find_checkpoint,
     found_inputs, is_model, no_inputs, notebooks_folder, own_inputs, say, sections, setting, start_of,
 )
 from modern_llm.locks import RunLock
@@ -73,6 +73,8 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, 
     if resume and isinstance(settings_of(config, stage), TrainConfig):  # another micro-batch would round differently
         config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     config, device = preflight(config, stage)
+    for line in cut_data(config, stage)[0]:
+        say(f"{stage}: {line}")
     if changed := changed_data(config, stage, former.get("data_files", {})):
         raise StageError(f"stage {stage} was begun with other data: {'; '.join(changed)}. Put the former file back, or say force=True to "
                          "delete the stage and begin anew, or choose another run name")

@@ -26,12 +26,13 @@ ALLOWED = {
     "generation": {"attention", "config", "models"},  # the model as a type only
     "models": {"layers", "attention", "config", "files", "overrides"},
     "scoring": set(),
-    "held_out": {"reading", "sources", "tokens"},
+    "held_out": {"reading", "sources", "splits", "tokens"},
     "perplexity": {"generation", "held_out", "scoring", "sources", "tokens"},
     "overlap": {"config", "reading", "scoring", "sources", "synth"},
     "sources": {"config"},
+    "splits": {"config", "sources"},
     "formats": {"sources"},
-    "reading": {"config", "files", "formats", "sources", "synth"},
+    "reading": {"config", "files", "formats", "sources", "splits", "synth"},
     "tokens": {"config", "files", "sources", "reading"},
     "data": {"config", "files", "sources", "reading", "tokens", "synth"},
     "optim": {"config"},
@@ -47,7 +48,7 @@ ALLOWED = {
     "ledger": {"files", "scoring"},
     "evals": {"chat", "data", "fewshot", "files", "hub", "ledger", "perplexity", "prefix", "scoring", "tasks", "tokens"},
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "sources", "synth", "tasks", "tokens"},
-    "inputs": {"config", "files", "hub", "overrides", "sources", "tokens"},
+    "inputs": {"config", "files", "hub", "overrides", "reading", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
     "hub": {"chat", "files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
     "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
@@ -77,7 +78,7 @@ ALLOWED = {
     "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
 }
 NO_TORCH = {"config", "overrides", "presets", "files", "figures", "marking", "synth", "synth_world", "synth_problems", "counts", "sources", "formats",
-            "reading",
+            "splits", "reading",
             "parameters", "preflight", "record", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "submit", "cli",
             "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
             "hub", "llama_layout", "export"}
