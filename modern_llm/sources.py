@@ -278,7 +278,7 @@ def remedy(name: str = "NAME") -> str:
 
 # %% ../nbs/02a1_sources.ipynb #check-sources
 def check_sources(names: Iterable[str] | None = None) -> list[dict]:
-    """What `modern-llm datasets` prints: one row a source, without loading or downloading anything.
+    """Where each source is: one row a source, without loading or downloading anything.
 
     Returns:
         Dictionaries name, status ("found" or "missing"), where, splits, bytes (of the files here), licence and note: what to
