@@ -34,17 +34,17 @@ def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> Coded
 
 # %% ../nbs/05a_answer_pairs.ipynb #perturb
 def perturb(answer: str, random: random.Random) -> str:
-    """The answer with one of its numbers changed and nothing else: by 1, 2 or 10 up or down, never below 0.
+    """The answer with one of its numbers changed and nothing else: by 1, 2 or 10 up or down, never below 0, `1,080` as a whole.
 
     Raises ValueError for a text without a number.
     """
-    numbers = list(re.finditer(r"\d+", answer))
+    numbers = list(re.finditer(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+", answer))
     if not numbers:
         raise ValueError(f"perturb: {answer[:60]!r} has no number to change")
     chosen = random.choice(numbers)
-    value = int(chosen.group())
+    value = int(chosen.group().replace(",", ""))
     spoilt = random.choice([value + d for d in (-10, -2, -1, 1, 2, 10) if value + d >= 0])
-    return answer[: chosen.start()] + str(spoilt) + answer[chosen.end():]
+    return answer[: chosen.start()] + (f"{spoilt:,}" if "," in chosen.group() else str(spoilt)) + answer[chosen.end():]
 
 # %% ../nbs/05a_answer_pairs.ipynb #fork
 def fork_of(a: Sequence[int], b: Sequence[int]) -> int:

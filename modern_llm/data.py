@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .config import DataConfig
 from .files import DamagedFolder, atomic_folder, check_folder, find_folder, read_json
-from .reading import content_id, documents
+from .reading import content_id, documents, how_split
 from .sources import DataError, find_source
 from .tokens import cache_root, disk_errors, encoded, end_of_text_id, one_builder, tokenizer_digest
 
@@ -167,7 +167,7 @@ def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: i
         except (DamagedFolder, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the token cache is damaged and is built again: {error}", stacklevel=2)
         meta = {"fingerprint": fingerprint, "source": source.info.name, "split": split, "where": source.where,
-                "licence": source.info.licence, "note": source.note, "dtype": dtype, "world_seed": world_seed,
+                "licence": source.info.licence, "note": "; ".join(filter(None, (source.note, how_split(name)))), "dtype": dtype, "world_seed": world_seed,
                 "tokenizer": identity[2]}
         bar = tqdm(desc=f"tokenising {short} {split}", unit=" tokens", unit_scale=True, mininterval=10, delay=5,
                    disable=not progress)
@@ -383,7 +383,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path 
 
 def data_card(caches: Iterable[TokenCache]) -> pd.DataFrame:
     """One row a cache: what it holds, where it is from, what to know about it, and the fingerprint that names it."""
-    return pd.DataFrame([{
+    card = pd.DataFrame([{
         "source": cache.meta["source"], "split": cache.meta["split"], "documents": len(cache),
         "tokens": cache.num_tokens, "bytes": cache.num_bytes,
         "bytes per token": round(cache.num_bytes / cache.num_tokens, 3),
@@ -392,3 +392,5 @@ def data_card(caches: Iterable[TokenCache]) -> pd.DataFrame:
         "found": cache.meta["where"], "licence": cache.meta["licence"], "note": cache.meta.get("note", ""),
         "fingerprint": cache.fingerprint,
     } for cache in caches])
+    floor = card["floor bits per byte"].astype(object)
+    return card.assign(**{"floor bits per byte": floor.where(floor.notna(), None)})  # beside numbers, pandas makes NaN of None

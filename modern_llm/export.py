@@ -292,6 +292,9 @@ def model_card(checkpoint: Path, cfg: ModelConfig, architecture: str, dtype: str
         parts.append(markdown_table([{"stage": stage, "steps": (found := run.results.get(stage, {})).get("steps"), "tokens": found.get("tokens"),
                                       "minutes": run.stages.get(stage, {}).get("seconds", 0) / 60, "ended by": found.get("ended_by")}
                                      for stage in stages]))
+        changed = [f"* From step {change['from_step']} of {stage} on: {', '.join(change['settings'])}."
+                   for stage in stages for change in run.params.get(stage, {}).get("changed_under_way", [])]
+        parts += ["\n".join(["Settings were changed under way:", "", *changed])] if changed else []
         parts.append("```bash\n" + "\n".join(run.command(stage) for stage in stages) + "\n```")
         versions = ", ".join(f"{package} {version}" for package, version in run.record.get("versions", {}).items())
         parts.append(f"Commit `{run.record.get('git_commit', 'unknown')}`, seed {run.record.get('seed', 'unknown')}, "

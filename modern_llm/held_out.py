@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from .reading import articles, documents, rows, split_plan
+from .reading import articles, documents, rows
 from .sources import DataError, dataset_info, find_source
+from .splits import split_plan
 from .tokens import encode_documents, end_of_text_id
 
 # %% auto #0

@@ -10,7 +10,7 @@ import os
 
 from modern_llm import counts
 from modern_llm.config import PipelineConfig, TrainConfig
-from modern_llm.inputs import DATA, StageError, missing_data
+from modern_llm.inputs import DATA, StageError, cut_data, missing_data
 
 GIB = 2**30
 
@@ -100,6 +100,8 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
         raise StageError(f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: "
                          + "preset=local-cpu (real text on a CPU) or " * (config.name != "local-cpu")
                          + "preset=local-smoke (built-in data, needs nothing)." + _forced(config, stage))
+    if unusable := cut_data(config, stage)[1]:
+        raise StageError("\n".join(unusable))
     return fitted, device
 
 

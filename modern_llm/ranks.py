@@ -20,6 +20,7 @@ from pathlib import Path
 
 from modern_llm.config import ConfigError
 from modern_llm.files import read_json
+from modern_llm.launch import SAME_PACKAGE
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = timedelta(days=1)  # of ranks with each other: rank 0 may draw samples for hours; the launcher ends what has died
@@ -144,7 +145,7 @@ def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
         meet = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", os.environ["SLURM_JOB_ID"], "--rdzv-endpoint", f"{host}:{port}",
                 "--rdzv-conf", f"is_host={int(node == 0)},read_timeout=600"]  # seconds: nodes do not come up at the same moment
     words = [*meet, "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", "--no-python", sys.executable, "-c",
-             "import json, os; from modern_llm.cli import main; main(json.loads(os.environ['MODERN_LLM_WORDS']), 'modern-llm')"]
+             SAME_PACKAGE + "import json, os; from modern_llm.cli import main; main(json.loads(os.environ['MODERN_LLM_WORDS']), 'modern-llm')"]
     os.environ["MODERN_LLM_WORDS"] = json.dumps(sys.argv[1:])  # torchrun's parser would take --run for its own --run-path
     try:
         run.run(run.parse_args(words))
@@ -166,7 +167,7 @@ def follow() -> None:
     rank = launched()[0]
     for number in (signal.SIGINT, signal.SIGUSR1):  # only while it trains does a rank heed them; rank 0 sends it home
         signal.signal(number, signal.SIG_IGN)
-    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ["MPLBACKEND"] = "Agg"
     import torch
 
     if torch.cuda.is_available():

@@ -46,8 +46,16 @@ def interval(row: dict) -> str:
     low, high = row.get("low"), row.get("high")
     if row.get("n") == 1 and low == high is not None:
         return f"{number(row.get('value'))} (n = 1)"
-    known = low is not None and high is not None and low == low
+    known = low is not None and high is not None and low == low and high == high
     return f"{number(row.get('value'))} [{number(low)}, {number(high)}]" if known else number(row.get("value"))
+
+
+def measured(rows: Iterable[dict]) -> pd.DataFrame:
+    """Rows as a table to draw from: what is not known of value, low and high is NaN, even where nothing is."""
+    import pandas as pd
+
+    table = pd.DataFrame(list(rows))
+    return table.astype({name: float for name in ("value", "low", "high") if name in table})
 
 
 def markdown_table(rows: Iterable[dict], columns: Sequence[str] | None = None) -> str:
@@ -91,9 +99,12 @@ class Run:
         if not path.is_file():
             return {}
         try:
-            return read_json(path)
-        except ValueError as error:
+            found = read_json(path)
+        except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{path} is not valid JSON ({error}): delete it and run that stage again") from error
+        if not isinstance(found, dict):
+            raise ReportError(f"{path} holds no JSON object: delete it and run that stage again")
+        return found
 
     @cached_property
     def record(self) -> dict:
@@ -155,7 +166,7 @@ class Run:
         if not path.is_file() or not path.stat().st_size:
             return pd.DataFrame()
         if path.suffix == ".csv":
-            empty = {column: [""] for column in ("value", "low", "high", "n")}
+            empty = {column: [""] for column in ("value", "change", "low", "high", "n")}
             return pd.read_csv(path, keep_default_na=False, na_values=empty)
         return pd.read_json(path, lines=True)
 

@@ -80,6 +80,7 @@ DATASET_REGISTRY: dict[str, DatasetInfo] = {info.name: info for info in (
                 files={"train": ("random_9k.jsonl.gz", "extra.jsonl.gz")}, key=lambda row: str(row.get("instruction")),
                 optional=("input",)),
     DatasetInfo("oasst1", "OpenAssistant/oasst1", "Apache-2.0", "chat", ("text",), hub_splits=("train", "validation"),
+                key=lambda row: str(row.get("message_tree_id") or row.get("text")),
                 columns={**dict.fromkeys(("message_id", "parent_id", "role", "lang"), (str,)), "rank": (int, float)}),
     DatasetInfo("hh-rlhf", "Anthropic/hh-rlhf", "MIT", "preference", ("chosen",), files={"test": _HH},
                 hub_splits=("train", "test"), key=_question, columns={"rejected": (str,)}),
@@ -199,7 +200,7 @@ class Source:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that exist as such; the others are cut (see `reading.split_plan`)."""
+        """The splits that exist as such; the others are cut (see `splits.split_plan`)."""
         return tuple(self.files) if self.files else self.info.hub_splits
 
     @property

@@ -248,9 +248,11 @@ def calibrate(parts: Float[np.ndarray, "n 3"], right: Bool[np.ndarray, "n"]) -> 
     """Weights of the three parts of a score, and a shift, so that the sigmoid of their sum fits these answers' labels best.
 
     Source: Platt 1999, here with three inputs. No weight is negative: an input that would get such a weight is left out. The
-    answers must be as the generator writes them, to problems that the verifier was not trained on.
+    answers must be as the generator writes them, to problems that the verifier was not trained on. Without any the head alone counts.
     """
     known = ~np.isnan(parts).any(1)
+    if not known.any():
+        return [1.0, 0.0, 0.0, 0.0]
     features, targets = np.column_stack([parts[known], np.ones(known.sum())]), torch.tensor(right[known], dtype=torch.double)
     weights, used = [0.0] * 4, [0, 1, 2, 3]
     while True:

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modern_llm import reading
+from modern_llm import reading, sft
+from modern_llm.pairs import preference_pairs
 from modern_llm.sources import DataError
+from modern_llm.tasks import sentences, word_problems
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,72 @@ def test_what_is_no_text_is_refused_with_its_line(value, kind, tmp_path):
 @pytest.mark.fault("tables")
 def test_null_is_a_missing_field(tmp_path):
     refused(put(tmp_path, "a.jsonl", '{"text": "fine"}\n{"text": null, "n": 1}\n'), "line 2 has no field 'text', only .'n'.", everything)
+
+
+FINE = {
+    "alpaca": {"instruction": "Add.", "input": "1, 2", "output": "3"}, "gsm8k": {"question": "1 + 2?", "answer": "#### 3"},
+    "oasst1": {"message_id": "a", "parent_id": None, "role": "prompter", "lang": "en", "text": "Hello?", "rank": None},
+    "hh-rlhf": {"chosen": "\n\nHuman: A?\n\nAssistant: B.", "rejected": "\n\nHuman: A?\n\nAssistant: C."},
+    "sst2": {"sentence": "good", "label": 1}, "tinystories": {"text": "A story."},
+}
+READ = {"alpaca": lambda: sft.instructions("alpaca", "train", 9), "gsm8k": lambda: word_problems("gsm8k", "train", 9),
+        "oasst1": lambda: sft.instructions("oasst1", "train", 9), "hh-rlhf": lambda: preference_pairs("hh-rlhf", "train", 9),
+        "sst2": lambda: sentences("sst2", "train", 9), "tinystories": lambda: list(reading.documents("tinystories"))}
+
+
+def mirror(folder, name, *rows):
+    """The train and validation file of a data set; the path of the first."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    return [put(folder / "mirror" / name, f"{split}.jsonl", text) for split in ("validation", "train")][1]
+
+
+@pytest.mark.fault("tables")
+@pytest.mark.parametrize("name, change, message", [
+    ("alpaca", {"output": 7}, "output is an integer, 7, but should be text"), ("alpaca", {"output": None}, "no field 'output'"),
+    ("alpaca", {"input": ["a"]}, "input is a list"), ("alpaca", {"instruction": {"a": 1}}, "instruction is an object"),
+    ("alpaca", {"input": False}, "input is true or false, False"),
+    ("gsm8k", {"answer": 5}, "answer is an integer, 5"), ("gsm8k", {"question": ["How many?"]}, "question is a list"),
+    ("gsm8k", {"answer": "five"}, "the answer 'five' does not end"), ("gsm8k", {"question": " "}, "the question is empty"),
+    ("oasst1", {"message_id": 3}, "message_id is an integer"), ("oasst1", {"role": None}, "no field 'role'"),
+    ("oasst1", {"text": {"en": "Hi"}}, "text is an object"), ("oasst1", {"rank": "0", "message_id": "b"}, "rank is text, '0'"),
+    ("oasst1", {"parent_id": 1.0, "message_id": "b"}, "parent_id is a number"), ("oasst1", {}, "the message_id 'a' is there twice"),
+    ("hh-rlhf", {"chosen": [{"role": "user", "content": "A?"}]}, "chosen is a list"), ("hh-rlhf", {"rejected": 7}, "rejected is an integer"),
+    ("hh-rlhf", {"rejected": None}, "no field 'rejected'"),
+    ("sst2", {"label": "positive"}, "label 'positive' is not 0 or 1"), ("sst2", {"label": True}, "label is true or false"),
+    ("sst2", {"label": 1.0}, "label is a number, 1.0"), ("sst2", {"label": "1.0"}, "label '1.0' is not 0 or 1"),
+    ("sst2", {"label": None}, "no field 'label'"), ("sst2", {"sentence": 3}, "sentence is an integer"),
+    ("tinystories", {"text": ["a", "b"]}, "text is a list"), ("tinystories", {"text": 1e5}, "text is a number"),
+])
+def test_every_stage_gets_what_a_data_set_promises(name, change, message, tmp_path):
+    path = mirror(tmp_path, name, FINE[name], {**FINE[name], **change})
+    with pytest.raises(ValueError, match=f"line 2(: | has ).*{message}") as caught:
+        READ[name]()
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.fault("tables")
+@pytest.mark.parametrize("row", [{}, {"input": None}, {"input": ""}])
+def test_an_optional_field_may_be_absent(row, tmp_path):
+    mirror(tmp_path, "alpaca", {"instruction": "Say hello.", "output": "Hello.", **row})
+    assert READ["alpaca"]() == [sft.Example("Say hello.", output="Hello.")]
+    assert list(reading.documents("alpaca")) == ["Say hello.\nHello."]
+
+
+@pytest.mark.fault("tables")
+def test_rows_without_a_request_or_an_answer_are_counted():
+    from modern_llm import tokens
+
+    examples = [sft.Example(instruction, output=output) for instruction, output in (("", "Yes."), ("Ask.", " "), ("Ask.", "Yes."))]
+    _, counts = sft.encode_examples(tokens.train_tokenizer(["Ask. Yes."], 280), examples, 64)
+    assert (counts["read"], counts["no text"], counts["kept"]) == (3, 2, 1)
+
+
+@pytest.mark.fault("tables")
+def test_messages_of_one_conversation_are_on_one_side(tmp_path):
+    rows = [{**FINE["oasst1"], "message_id": f"{tree}-{i}", "message_tree_id": str(tree), "text": f"{tree} {i}"} for tree in range(300) for i in range(3)]
+    put(tmp_path / "mirror" / "oasst1", "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    sides = [{row["message_tree_id"] for row in reading.rows("oasst1", split)} for split in ("train", "validation")]
+    assert all(sides) and not sides[0] & sides[1]
 
 
 # ---- JSON and encodings
