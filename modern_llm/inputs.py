@@ -220,7 +220,10 @@ def find_checkpoint(path: str | Path) -> Path:
     The folder or GGUF file of another program is imported into the cache first, and so is a model of the hub's local cache that is
     named as there. StageError lists what was tried.
     """
-    given = Path(path).expanduser().resolve()
+    if not str(path).strip():
+        raise StageError(f"checkpoint={str(path)!r} names nothing. Give a checkpoint folder, a stage's folder or a run's folder.")
+    given = Path(os.path.abspath(os.path.expanduser(path)))
+    given = given if given.is_file() else Path(os.path.realpath(given))  # a link to a .gguf file may lead to one without that ending
     if not given.exists() and not Path(path).is_absolute() and str(path).count("/") == 1:
         from modern_llm import hub
 
@@ -234,10 +237,16 @@ def find_checkpoint(path: str | Path) -> Path:
                 return hub.imported(given, chat_tokens=True)
             except ValueError as error:
                 raise StageError(f"checkpoint={str(path)!r}: {error}") from error
+    if given.is_file():
+        raise StageError(f"checkpoint={str(path)!r} is a file: name the folder of the model, which has its config.json, too"
+                         + f" ({given.parent})" * (given.parent / "config.json").is_file())
     tried = [given, given / "checkpoint", *(given / stage / "checkpoint" for stage in GENERATORS)]
     for folder in tried:
         for candidate in (folder, folder.with_name(folder.name + ".previous")):  # left by a kill between two renames
             if is_model(candidate) and candidate != given.with_name(given.name + ".previous"):
+                if (candidate / "verifier.json").is_file():
+                    raise StageError(f"checkpoint={str(path)!r} is a verifier, whose score comes from a head beside the language model: it "
+                                     f"writes no text. Give a generator: {', '.join(GENERATORS)}")
                 return candidate
     raise StageError(f"checkpoint={str(path)!r}: no folder with config.json and model.safetensors. Tried "
                      + ", ".join(map(str, tried)) + ". Give a checkpoint folder, a stage's folder or a run's folder.")
