@@ -157,8 +157,10 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | Non
     dtype, begin = known[dtype or config["dtype"]], end_of_text_id(tokenizer)
     config |= {"dtype": dtype, "torch_dtype": dtype, "bos_token_id": begin}
     settings = read_json(checkpoint / "tokenizer_config.json") | {"model_max_length": cfg.context_length}
+    names = settings.pop("modern_llm", {}).get("end_tokens", [])
+    ends = list(dict.fromkeys([config["eos_token_id"], *(i for name in names if (i := tokenizer.token_to_id(name)) is not None)]))
     # Padding by another token than the last one would make `generate` take that token, wherever it stands, for padding.
-    generation = {"bos_token_id": begin, **dict.fromkeys(("eos_token_id", "pad_token_id"), config["eos_token_id"])}
+    generation = {"bos_token_id": begin, "eos_token_id": ends if len(ends) > 1 else config["eos_token_id"], "pad_token_id": config["eos_token_id"]}
     facts = {"exported": {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "step": meta.get("step"), "dtype": dtype,
                           "sha256": meta.get("sha256", {}).get("model.safetensors")}}
     check_values(checkpoint / "model.safetensors", dtype)
@@ -292,6 +294,9 @@ def model_card(checkpoint: Path, cfg: ModelConfig, architecture: str, dtype: str
         parts.append(markdown_table([{"stage": stage, "steps": (found := run.results.get(stage, {})).get("steps"), "tokens": found.get("tokens"),
                                       "minutes": run.stages.get(stage, {}).get("seconds", 0) / 60, "ended by": found.get("ended_by")}
                                      for stage in stages]))
+        changed = [f"* From step {change['from_step']} of {stage} on: {', '.join(change['settings'])}."
+                   for stage in stages for change in run.params.get(stage, {}).get("changed_under_way", [])]
+        parts += ["\n".join(["Settings were changed under way:", "", *changed])] if changed else []
         parts.append("```bash\n" + "\n".join(run.command(stage) for stage in stages) + "\n```")
         versions = ", ".join(f"{package} {version}" for package, version in run.record.get("versions", {}).items())
         parts.append(f"Commit `{run.record.get('git_commit', 'unknown')}`, seed {run.record.get('seed', 'unknown')}, "

@@ -80,7 +80,7 @@ def window_nats(model: nn.Module, pieces: Sequence[np.ndarray], firsts: Sequence
             rows_at_once = max(1, LOGITS_AT_ONCE // model.cfg.vocab_size)
             nats = torch.cat([F.cross_entropy(model.lm_head(h).float(), y, reduction="none")
                               for h, y in zip(hidden.split(rows_at_once), labels.split(rows_at_once))])
-            for i, scores in zip(part, nats.double().cpu().split(scored.sum(1).tolist())):
+            for i, scores in zip(part, nats.cpu().double().split(scored.sum(1).tolist())):
                 found[i] = scores.numpy()
             start += len(part)
             bar.update(len(part))

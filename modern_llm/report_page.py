@@ -100,9 +100,12 @@ class Run:
         if not path.is_file():
             return {}
         try:
-            return read_json(path)
-        except ValueError as error:
+            found = read_json(path)
+        except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{path} is not valid JSON ({error}): delete it and run that stage again") from error
+        if not isinstance(found, dict):
+            raise ReportError(f"{path} holds no JSON object: delete it and run that stage again")
+        return found
 
     @cached_property
     def record(self) -> dict:
@@ -164,7 +167,7 @@ class Run:
         if not path.is_file() or not path.stat().st_size:
             return pd.DataFrame()
         if path.suffix == ".csv":
-            empty = {column: [""] for column in ("value", "low", "high", "n")}
+            empty = {column: [""] for column in ("value", "change", "low", "high", "n")}
             return pd.read_csv(path, keep_default_na=False, na_values=empty)
         return pd.read_json(path, lines=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.chat import encode_chat, end_id, speaks_chat
+from modern_llm.chat import encode_chat, end_id, other_ends, speaks_chat
 from modern_llm.checkpoints import pick_device
 from modern_llm.generation import generate, stream
 from modern_llm.inputs import GENERATORS, StageError, find_checkpoint, is_model
@@ -28,7 +28,9 @@ def choose_model(run: str | None, stage: str | None, checkpoint: str | None, out
     if run and checkpoint:
         raise StageError("say either --run or --checkpoint, not both")
     if checkpoint:
-        folder = Path(checkpoint)
+        folder = Path(checkpoint).expanduser()
+        if stage and is_model(folder) and folder.resolve().parent.name != stage:
+            raise StageError(f"--stage {stage} chooses among the stages of a run, and {folder} is one checkpoint: leave --stage out")
     elif run:
         folder = root / run
     else:
@@ -73,7 +75,7 @@ class Chat:
         """The answer, piece by piece; the pieces joined are the text of all its tokens."""
         ids, tokens, said = self.prompt(request), [], ""
         for token in stream(self.model, ids, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-                            seed=self.seed + len(self.history), eos_id=end_id(self.tokenizer)):
+                            seed=self.seed + len(self.history), eos_id=(end := end_id(self.tokenizer)), stop=other_ends(self.tokenizer, end)):
             tokens.append(token)
             text = self.tokenizer.decode(tokens)
             if text.endswith("\ufffd"):  # half of a character
@@ -95,5 +97,6 @@ def samples(model: ModernDecoderLM, tokenizer: Tokenizer, folder: Path, prompt: 
     else:
         ids, ending = [end_of_text_id(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids], end_of_text_id(tokenizer)
         opening = prompt
-    answers = generate(model, [ids], samples=count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, eos_id=ending)
+    answers = generate(model, [ids], samples=count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, eos_id=ending,
+                       stop=other_ends(tokenizer, ending))
     return [opening + tokenizer.decode(tokens) for tokens in answers]
