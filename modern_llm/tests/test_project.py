@@ -17,7 +17,7 @@ PACKAGE = ROOT / "modern_llm"
 
 # What each module may import of the package. A module that is not listed may import nothing of it.
 ALLOWED = {
-    "ranks": {"config", "files", "distributed", "launch"}, "launch": {"inputs"}, "distributed": {"checkpoints", "optim", "ranks"},
+    "ranks": {"config", "files", "distributed", "launch"}, "launch": {"inputs"}, "distributed": {"checkpoints", "config", "optim", "ranks"},
     "config": set(), "overrides": {"config"}, "presets": {"config", "overrides"}, "files": set(), "figures": set(), "marking": set(),
     "synth_problems": {"marking"}, "synth_world": {"synth_problems"}, "synth": {"marking", "synth_problems", "synth_world"},
     "layers": set(),
@@ -55,7 +55,7 @@ ALLOWED = {
     "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
     "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
-    "report_figures": {"figures"}, "report_page": {"files"}, "report_seeds": {"report_page"},
+    "report_figures": {"figures"}, "report_page": {"config", "files"}, "report_seeds": {"report_page"},
     "report": {"config", "counts", "files", "overrides", "report_eval", "report_figures", "report_page", "report_seeds"},
     "report_eval": {"report_figures", "report_page"},
     "bases": {"config", "files", "inputs", "launch", "tokens"}, "locks": {"inputs", "scheduler"}, "scheduler": {"inputs"},
