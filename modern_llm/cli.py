@@ -39,6 +39,9 @@ def main() -> None:
     modern-llm datasets --preset local-cpu           is the data it needs there?
     modern-llm submit --preset tacc-h100 --dry-run   the same stages as jobs of a SLURM cluster: how long, and the lines
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that the terminal's encoding lacks is shown as \\xe9, and ends nothing
+            stream.reconfigure(errors="backslashreplace")
 
 
 for command in (run, submit, status, chat, sample, export, check_inference, presets, datasets, prefetch):

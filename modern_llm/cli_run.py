@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -30,7 +31,7 @@ STAGES = "pretrain, sft, dpo, verifier, eval, attention, report, or all"
               help="A parameter of the stage notebooks: seed=1, max_minutes=10 (each stage that trains), device=cpu; "
                    "or a setting of the preset: model.num_experts=4, sft.weights=0.6,0.4. As often as needed.")
 @click.option("--resume", is_flag=True,
-              help="Go on with a stage that was begun, also with other settings (done by itself if nothing changed).")
+              help="Go on with a stage that was begun, also with another length or learning rate (done by itself if nothing changed).")
 @click.option("--force", is_flag=True, help="Delete what a stage left and begin anew; with --stage all, only where something changed.")
 @click.option("--no-overwrite", is_flag=True, help="Skip every stage that has results, whatever its settings were.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
@@ -72,7 +73,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     try:
         plan = pipeline.Plan(stage, no_overwrite, **parameters)
         if dry_run:
-            _print_plan(plan)
+            for step in planned(plan):
+                click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
             return
         if stage == "all":
             if plan.start:
@@ -81,6 +83,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
         with gathered(max(config.hardware.ranks for config in plan.configs.values())):
             pipeline.end_on_warnings()
             with pipeline.lock_for(plan.run_folder, plan.stages):
+                for _ in planned(plan):  # what a later stage refuses is said before an earlier one runs for hours
+                    pass
                 note_this_job(plan.run_folder, plan.stages)
                 for name in plan.stages:
                     _run_step(plan.step(name))
@@ -95,11 +99,11 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
         click.echo(f"\n{len(plan.stages)} stages in {(time.time() - began) / 60:.1f} minutes; run {plan.run_folder}")
 
 
-def _print_plan(plan) -> None:
+def planned(plan) -> Iterator:
+    """What would be done about each stage, as far as it can be told before the earlier ones have run. StageError if one is refused."""
     pending = False
     for name in plan.stages:
-        step = plan.step(name, pending)
-        click.echo(f"{name}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
+        yield (step := plan.step(name, pending))
         pending = pending or step.action != "skip"
 
 
@@ -112,13 +116,17 @@ def _run_step(step) -> None:
         click.echo(f"{step.stage}: skipped, {step.why} ({step.folder})")
         return
     click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
+    page = step.folder / "notebook.ipynb"
+    former = page.stat().st_mtime_ns if page.is_file() else None
     code = pipeline.execute(step)
     if code:
+        shown = page.is_file() and page.stat().st_mtime_ns != former
         if pipeline.status(step) in ("stopped", "preempted", "interrupted"):
             click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from there", err=True)
         else:
-            click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}. When the cause is "
-                       "mended, the same command goes on there", err=True)
+            where = (f"the notebook with its error is {page}" if shown else f"what it said stands above, and {step.folder} is as it was"
+                     if former else "what it said stands above; it got no notebook")
+            click.echo(f"{step.stage}: failed; {where}. When the cause is mended, the same command goes on there", err=True)
         sys.exit(code)
     click.echo(summary(step))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from modern_llm.report_page import Page, folded, interval, markdown_table, measured, measures, text_block
+from modern_llm.report_page import Page, folded, interval, markdown_table, measured, measures, number, text_block
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,8 +87,9 @@ def stage_gains(page: Page) -> None:
     table["significant"] = table.significant.astype(str) == "True"
     kept = table[~table.metric.str.contains("^error, |-shot, |nats per token T", regex=True)]
     kept = kept.assign(p=pd.to_numeric(kept.p, errors="coerce") if "p" in kept else float("nan"))
-    page.add("Each row compares two stages item by item. *Significant* means that the paired 95% interval leaves out 0; with "
-             f"{len(kept)} comparisons, about {0.05 * len(kept):.0f} would do so by chance.")
+    page.add("Each row compares two stages item by item. *Significant* means that the paired 95% interval leaves out 0, that McNemar's p is below "
+             f"0.05 where items are right or wrong, and that there are at least six items; of {len(kept)} comparisons, about "
+             f"{0.05 * len(kept):.0f} would be so by chance.")
     page.origin()
     shares = kept[~kept.task.eq("perplexity")]
     labels = shares.stage + " − " + shares.against + ": " + shares.task + ", " + shares.metric
@@ -152,7 +153,7 @@ def sentiment(page: Page) -> None:
     for row in shots.to_dict("records"):
         draws = (row["stage"], f"{row['metric']}, over draws")
         lines.append({"stage": row["stage"], "demonstrations": row["shots"], "method": row["method"], "accuracy": interval(row), "n": int(row["n"]),
-                      "worst and best draw": f"{spread.low[draws]:.3f} … {spread.high[draws]:.3f}" if draws in spread.index else "",
+                      "worst and best draw": f"{number(spread.low[draws])} … {number(spread.high[draws])}" if draws in spread.index else "",
                       "": "; ".join(part for part in row["protocol"].split("; ") if "constant answer" in part)})
     page.add(folded("All shots and methods", markdown_table(lines)))
 
@@ -231,6 +232,6 @@ def verifier(page: Page) -> None:
         page.picture(f"rerank_eval_{stage}.png", report_figures.rerank, measured(rows),
                      caption=f"The evaluation's problems, samples of {stage}; pass: at least one of them is right.")
     for kind, mistakes in page.run.json("eval/verifier_mistakes.json").items():
-        shown = [(f"score {one['score']:.2f}", f"{one['question']}\n→ {one['answer']}\ngold: {one['gold']}") for one in mistakes]
+        shown = [("score " + ("unknown" if one["score"] is None else f"{one['score']:.2f}"), f"{one['question']}\n→ {one['answer']}\ngold: {one['gold']}") for one in mistakes]
         page.add(folded(f"{kind.capitalize()}: {'wrong answers it likes most' if 'positives' in kind else 'right answers it likes least'}",
                         text_block(shown)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.chat import encode_chat, end_id, speaks_chat
+from modern_llm.chat import encode_chat, end_id, other_ends, speaks_chat
 from modern_llm.checkpoints import pick_device
 from modern_llm.config import nearest
 from modern_llm.generation import generate, stream
@@ -30,6 +30,8 @@ def choose_model(run: str | None, stage: str | None, checkpoint: str | None, out
         raise StageError("say either --run or --checkpoint, not both")
     if checkpoint:
         folder = Path(checkpoint).expanduser()
+        if stage and is_model(folder) and folder.resolve().parent.name != stage:
+            raise StageError(f"--stage {stage} chooses among the stages of a run, and {folder} is one checkpoint: leave --stage out")
     else:
         there = sorted(path.parent.name for path in root.glob("*/run.json"))
         if not run:
@@ -99,7 +101,7 @@ class Chat:
         ids = self.prompt(request)
         try:
             for token in stream(self.model, ids, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-                                seed=self.seed + len(self.history), eos_id=end_id(self.tokenizer)):
+                                seed=self.seed + len(self.history), eos_id=(end := end_id(self.tokenizer)), stop=other_ends(self.tokenizer, end)):
                 tokens.append(token)
                 text = self.tokenizer.decode(tokens)
                 if text.endswith("\ufffd"):  # half of a character
@@ -134,5 +136,5 @@ def samples(model: ModernDecoderLM, tokenizer: Tokenizer, folder: Path, prompt: 
     for first in range(0, count, SAMPLES_AT_ONCE):
         numbers = range(first, min(count, first + SAMPLES_AT_ONCE))  # each text has a stream of draws of its own
         for tokens in generate(model, [ids], samples=len(numbers), streams=numbers, max_new_tokens=max_new_tokens, temperature=temperature,
-                               seed=seed, eos_id=ending):
+                               seed=seed, eos_id=ending, stop=other_ends(tokenizer, ending)):
             yield opening + tokenizer.decode(tokens)
