@@ -239,7 +239,7 @@ def perplexity_tables(model: nn.Module, tokenizer: Tokenizer, name: str, max_tok
         raise ValueError(f"protocol {sorted(unknown)[0]!r} is unknown; there are {', '.join(PROTOCOLS)}")
     if max_tokens is not None and max_tokens < 2 or max_tokens is None and find_source(name).where == "built-in":
         raise ValueError(f"max_tokens={max_tokens} for {name!r}: give 2 or more" + (", the source is endless" if max_tokens is None else ""))
-    split, wikitext, found = scored_split(name), dataset_info(name).name.startswith("wikitext"), {}
+    split, wikitext, found = scored_split(name), dataset_info(name).is_wikitext, {}
     if "T0" in protocols:
         pages = held_out_pages(name, "validation", world_seed)
         lines = (line for page in pages for line in (wikitext_rows(page) if wikitext else page.split("\n")))

@@ -55,7 +55,7 @@ ALLOWED = {
     "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
     "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
-    "report_figures": {"figures"}, "report_page": {"files"}, "report_seeds": {"report_page"},
+    "report_figures": {"figures"}, "report_page": {"config", "files"}, "report_seeds": {"report_page"},
     "report": {"config", "counts", "files", "overrides", "report_eval", "report_figures", "report_page", "report_seeds"},
     "report_eval": {"report_figures", "report_page"},
     "bases": {"config", "files", "inputs", "launch", "tokens"}, "locks": {"inputs", "scheduler"}, "scheduler": {"inputs"},
