@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from modern_llm import talk
 from modern_llm.cli import main
 from modern_llm.config import ModelConfig
+from modern_llm.generation import Sampling, next_token_probabilities
 from modern_llm.inputs import StageError, find_checkpoint
 from modern_llm.talk import Chat, open_model, samples
 from modern_llm.tests.test_inference import SMALL, saved
@@ -188,3 +190,21 @@ def test_any_finite_temperature(folder, temperature):
     done = CliRunner().invoke(main, ["sample", "--run", "it", "--output-dir", str(folder), "-n", "2", "--max-new-tokens", "6", "--device", "cpu",
                                      "--temperature", temperature, "--seed", str(10**30)])
     assert done.exit_code == 0 and done.output.count("---") == 2
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("options", [{"top_p": 1e-300}, {"top_p": 1.0}, {"min_p": 1.0}, {"min_p": 0.0}, {"top_k": 10**12}, {"top_k": 1}, {"temperature": 1e-40},
+                                     {"temperature": 1e300}, {"temperature": 1e-40, "top_p": 1e-40, "top_k": 1, "min_p": 1.0}])
+def test_extreme_settings_still_are_distributions(options):
+    p = next_token_probabilities(torch.tensor([[3.0, 2.0, -40.0, 50.0]]), Sampling(1, **options))
+    assert p.isfinite().all() and p.sum().item() == pytest.approx(1) and p.argmax().item() in (0, 3)
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("options", [{"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": float("nan")},
+                                     {"top_k": 0}, {"min_p": float("nan")}, {"repetition_penalty": float("inf")}, {"repetition_penalty": float("nan")},
+                                     {"samples": 0}, {"max_new_tokens": -2}])
+def test_settings_that_mean_nothing_are_refused(options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"generate: {name}=.* must be"):
+        Sampling(**{"max_new_tokens": 1, **options})
