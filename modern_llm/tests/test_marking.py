@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import runpy
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -202,6 +203,17 @@ def test_a_gold_answer_is_read_whole_or_refused_with_its_row(tmp_path, monkeypat
             word_problems("gsm8k", "test", 2)
     else:
         assert word_problems("gsm8k", "test", 2)[1].value == value
+
+
+def test_kept_answers_are_marked_again(tmp_path):
+    """Two answers as they were marked when a number was read up to its point: the one with a fraction was taken for right."""
+    remark = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "remark.py"))
+    problem = word_problems("synthetic", "test", 1, levels=[1])[0]
+    table = pd.DataFrame({"problem": 0, "text": [f"#### {problem.value}.5", problem.answer], "value": [float(problem.value)] * 2, "right": True,
+                          "flexible": [False, True], "consistent": [False, True], "ended": True})
+    table.to_json(tmp_path / "base-problems.jsonl", orient="records", lines=True)
+    found = remark["remarked"](tmp_path / "base-problems.jsonl", {"problems": "synthetic", "num_problems": 1, "levels": [1], "seed": 0})
+    assert (found["values"], found["marks"], found["flexible"], found["sums"]) == (1, 1, 0, 0) and (found["right before"], found["right now"]) == (1, 0.5)
 
 
 # ---- sums ----------------------------------------------------------------------------------------------------------------
