@@ -15,10 +15,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .chat import encode_prompt, end_id
+from .chat import encode_example
 from .config import VerifierConfig
 from .tasks import Problem, problem_request
-from .tokens import encode_documents
 
 # %% auto #0
 __all__ = ['Coded', 'encode_candidate', 'perturb', 'fork_of', 'best_fit', 'fill_rows', 'AnswerBatches']
@@ -29,8 +28,8 @@ Coded = tuple[list[int], int]  # the ids of request and answer, and the position
 
 def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> Coded:
     """The ids of request, answer and end of answer, and the position of the answer's first token."""
-    prompt = encode_prompt(tokenizer, problem_request(problem))
-    return prompt + encode_documents(tokenizer, [text])[0] + [end_id(tokenizer)], len(prompt)
+    ids, labels = encode_example(tokenizer, [{"role": "user", "content": problem_request(problem)}, {"role": "assistant", "content": text}])
+    return [*ids, labels[-1]], 1 + next(i for i, label in enumerate(labels) if label >= 0)
 
 # %% ../nbs/05a_answer_pairs.ipynb #perturb
 def perturb(answer: str, random: random.Random) -> str:

@@ -62,7 +62,7 @@ def pair_log_probs(model: nn.Module, examples: Sequence[EncodedPair], batch_pair
         for start in range(0, len(order), batch_pairs):
             batch = pair_batch([examples[i] for i in order[start : start + batch_pairs]])
             values, counts = both_log_probs(model, {name: value.to(device) for name, value in batch.items()})
-            found.append(torch.stack([*values, *counts], dim=1).double().cpu())
+            found.append(torch.stack([*values, *counts], dim=1).cpu().double())
     columns = ["chosen", "rejected", "chosen_tokens", "rejected_tokens"]
     table = pd.DataFrame(torch.cat(found).numpy(), index=order, columns=columns)
     table = table.sort_index().round(6).astype({"chosen_tokens": int, "rejected_tokens": int})

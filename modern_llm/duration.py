@@ -16,7 +16,8 @@ from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
 from modern_llm.counts import flops_per_token
 
 # Dense 16-bit FLOP/s of a GPU (as in the trainer, which needs torch), fp32 FLOP/s of two CPU cores as measured for the diary.
-PEAK_FLOPS = {"GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "2 CPU cores": 136e9}
+PEAK_FLOPS = {"GH200": 989e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "A100": 312e12, "2 CPU cores": 136e9}
 ASSUMED_MFU = 0.3  # model FLOPs utilisation: well-tuned programs of this size reach 0.33 to 0.5 on H100s
 ASSUMED_DECODE_SECONDS = 0.03  # to write one more token of every answer of a batch
 ASSUMED_START_MINUTES = {"gpu": 15, "cpu": 1}  # imports, tokenising or reading the corpus, compiling

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from modern_llm.config import PipelineConfig
+from modern_llm.config import BUILT_IN, PipelineConfig
 from modern_llm.files import find_folder, read_json, sha256
 from modern_llm.overrides import to_dict
 
@@ -128,7 +128,7 @@ def data_names(config: PipelineConfig, stage: str) -> list[str]:
     for path in DATA[stage]:
         value = setting(config, path)
         found += [value] if isinstance(value, str) else list(value)
-    return [name for name in dict.fromkeys(found) if name != "text" and not name.startswith("synthetic")]  # "text": data.sources
+    return [name for name in dict.fromkeys(found) if name not in ("text", *BUILT_IN)]  # "text": data.sources
 
 
 def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
@@ -221,7 +221,10 @@ def find_checkpoint(path: str | Path) -> Path:
     The folder or GGUF file of another program is imported into the cache first, and so is a model of the hub's local cache that is
     named as there. StageError lists what was tried.
     """
-    given = Path(path).expanduser().resolve()
+    if not str(path).strip():
+        raise StageError(f"checkpoint={str(path)!r} names nothing. Give a checkpoint folder, a stage's folder or a run's folder.")
+    given = Path(os.path.abspath(os.path.expanduser(path)))
+    given = given if given.is_file() else Path(os.path.realpath(given))  # a link to a .gguf file may lead to one without that ending
     if not os.path.exists(given) and not Path(path).is_absolute() and str(path).count("/") == 1:
         from modern_llm import hub
 
@@ -235,10 +238,16 @@ def find_checkpoint(path: str | Path) -> Path:
                 return hub.imported(given, chat_tokens=True)
             except ValueError as error:
                 raise StageError(f"checkpoint={str(path)!r}: {error}") from error
+    if given.is_file():
+        raise StageError(f"checkpoint={str(path)!r} is a file: name the folder of the model, which has its config.json, too"
+                         + f" ({given.parent})" * (given.parent / "config.json").is_file())
     tried = [given, given / "checkpoint", *(given / stage / "checkpoint" for stage in GENERATORS)]
     for folder in tried:
         for candidate in (folder, folder.with_name(folder.name + ".previous")):  # left by a kill between two renames
             if is_model(candidate) and candidate != given.with_name(given.name + ".previous"):
+                if (candidate / "verifier.json").is_file():
+                    raise StageError(f"checkpoint={str(path)!r} is a verifier, whose score comes from a head beside the language model: it "
+                                     f"writes no text. Give a generator: {', '.join(GENERATORS)}")
                 return candidate
     raise StageError(f"checkpoint={str(path)!r}: no folder with config.json and model.safetensors. Tried "
                      + ", ".join(map(str, tried)) + ". Give a checkpoint folder, a stage's folder or a run's folder.")

@@ -169,8 +169,8 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, context_length: int) -> tuple[
         return None, ["dropped: prompt too long"]
     both = []
     for answer in answers:
-        ids, labels = encode_example(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-        both.append((ids[:context_length], ([IGNORED] * start + labels[start:])[:context_length]))
+        ids, labels = encode_example(tokenizer, [*messages, {"role": "assistant", "content": answer}], last_only=True)
+        both.append((ids[:context_length], labels[:context_length]))
     if both[0] == both[1]:
         return None, ["dropped: equal when cut"]
     return EncodedPair(*both, pair), cut

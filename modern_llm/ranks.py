@@ -33,13 +33,22 @@ class TrainingEnded(Exception):
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """(rank, number of ranks, rank on this machine) as torchrun or srun told this process; (0, 1, 0) if neither did."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
     elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:  # a batch script itself is no step of srun
         names = "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"
     else:
         return 0, 1, 0
-    rank, size, local_rank = (int(environment.get(name, 0)) for name in names)
+    rank, size, local_rank = (int(environment.get(name) or 0) for name in names)
     return rank, size, local_rank
+
+
+def own_gpu(count: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The number of this rank's own GPU among the `count` that are visible to it.
+
+    Where all ranks of a machine see all its GPUs, that is the rank's number on this machine; where each sees its own only, as
+    with srun --gpus-per-task, it is one of those.
+    """
+    return launched(environment)[2] % count
 
 
 def address(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
@@ -155,14 +164,14 @@ def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
 
 def follow() -> None:
     """What every rank but the first does, until rank 0 has finished all stages."""
-    rank, _, local_rank = launched()
+    rank = launched()[0]
     for number in (signal.SIGINT, signal.SIGUSR1):  # only while it trains does a rank heed them; rank 0 sends it home
         signal.signal(number, signal.SIG_IGN)
     os.environ["MPLBACKEND"] = "Agg"
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
     from modern_llm.distributed import RankFailed
 
     for number in itertools.count():

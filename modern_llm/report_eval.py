@@ -87,8 +87,9 @@ def stage_gains(page: Page) -> None:
     table["significant"] = table.significant.astype(str) == "True"
     kept = table[~table.metric.str.contains("^error, |-shot, |nats per token T", regex=True)]
     kept = kept.assign(p=pd.to_numeric(kept.p, errors="coerce") if "p" in kept else float("nan"))
-    page.add("Each row compares two stages item by item. *Significant* means that the paired 95% interval leaves out 0; with "
-             f"{len(kept)} comparisons, about {0.05 * len(kept):.0f} would do so by chance.")
+    page.add("Each row compares two stages item by item. *Significant* means that the paired 95% interval leaves out 0, that McNemar's p is below "
+             f"0.05 where items are right or wrong, and that there are at least six items; of {len(kept)} comparisons, about "
+             f"{0.05 * len(kept):.0f} would be so by chance.")
     page.origin()
     shares = kept[~kept.task.eq("perplexity")]
     labels = shares.stage + " − " + shares.against + ": " + shares.task + ", " + shares.metric

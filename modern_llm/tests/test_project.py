@@ -17,7 +17,7 @@ PACKAGE = ROOT / "modern_llm"
 
 # What each module may import of the package. A module that is not listed may import nothing of it.
 ALLOWED = {
-    "ranks": {"config", "files", "distributed", "launch"}, "launch": {"inputs"}, "distributed": {"checkpoints", "optim", "ranks"},
+    "ranks": {"config", "files", "distributed", "launch"}, "launch": {"inputs"}, "distributed": {"checkpoints", "config", "optim", "ranks"},
     "config": {"presets"},  # looked up when asked for
     "overrides": {"config"}, "presets": {"config", "overrides"}, "files": set(), "figures": set(), "marking": set(),
     "synth_problems": {"marking"}, "synth_world": {"synth_problems"}, "synth": {"marking", "synth_problems", "synth_world"},
@@ -34,11 +34,12 @@ ALLOWED = {
     "splits": {"config", "sources"},
     "formats": {"sources"},
     "reading": {"config", "files", "formats", "sources", "splits", "synth"},
-    "tokens": {"config", "files", "sources", "reading"},
+    "tokens": {"config", "files", "sources", "reading", "templates"},
     "data": {"config", "files", "sources", "reading", "tokens", "synth"},
     "optim": {"config"},
     "checkpoints": {"config", "files", "optim"},
-    "chat": {"data", "files", "generation", "models", "tokens"},  # the model as a type only
+    "templates": {"files"},
+    "chat": {"data", "files", "generation", "models", "templates", "tokens"},  # the model as a type only
     "tasks": {"chat", "config", "marking", "models", "reading", "scoring", "synth", "tokens"},
     "pairs": {"chat", "config", "optim", "reading", "synth", "tokens"},
     "dpo": {"chat", "config", "files", "generation", "models", "optim", "pairs", "reading", "scoring", "synth", "tasks", "tokens"},
@@ -51,11 +52,11 @@ ALLOWED = {
     "sft": {"chat", "config", "data", "models", "reading", "scoring", "sources", "synth", "tasks", "tokens"},
     "inputs": {"config", "files", "hub", "overrides", "reading", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
-    "hub": {"chat", "files", "foreign", "inputs", "llama_layout", "models", "sources", "tokens"},
+    "hub": {"chat", "files", "foreign", "inputs", "llama_layout", "models", "sources", "templates", "tokens"},
     "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
     "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
-    "report_figures": {"figures"}, "report_page": {"files"}, "report_seeds": {"report_page"},
+    "report_figures": {"figures"}, "report_page": {"config", "files"}, "report_seeds": {"report_page"},
     "report": {"config", "counts", "files", "overrides", "report_eval", "report_figures", "report_page", "report_seeds"},
     "report_eval": {"report_figures", "report_page"},
     "bases": {"config", "files", "inputs", "launch", "tokens"}, "locks": {"inputs", "scheduler"}, "scheduler": {"inputs"},
@@ -68,7 +69,7 @@ ALLOWED = {
     "verifier": {"answer_pairs", "chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "inputs", "launch", "locks", "overrides", "parameters", "presets", "record", "report", "resume"},
     "outcomes": {"files", "inputs", "locks", "pipeline"},
-    "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "parameters", "tokens"},
+    "talk": {"chat", "checkpoints", "config", "files", "generation", "inputs", "models", "parameters", "tokens"},
     "duration": {"config", "counts"},
     "submit": {"config", "duration", "files", "inputs", "outcomes", "pipeline", "record", "scheduler", "sources"},
     "disturb": {"checkpoints", "config", "files", "models", "optim", "trainer"},
@@ -76,7 +77,7 @@ ALLOWED = {
     "faults": {"config", "data", "disturb", "faults_run", "files", "inputs", "locks", "models", "stage", "tokens"},
     "cli": {"cli_data", "cli_models", "cli_run"}, "cli_common": {"files", "inputs"},
     "cli_run": {"cli_common", "config", "inputs", "outcomes", "overrides", "parameters", "pipeline", "presets", "ranks", "submit"},
-    "cli_models": {"cli_common", "export", "inference", "talk"},
+    "cli_models": {"cli_common", "config", "export", "inference", "talk"},
     "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
 }
 NO_TORCH = {"config", "overrides", "presets", "files", "figures", "marking", "synth", "synth_world", "synth_problems", "counts", "sources", "formats",
@@ -84,7 +85,7 @@ NO_TORCH = {"config", "overrides", "presets", "files", "figures", "marking", "sy
             "launch", "parameters", "preflight", "record", "resume", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "scheduler", "submit",
             "cli",
             "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
-            "hub", "llama_layout", "export"}
+            "hub", "llama_layout", "export", "templates"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
