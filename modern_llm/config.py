@@ -358,6 +358,8 @@ class PipelineConfig:
             require(size % self.hardware.ranks == 0,
                     f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
                     f"use one of {[r for r in range(1, size + 1) if size % r == 0]}, or another batch size")
+        require(self.model.context_length >= SHORTEST_CONTEXT, f"model.context_length={self.model.context_length} leaves no room for the openings "
+                f"that a stage continues, and for what it writes: use at least {SHORTEST_CONTEXT}; instructions and word problems take 128 or more")
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in 0..2**63 - 1")
         if self.data.tokenizer == "bpe":
             require(self.data.tokenizer_vocab_size <= self.model.vocab_size,
@@ -369,4 +371,5 @@ class PipelineConfig:
                     "with its chat tokens: use 50304")
 
 
+SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write
 GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens

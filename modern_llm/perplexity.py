@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .generation import evaluating
 from .held_out import cut_texts, detokenise, held_out_pages, joined_tokens, scored_split, wikitext_rows, words_and_bytes
-from .scoring import perplexity, ratio_interval
+from .scoring import perplexity_of, ratio_interval
 from .sources import dataset_info, find_source
 from .tokens import encode_documents, end_of_text_id
 
@@ -267,8 +267,8 @@ def protocol_rows(tables: dict[str, pd.DataFrame], source: str) -> list[dict]:
     """
     found = []
     for name, table in tables.items():
-        forms = {"perplexity": (table.tokens, perplexity)} if name != "T3" else {
-            "word perplexity": (table.words, perplexity), "byte perplexity": (table.bytes, perplexity),
+        forms = {"perplexity": (table.tokens, perplexity_of)} if name != "T3" else {
+            "word perplexity": (table.words, perplexity_of), "byte perplexity": (table.bytes, perplexity_of),
             "bits per byte": (table.bytes, lambda nats: nats / math.log(2))}
         setting = table.setting.iloc[0] + ("; one document, so the interval says nothing" if len(table) == 1 else "")
         for metric, (counts, form) in forms.items():

@@ -33,7 +33,8 @@ def put(name, word="right"):
     texts = [f" = The {word} one = \n\n Number {i} . \n" for i in range(40)]
     kind = sources.plain_suffix(path)
     lines = {".jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts), ".json": json.dumps([{"text": text} for text in texts]),
-             ".csv": "text\n" + "".join(f'"{text}"\n' for text in texts), ".tsv": "n\ttext\n" + "".join(f"1\t{text.split()[2]} {i}\n" for i, text in enumerate(texts))}
+             ".csv": "text\n" + "".join(f'"{text}"\n' for text in texts),
+             ".tsv": "n\ttext\n" + "".join(f"1\t{text.split()[2]} {i}\n" for i, text in enumerate(texts))}
     content = lines.get(kind, "\n".join(["", *texts])).encode()
     path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
     return path
@@ -81,10 +82,13 @@ def test_a_token_cache_is_made_of_any_name(name, tmp_path):
 @pytest.mark.parametrize("name, message", [
     ("", "is an empty name; is there a comma too many"), (" ", "is an empty name"), ("empty/", "is a folder; it holds no"),
     ("./sst2", "is a folder; name the files in it, for example 'sst2/notes.txt'"), ("sst2/", "is a folder"),
-    ("book.docx", "a type that is not read; use .txt"), ("book", "a type that is not read"), ("https://x.org/a.txt", "is an address; download"),
-    ("hf://datasets/x/a.jsonl", "is an address"), ("~nobody-here/a.txt", "no such file"), ("/nowhere/a.txt", "no such file"), ("./gone", "no such file"),
+    ("book.docx", "a type that is not read; use .txt"), ("book", "a type that is not read"),
+    ("https://x.org/a.txt", "is an address; download"),
+    ("hf://datasets/x/a.jsonl", "is an address"), ("~nobody-here/a.txt", "no such file"), ("/nowhere/a.txt", "no such file"),
+    ("./gone", "no such file"),
     ("y" * 300 + ".txt", "no such file .File name too long"), ("a\0b.txt", "no such file"), ("dangling.txt", "no such file"),
-    ("book.txt/a.txt", "no such file .Not a directory"), (" b.txt", "JSON list"), (os.fsdecode(b"caf\xe9.txt"), "not UTF-8; rename"), ("pipe.txt", "neither a file"),
+    ("book.txt/a.txt", "no such file .Not a directory"), (" b.txt", "JSON list"),
+    (os.fsdecode(b"caf\xe9.txt"), "not UTF-8; rename"), ("pipe.txt", "neither a file"),
     ("tinystories ", "did you mean 'tinystories'"), ("text", "is unknown"), ("a;b", "is unknown"),
 ])
 def test_what_is_no_source_says_what_is_there_instead(name, message):
@@ -117,10 +121,14 @@ def test_a_home_folder_may_be_meant(monkeypatch, tmp_path):
 
 @pytest.mark.fault("names")
 @pytest.mark.parametrize("words, want", [
-    ("data.sources=2024", ["2024"]), ("data.sources=true", ["true"]), ("data.sources=null,1e5", ["null", "1e5"]), ("data.sources=a.txt,b.txt", ["a.txt", "b.txt"]),
-    ("'data.sources=a, b.txt'", ["a, b.txt"]), ("""'data.sources=["a, b.txt", "c.txt"]'""", ["a, b.txt", "c.txt"]), ("""'data.sources="a, b.txt"'""", ["a, b.txt"]),
-    ("data.sources=[1].txt", ["[1].txt"]), ("data.sources=[1].txt,b.txt", ["[1].txt", "b.txt"]), ("data.sources={a,b}.txt", ["{a,b}.txt"]), ("data.sources=", []),
-    ("data.sources=x,", ["x", ""]), ("data.sources=a=b.txt", ["a=b.txt"]), ("eval.baselines=my,model", ["my,model"]), ("sft.sources=7", ["7"]),
+    ("data.sources=2024", ["2024"]), ("data.sources=true", ["true"]), ("data.sources=null,1e5", ["null", "1e5"]),
+    ("data.sources=a.txt,b.txt", ["a.txt", "b.txt"]),
+    ("'data.sources=a, b.txt'", ["a, b.txt"]), ("""'data.sources=["a, b.txt", "c.txt"]'""", ["a, b.txt", "c.txt"]),
+    ("""'data.sources="a, b.txt"'""", ["a, b.txt"]),
+    ("data.sources=[1].txt", ["[1].txt"]), ("data.sources=[1].txt,b.txt", ["[1].txt", "b.txt"]),
+    ("data.sources={a,b}.txt", ["{a,b}.txt"]), ("data.sources=", []),
+    ("data.sources=x,", ["x", ""]), ("data.sources=a=b.txt", ["a=b.txt"]), ("eval.baselines=my,model", ["my,model"]),
+    ("sft.sources=7", ["7"]),
     ("data.sources=[]", []), ("""'data.sources=C:\\notes\\a.txt'""", ["C:\\notes\\a.txt"]), ("""'data.sources="'""", ['"']),
 ])
 def test_a_list_of_names_holds_names(words, want):
@@ -140,7 +148,8 @@ def test_a_source_is_named_once(words):
 
 @pytest.mark.fault("names")
 @pytest.mark.parametrize("value, folder", [
-    ("../mirror", "mirror"), ("~/mirror", "mirror"), ("../my [1]* data?", "my [1]* data?"), ("../ends with a space ", "ends with a space "), (" ../mirror ", "mirror"),
+    ("../mirror", "mirror"), ("~/mirror", "mirror"), ("../my [1]* data?", "my [1]* data?"),
+    ("../ends with a space ", "ends with a space "), (" ../mirror ", "mirror"),
     ("../a::b,c=d #1", "a::b,c=d #1"),
 ])
 def test_the_mirror_is_the_folder_that_is_named(value, folder, monkeypatch, tmp_path):
@@ -178,8 +187,10 @@ def asked(*names):
 
 @pytest.mark.fault("promises")
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", "not json\n", "line 1: 'not json' is not valid JSON"), ("a.jsonl", "", "the file is empty"), ("a.txt", " \n", "the file is empty"),
-    ("a.csv", "text\na,b\n", "line 2: 2 cells"), ("a.jsonl", '{"story": "x"}\n', "line 1 has no field 'text', only ['story']"), ("a.parquet", "PAR1", "not a Parquet file"),
+    ("a.jsonl", "not json\n", "line 1: 'not json' is not valid JSON"), ("a.jsonl", "", "the file is empty"),
+    ("a.txt", " \n", "the file is empty"),
+    ("a.csv", "text\na,b\n", "line 2: 2 cells"), ("a.jsonl", '{"story": "x"}\n', "line 1 has no field 'text', only ['story']"),
+    ("a.parquet", "PAR1", "not a Parquet file"),
     ("a.jsonl", '{"text": "x"}\n' * 3000 + '{"text": 7}\n', "line 3001: text is an integer"), ("a.txt.gz", "plain", "Not a gzipped file"),
 ])
 def test_a_damaged_file_is_called_damaged(name, content, message):
