@@ -15,10 +15,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .chat import encode_prompt, end_id
+from .chat import encode_example
 from .config import VerifierConfig
 from .tasks import Problem, problem_request
-from .tokens import encode_documents
 
 # %% auto #0
 __all__ = ['Coded', 'encode_candidate', 'perturb', 'fork_of', 'best_fit', 'fill_rows', 'AnswerBatches']
@@ -29,22 +28,22 @@ Coded = tuple[list[int], int]  # the ids of request and answer, and the position
 
 def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> Coded:
     """The ids of request, answer and end of answer, and the position of the answer's first token."""
-    prompt = encode_prompt(tokenizer, problem_request(problem))
-    return prompt + encode_documents(tokenizer, [text])[0] + [end_id(tokenizer)], len(prompt)
+    ids, labels = encode_example(tokenizer, [{"role": "user", "content": problem_request(problem)}, {"role": "assistant", "content": text}])
+    return [*ids, labels[-1]], 1 + next(i for i, label in enumerate(labels) if label >= 0)
 
 # %% ../nbs/05a_answer_pairs.ipynb #perturb
 def perturb(answer: str, random: random.Random) -> str:
-    """The answer with one of its numbers changed and nothing else: by 1, 2 or 10 up or down, never below 0.
+    """The answer with one of its numbers changed and nothing else: by 1, 2 or 10 up or down, never below 0, `1,080` as a whole.
 
     Raises ValueError for a text without a number.
     """
-    numbers = list(re.finditer(r"\d+", answer))
+    numbers = list(re.finditer(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+", answer))
     if not numbers:
         raise ValueError(f"perturb: {answer[:60]!r} has no number to change")
     chosen = random.choice(numbers)
-    value = int(chosen.group())
+    value = int(chosen.group().replace(",", ""))
     spoilt = random.choice([value + d for d in (-10, -2, -1, 1, 2, 10) if value + d >= 0])
-    return answer[: chosen.start()] + str(spoilt) + answer[chosen.end():]
+    return answer[: chosen.start()] + (f"{spoilt:,}" if "," in chosen.group() else str(spoilt)) + answer[chosen.end():]
 
 # %% ../nbs/05a_answer_pairs.ipynb #fork
 def fork_of(a: Sequence[int], b: Sequence[int]) -> int:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from modern_llm.config import PipelineConfig
 from modern_llm.files import read_json
-from modern_llm.inputs import BASES, NOTEBOOKS, StageError, notebooks_folder, own_checkpoint, say, sections, start_of, start_papermill
+from modern_llm.inputs import BASES, NOTEBOOKS, StageError, notebooks_folder, own_checkpoint, say, sections, start_of
+from modern_llm.launch import start_papermill
 
 
 def code_digest(notebook: Path) -> str:
@@ -83,4 +84,5 @@ def _make_base(stage: str, folder: Path, start: Path | None, parameters: dict) -
             os.killpg(process.pid, signal.SIGKILL)
     if process.returncode or own_checkpoint(folder, stage) is None:
         last = "\n".join(text.strip().splitlines()[-8:])
-        raise StageError(f"the small base could not be made: {notebook.name} failed, see {folder / stage / 'notebook.ipynb'}\n{last}")
+        page = folder / stage / "notebook.ipynb"
+        raise StageError(f"the small base could not be made: {notebook.name} failed{f', see {page}' if page.is_file() else ''}\n{last}")

@@ -19,13 +19,14 @@ from tqdm import tqdm
 from .data import pack_documents
 from .files import read_json
 from .generation import generate
-from .tokens import encode_documents, end_of_text_id
+from .templates import ChatFormat, TemplateError, as_typed, brought, closing_token, typed_places
+from .tokens import CHAT_TOKENS, END_OF_TEXT, encode_documents, end_of_text_id
 
 if TYPE_CHECKING:
     from modern_llm.models import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['ROLES', 'Message', 'Example', 'CHAT_TEMPLATE', 'OURS', 'CHATML', 'ChatFormat', 'chat_format', 'special_id', 'end_id',
+__all__ = ['ROLES', 'Message', 'Example', 'CHAT_TEMPLATE', 'OURS', 'CHATML', 'chat_format', 'special_id', 'end_id', 'other_ends',
            'encode_chat', 'encode_prompt', 'encode_example', 'example_rows', 'padded_batch', 'PackedExamples', 'Answer',
            'continuations', 'answer', 'document_prompt', 'speaks_chat']
 
@@ -34,37 +35,21 @@ ROLES = ("system", "user", "assistant")
 Message = dict[str, str]  # "role": one of ROLES, "content": text
 Example = tuple[list[int], list[int]]  # input ids, and labels that are shifted by one and -100 where nothing is trained
 
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """One way to write a conversation down: `begin`, then of each message `opening`, `header`, its text, `closing`, `gap`.
-
-    `{role}` stands for the role. Opening and closing are special tokens, header and gap ordinary text; `template` is the same in Jinja.
-    """
-
-    begin: str
-    opening: str
-    header: str
-    closing: str
-    gap: str
-    template: str
-
-
 CHAT_TEMPLATE = (
     "<|endoftext|>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-OURS = ChatFormat("<|endoftext|>", "<|{role}|>", "", "<|end|>", "", CHAT_TEMPLATE)
-CHATML = ChatFormat("", "<|im_start|>", "{role}\n", "<|im_end|>", "\n", (
+OURS = ChatFormat(CHAT_TEMPLATE, "<|end|>")
+CHATML = ChatFormat(
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-))
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "<|im_end|>")
 
 # %% ../nbs/03a_chat.ipynb #special-ids
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """ChatML for a tokenizer that has its two tokens and not our <|end|>; ours for every other."""
+    """The format a tokenizer brings; else ChatML for one that has its two tokens and not our <|end|>, and ours for every other."""
     has = lambda token: tokenizer.token_to_id(token) is not None
-    return CHATML if has(CHATML.opening) and has(CHATML.closing) and not has(OURS.closing) else OURS
+    return brought(getattr(tokenizer, "settings", {})) or (
+        CHATML if has("<|im_start|>") and has(CHATML.closing) and not has(OURS.closing) else OURS)
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
@@ -75,35 +60,54 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     return index
 
 
+def _added(tokenizer: Tokenizer, special: bool) -> tuple[str, ...]:
+    """The tokens that were added to a vocabulary, all of them or the special ones."""
+    return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special or not special)
+
+
 def end_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that closes every message: our <|end|>, or ChatML's <|im_end|>."""
-    return special_id(tokenizer, chat_format(tokenizer).closing)
+    """The id of the token that closes an answer, such as our <|end|>. TemplateError if the template closes it with none."""
+    return special_id(tokenizer, closing_token(chat_format(tokenizer), _added(tokenizer, special=False)))
+
+
+def other_ends(tokenizer: Tokenizer, ending: int) -> list[list[int]]:
+    """Further tokens that end an answer, each as a stop sequence, where `ending` is the one that closes it."""
+    names = getattr(tokenizer, "settings", {}).get("modern_llm", {}).get("end_tokens", [])
+    return [[i] for name in names if (i := tokenizer.token_to_id(name)) not in (None, ending)] if names and ending == end_id(tokenizer) else []
 
 # %% ../nbs/03a_chat.ipynb #encode-chat
-def _lead(tokenizer: Tokenizer, role: str) -> list[int]:
-    """The ids in front of a message's text."""
-    form = chat_format(tokenizer)
-    if role not in ROLES:
-        raise ValueError(f"message role {role!r} is unknown; use one of {', '.join(ROLES)}")
-    return [special_id(tokenizer, form.opening.format(role=role)), *encode_documents(tokenizer, [form.header.format(role=role)])[0]]
+def _written(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    """The conversation as text in which typed special tokens are marked."""
+    form, specials = chat_format(tokenizer), {*_added(tokenizer, special=True)}
+    if form is OURS:
+        specials |= {token for token in (END_OF_TEXT, *CHAT_TOKENS) if special_id(tokenizer, token) is not None}
+    specials.add(closing_token(form, _added(tokenizer, special=False)))
+    for message in messages:
+        if message["role"] not in ROLES:
+            raise ValueError(f"message role {message['role']!r} is unknown; use one of {', '.join(ROLES)}")
+    return form.render([{**message, "content": as_typed(message["content"], specials)} for message in messages], generation_prompt)
 
 
-def _pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[int], list[int], list[int]]]:
-    """The ids of each message: its lead, its text with the closing token, and what stands before the next one."""
-    texts, close = encode_documents(tokenizer, [message["content"] for message in messages]), end_id(tokenizer)
-    gap, = encode_documents(tokenizer, [chat_format(tokenizer).gap])
-    return [(_lead(tokenizer, message["role"]), [*text, close], gap) for message, text in zip(messages, texts)]
+def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that looks like a token: special ones are switched off, others cut."""
+    ids, = encode_documents(tokenizer, [text])
+    return ids if tokenizer.token_to_id(text) not in ids else [i for part in encode_documents(tokenizer, [text[:1], text[1:]]) for i in part]
 
 
-def _begin(tokenizer: Tokenizer) -> list[int]:
-    begin = chat_format(tokenizer).begin
-    return [special_id(tokenizer, begin)] if begin else []
+def _ids(tokenizer: Tokenizer, marked: str) -> list[int]:
+    """Ids of a text with marks."""
+    text, typed = typed_places(marked)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    if not typed:
+        return encoding.ids
+    parts = [_plain(tokenizer, text[start:end]) if any(start <= place < end for place in typed) and tokenizer.id_to_token(i) in text[start:end] else [i]
+             for i, (start, end) in zip(encoding.ids, encoding.offsets)]
+    return [i for part in parts for i in part]
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> list[int]:
-    """Token ids of a conversation. ValueError for a role that is not one of ROLES."""
-    ids = _begin(tokenizer) + [i for piece in _pieces(tokenizer, messages) for part in piece for i in part]
-    return ids + (_lead(tokenizer, "assistant") if generation_prompt else [])
+    """Token ids of a conversation. ValueError for a role that is not one of ROLES or that the template refuses."""
+    return _ids(tokenizer, _written(tokenizer, messages, generation_prompt))
 
 
 def encode_prompt(tokenizer: Tokenizer, request: str) -> list[int]:
@@ -111,14 +115,35 @@ def encode_prompt(tokenizer: Tokenizer, request: str) -> list[int]:
     return encode_chat(tokenizer, [{"role": "user", "content": request}], generation_prompt=True)
 
 # %% ../nbs/03a_chat.ipynb #encode-example
-def encode_example(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
-    """Input ids and labels of a conversation: only what the assistant says, and the token that closes it, has labels."""
-    ids = _begin(tokenizer)
+def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only: bool = False) -> Example:
+    """Input ids and labels of a conversation: only what the assistant says, and the token that closes it, has labels.
+
+    With `last_only` that is the last answer. An earlier one that the template writes otherwise once the talk goes on, such as without its
+    thoughts, has none either. TemplateError if the prompt of the last one is written so.
+    """
+    whole, close = _written(tokenizer, messages), end_id(tokenizer)
+    closing = tokenizer.id_to_token(close)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"][-1 if last_only else 0:]
+    prompts = [_written(tokenizer, messages[:i], generation_prompt=True) for i in answers]
+    if prompts and not whole.startswith(prompts[-1]):
+        raise TemplateError(f"{chat_format(tokenizer).place}: the chat template writes the prompt of an answer otherwise once the answer is there, so "
+                            f"that what is trained would not be what is asked: …{prompts[-1][-60:]!r} has become …{whole[-120:]!r}")
+    for i, prompt in zip(answers[:-1], prompts[:-1]):
+        then = _written(tokenizer, messages[:i + 1])  # as it was while it was the last
+        if not whole.startswith(then[:then.index(closing, len(prompt))]):
+            prompts.remove(prompt)
+    ids, starts = _ids(tokenizer, whole), [_ids(tokenizer, prompt) for prompt in prompts]
+    if all(ids[:len(start)] == start for start in starts):
+        begins = [len(start) for start in starts]
+    else:  # a token would reach from the prompt into the answer, which is written after it
+        cuts = [0, *map(len, prompts), len(whole)]
+        pieces = [_ids(tokenizer, whole[a:b]) for a, b in zip(cuts, cuts[1:])]
+        ids, begins = [i for piece in pieces for i in piece], np.cumsum([len(piece) for piece in pieces])[:-1].tolist()
     labels = [-100] * len(ids)
-    for message, (lead, said, gap) in zip(messages, _pieces(tokenizer, messages)):
-        ids += lead + said + gap
-        labels += [-100] * len(lead) + (said if message["role"] == "assistant" else [-100] * len(said)) + [-100] * len(gap)
-    end = len(ids) - len(gap)  # nothing is read behind the last closing token
+    for begin in begins:
+        end = ids.index(close, begin) + 1
+        labels[begin:end] = ids[begin:end]
+    end = end if messages[-1]["role"] == "assistant" else len(ids)  # nothing is read behind the last closing token
     return ids[:end - 1], labels[1:end]
 
 # %% ../nbs/03a_chat.ipynb #batches
@@ -200,7 +225,8 @@ def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequenc
     """`samples` answers to every encoded prompt, prompt by prompt, in batches of similar length; the order is kept.
 
     A prompt that leaves no room for an answer gets empty, unfinished ones. The answers depend on the seed and the
-    prompt's place in the list, not on `batch_rows`. The token `ending` ends one, and so does each sequence of `stop`.
+    prompt's place in the list, not on `batch_rows`. The token `ending` ends one, and so does each sequence of `stop`, or
+    another end that the tokenizer's model has.
     """
     context = model.cfg.context_length
     answers = [Answer("", [], [], False)] * (len(prompts) * samples)
@@ -211,7 +237,7 @@ def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequenc
             part, log_probs = fitting[start:start + size], []
             found = generate(model, [prompts[i] for i in part], samples=samples, max_new_tokens=max_new_tokens, log_probs=log_probs,
                              temperature=temperature, seed=seed, streams=[i * samples + k for i in part for k in range(samples)],
-                             eos_id=ending, force=force, stop=stop)
+                             eos_id=ending, force=force, stop=[*stop, *other_ends(tokenizer, ending)])
             for j, (tokens, logs) in enumerate(zip(found, log_probs)):
                 row = part[j // samples] * samples + j % samples
                 answers[row] = Answer(tokenizer.decode(tokens), tokens, logs, len(logs) > len(tokens))
@@ -247,4 +273,4 @@ def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str,
 def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
     """Whether a checkpoint was tuned for chat: its answers end with the token that closes a message, which its config.json says."""
     eos = read_json(Path(folder) / "config.json").get("eos_token_id")
-    return eos is not None and eos == tokenizer.token_to_id(chat_format(tokenizer).closing)
+    return eos is not None and eos == tokenizer.token_to_id(closing_token(chat_format(tokenizer), _added(tokenizer, special=False)))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig, device_parts
 from .files import DamagedFolder, atomic_folder, check_folder, find_folder, previous_of, write_text
 from .optim import divided_like, make_optimizers, undivided
 
@@ -32,14 +32,16 @@ __all__ = ['STATE_FILE', 'COUNTERS', 'pick_device', 'compute_dtype', 'seed_every
 
 # %% ../nbs/02f_checkpoints.ipynb #device
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" = the first of cuda, mps, cpu that is there. ValueError names those there are."""
-    there = [kind for kind in ("cuda", "mps", "cpu") if torch.get_device_module(kind).is_available()]
-    device = torch.device(there[0] if name == "auto" else name)
-    if device.type not in there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device={name!r} is not available here; there is: {', '.join(there)}")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
+    """The device of that name; "auto" = the first of cuda, mps, cpu that is there. ConfigError names those there are."""
+    counts = {kind: torch.get_device_module(kind).device_count() for kind in ("cuda", "mps", "cpu")
+              if torch.get_device_module(kind).is_available()}
+    kind, index = device_parts("device", next(iter(counts)) if name == "auto" else name)
+    if (index or 0) >= counts.get(kind, 0):
+        raise ConfigError(f"device={name!r} is not available here; there is: {', '.join(counts)}"
+                          + f" (cuda:0 to cuda:{counts.get('cuda', 0) - 1})" * (counts.get("cuda", 0) > 1))
+    if kind == "cuda" and index is not None:
+        torch.cuda.set_device(index)
+    return torch.device(kind) if index is None else torch.device(kind, index)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from modern_llm.cli_common import Failure, as_table
-from modern_llm.config import ConfigError, nearest
+from modern_llm.config import ConfigError, PipelineConfig, nearest
 
+WITHOUT_A_DOT = tuple(field.name for field in dataclasses.fields(PipelineConfig) if field.name != "seed")  # seed: a notebook's parameter
 STAGES = "pretrain, sft, dpo, verifier, eval, attention, report, or all"
 
 
@@ -30,7 +32,7 @@ STAGES = "pretrain, sft, dpo, verifier, eval, attention, report, or all"
               help="A parameter of the stage notebooks: seed=1, max_minutes=10 (each stage that trains), device=cpu; "
                    "or a setting of the preset: model.num_experts=4, sft.weights=0.6,0.4. As often as needed.")
 @click.option("--resume", is_flag=True,
-              help="Go on with a stage that was begun, also with other settings (done by itself if nothing changed).")
+              help="Go on with a stage that was begun, also with another length or learning rate (done by itself if nothing changed).")
 @click.option("--force", is_flag=True, help="Delete what a stage left and begin anew; with --stage all, only where something changed.")
 @click.option("--no-overwrite", is_flag=True, help="Skip every stage that has results, whatever its settings were.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
@@ -72,7 +74,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     try:
         plan = pipeline.Plan(stage, no_overwrite, **parameters)
         if dry_run:
-            _print_plan(plan)
+            for step in planned(plan):
+                click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
             return
         if stage == "all":
             if plan.start:
@@ -81,6 +84,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
         with gathered(max(config.hardware.ranks for config in plan.configs.values())):
             pipeline.end_on_warnings()
             with pipeline.lock_for(plan.run_folder, plan.stages):
+                for _ in planned(plan):  # what a later stage refuses is said before an earlier one runs for hours
+                    pass
                 note_this_job(plan.run_folder, plan.stages)
                 for name in plan.stages:
                     _run_step(plan.step(name))
@@ -95,11 +100,11 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
         click.echo(f"\n{len(plan.stages)} stages in {(time.time() - began) / 60:.1f} minutes; run {plan.run_folder}")
 
 
-def _print_plan(plan) -> None:
+def planned(plan) -> Iterator:
+    """What would be done about each stage, as far as it can be told before the earlier ones have run. StageError if one is refused."""
     pending = False
     for name in plan.stages:
-        step = plan.step(name, pending)
-        click.echo(f"{name}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
+        yield (step := plan.step(name, pending))
         pending = pending or step.action != "skip"
 
 
@@ -112,31 +117,36 @@ def _run_step(step) -> None:
         click.echo(f"{step.stage}: skipped, {step.why} ({step.folder})")
         return
     click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
+    page = step.folder / "notebook.ipynb"
+    former = page.stat().st_mtime_ns if page.is_file() else None
     code = pipeline.execute(step)
     if code:
+        shown = page.is_file() and page.stat().st_mtime_ns != former
         if pipeline.status(step) in ("stopped", "preempted", "interrupted"):
             click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from there", err=True)
         else:
-            click.echo(f"{step.stage}: failed; the notebook with its error is {step.folder / 'notebook.ipynb'}. When the cause is "
-                       "mended, the same command goes on there", err=True)
+            where = (f"the notebook with its error is {page}" if shown else f"what it said stands above, and {step.folder} is as it was"
+                     if former else "what it said stands above; it got no notebook")
+            click.echo(f"{step.stage}: failed; {where}. When the cause is mended, the same command goes on there", err=True)
         sys.exit(code)
     click.echo(summary(step))
 
 
 def _key_values(items: tuple[str, ...]) -> dict:
-    """Parameters by name; settings of the preset, whose names have a dot, together under `overrides`."""
+    """Parameters by name; settings of the preset, whose names have a dot (or are in WITHOUT_A_DOT), together under `overrides`."""
+    from modern_llm.overrides import json_or_text
+    from modern_llm.parameters import KINDS
+
     values, settings = {}, []
     for item in items:
         name, equals, raw = item.partition("=")
         if not equals:
             raise Failure(f"-p {item!r} must look like seed=1 or sft.lr=1e-3")
-        if "." in name:
+        if "." in name or name in WITHOUT_A_DOT:
             settings.append(shlex.quote(item))
             continue
-        try:
-            values[name] = json.loads(raw)
-        except ValueError:
-            values[name] = raw
+        value = json_or_text(raw)
+        values[name] = raw if KINDS.get(name, (int,))[0] is str and not isinstance(value, str) else value  # a run may be called 2024.10
     if settings:
         values["overrides"] = " ".join([*filter(None, [values.get("overrides")]), *settings])
     return values
@@ -170,15 +180,20 @@ def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_
     modern-llm status tacc-h100                                      stages and their jobs
     """
     from modern_llm.inputs import StageError
+    from modern_llm.overrides import override, parse_overrides
     from modern_llm.pipeline import Plan
-    from modern_llm.submit import Chain
+    from modern_llm.presets import ALIASES, PRESETS, get_pipeline_preset
+    from modern_llm.submit import Chain, absolute_words
 
     given = {"run": run_name, "max_steps": max_steps}
     ranks = (f"hardware.ranks={nodes * gpus}",) if nodes * gpus > 1 else ()  # the jobs say it themselves, to the stages that train
-    words = [word for item in extra for word in ("-p", item)] + (["--max-steps", str(max_steps)] if max_steps else [])
-    preset = str(Path(preset).resolve()) if Path(preset).is_file() else preset  # jobs run in the checkout
+    if preset not in (*PRESETS, *ALIASES) and Path(preset).is_file():  # jobs run in the checkout, whatever folder this is
+        preset = str(Path(preset).resolve())
     try:
-        plan = Plan(stage, preset=preset, **_key_values(extra + ranks), **{name: value for name, value in given.items() if value})
+        as_here = override(get_pipeline_preset(preset), parse_overrides(_key_values(extra).get("overrides") or ""), "overrides")
+        extra = absolute_words(extra, as_here)
+        words = [word for item in extra for word in ("-p", item)] + (["--max-steps", str(max_steps)] if max_steps else [])
+        plan = Plan(stage, preset=preset, **_key_values((*extra, *ranks)), **{name: value for name, value in given.items() if value})
         chain = Chain(plan, preset, words, account, partition, limit, nodes, gpus)
         if not chain.jobs:
             click.echo(f"nothing to do: every stage is finished in {plan.run_folder}")
@@ -202,14 +217,15 @@ def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_
 def status(name: str | None, output_dir: str | None) -> None:
     """Show the runs (or one): their stages, how they ended, when they began, what they took and what came out.
 
-    Stages that went to a cluster's queue show the latest job and what SLURM says of it.
+    Stages that went to a cluster's queue show the latest job and what SLURM says of it. What is damaged has a row that says why, among
+    the others, and the exit code is then 1.
 
     \b
     modern-llm status
     modern-llm status local-smoke
     """
     from modern_llm.parameters import runs_folder
-    from modern_llm.outcomes import runs_table
+    from modern_llm.outcomes import DAMAGED, runs_table
     from modern_llm.submit import with_jobs
 
     root = Path(output_dir or runs_folder()).expanduser()
@@ -218,3 +234,4 @@ def status(name: str | None, output_dir: str | None) -> None:
         there = sorted(path.parent.name for path in root.glob("*/run.json"))
         raise Failure(f"no run {name!r} in {root}{nearest(name, there) if there else ', nor any other'}")
     click.echo(as_table(rows) if rows else f"no runs in {root} yet; `modern-llm run` makes the first")
+    sys.exit(any(row["status"].startswith(DAMAGED) for row in rows))

@@ -1,13 +1,15 @@
 """Every knob of the laboratory on one page: what it is called, its unit, its default.
 
 A variant of a config is `dataclasses.replace`; complete ones, the presets, are in `presets`. This module is a leaf: it
-imports neither torch nor anything of the package, so that a login node can plan a run.
+imports neither torch nor anything of the package, so that a login node can plan a run; only who asks it for
+`get_pipeline_preset` gets that from `presets`.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -15,6 +17,7 @@ OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PREFERENCE_LOSSES = ("sigmoid", "ipo")
+BUILT_IN = ("synthetic", "synthetic-problems")  # sources written by a program
 REPLAY_SOURCES = ("text", "synthetic", "synthetic-problems", "gsm8k")
 VERIFIER_KINDS = ("generator", "encoder")
 STRATEGIES = ("ddp", "fsdp")
@@ -35,6 +38,25 @@ def require(claim: bool, message: str) -> None:
     """Raise ConfigError with the message if the claim is false."""
     if not claim:
         raise ConfigError(message)
+
+
+def device_parts(place: str, name: str) -> tuple[str, int | None]:
+    """What a device is called, taken apart: kind and number, None where it has none. ConfigError if it is no name of a device."""
+    found = re.fullmatch(r"(auto|cpu|mps|cuda)|(cpu|mps):(0)|(cuda):(0|[1-9][0-9]{0,3})", name)
+    require(found is not None, f"{place}={name!r} is unknown: say auto (the best there is), cpu, mps (Apple silicon), cuda "
+                               "(an NVIDIA or AMD GPU), or cuda:1 for the second of several GPUs")
+    kind, *number = filter(None, found.groups())
+    return kind, int(number[0]) if number else None
+
+
+def _divisors(number: int, times: int = 1) -> list[int]:
+    """What divides a number, also when multiplied by `times`: those up to 1024."""
+    return [n for n in range(1, min(number, 1024) + 1) if number % (times * n) == 0]
+
+
+def _sources(section: str, names: tuple[str, ...]) -> None:
+    require(len(names) > 0, f"{section}.sources is empty; name at least one, for example 'synthetic'")
+    require(len(set(names)) == len(names), f"{section}.sources={list(names)} names a source twice")
 
 
 def _one_of(place: str, value: str, options: tuple[str, ...]) -> None:
@@ -81,13 +103,13 @@ class ModelConfig:
         require(self.head_dim is None or self.head_dim > 0, f"model.head_dim={self.head_dim} must be at least 2, or null for width/num_heads")
         require(self.head_dim is not None or self.width % self.num_heads == 0,
                 f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
-                f"use one of {[h for h in range(1, self.width + 1) if self.width % (2 * h) == 0][-8:]}")
+                f"use one of {_divisors(self.width, 2)[-8:]}")
         require(1 <= self.rope_factor < math.inf, f"model.rope_factor={self.rope_factor} must be at least 1, which changes nothing")
         require(self.head_width % 2 == 0,
                 f"model.{'head_dim' if self.head_dim else 'width/num_heads'}={self.head_width} is odd; rotary embedding turns pairs of channels")
         require(self.num_heads % self.num_kv_heads == 0,
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}; "
-                f"use one of {[g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]}")
+                f"use one of {_divisors(self.num_heads)}")
         require(self.num_experts == 0 or 1 <= self.experts_per_token <= self.num_experts,
                 f"model.experts_per_token={self.experts_per_token} must lie in 1..num_experts={self.num_experts}")
         require(self.sliding_window is None or self.sliding_window > 0,
@@ -113,7 +135,7 @@ class DataConfig:
     world_seed: int = 0  # the synthetic world: who lives where, owns which pet …
 
     def __post_init__(self) -> None:
-        require(len(self.sources) > 0, "data.sources is empty; name at least one, for example 'synthetic'")
+        _sources("data", self.sources)
         _one_of("data.tokenizer", self.tokenizer, ("bpe", "gpt2"))
         require(self.tokenizer_vocab_size >= 300,
                 f"data.tokenizer_vocab_size={self.tokenizer_vocab_size} is under 300: 256 bytes and the special tokens")
@@ -188,7 +210,7 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.sources) > 0, "sft.sources is empty; name at least one, for example 'synthetic'")
+        _sources("sft", self.sources)
         require(len(self.sources) == len(self.weights),
                 f"sft.weights={list(self.weights)} must have one number for each of sft.sources={list(self.sources)}")
         require(all(0 < w < math.inf for w in self.weights), f"sft.weights={list(self.weights)} must be greater than 0")
@@ -214,7 +236,7 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.sources) > 0, "dpo.sources is empty; name at least one, for example 'synthetic'")
+        _sources("dpo", self.sources)
         _one_of("dpo.loss", self.loss, PREFERENCE_LOSSES)
         _positive("dpo", self, "beta", "max_train_pairs", "max_validation_pairs", "max_new_tokens")
         require(0 <= self.label_smoothing < 0.5, f"dpo.label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
@@ -313,8 +335,10 @@ class HardwareConfig:
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"hardware.ranks={self.ranks} must be at least 1")
         _one_of("hardware.strategy", self.strategy, STRATEGIES)
-        require(self.device.split(":")[0] in ("auto", "cpu", "cuda", "mps"),
-                f"hardware.device={self.device!r} is unknown{nearest(self.device, ('auto', 'cpu', 'cuda', 'mps'))}")
+        kind, number = device_parts("hardware.device", self.device)
+        require(self.ranks == 1 or (kind != "mps" and number is None),
+                f"hardware.device={self.device!r} is a single device, hardware.ranks={self.ranks} need one each: say hardware.device="
+                + ("cpu" if kind == "mps" else kind) + ", or hardware.ranks=1")
 
 
 @dataclass(frozen=True)
@@ -339,7 +363,9 @@ class PipelineConfig:
             size = getattr(self, stage).batch_size
             require(size % self.hardware.ranks == 0,
                     f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
-                    f"use one of {[r for r in range(1, size + 1) if size % r == 0]}, or another batch size")
+                    f"use one of {_divisors(size)}, or another batch size")
+        require(self.model.context_length >= SHORTEST_CONTEXT, f"model.context_length={self.model.context_length} leaves no room for the openings "
+                f"that a stage continues, and for what it writes: use at least {SHORTEST_CONTEXT}; instructions and word problems take 128 or more")
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in 0..2**63 - 1")
         if self.data.tokenizer == "bpe":
             require(self.data.tokenizer_vocab_size <= self.model.vocab_size,
@@ -351,4 +377,14 @@ class PipelineConfig:
                     "with its chat tokens: use 50304")
 
 
+SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write
 GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens
+
+
+def __getattr__(name: str) -> object:
+    """`get_pipeline_preset` of `presets`, which imports this module: looked up when it is asked for (PEP 562)."""
+    if name == "get_pipeline_preset":
+        from modern_llm.presets import get_pipeline_preset
+
+        return get_pipeline_preset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

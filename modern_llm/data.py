@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from .config import DataConfig
 from .files import DamagedFolder, atomic_folder, check_folder, find_folder, read_json
-from .reading import content_id, documents
+from .reading import content_id, documents, how_split
 from .sources import DataError, find_source
 from .tokens import cache_root, disk_errors, encoded, end_of_text_id, one_builder, tokenizer_digest
 
@@ -157,7 +158,8 @@ def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: i
     dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
     identity = [CACHE_VERSION, content_id(name, split, world_seed), tokenizer_digest(tokenizer), split, max_tokens]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    short = Path(source.info.name).stem if source.where == "file" else source.info.name
+    own = re.sub(r"[^a-zA-Z0-9_.-]", "-", Path(source.info.name).stem).strip(".")[:60]  # a file may be called anything
+    short = (own or "own") if source.where == "file" else source.info.name
     folder = Path(cache_dir or cache_root()) / f"{short}-{split}-{fingerprint}"
     with one_builder(folder):
         try:
@@ -167,7 +169,7 @@ def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: i
         except (DamagedFolder, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the token cache is damaged and is built again: {error}", stacklevel=2)
         meta = {"fingerprint": fingerprint, "source": source.info.name, "split": split, "where": source.where,
-                "licence": source.info.licence, "note": source.note, "dtype": dtype, "world_seed": world_seed,
+                "licence": source.info.licence, "note": "; ".join(filter(None, (source.note, how_split(name)))), "dtype": dtype, "world_seed": world_seed,
                 "tokenizer": identity[2]}
         bar = tqdm(desc=f"tokenising {short} {split}", unit=" tokens", unit_scale=True, mininterval=10, delay=5,
                    disable=not progress)
@@ -301,7 +303,7 @@ class PackedBatches:
     """`batches(step)`: the packed training batch of that step, a pure function of (seed, step).
 
     Every epoch shuffles the documents, packs them, shuffles the rows and the documents in each; epochs follow each
-    other without a gap. Each of `world_size` ranks gets its share of the rows, in order: together, one rank's batch.
+    other without a gap.
 
     Args:
         caches: token caches, mixed in proportion to their size.
@@ -311,13 +313,11 @@ class PackedBatches:
     """
 
     def __init__(self, caches: Sequence[TokenCache], context_length: int, batch_size: int, seed: int = 0,
-                 rank: int = 0, world_size: int = 1, min_density: float = 0.97):
-        if batch_size < 1 or batch_size % world_size:
-            raise DataError(f"batch_size={batch_size} cannot be shared by world_size={world_size}; use a multiple of it")
-        if not 0 <= rank < world_size:
-            raise DataError(f"rank={rank} must lie in 0 to world_size - 1 = {world_size - 1}")
+                 min_density: float = 0.97):
+        if batch_size < 1:
+            raise DataError(f"batch_size={batch_size} must be at least 1")
         self.pieces = Pieces.of(caches, context_length)
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.batch_size, self.seed = batch_size, seed
         self.pattern = row_pattern(np.sort(self.pieces.length)[::-1], context_length, min_density)
         self.rows_per_epoch = int(self.pattern["row"].max()) + 1
         self.tokens_per_epoch = sum(cache.num_tokens for cache in caches)
@@ -338,11 +338,9 @@ class PackedBatches:
         return self._plan
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        """input_ids, labels (-100 = not scored) and segment_ids (0 = padding), each (rows of this rank, t), int64."""
-        share = self.batch_size // self.world_size
-        first = step * self.batch_size + self.rank * share
+        """input_ids, labels (-100 = not scored) and segment_ids (0 = padding), each (batch_size, t), int64."""
         rows = []
-        for number in range(first, first + share):
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
             parts, ends = self.plan(number // self.rows_per_epoch)
             r = number % self.rows_per_epoch
             rows.append(parts[ends[r]:ends[r + 1]].tolist())
@@ -387,7 +385,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path 
 
 def data_card(caches: Iterable[TokenCache]) -> pd.DataFrame:
     """One row a cache: what it holds, where it is from, what to know about it, and the fingerprint that names it."""
-    return pd.DataFrame([{
+    card = pd.DataFrame([{
         "source": cache.meta["source"], "split": cache.meta["split"], "documents": len(cache),
         "tokens": cache.num_tokens, "bytes": cache.num_bytes,
         "bytes per token": round(cache.num_bytes / cache.num_tokens, 3),
@@ -396,3 +394,5 @@ def data_card(caches: Iterable[TokenCache]) -> pd.DataFrame:
         "found": cache.meta["where"], "licence": cache.meta["licence"], "note": cache.meta.get("note", ""),
         "fingerprint": cache.fingerprint,
     } for cache in caches])
+    floor = card["floor bits per byte"].astype(object)
+    return card.assign(**{"floor bits per byte": floor.where(floor.notna(), None)})  # beside numbers, pandas makes NaN of None

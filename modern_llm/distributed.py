@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoints import random_states, restore_random_states, seed_everything
+from .config import ConfigError
 from .optim import LossOutput
-from .ranks import PATIENCE, announce, awaited, launched, next_training, open_store
+from .ranks import PATIENCE, announce, awaited, next_training, open_store, own_gpu
 
 # %% auto #0
-__all__ = ['World', 'on_ranks', 'own_random_numbers', 'WholeLoss', 'SpreadLoss', 'spread', 'synced', 'left_behind', 'RankFailed',
-           'failing_together']
+__all__ = ['World', 'on_ranks', 'own_random_numbers', 'WholeLoss', 'blocks_of', 'SpreadLoss', 'spread', 'synced', 'left_behind',
+           'RankFailed', 'failing_together']
 
 # %% ../nbs/02g_distributed.ipynb #world
 @dataclass
@@ -47,18 +48,45 @@ class World:
         """Whether this is rank 0: the only one that writes, validates and shows a bar."""
         return self.rank == 0
 
+    def place(self, device: torch.device) -> torch.device:
+        """Where this rank trains: alone on `device`, of several each on a GPU of its own (see ranks.own_gpu), or all on the CPU.
+
+        ConfigError for several ranks on a device of which there is one.
+        """
+        if self.size == 1 or device.type == "cpu":
+            return device
+        if device.type != "cuda" or device.index is not None:
+            raise ConfigError(f"{self.size} ranks need a GPU each, or device=cpu; device={str(device)!r} is a single one")
+        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
+        return torch.device("cuda", own_gpu(torch.cuda.device_count()))
+
     def join(self, device: torch.device) -> None:
-        """Meet the other ranks, unless that is done: gloo on CPUs, on GPUs NCCL with gloo beside it for the hosts."""
+        """Meet the other ranks, unless that is done: gloo on CPUs, on GPUs NCCL with gloo beside it for the hosts.
+
+        ConfigError, on every rank, if two of them are on one GPU: NCCL would say so less clearly, or wait.
+        """
         if self.size == 1 or dist.is_initialized():
             return
         number = next_training() if self.main else World.trainings
         announce(number, self.task) if self.main else awaited(number)
         World.trainings += 1
-        if device.type == "cuda":
-            torch.cuda.set_device(launched()[2])
         self.store = dist.PrefixStore(f"training {number}", open_store())
+        if device.type == "cuda":
+            self.refuse_a_shared_gpu(str(getattr(torch.cuda.get_device_properties(device), "uuid", device)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
                                 world_size=self.size, timeout=PATIENCE)
+
+    def refuse_a_shared_gpu(self, mine: str) -> None:
+        """ConfigError on all ranks, naming two, if this rank's GPU is another's too; each tells the others its GPU's identity."""
+        names = [f"gpu/{rank}" for rank in range(self.size)]
+        self.store.set(names[self.rank], f"{socket.gethostname()}, GPU {mine}")
+        self.store.wait(names, PATIENCE)
+        owners: dict[str, int] = {}
+        for rank, name in enumerate(names):
+            first = owners.setdefault(gpu := self.store.get(name).decode(), rank)
+            if first != rank:
+                raise ConfigError(f"ranks {first} and {rank} are on one GPU ({gpu}): start at most as many ranks on a machine as it shows "
+                                  "them GPUs (hardware.ranks, --ntasks-per-node, --gpus-per-node or --gpus-per-task), or say device=cpu")
 
     def leave(self) -> None:
         """Part from the other ranks: from now on alone."""
@@ -158,6 +186,12 @@ class WholeLoss(nn.Module):
         return out.total, out.count, out.metrics
 
 # %% ../nbs/02g_distributed.ipynb #spread-loss
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks of every part of a module that has `layers`; each once, even if a wrapper shows those of its body as its own."""
+    return list(dict.fromkeys(block for part in module.modules() if isinstance(getattr(part, "layers", None), nn.ModuleList)
+                              for block in part.layers))
+
+
 class SpreadLoss:
     """A loss function as before, (module, batch) -> LossOutput, whose gradients become their mean over the ranks."""
 
@@ -170,9 +204,8 @@ class SpreadLoss:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(device.type, (world.size,))
-            for blocks in [m.layers for m in module.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)]:
-                for block in blocks:
-                    fully_shard(block, mesh=mesh)
+            for block in blocks_of(module):
+                fully_shard(block, mesh=mesh)
             self.watched = fully_shard(whole, mesh=mesh)
         else:
             with warnings.catch_warnings():

@@ -62,7 +62,7 @@ def pair_log_probs(model: nn.Module, examples: Sequence[EncodedPair], batch_pair
         for start in range(0, len(order), batch_pairs):
             batch = pair_batch([examples[i] for i in order[start : start + batch_pairs]])
             values, counts = both_log_probs(model, {name: value.to(device) for name, value in batch.items()})
-            found.append(torch.stack([*values, *counts], dim=1).double().cpu())
+            found.append(torch.stack([*values, *counts], dim=1).cpu().double())
     columns = ["chosen", "rejected", "chosen_tokens", "rejected_tokens"]
     table = pd.DataFrame(torch.cat(found).numpy(), index=order, columns=columns)
     table = table.sort_index().round(6).astype({"chosen_tokens": int, "rejected_tokens": int})
@@ -164,7 +164,10 @@ def replay_rows(
     Args:
         kinds: "text" (documents of data.sources, joined as in pretraining), "synthetic" (built-in instructions; not those that
             ask for a fact, which the built-in preferences want answered in another manner), "synthetic-problems", "gsm8k".
-        rows: at least so many in all.
+        rows: at least so many in all, but of "text" no row twice, unless a single one is not filled.
+
+    Raises:
+        ValueError: a kind of which nothing fits the context.
     """
     each, found = math.ceil(rows / len(kinds)), []
     for seed, kind in enumerate(kinds):
@@ -174,6 +177,7 @@ def replay_rows(
                 ids += [end, *encode_documents(tokenizer, [text])[0]]
                 if len(ids) > each * context_length:
                     break
+            ids *= math.ceil((context_length + 1) / len(ids))  # of a text shorter than a row
             count = (len(ids) - 1) // context_length
             inputs, labels = (torch.tensor(ids[i : i + count * context_length]).view(count, -1) for i in (0, 1))
             segments = (inputs == end).cumsum(1) + 1 if data.isolate_documents else torch.ones_like(inputs)
@@ -181,6 +185,9 @@ def replay_rows(
         else:
             chats = _earlier_chats(tokenizer, kind, max(200, each * context_length // 60), data.world_seed)
             fitting = [chat for chat in chats if len(chat[0]) <= context_length]
+            if not fitting:
+                raise ValueError(f"dpo.replay_sources: none of {len(chats)} examples of {kind!r} fits a context of {context_length} tokens; "
+                                 "leave it out or use a longer context")
             found.append(PackedExamples(fitting, context_length, each, seed)(0))
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 

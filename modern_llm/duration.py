@@ -1,17 +1,23 @@
-"""How long a stage will take, before and while it runs: steps × seconds a step, measured or assumed. Imports no torch."""
+"""How long a stage will take, before and while it runs: steps × seconds a step, measured or assumed; times as SLURM writes them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import PipelineConfig, TrainConfig
+from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
 from modern_llm.counts import flops_per_token
 
 # Dense 16-bit FLOP/s of a GPU (as in the trainer, which needs torch), fp32 FLOP/s of two CPU cores as measured for the diary.
-PEAK_FLOPS = {"GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "2 CPU cores": 136e9}
+PEAK_FLOPS = {"GH200": 989e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "A100": 312e12, "2 CPU cores": 136e9}
 ASSUMED_MFU = 0.3  # model FLOPs utilisation: well-tuned programs of this size reach 0.33 to 0.5 on H100s
 ASSUMED_DECODE_SECONDS = 0.03  # to write one more token of every answer of a batch
 ASSUMED_START_MINUTES = {"gpu": 15, "cpu": 1}  # imports, tokenising or reading the corpus, compiling
@@ -106,3 +112,35 @@ def time_limit(minutes: float, longest: int | None) -> int:
     """Minutes to ask for: the estimate with a margin and the warning, in steps of ten, at most what the partition allows."""
     wanted = -(-int(minutes * MARGIN + WARNING_MINUTES) // 10) * 10
     return min(wanted, longest) if longest else wanted
+
+
+# ---- times as SLURM writes them --------------------------------------------------------------------------------------
+
+NO_LIMIT = ("infinite", "unlimited", "n/a")
+DAYS = re.compile(r"([0-9]+)-([0-9]+)(?::([0-9]+))?(?::([0-9]+))?")  # days-hours, days-hours:minutes, days-hours:minutes:seconds
+NO_DAYS = re.compile(r"(?:([0-9]+):(?=[0-9]+:))?([0-9]+)(?::([0-9]+))?")  # minutes, minutes:seconds, hours:minutes:seconds
+
+
+def minutes_of(time: str) -> int | None:
+    """Minutes of a time as SLURM writes it, seconds rounded up as SLURM does; None = no limit, which is also what 0 means there.
+
+    Behind a day stand hours, without one a single number is minutes: `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30`, `1-12:30:00`,
+    `UNLIMITED` (see sbatch(1), --time). Raises ConfigError for anything else.
+    """
+    text = time.strip()
+    if text.lower() in NO_LIMIT:
+        return None
+    if found := DAYS.fullmatch(text):
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    elif found := NO_DAYS.fullmatch(text):
+        days, (hours, minutes, seconds) = 0, (int(part or 0) for part in found.groups())
+    else:
+        raise ConfigError(f"{time!r} is no time as SLURM writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+                          "days-hours:minutes, days-hours:minutes:seconds, or UNLIMITED")
+    return (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60) or None
+
+
+def clock(minutes: float) -> str:
+    """Minutes as SLURM reads them, HH:MM:SS; a begun minute counts, since 00:00:00 would mean no limit."""
+    whole = max(1, math.ceil(minutes))
+    return f"{whole // 60:02d}:{whole % 60:02d}:00"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .chat import Answer, Example, answer, continuations, document_prompt
 from .data import TokenCache, validation_batches
 from .fewshot import sentiment_items
-from .files import kept_frame, read_json, write_json
+from .files import DamagedFolder, kept_frame, read_json, write_json
 from .ledger import STAGES, item_rows
 from .perplexity import perplexity_tables, protocol_rows
 from .prefix import tail_log_probs
@@ -95,7 +95,7 @@ def baselines(names: Iterable[str], device: str) -> tuple[dict[str, Subject], di
                              "rename its folder, or link to it by another name")
         try:
             model, tokenizer = hub.load(place, device)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError, DamagedFolder) as error:
             absent[str(place)] = str(error)
             continue
         found[name] = Subject(name, model, tokenizer, chat=False, separator="\n\n")

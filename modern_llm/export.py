@@ -6,18 +6,21 @@ dtype, and says where the model comes from. Imports no torch before it must.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from modern_llm.config import ModelConfig, nearest
+from modern_llm.config import BUILT_IN, ModelConfig, nearest
 from modern_llm.counts import parameter_count
 from modern_llm.files import atomic_folder, check_folder, read_json, write_json, write_text
-from modern_llm.inputs import GENERATORS
+from modern_llm.inputs import GENERATORS, say
 from modern_llm.report_eval import main_rows
 from modern_llm.report_page import Run, interval, markdown_table, number
 from modern_llm.sources import DatasetInfo, DatasetNotFound, dataset_info
-from modern_llm.tokens import disk_errors, end_of_text_id, load_tokenizer
+from modern_llm.tokens import end_of_text_id, load_tokenizer
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_GB = 5.0  # of 10**9 bytes, as the Hugging Face hub counts them
@@ -59,11 +62,31 @@ def shards(sizes: dict[str, int], limit: float) -> list[list[str]]:
     return groups
 
 
+def check_values(source: Path, dtype: str) -> None:
+    """Raise ExportError, naming the tensor, if a weight is NaN or `dtype` cannot hold one; say how many become 0."""
+    import torch
+    from safetensors import safe_open
+
+    from modern_llm.models import converted
+
+    zeros, count = 0, 0
+    with safe_open(source, "pt") as file:
+        for name in file.keys():
+            try:
+                made = converted(name, tensor := file.get_tensor(name), getattr(torch, dtype), source)
+            except ValueError as error:
+                raise ExportError(str(error)) from error
+            zeros, count = zeros + int((tensor.bool() & ~made.bool()).sum()), count + tensor.numel()
+    if zeros:
+        say(f"{zeros:,} of {count:,} weights are smaller than {dtype} can hold and become 0")
+
+
 def write_weights(source: Path, folder: Path, dtype: str, shard_bytes: float) -> int:
     """Copy the tensors of a safetensors file in another dtype, one shard in memory at a time; returns their bytes."""
     import torch
     from safetensors import safe_open
-    from safetensors.torch import save_file
+
+    from modern_llm.models import write_tensors
 
     kind = getattr(torch, dtype)
     with safe_open(source, "pt") as file:
@@ -72,12 +95,34 @@ def write_weights(source: Path, folder: Path, dtype: str, shard_bytes: float) ->
         names = ["model.safetensors"] if len(groups) == 1 else [
             f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
         for name, group in zip(names, groups):
-            save_file({tensor: file.get_tensor(tensor).to(kind).contiguous() for tensor in group}, folder / name, {"format": "pt"})
+            write_tensors({tensor: file.get_tensor(tensor).to(kind).contiguous() for tensor in group}, folder / name)
     total = sum(sizes.values())
     if len(groups) > 1:
         where = {tensor: name for name, group in zip(names, groups) for tensor in group}
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
     return total
+
+
+@contextlib.contextmanager
+def writing_errors(folder: str | Path) -> Iterator[None]:
+    """Turn what an operating system says against a place into an ExportError that names it and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"--to {str(folder)!r} cannot be written: {error.strerror or error}; choose a folder with room that you may write "
+                          "to. Nothing was left there") from error
+
+
+def target_folder(folder: str | Path, checkpoint: Path) -> Path:
+    """The absolute path of a folder to be made. ExportError if it is no name, is there already, or lies in the checkpoint."""
+    if not str(folder).strip() or "\0" in str(folder):
+        raise ExportError(f"--to {str(folder)!r} names no folder")
+    place = Path(os.path.abspath(os.path.expanduser(folder)))
+    if os.path.lexists(place) and (not place.is_dir() or any(place.iterdir()) or place == Path.cwd()):
+        raise ExportError(f"--to {str(place)!r} is there already and is never overwritten: choose another folder, or delete it first")
+    if Path(os.path.realpath(checkpoint)) in Path(os.path.realpath(place)).parents:
+        raise ExportError(f"--to {str(place)!r} lies in the checkpoint {checkpoint} itself, whose files stay as they are: choose another folder")
+    return place
 
 
 def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None, shard_gb: float = SHARD_GB) -> Path:
@@ -93,12 +138,13 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | Non
         `folder`.
 
     Raises:
-        ExportError: the folder is not empty, the dtype is unknown, or transformers has no such model.
+        ExportError: the folder is not empty or cannot be written, the dtype is unknown or cannot hold a weight, or transformers has no
+            such model.
         DamagedFolder: a file of the checkpoint is truncated or changed.
     """
-    checkpoint, folder = Path(checkpoint), Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"--to {str(folder)!r} is there already and is never overwritten: choose another folder, or delete it first")
+    checkpoint = Path(checkpoint)
+    with writing_errors(folder):
+        folder = target_folder(folder, checkpoint)
     known = {**DTYPES, **{name: name for name in DTYPES.values()}}
     if dtype is not None and dtype not in known:
         raise ExportError(f"dtype={dtype!r} is unknown{nearest(dtype, known)}")
@@ -111,11 +157,14 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | Non
     dtype, begin = known[dtype or config["dtype"]], end_of_text_id(tokenizer)
     config |= {"dtype": dtype, "torch_dtype": dtype, "bos_token_id": begin}
     settings = read_json(checkpoint / "tokenizer_config.json") | {"model_max_length": cfg.context_length}
+    names = settings.pop("modern_llm", {}).get("end_tokens", [])
+    ends = list(dict.fromkeys([config["eos_token_id"], *(i for name in names if (i := tokenizer.token_to_id(name)) is not None)]))
     # Padding by another token than the last one would make `generate` take that token, wherever it stands, for padding.
-    generation = {"bos_token_id": begin, **dict.fromkeys(("eos_token_id", "pad_token_id"), config["eos_token_id"])}
+    generation = {"bos_token_id": begin, "eos_token_id": ends if len(ends) > 1 else config["eos_token_id"], "pad_token_id": config["eos_token_id"]}
     facts = {"exported": {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "step": meta.get("step"), "dtype": dtype,
                           "sha256": meta.get("sha256", {}).get("model.safetensors")}}
-    with disk_errors(folder), atomic_folder(folder, facts) as temporary:
+    check_values(checkpoint / "model.safetensors", dtype)
+    with writing_errors(folder), atomic_folder(folder, facts) as temporary:
         size = write_weights(checkpoint / "model.safetensors", temporary, dtype, shard_gb * 1e9)
         write_json(temporary / "config.json", config)
         write_json(temporary / "generation_config.json", generation)
@@ -158,7 +207,7 @@ def data_of(stage: str, settings: dict) -> list[str]:
 def info_of(name: str) -> DatasetInfo:
     """What the registry knows of a data set; the built-in ones are one entry, an own file that is gone has none."""
     try:
-        return dataset_info("synthetic" if name.startswith("synthetic") else name)
+        return dataset_info("synthetic" if name in BUILT_IN else name)
     except DatasetNotFound:
         return DatasetInfo(name, "", "unknown", "text", ())
 
@@ -171,7 +220,7 @@ def data_rows(run: Run, stages: list[str]) -> list[dict]:
             used.setdefault(name, []).append(stage)
     read = {row["source"]: row.get("fingerprint", "") for stage in stages for row in run.results.get(stage, {}).get("data", [])
             if row.get("split") == "train"}
-    return [{"data set": name, "used in": ", ".join(where), "from": (info := info_of(name)).hub or "built in" * name.startswith("synthetic"),
+    return [{"data set": name, "used in": ", ".join(where), "from": (info := info_of(name)).hub or "built in" * (name in BUILT_IN),
              "licence": info.licence, "fingerprint": read.get(name, "")} for name, where in used.items()]
 
 
@@ -194,7 +243,7 @@ def limits(run: Run | None, stages: list[str], cfg: ModelConfig) -> list[str]:
     tokens = sum(run.results.get(stage, {}).get("tokens", 0) for stage in stages)
     found.insert(0, f"{parameter_count(cfg)['total']:,} parameters and {tokens:,} tokens of training here, one seed: the intervals are over "
                     "items, not over training runs.")
-    if any(row["data set"].startswith("synthetic") for row in data_rows(run, stages)):
+    if any(row["data set"] in BUILT_IN for row in data_rows(run, stages)):
         found.append("Data sets named synthetic are written by a program in a small world of their own: figures on them say what the "
                      "method does, not how the model fares on human text.")
     overlap = run.frame("eval/contamination.csv")
@@ -245,6 +294,9 @@ def model_card(checkpoint: Path, cfg: ModelConfig, architecture: str, dtype: str
         parts.append(markdown_table([{"stage": stage, "steps": (found := run.results.get(stage, {})).get("steps"), "tokens": found.get("tokens"),
                                       "minutes": run.stages.get(stage, {}).get("seconds", 0) / 60, "ended by": found.get("ended_by")}
                                      for stage in stages]))
+        changed = [f"* From step {change['from_step']} of {stage} on: {', '.join(change['settings'])}."
+                   for stage in stages for change in run.params.get(stage, {}).get("changed_under_way", [])]
+        parts += ["\n".join(["Settings were changed under way:", "", *changed])] if changed else []
         parts.append("```bash\n" + "\n".join(run.command(stage) for stage in stages) + "\n```")
         versions = ", ".join(f"{package} {version}" for package, version in run.record.get("versions", {}).items())
         parts.append(f"Commit `{run.record.get('git_commit', 'unknown')}`, seed {run.record.get('seed', 'unknown')}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -53,9 +54,18 @@ def write_text(path: str | Path, text: str) -> Path:
     return path
 
 
+def known(value: object) -> object:
+    """The value with None in place of every number in it that is not finite: JSON has no NaN, and what is not known is null."""
+    if isinstance(value, dict):
+        return {name: known(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [known(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: str | Path, value: object) -> Path:
-    """`write_text` of readable JSON; NaN is refused, since other readers cannot read it."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_text` of readable JSON; numbers that are not finite become null, see `known`."""
+    return write_text(path, json.dumps(known(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> dict:
@@ -105,7 +115,7 @@ def atomic_folder(folder: str | Path, meta: dict | None = None, keep_previous: b
     try:
         yield temporary
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        meta = {**(meta or {}), "sha256": {str(p.relative_to(temporary)): sha256(p) for p in files}}
+        meta = {**known(meta or {}), "sha256": {str(p.relative_to(temporary)): sha256(p) for p in files}}
         meta["sha256"]["meta.json"] = _digest(meta)
         write_json(temporary / "meta.json", meta)
         for path in files:

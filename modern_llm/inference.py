@@ -7,6 +7,7 @@ GPU what torch reserved; beside it stands the closed form of chapter 02c for the
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 import time
@@ -128,5 +129,11 @@ def check_inference(folder: Path, *, device: str = "auto", dtype: str | None = N
 def write_check(folder: Path, target: Path | None, **options) -> tuple[dict, Path]:
     """`check_inference`, written to `target`, or to inference_ok.json beside a checkpoint of a run, else in the working folder."""
     beside = folder.parent if (folder.parent / "params.json").is_file() else Path.cwd()
+    path = Path(os.path.expanduser(target or beside / "inference_ok.json"))
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):  # said before the work, not after it
+        raise StageError(f"{path} cannot be written: it is a folder, or there is none around it that you may write to; name a file with --to")
     found = check_inference(folder, **options)
-    return found, write_json(target or beside / "inference_ok.json", found)
+    try:
+        return found, write_json(path, found)
+    except OSError as error:
+        raise StageError(f"{path} cannot be written: {error.strerror or error}; name another file with --to") from error

@@ -12,12 +12,11 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from modern_llm.config import PipelineConfig
+from modern_llm.config import BUILT_IN, PipelineConfig
 from modern_llm.files import find_folder, read_json, sha256
 from modern_llm.overrides import to_dict
 
@@ -33,6 +32,13 @@ SECTIONS = {
     "eval": ("data", "eval", "sft.sources", "dpo.sources", "seed"),
     "attention": ("data", "seed"),
 }
+# Those of a stage's own settings that may change while it is under way: how long and how often, by which means, and the learning rates
+# of the steps to come. All the others made what is there already.
+MAY_CHANGE = (
+    "max_steps", "max_minutes", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
+    "micro_batch_size", "precision", "compile", "gradient_checkpointing", "loss_chunk_tokens",
+    "lr", "muon_lr", "weight_decay", "betas", "schedule", "warmup_steps", "decay_fraction", "final_lr_fraction", "grad_clip",
+)
 # Where data sets are named that a stage reads.
 DATA = {
     "pretrain": ("data.sources",),
@@ -63,6 +69,17 @@ WARNINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if has
 def say(text: str) -> None:
     """A line for whoever watches, not for the notebook's record: it may name times and places."""
     print(text, file=sys.stderr, flush=True)
+
+
+def read_record(path: Path) -> dict:
+    """A JSON object that a stage wrote. StageError if it is missing or damaged."""
+    try:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise StageError(f"{path} is {'missing' if isinstance(error, FileNotFoundError) else f'damaged ({error})'}") from error
+    if not isinstance(record, dict):
+        raise StageError(f"{path} is damaged (it holds no JSON object)")
+    return record
 
 
 def notebooks_folder() -> Path:
@@ -100,8 +117,8 @@ def changes(former: dict, wanted: dict, place: str = "") -> list[str]:
         path, one, other = f"{place}{name}", former.get(name), wanted.get(name)
         if isinstance(one, dict) and isinstance(other, dict):
             lines += changes(one, other, f"{path}.")
-        elif one != other and name != "micro_batch_size":
-            lines.append(f"{path}: {json.dumps(one)} -> {json.dumps(other)}")
+        elif (one != other or (name in former) != (name in wanted)) and name != "micro_batch_size":
+            lines.append(f"{path}: {' -> '.join(json.dumps(side[name]) if name in side else 'not there' for side in (former, wanted))}")
     return lines
 
 
@@ -111,7 +128,7 @@ def data_names(config: PipelineConfig, stage: str) -> list[str]:
     for path in DATA[stage]:
         value = setting(config, path)
         found += [value] if isinstance(value, str) else list(value)
-    return [name for name in dict.fromkeys(found) if name != "text" and not name.startswith("synthetic")]  # "text": data.sources
+    return [name for name in dict.fromkeys(found) if name not in ("text", *BUILT_IN)]  # "text": data.sources
 
 
 def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
@@ -138,6 +155,23 @@ def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
         except DatasetNotFound as error:
             problems.append(f"data: {error}")
     return problems
+
+
+def cut_data(config: PipelineConfig, stage: str) -> tuple[list[str], list[str]]:
+    """Of the plain files that a stage reads: how those are split that came without a held-out part, and why others cannot be used."""
+    from modern_llm.reading import how_split
+    from modern_llm.sources import DataError, DatasetNotFound, find_source
+
+    said, problems = [], []
+    for name in data_names(config, stage):
+        try:
+            if find_source(name).files and (how := how_split(name)):
+                said.append(f"{name}: {how}")
+        except DatasetNotFound:  # `missing_data` says so
+            continue
+        except DataError as error:
+            problems.append(f"data: {error}")
+    return said, problems
 
 
 def data_files(config: PipelineConfig, stage: str, known: dict | None = None) -> dict[str, dict]:
@@ -178,7 +212,7 @@ def changed_data(config: PipelineConfig, stage: str, former: dict) -> list[str]:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a saved model."""
-    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+    return os.path.isfile(folder / "config.json") and os.path.isfile(folder / "model.safetensors")  # false, too, of what is no possible name
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -187,13 +221,16 @@ def find_checkpoint(path: str | Path) -> Path:
     The folder or GGUF file of another program is imported into the cache first, and so is a model of the hub's local cache that is
     named as there. StageError lists what was tried.
     """
-    given = Path(path).expanduser().resolve()
-    if not given.exists() and not Path(path).is_absolute() and str(path).count("/") == 1:
+    if not str(path).strip():
+        raise StageError(f"checkpoint={str(path)!r} names nothing. Give a checkpoint folder, a stage's folder or a run's folder.")
+    given = Path(os.path.abspath(os.path.expanduser(path)))
+    given = given if given.is_file() else Path(os.path.realpath(given))  # a link to a .gguf file may lead to one without that ending
+    if not os.path.exists(given) and not Path(path).is_absolute() and str(path).count("/") == 1:
         from modern_llm import hub
 
         with contextlib.suppress(FileNotFoundError):
             given = hub.find_model(str(path))
-    if given.exists():
+    if os.path.exists(given):
         from modern_llm import hub
 
         if hub.is_foreign(given):
@@ -201,10 +238,16 @@ def find_checkpoint(path: str | Path) -> Path:
                 return hub.imported(given, chat_tokens=True)
             except ValueError as error:
                 raise StageError(f"checkpoint={str(path)!r}: {error}") from error
+    if given.is_file():
+        raise StageError(f"checkpoint={str(path)!r} is a file: name the folder of the model, which has its config.json, too"
+                         + f" ({given.parent})" * (given.parent / "config.json").is_file())
     tried = [given, given / "checkpoint", *(given / stage / "checkpoint" for stage in GENERATORS)]
     for folder in tried:
         for candidate in (folder, folder.with_name(folder.name + ".previous")):  # left by a kill between two renames
             if is_model(candidate) and candidate != given.with_name(given.name + ".previous"):
+                if (candidate / "verifier.json").is_file():
+                    raise StageError(f"checkpoint={str(path)!r} is a verifier, whose score comes from a head beside the language model: it "
+                                     f"writes no text. Give a generator: {', '.join(GENERATORS)}")
                 return candidate
     raise StageError(f"checkpoint={str(path)!r}: no folder with config.json and model.safetensors. Tried "
                      + ", ".join(map(str, tried)) + ". Give a checkpoint folder, a stage's folder or a run's folder.")
@@ -227,7 +270,7 @@ def own_inputs(stage: str, run_folder: Path) -> dict[str, Path]:
     if stage in FIRST_OF:
         return dict(list(there.items())[:1])
     if "sft" in there and "pretrain" not in there:  # a run that began at SFT: its base is what it was given
-        made_from = read_json(run_folder / "sft" / "params.json").get("inputs", {})
+        made_from = read_record(run_folder / "sft" / "params.json").get("inputs", {})
         given = made_from.get("checkpoint") or made_from.get("pretrain")
         if given and is_model(Path(given["path"])):
             there = {"pretrain": Path(given["path"]), **there}
@@ -256,7 +299,7 @@ def start_of(inputs: dict[str, Path]) -> Path | None:
 def weights_digest(folder: Path) -> str:
     """A digest of a checkpoint's weights: from its `meta.json`, else of the files themselves."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
-    known = read_json(folder / "meta.json")["sha256"] if (folder / "meta.json").is_file() else {}
+    known = read_record(folder / "meta.json").get("sha256", {}) if (folder / "meta.json").is_file() else {}
     digests = [known.get(name) or sha256(folder / name) for name in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -279,33 +322,3 @@ def no_inputs(stage: str, run_folder: Path, preset: str) -> StageError:
 
 # jsonschema, when it finds this package, builds 39 grammars for a format that no notebook uses: two seconds of every start.
 SLOW_AND_UNUSED = "rfc3987_syntax"
-
-# A first small interpreter asks Linux to kill it when its parent dies, then becomes papermill; a kernel watches its own parent.
-# A scheduler's warnings, which may be sent to every process of a job, are for the kernel: papermill would die and take it along.
-_PAPERMILL = f"import sys; sys.modules[{SLOW_AND_UNUSED!r}] = None; from papermill.cli import papermill; papermill()"
-_WITH_ITS_PARENT = f"""
-import os, signal, sys
-for number in {[int(number) for number in WARNINGS]}:
-    signal.signal(number, signal.SIG_IGN)
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit("the parent died first")
-os.execv(sys.executable, [sys.executable, "-c", {_PAPERMILL!r}, *sys.argv[2:]])
-"""
-
-
-def start_papermill(notebook: Path, output: Path, parameters: dict, **environment: str) -> subprocess.Popen:
-    """Execute a notebook in a process group of its own, which is killed when this process dies; its output is piped here.
-
-    `environment` is added to this process's own.
-    """
-    words = [str(notebook), str(output), "--no-progress-bar", "--log-output",
-             "--no-request-save-on-cell-execute"]  # saved every 30 s and at the end, not twice a cell: 5 s of a long notebook
-    for name, value in parameters.items():
-        words += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: "123" stays a name
-    command = [sys.executable, "-I", "-S", "-c", _WITH_ITS_PARENT, str(os.getpid()), *words]
-    kernel = os.environ | {"MODERN_LLM_NOTEBOOK": str(output), **environment}  # the kernel keeps a copy of it in the run
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=kernel,
-                            start_new_session=True)  # out of reach of the terminal's Ctrl-C

@@ -18,9 +18,10 @@ from .files import write_json, write_text
 from .scoring import items_interval, mcnemar, paired_difference, ratio_interval
 
 # %% auto #0
-__all__ = ['COLUMNS', 'STAGES', 'MEASURES', 'item_rows', 'in_order', 'difference_row', 'measure_rows', 'stage_differences',
-           'ledger_rows', 'write_ledger', 'read_ledger', 'stage_gains', 'comparison_table', 'cost_rows', 'stage_ledger',
-           'problem_analysis', 'derive', 'write_derived']
+__all__ = ['COLUMNS', 'INTERVAL', 'STAGES', 'MEASURES', 'item_rows', 'in_order', 'difference_row', 'measure_rows',
+           'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger', 'mcnemar_p', 'is_significant',
+           'stage_gains', 'comparison_table', 'cost_rows', 'stage_ledger', 'problem_analysis', 'derive',
+           'write_derived']
 
 # %% ../nbs/06a_ledger.ipynb #item-rows
 def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterable, group: Iterable | str = "",
@@ -32,6 +33,7 @@ def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterabl
 
 # %% ../nbs/06a_ledger.ipynb #ledger-columns
 COLUMNS = ["stage", "task", "metric", "value", "low", "high", "n", "protocol", "seconds"]
+INTERVAL = ["value", "low", "high"]
 STAGES = ("base", "sft", "dpo", "verifier", "checkpoint")  # in the order of the pipeline; models from elsewhere come behind
 
 
@@ -104,38 +106,46 @@ def ledger_rows(items: pd.DataFrame, protocols: dict[tuple[str, str], str], seco
 def write_ledger(folder: str | Path, rows: Iterable[dict]) -> pd.DataFrame:
     """Write ledger.csv in one step. Every row needs stage, task, metric, value, low, high, n, protocol and seconds.
 
+    What is not a finite number, such as the perplexity of a model that has diverged, is not known: its cell is empty.
+
     Raises:
-        ValueError: a row is there twice, or a value is not a number.
+        ValueError: a row is there twice.
     """
     ledger = pd.DataFrame(list(rows), columns=COLUMNS).astype({"n": int})
     twice = ledger[ledger.duplicated(["stage", "task", "metric"])]
     if len(twice):
         raise ValueError(f"write_ledger: {tuple(twice.iloc[0][['stage', 'task', 'metric']])} is there twice; give it another metric")
-    if len(bad := ledger[~np.isfinite(ledger[["value", "low", "high"]].astype(float)).all(axis=1)]):
-        raise ValueError(f"write_ledger: {tuple(bad.iloc[0][['stage', 'task', 'metric', 'value']])} is not a finite number")
+    measured = ledger[INTERVAL].astype(float)
+    ledger[INTERVAL] = measured.where(np.isfinite(measured))
     write_text(Path(folder) / "ledger.csv", ledger.to_csv(index=False))
     return ledger
 
 
 def read_ledger(folder: str | Path) -> pd.DataFrame:
     """The ledger of an evaluation, every digit as it was written. FileNotFoundError if there is none."""
-    exact = {name: float for name in ("value", "low", "high", "seconds")}  # pandas' own reader is off in the last digit
+    exact = {name: lambda text: float(text or "nan") for name in (*INTERVAL, "seconds")}  # pandas' own reader is off in the last digit
     return pd.read_csv(Path(folder) / "ledger.csv", converters=exact, keep_default_na=False)
 
 # %% ../nbs/06a_ledger.ipynb #comparison
-def stage_gains(ledger: pd.DataFrame) -> pd.DataFrame:
-    """Every difference in the ledger: stage, task, metric, against, value, change, low, high, n, significant (0 lies outside), p.
+def mcnemar_p(protocol: str) -> float:
+    """What `difference_row` noted of McNemar's test; NaN where the items are not right or wrong."""
+    return float(test[1]) if (test := re.search(r"McNemar p = ([^;]+);", protocol)) else math.nan
 
-    p is McNemar's, where the items are right or wrong; NaN elsewhere.
-    """
+
+def is_significant(low: float, high: float, n: int, p: float = math.nan) -> bool:
+    """Whether a change is more than chance: its interval leaves out 0, McNemar's p (if any) is below 0.05, n items are at least six."""
+    return bool((low > 0 or high < 0) and n >= 6 and not p >= 0.05)
+
+
+def stage_gains(ledger: pd.DataFrame) -> pd.DataFrame:
+    """Every difference in the ledger: stage, task, metric, against, value, change, low, high, n, significant, p (McNemar's, or NaN)."""
     differences = ledger[ledger.metric.str.contains(" minus ", regex=False)]
     values, found = ledger.set_index(["stage", "task", "metric"]).value, []
     for row in differences.itertuples():
-        metric, _, against = row.metric.partition(" minus ")
+        (metric, _, against), p = row.metric.partition(" minus "), mcnemar_p(row.protocol)
         found.append({"stage": row.stage, "task": row.task, "metric": metric, "against": against,
                       "value": values[(row.stage, row.task, metric)], "change": row.value, "low": row.low, "high": row.high,
-                      "n": row.n, "significant": bool(row.low > 0 or row.high < 0),
-                      "p": float(test[1]) if (test := re.search(r"McNemar p = ([^;]+);", row.protocol)) else math.nan})
+                      "n": row.n, "significant": is_significant(row.low, row.high, row.n, p), "p": p})
     columns = ["stage", "task", "metric", "against", "value", "change", "low", "high", "n", "significant", "p"]
     return pd.DataFrame(found, columns=columns)
 
@@ -183,7 +193,7 @@ def problem_analysis(ledger: pd.DataFrame) -> dict:
         name, _, group = metric.partition(", ")
         if " minus " in metric:
             found["differences"].append({"stage": row["stage"], "task": task, "what": metric, **measure(row),
-                                         "significant": bool(row["low"] > 0 or row["high"] < 0)})
+                                         "significant": is_significant(row["low"], row["high"], row["n"], mcnemar_p(row["protocol"]))})
         elif "@" in name and not group:
             method, _, size = name.partition("@")
             found["curves"].setdefault(method, []).append({"stage": row["stage"], "size": int(size), **measure(row)})

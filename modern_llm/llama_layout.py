@@ -6,7 +6,7 @@ Imports no torch before it must.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from modern_llm.config import ConfigError, ModelConfig
@@ -65,6 +65,10 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
     Raises:
         CannotImport: the model computes something that `ModernDecoderLM` does not; the message names the field.
     """
+    if not isinstance(source, dict) or not isinstance(source.get("architectures") or [], list):
+        raise CannotImport("config.json is no object with a list of architectures: is it the model's own file?")
+    if odd := [key for key in ("rope_scaling", "rope_parameters", "quantization_config") if not isinstance(source.get(key) or {}, dict)]:
+        raise CannotImport(f"{odd[0]}={source[odd[0]]!r} in config.json is no object: is it the model's own file?")
     name = (source.get("architectures") or [f"model_type {source.get('model_type')!r}"])[0]
     if name not in LAYOUTS:
         why = f" has {MISFITS[name]}" if name in MISFITS else f" is not one of {', '.join(LAYOUTS)}"
@@ -120,14 +124,33 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, by an index; each lies in the folder of the index. CannotImport names one that does not."""
+    try:
+        files = read_json(index)["weight_map"]
+        names = sorted(set(files.values()))
+        outside = [name for name in names if not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFolder(f"{index} is no index of weights ({type(error).__name__}: {error}): copy it again") from error
+    if outside or not names:
+        raise CannotImport(f"{index}: weight_map names {outside[0]!r}, which is not in its folder, and nothing else is read" if outside else
+                           f"{index}: weight_map names no file")
+    return files
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, in order. CannotImport if there are none or only pickled ones."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    if absent := [path.name for path in files if not path.is_file()]:
+    """The safetensors files of a model, in order. CannotImport if there are none, only pickled ones, or two models."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    files = [folder / name for name in sorted(set(weight_map(index).values()))] if index.is_file() else [whole]
+    if whole.is_file() and whole not in files:
+        raise CannotImport(f"{folder} has {whole.name}, and {index.name} with other files ({files[0].name} …): two models. Take away what does not belong")
+    if absent := [str(path.relative_to(folder)) for path in files if not path.is_file()]:
+        others = sorted(path.name for path in folder.glob("*") if path.suffix.lower() == ".safetensors")
+        if others and not index.is_file():
+            raise CannotImport(f"{folder} has no {whole.name}, but {', '.join(others[:3])}: " + (
+                "an adapter, which is a part of a model only: merge it into its base (peft: merge_and_unload, save_pretrained)"
+                if "adapter_model.safetensors" in others else "weights under another name may be laid out otherwise; rename the file where they are not, "
+                "or take transformers' own (from_pretrained, save_pretrained)"))
         if pickled := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)):
             raise CannotImport(f"{folder} has its weights in {pickled[0]}, a pickle, which could run code when it is opened: "
                                "where you trust it, convert it to safetensors (transformers: from_pretrained, save_pretrained)")
@@ -141,11 +164,17 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
+    index = folder / "model.safetensors.index.json"
+    listed = weight_map(index) if index.is_file() else None
     for path in weight_files(folder):
         try:
-            tensors |= load_file(path)
+            found = load_file(path)
         except SafetensorError as error:
             raise DamagedFolder(f"{path} is truncated or damaged ({error}): copy it again") from error
+        name = str(path.relative_to(folder))
+        tensors |= {tensor: value for tensor, value in found.items() if listed is None or listed.get(tensor, name) == name}
+    if absent := sorted((listed or {}).keys() - tensors):
+        raise DamagedFolder(f"{index} says that tensor {absent[0]!r} is in {listed[absent[0]]}, and it is not: the files are of different models")
     return tensors
 
 
@@ -158,7 +187,7 @@ def own_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path, d
     """
     import torch
 
-    from modern_llm.models import ModernDecoderLM, check_tensors, disk_names
+    from modern_llm.models import ModernDecoderLM, check_tensors, converted, disk_names
 
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if biases := sorted(name for name in tensors if name.endswith(".bias")):
@@ -174,7 +203,7 @@ def own_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path, d
         model = ModernDecoderLM(cfg)
     names, state = disk_names(model), model.state_dict()
     check_tensors(place, tensors, {on_disk: state[name] for on_disk, name in names.items()})
-    state = {names[on_disk]: tensor.to(dtype) for on_disk, tensor in tensors.items()}
+    state = {names[on_disk]: converted(on_disk, tensor, dtype, place) for on_disk, tensor in tensors.items()}
     if new_rows:
         for name in {"embed_tokens.weight", "lm_head.weight"} & state.keys():
             state[name] = torch.cat([state[name], state[name].float().mean(0, keepdim=True).to(dtype).expand(new_rows, -1)])

@@ -9,13 +9,13 @@ import errno
 import json
 import os
 import platform
-import subprocess
 import threading
 import time
 import uuid
 from pathlib import Path
 
 from modern_llm.inputs import StageError, say
+from modern_llm.scheduler import job_runs
 
 STAGE_LOCK, COMMAND_LOCK = ".lock", ".command.lock"  # of the kernel that runs a stage, of `modern-llm run`
 BEAT, SILENCE = 15.0, 120.0  # seconds between two signs of life; without one for so long, an owner on another host is gone
@@ -44,7 +44,7 @@ def _runs(entry: dict) -> bool:
     try:
         process = psutil.Process(entry["pid"])
         return abs(process.create_time() - entry["pid_started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):  # gone, or an entry that names no process
         return False
 
 
@@ -58,26 +58,19 @@ def _parent() -> dict:
         return {}
 
 
-def job_runs(job: str) -> bool | None:
-    """Whether SLURM still has a job; None where nobody can say."""
-    try:
-        asked = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if asked.returncode:
-        return False if "Invalid job id" in asked.stderr else None
-    return asked.stdout.strip() in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
-
-
 # ---- owners ----------------------------------------------------------------------------------------------------------
 
 
+OWNER = {"host": str, "pid": int, "pid_started": (int, float), "what": str, "since": str, "parent": dict, "job": str, "attempt": int}
+
+
 def read_owner(handle: int) -> dict:
-    """What the owner of a lock wrote into its open file; empty if nobody did."""
+    """What the owner of a lock wrote into its open file; empty if nobody did, or what is there names no owner."""
     try:
-        return json.loads(os.pread(handle, 1 << 16, 0) or b"{}")
-    except ValueError:  # its owner died while it wrote its name
+        owner = json.loads(os.pread(handle, 1 << 16, 0) or b"{}")
+    except (OSError, ValueError, RecursionError):  # its owner died while it wrote its name; or no file
         return {}
+    return owner if isinstance(owner, dict) and all(isinstance(owner.get(name), kind) for name, kind in OWNER.items()) else {}
 
 
 def elsewhere(owner: dict, silent: float) -> str:
@@ -93,11 +86,11 @@ def elsewhere(owner: dict, silent: float) -> str:
 def owner_of(folder: Path, name: str = STAGE_LOCK) -> dict | None:
     """Who works on a run's folder now, as far as can be told without taking the lock; None if nobody does."""
     try:
-        handle = os.open(folder / name, os.O_RDONLY)
+        handle = os.open(folder / name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe of this name would be waited for
     except OSError:
         return None
-    with os.fdopen(handle) as file:
-        owner, silent = read_owner(handle), time.time() - os.fstat(file.fileno()).st_mtime
+    owner, silent = read_owner(handle), time.time() - os.fstat(handle).st_mtime
+    os.close(handle)
     if not owner or (owner["pid"] == os.getpid() and owner["host"] == platform.node()):
         return owner or None
     here = owner["host"] == platform.node()

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FIELD_OF_TENSOR', 'Block', 'ModernDecoderLM', 'init_weights', 'hugging_face_layout', 'disk_names',
-           'hugging_face_config', 'save_model', 'read_config', 'check_tensors', 'load_model']
+           'hugging_face_config', 'write_tensors', 'save_model', 'read_config', 'check_tensors', 'converted',
+           'load_model']
 
 # %% ../nbs/02_model.ipynb #block
 class Block(nn.Module):
@@ -194,6 +195,14 @@ def hugging_face_config(cfg: ModelConfig, dtype: str = "float32", eos_id: int | 
     return values | {"modern_llm": to_dict(cfg)}
 
 # %% ../nbs/02_model.ipynb #save-model
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. OSError if that fails, such as on a full disk."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which others know as an OSError
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
 def save_model(folder: str | Path, model: nn.Module, eos_id: int | None = None) -> None:
     """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing folder.
 
@@ -208,11 +217,7 @@ def save_model(folder: str | Path, model: nn.Module, eos_id: int | None = None) 
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     write_json(Path(folder) / "config.json", hugging_face_config(model.cfg, dtype, eos_id))
     write_json(Path(folder) / "generation_config.json", {"bos_token_id": eos_id, "eos_token_id": eos_id})
-    path = Path(folder) / "model.safetensors"
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # of a full disk, which others know as an OSError
-        raise OSError(f"cannot write {path}: {error}") from error
+    write_tensors(tensors, Path(folder) / "model.safetensors")
 
 # %% ../nbs/02_model.ipynb #read-config
 def read_config(folder: str | Path) -> ModelConfig:
@@ -251,6 +256,29 @@ def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor
             field = next((field for part, field in FIELD_OF_TENSOR.items() if part in name), "every field")
             raise ValueError(f"{path}: tensor {name!r} is {has} in the file, but should be {needs} by the config: {blame} {field}")
 
+# %% ../nbs/02_model.ipynb #converted
+def converted(name: str, tensor: Tensor, dtype: torch.dtype, place: str | Path) -> Tensor:
+    """The tensor `name` of the file `place` in another dtype.
+
+    ValueError if it holds NaN, infinity or no plain numbers, or if a value would become infinite or all of them 0.
+    """
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{place}: tensor {name!r} is stored as {str(tensor.dtype).removeprefix('torch.')}, which means something only with the "
+                         "scales of its quantisation: use the model's unquantised weights")
+    if broken := int((~tensor.isfinite()).sum()):
+        raise ValueError(f"{place}: {broken:,} of {tensor.numel():,} values of tensor {name!r} are NaN or infinite: its training has diverged, "
+                         "or the file is damaged; use an earlier checkpoint or another copy")
+    made, kind = tensor.to(dtype), str(dtype).removeprefix("torch.")
+    if made.isinf().any():
+        worst = tensor[made.isinf()].abs().max().item()
+        raise ValueError(f"{place}: tensor {name!r} holds a value of size {worst:,g}, and {kind} ends at {torch.finfo(dtype).max:,g}: it would become "
+                         f"infinite. Use {'bf16 or fp32' if dtype == torch.float16 else 'fp32'}")
+    if tensor.any() and not made.any():
+        raise ValueError(f"{place}: no value of tensor {name!r} is larger than {tensor.abs().max().item():.3g}, and {kind} would make 0 of all of "
+                         "them. Use bf16 or fp32")
+    return made
+
+
 # %% ../nbs/02_model.ipynb #load-model
 def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> ModernDecoderLM:
     """Read a model that `save_model` wrote; safetensors only, so that no code is ever unpickled.
@@ -263,7 +291,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     Raises:
         FileNotFoundError: no model there; the message lists the paths tried.
         DamagedFolder: a file is truncated or changed.
-        ValueError: a model of another program, or weights that do not fit the config.
+        ValueError: a model of another program, weights that do not fit the config, or that `dtype` cannot hold.
     """
     folder = Path(folder)
     previous = folder.with_name(folder.name + ".previous")
@@ -284,6 +312,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
         model = ModernDecoderLM(cfg)
     names, state = disk_names(model), model.state_dict()
     check_tensors(path, tensors, {on_disk: state[name] for on_disk, name in names.items()})
-    model.load_state_dict({names[on_disk]: tensor.to(dtype) for on_disk, tensor in tensors.items()}, strict=False, assign=True)
+    if dtype:
+        tensors = {name: converted(name, tensor, dtype, path) for name, tensor in tensors.items()}
+    model.load_state_dict({names[on_disk]: tensor for on_disk, tensor in tensors.items()}, strict=False, assign=True)
     model.tie_weights()
     return model

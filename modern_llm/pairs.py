@@ -87,7 +87,7 @@ SOURCES = ("synthetic", "hh-rlhf")
 
 def _candidates(source: str, split: str, seed: int, world_seed: int) -> Iterator[Pair | str]:
     if source == "hh-rlhf":
-        yield from (dialogue_pair(row) for row in rows(source, split))
+        yield from (dialogue_pair(row) for row in rows(source, split, also=("rejected",)))
         return
     part = {"train": "train", "validation": "heldout", "test": "heldout"}[split]
     for item in synth.preferences(part, seed + (split == "test"), world_seed):
@@ -119,7 +119,8 @@ def preference_pairs(
         if len(pairs) == limit:
             break
     if not pairs:
-        raise ValueError(f"preference_pairs: no usable pair in the {split} split of {source!r}; dropped: {dict(dropped)}")
+        raise ValueError(f"preference_pairs: no usable pair in the {split} split of {source!r}: {dropped.total()} rows were read"
+                         + "".join(f"; dropped, {reason}: {count}" for reason, count in dropped.items()) + "; add rows")
     return pairs, {"read": len(pairs) + dropped.total(), "kept": len(pairs), **dict(sorted(dropped.items()))}
 
 # %% ../nbs/04a_pairs.ipynb #fitting-turns
@@ -168,8 +169,8 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, context_length: int) -> tuple[
         return None, ["dropped: prompt too long"]
     both = []
     for answer in answers:
-        ids, labels = encode_example(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-        both.append((ids[:context_length], ([IGNORED] * start + labels[start:])[:context_length]))
+        ids, labels = encode_example(tokenizer, [*messages, {"role": "assistant", "content": answer}], last_only=True)
+        both.append((ids[:context_length], labels[:context_length]))
     if both[0] == both[1]:
         return None, ["dropped: equal when cut"]
     return EncodedPair(*both, pair), cut

@@ -13,12 +13,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modern_llm.config import ConfigError, PipelineConfig, nearest
-from modern_llm.files import read_json
-from modern_llm.inputs import StageError, changes
+from modern_llm.inputs import StageError
 from modern_llm.locks import owner_of
 from modern_llm.overrides import override, parse_overrides
 from modern_llm.presets import get_pipeline_preset
+from modern_llm.resume import begun, changed_settings, params_of, run_record
 
+LONGEST_NAME = 100  # letters of a run's name: file systems allow 255, and reports and figures have longer ones
+LONGEST_PATH = 3800  # bytes of a run's folder: Linux allows 4096 for a whole path, and the files inside have longer ones
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 KINDS = {"preset": (str,), "run": (str, int), "overrides": (str,), "device": (str,), "output_dir": (str,),
          "checkpoint": (str,), "resume": (bool,), "force": (bool,)}
 
@@ -47,6 +50,8 @@ def resolve(stage: str, parameters: dict) -> PipelineConfig:
         if not isinstance(value := parameters.get(name), (*kind, type(None))):
             wanted = "True or False" if bool in kind else "text"
             raise ConfigError(f"parameters: {name}={value!r} is {type(value).__name__}, should be {wanted}")
+    if parameters.get("resume") and parameters.get("force"):
+        raise ConfigError("parameters: resume=True goes on with what is there, force=True deletes it: say one of them")
     resolved = get_pipeline_preset(parameters["preset"])
     resolved = override(resolved, parse_overrides(parameters.get("overrides") or ""), "overrides")
     train = {k: parameters[k] for k in ("max_steps", "max_minutes") if parameters.get(k) is not None}
@@ -76,35 +81,56 @@ def report_folder(run_folder: Path) -> Path:
     return checkout / "report" if inside else run_folder / "report"
 
 
-def preempted(folder: Path, wanted: dict) -> bool:
+def preempted(folder: Path, wanted: PipelineConfig) -> bool:
     """Whether a scheduler ended this stage, and it was begun with the settings that are wanted now."""
-    record, params = folder.parent / "run.json", folder / "params.json"
-    if not (record.is_file() and params.is_file()):
+    if not (folder / "params.json").is_file():
         return False
-    ended = read_json(record)["stages"].get(folder.name, {}).get("status")
-    return ended == "preempted" and not changes(read_json(params).get("config", {}), wanted)
+    ended = run_record(folder.parent)["stages"].get(folder.name, {}).get("status")
+    return ended == "preempted" and not changed_settings(params_of(folder), folder.name, wanted)
 
 
-def choose_folder(stage: str, parameters: dict, wanted: dict | None = None) -> tuple[str, Path, bool]:
+def choose_folder(stage: str, parameters: dict, wanted: PipelineConfig | None = None) -> tuple[str, Path, bool]:
     """Run name, stage folder and whether to resume. An existing stage is never touched without `resume` or `force`.
 
-    With `wanted`, the settings asked for, a stage that was preempted under the same settings is resumed without being told.
+    With `wanted`, the config asked for, a stage that was preempted under the same settings is resumed without being told.
     """
-    root = Path(parameters.get("output_dir") or runs_folder()).expanduser().resolve()
-    name = str(parameters.get("run") or Path(parameters["preset"]).stem)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(f"run={name!r} is no folder name: use letters, digits, '.', '_' and '-'")
+    given = parameters.get("run")
+    name = Path(parameters["preset"]).stem if given in (None, "") else str(given)
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?", name) or RESERVED.fullmatch(name):
+        raise ConfigError(f"run={name!r:.80} is no folder name everywhere: use letters, digits, '.', '_' and '-', begin with one of the first two, do "
+                          "not end with a dot, and leave out what Windows reserves (con, nul, …)")
+    if len(name) > LONGEST_NAME:
+        raise ConfigError(f"run={name[:20]!r}… has {len(name)} letters, and files are named after it: use at most {LONGEST_NAME}")
+    root = place_for_runs(parameters.get("output_dir") or runs_folder(), name)
     folder, resume, force = root / name / stage, parameters.get("resume"), parameters.get("force")
     resume = resume or (wanted is not None and not force and preempted(folder, wanted))
-    begun, named = (folder / "params.json").exists(), parameters.get("run")
-    if begun and named and not (resume or force):
+    there, named = begun(folder), parameters.get("run") not in (None, "")
+    if there and named and not (resume or force):
+        params_of(folder)  # whose error is the better one
         how = "is finished" if (folder / "results.json").exists() else "was begun"
         raise StageError(f"run {name!r} exists: stage {stage} {how} in {folder}; say resume=True to go on, "
                          "force=True to delete it and begin anew, or choose another run name")
-    if not (named or resume or force) and (begun or is_in_use(root / name)):
+    if not (named or resume or force) and (there or is_in_use(root / name)):
         name += datetime.datetime.now().strftime("-%Y%m%d-%H%M%S")
         folder = root / name / stage
-    return name, folder, bool(resume and (folder / "params.json").exists())
+    return name, folder, bool(resume and there)
+
+
+def place_for_runs(given: str | Path, name: str) -> Path:
+    """The folder that runs are kept in, as a whole path. ConfigError if `name` cannot lie in it."""
+    try:
+        root = Path(given).expanduser().resolve()
+        for place in (root, root / name):
+            if place.exists() and not place.is_dir():
+                raise ConfigError(f"{place} is a file, where the folder {'of the runs' if place == root else 'of the run'} should be: choose another "
+                                  f"{'output_dir' if place == root else 'run name'}")
+        if len(os.fsencode(root / name)) > LONGEST_PATH:
+            raise ConfigError(f"output_dir={str(given)!r:.80} makes a path of over {LONGEST_PATH} letters: choose another")
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"output_dir={str(given)!r:.80} cannot hold a run: {getattr(error, 'strerror', None) or error}; choose another") from error
+    return root
 
 
 def is_in_use(run_folder: Path) -> bool:

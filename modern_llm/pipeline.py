@@ -22,18 +22,19 @@ from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, nearest
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
     NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, described, find_checkpoint, found_inputs, missing_data, no_inputs,
-    notebooks_folder, sections, start_papermill,
+    notebooks_folder,
 )
+from modern_llm.launch import start_papermill
 from modern_llm.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
 from modern_llm.overrides import override, parse_overrides
-from modern_llm.parameters import KINDS, choose_folder, refuse_unknown, report_folder, resolve
+from modern_llm.parameters import choose_folder, refuse_unknown, report_folder, resolve
 from modern_llm.presets import get_pipeline_preset
 from modern_llm.record import writes_to
+from modern_llm.resume import begun, changed_settings, params_of, run_record, standing_against
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
 EXIT_PREEMPTED = 75  # of `modern-llm run`, EX_TEMPFAIL of sysexits.h: start it again, and it goes on
-COMMON = {*KINDS, "seed", "max_steps", "max_minutes"}  # parameters that are already in the settings that are compared
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ class Plan:
             raise ConfigError(f"stage {stage} does not start from a checkpoint; leave --checkpoint out, or choose a later stage")
         if stage == "pretrain" and preset.start_from:
             raise ConfigError(f"preset {preset.name!r} starts from {preset.start_from!r} and pretrains nothing; choose a later stage")
-        given = {**parameters, "run": str(parameters.get("run") or preset.name)}
+        if self.stages == ["report"] and parameters.get("overrides"):
+            raise ConfigError(f"stage report has no settings: {parameters['overrides']} would change nothing in it, as it is made from the files of "
+                              "the other stages; leave that out, or run the stage that it belongs to")
+        run = parameters.get("run")
+        given = {**parameters, "run": preset.name if run in (None, "") else str(run)}
         if given.get("checkpoint"):
             given["checkpoint"] = str(find_checkpoint(given["checkpoint"]))
         declared = {name: declared_parameters(name) for name in self.stages}
@@ -109,13 +114,17 @@ class Plan:
         folder, given = self.run_folder / stage, self.parameters[stage]
         if stage == "report":
             return self._report_step(pending)
-        done, begun = (folder / "results.json").is_file(), (folder / "params.json").is_file()
+        done = (folder / "results.json").is_file()
         if done and self.no_overwrite:
             return Step(stage, folder, given, "skip", "has results, which --no-overwrite keeps")
-        if not begun:
+        if not begun(folder):
             self._need_inputs(stage, pending)
             return Step(stage, folder, given, "run")
-        settings, inputs = self._changed(stage, folder, pending)
+        try:
+            settings, inputs = self._changed(stage, folder, pending)
+            against = standing_against(folder, self.configs[stage], settings)
+        except StageError as error:  # nobody knows what it was begun with
+            settings, inputs, against = [], [str(error)], ""
         changed = settings + inputs
         if given.get("force") and (self.alone or changed):
             return Step(stage, folder, given, "run", "begun anew" + (f": {'; '.join(changed)}" if changed else ""))
@@ -125,13 +134,13 @@ class Plan:
                 return Step(stage, folder, kept, "look again", "its inputs may change")
             action = "skip" if done else "resume"
             return Step(stage, folder, {**kept, "resume": True}, action, "finished before, nothing has changed" if done else "")
-        if given.get("resume") and not inputs:
+        if given.get("resume") and not inputs and not against:
             return Step(stage, folder, {**kept, "resume": True}, "resume", "; ".join(settings))
         raise StageError(
             f"stage {stage} {'is finished' if done else 'was begun'} in {folder}, and since then this has changed:\n  - "
-            + "\n  - ".join(changed) + "\nSay --force to delete it and begin anew"
+            + "\n  - ".join(changed) + "\n" + f"To go on with that cannot be: {against}. " * bool(against) + "Say --force to delete it and begin anew"
             + (" (with --stage all: only what has changed)" if not self.alone else "")
-            + ", or --run NAME for another run" + (", or --resume to go on with the new settings" if not inputs else "")
+            + ", or --run NAME for another run" + (", or --resume to go on with the new settings" if not inputs and not against else "")
             + (", or --no-overwrite to keep it" if done else "") + ".")
 
     def _inputs(self, stage: str) -> dict[str, Path]:
@@ -144,10 +153,8 @@ class Plan:
 
     def _changed(self, stage: str, folder: Path, pending: bool) -> tuple[list[str], list[str]]:
         """What differs from what the stage was begun with: its settings, and the data it reads and the weights it starts from."""
-        record = read_json(folder / "params.json")
-        given = {name: value for name, value in self.parameters[stage].items() if name not in COMMON}
-        settings = changes(record.get("config", {}), sections(self.configs[stage], stage)) + changes(
-            {name: record.get(name) for name in given}, given)
+        record = params_of(folder)
+        settings = changed_settings(record, stage, self.configs[stage])
         data = changed_data(self.configs[stage], stage, record.get("data_files", {}))
         now, former = described(self._inputs(stage)), record.get("inputs", {})
         if pending or (not now and self.configs[stage].name == "lesson"):  # not made yet, or a base from the cache
@@ -159,8 +166,7 @@ class Plan:
         folder, given = self.run_folder, self.parameters["report"]
         if not pending and not any(folder.glob("*/results.json")):
             raise StageError(f"run {folder.name!r} has no finished stage in {folder}: there is nothing to report yet")
-        path = folder / "run.json"
-        former = read_json(path).get("report", {}) if path.is_file() else {}
+        former = run_record(folder).get("report", {})
         there = bool(former) and Path(former["path"]).is_file()
         if there and self.no_overwrite:
             return Step("report", folder, given, "skip", "there is one, which --no-overwrite keeps")
@@ -211,7 +217,7 @@ def execute(step: Step) -> int:
     if step.stage == "report":
         return write_the_report(step)
     output = step.folder / "notebook.ipynb"
-    if (step.folder / "results.json").is_file() and step.action == "run":  # the stage deletes the old record once its checks pass
+    if (step.folder / "results.json").is_file():  # the record of what is finished stays until the stage's own checks pass
         output = step.folder.parent / f".{step.stage}.ipynb"
     with writes_to(step.folder, "or choose another --output-dir"):
         RunLock(step.folder.parent, "modern-llm run").take().release()  # refuses, before the notebook is touched, if a kernel works there
@@ -240,7 +246,9 @@ def execute(step: Step) -> int:
     relay.join(timeout=5)
     if output.parent != step.folder:
         began = not (step.folder / "results.json").is_file() or code == 0
-        os.replace(output, step.folder / "notebook.ipynb") if began else output.unlink(missing_ok=True)
+        if began and output.is_file():  # a kernel that was killed leaves none
+            os.replace(output, step.folder / "notebook.ipynb")
+        output.unlink(missing_ok=True)
     if warning and status(step) in ("running", "stopped"):
         mark(step, "preempted")
     if code and warning and status(step) == "failed":  # another rank failed, and the launcher's warning was only meant to end this one
@@ -274,9 +282,7 @@ def trains(stage: str) -> bool:
 
 def status(step: Step) -> str:
     """What `run.json` says of the stage: "running", "finished", "stopped", …; "unknown" if it never began."""
-    path = step.folder.parent / "run.json"
-    stages = read_json(path)["stages"] if path.exists() else {}
-    return stages.get(step.stage, {}).get("status", "unknown")
+    return run_record(step.folder.parent)["stages"].get(step.stage, {}).get("status", "unknown")
 
 
 def mark(step: Step, status: str) -> None:
@@ -289,6 +295,7 @@ def mark(step: Step, status: str) -> None:
 
 def write_the_report(step: Step) -> int:
     """Write the report of the run and note it in `run.json`."""
+    os.environ["MPLBACKEND"] = "Agg"  # figures are files here, whatever window the user's notebooks draw in
     from modern_llm.report import write_report
 
     path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))

@@ -88,7 +88,7 @@ def tail_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequ
         counts = [len(rows[i]) - begins[i] for i in part]
         targets = torch.tensor([token for i in part for token in rows[i][begins[i]:]], device=hidden.device)
         picked = torch.cat([_log_softmax(model, h).gather(1, t[:, None]) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
-        found[part] = [one.sum().item() for one in picked.double().split(counts)]
+        found[part] = [one.sum().item() for one in picked.cpu().double().split(counts)]
     return found
 
 
@@ -101,7 +101,7 @@ def word_log_probs(model: nn.Module, prompts: Sequence[Sequence[int]], words: Se
     if all(len(word) == 1 for word in words):
         ids = [word[0] for word in words]
         for part, hidden in read_rows(model, rows, [len(row) - 1 for row in rows], batch_rows, of_row, share, progress):
-            found[[present[i] for i in part]] = _log_softmax(model, hidden)[:, ids].double().cpu().numpy()
+            found[[present[i] for i in part]] = _log_softmax(model, hidden)[:, ids].cpu().double().numpy()
     else:
         tails = [[*row, *word] for row in rows for word in words]
         begins = [len(row) for row in rows for _ in words]

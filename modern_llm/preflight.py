@@ -10,7 +10,7 @@ import os
 
 from modern_llm import counts
 from modern_llm.config import PipelineConfig, TrainConfig
-from modern_llm.inputs import DATA, StageError, missing_data
+from modern_llm.inputs import DATA, StageError, cut_data, missing_data
 
 GIB = 2**30
 
@@ -80,6 +80,11 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
                 missing.append(f"device: needs {hardware.min_gpu_memory_gb:g} GB of GPU memory, there are {there:.0f} GB")
             elif hardware.needs_bf16 and not torch.cuda.is_bf16_supported():
                 missing.append(f"device: needs bf16, which {torch.cuda.get_device_name(device)} has not")
+        local, there = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count() if device.startswith("cuda") else 0
+        if hardware.ranks > 1 and device.startswith("mps"):
+            missing.append(f"device: hardware.ranks={hardware.ranks} need a GPU each, and there is one: say hardware.ranks=1, or device=cpu")
+        elif hardware.ranks > 1 and there and local > there:
+            missing.append(f"device: {local} ranks on this machine need a GPU each, and there are {there}: say hardware.ranks={there}, or device=cpu")
     except ValueError as error:
         missing.append(f"device: {error}")
     memory = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
@@ -95,6 +100,8 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
         raise StageError(f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: "
                          + "preset=local-cpu (real text on a CPU) or " * (config.name != "local-cpu")
                          + "preset=local-smoke (built-in data, needs nothing)." + _forced(config, stage))
+    if unusable := cut_data(config, stage)[1]:
+        raise StageError("\n".join(unusable))
     return fitted, device
 
 

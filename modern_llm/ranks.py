@@ -20,6 +20,7 @@ from pathlib import Path
 
 from modern_llm.config import ConfigError
 from modern_llm.files import read_json
+from modern_llm.launch import SAME_PACKAGE
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = timedelta(days=1)  # of ranks with each other: rank 0 may draw samples for hours; the launcher ends what has died
@@ -32,13 +33,22 @@ class TrainingEnded(Exception):
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """(rank, number of ranks, rank on this machine) as torchrun or srun told this process; (0, 1, 0) if neither did."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
     elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:  # a batch script itself is no step of srun
         names = "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"
     else:
         return 0, 1, 0
-    rank, size, local_rank = (int(environment.get(name, 0)) for name in names)
+    rank, size, local_rank = (int(environment.get(name) or 0) for name in names)
     return rank, size, local_rank
+
+
+def own_gpu(count: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The number of this rank's own GPU among the `count` that are visible to it.
+
+    Where all ranks of a machine see all its GPUs, that is the rank's number on this machine; where each sees its own only, as
+    with srun --gpus-per-task, it is one of those.
+    """
+    return launched(environment)[2] % count
 
 
 def address(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
@@ -135,7 +145,7 @@ def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
         meet = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", os.environ["SLURM_JOB_ID"], "--rdzv-endpoint", f"{host}:{port}",
                 "--rdzv-conf", f"is_host={int(node == 0)},read_timeout=600"]  # seconds: nodes do not come up at the same moment
     words = [*meet, "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", "--no-python", sys.executable, "-c",
-             "import json, os; from modern_llm.cli import main; main(json.loads(os.environ['MODERN_LLM_WORDS']), 'modern-llm')"]
+             SAME_PACKAGE + "import json, os; from modern_llm.cli import main; main(json.loads(os.environ['MODERN_LLM_WORDS']), 'modern-llm')"]
     os.environ["MODERN_LLM_WORDS"] = json.dumps(sys.argv[1:])  # torchrun's parser would take --run for its own --run-path
     try:
         run.run(run.parse_args(words))
@@ -154,14 +164,14 @@ def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
 
 def follow() -> None:
     """What every rank but the first does, until rank 0 has finished all stages."""
-    rank, _, local_rank = launched()
+    rank = launched()[0]
     for number in (signal.SIGINT, signal.SIGUSR1):  # only while it trains does a rank heed them; rank 0 sends it home
         signal.signal(number, signal.SIG_IGN)
-    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ["MPLBACKEND"] = "Agg"
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
     from modern_llm.distributed import RankFailed
 
     for number in itertools.count():

@@ -5,107 +5,31 @@
 # %% ../nbs/02a2_reading.ipynb #reading-imports
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import logging
+import os
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
-from .config import nearest
 from .files import sha256
-from .sources import BUILDERS, SPLIT_FILES, TEXT_SUFFIXES, DataError, DatasetNotFound, Source, dataset_info
+from .formats import Row, read_file
+from .sources import TEXT_SUFFIXES, DataError, DatasetNotFound, Source, dataset_info
 from .sources import find_source, hub_reachable, hub_state, plain_suffix
+from .splits import Cut, cut_splits, make_cut, split_plan, text_blocks
 
 # %% auto #0
-__all__ = ['READER_VERSION', 'split_plan', 'bucket', 'keep_side', 'read_file', 'load_hub', 'rows', 'articles', 'text_blocks',
-           'documents', 'content_id', 'download']
+__all__ = ['READER_VERSION', 'load_hub', 'articles', 'split_of', 'how_split', 'rows', 'check_rows', 'documents', 'content_id',
+           'download']
 
-# %% ../nbs/02a2_reading.ipynb #split-plan
-def split_plan(splits: Iterable[str], split: str) -> tuple[str, int, int]:
-    """Which stored split serves `split`, and which hundredths [low, high) of its rows.
-
-    A stored split serves itself. Validation rows that nobody stored are 2% of train, cut by a hash of the row, and a
-    corpus that only has a test split is cut 10 / 2 / 88; so no row is ever on two sides.
-    """
-    have = set(splits)
-    if split not in SPLIT_FILES:
-        raise DataError(f"split={split!r} is unknown{nearest(split, SPLIT_FILES)}")
-    if "train" not in have and "test" in have:
-        low, high = {"test": (0, 10), "validation": (10, 12), "train": (12, 100)}[split]
-        return "test", low, high
-    if "validation" in have or split == "test" and "test" in have:
-        if split in have:
-            return split, 0, 100
-    elif split != "test" and "train" in have:
-        return "train", *((0, 2) if split == "validation" else (2, 100))
-    raise DataError(f"there is no {split!r} split, only {sorted(have)}")
-
-# %% ../nbs/02a2_reading.ipynb #bucket
-def bucket(text: str) -> int:
-    """A hundredth, 0 to 99, that depends on the text alone."""
-    return int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8], 16) % 100
-
-
-def keep_side(items: Iterable, key: Callable, low: int, high: int, first_held_out: bool = False) -> Iterator:
-    """The items whose bucket lies in [low, high); the first one counts as bucket 0 if `first_held_out`."""
-    first = None
-    for item in items:
-        text = key(item)
-        first = text if first is None else first
-        if high - low == 100 or low <= (0 if first_held_out and text == first else bucket(text)) < high:
-            yield item
-
-# %% ../nbs/02a2_reading.ipynb #read-file
-def _unpacked(path: Path):
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
-
-
-def _refuse_unreadable(path: Path) -> None:
-    """Raise DataError for a file that is empty, binary or not the gzip it says it is."""
-    try:
-        with _unpacked(path) as file:
-            head = file.read(65536)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if not head.strip():
-        raise DataError(f"{path}: the file is empty; put at least one document into it")
-    if plain_suffix(path) != ".parquet" and b"\0" in head:
-        raise DataError(f"{path}: byte 0 at position {head.index(0)}: a binary file, not UTF-8 text")
-
-
-def _fault(path: Path) -> str:
-    """Where a text or JSON file breaks: the first line that is no UTF-8, or no JSON object. '' if none does."""
-    with _unpacked(path) as file:
-        try:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    return (f"line {number}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; "
-                            "convert the file, for example with `iconv -t utf-8`")
-                if plain_suffix(path) == ".jsonl" and text.strip():
-                    try:
-                        if not isinstance(json.loads(text), dict):
-                            return f"line {number}: {text.strip()[:40]!r} is not a JSON object such as {{\"text\": …}}"
-                    except ValueError as error:
-                        return f"line {number}: {text.strip()[:40]!r} is not valid JSON ({error})"
-        except (OSError, EOFError) as error:
-            return f"the gzip stream breaks off ({error}); copy the file again"
-    return ""
-
-# %% ../nbs/02a2_reading.ipynb #read-file-builders
-def _builder_options(path: Path) -> dict:
-    if plain_suffix(path) == ".tsv":  # quotes are text in GLUE's files; "null" is a word
-        return {"sep": "\t", "quoting": 3, "keep_default_na": False}
-    return {"keep_default_na": False} if plain_suffix(path) == ".csv" else {}
-
-
+# %% ../nbs/02a2_reading.ipynb #load-hub
 def _library():
-    """The `datasets` module, without its notes on progress bars and parsers: our errors name the line."""
+    """The `datasets` module, without its notes on progress bars and parsers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
@@ -114,28 +38,19 @@ def _library():
     return datasets
 
 
-def read_file(path: str | Path) -> Iterator[dict]:
-    """The rows of one plain or gzipped file, streamed by the `datasets` builder of its type. DataError names the line."""
-    path = Path(path)
-    _refuse_unreadable(path)
-    load_dataset = _library().load_dataset
-    try:
-        yield from load_dataset(BUILDERS[plain_suffix(path)], data_files=str(path), split="train", streaming=True,
-                                **_builder_options(path))
-    except Exception as error:  # the builders raise their parsers' own errors, which name no line
-        fault = _fault(path) or f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: {fault}") from error
-
-# %% ../nbs/02a2_reading.ipynb #load-hub
 @lru_cache(maxsize=4)
 def load_hub(name: str, split: str):
     """A split from the hub or its local cache, memory-mapped. DatasetNotFound instead of a long wait when offline."""
-    import huggingface_hub
-
-    datasets, info = _library(), dataset_info(name)
+    info = dataset_info(name)
     state = hub_state(info)
     if state not in ("cached", "reachable"):
         raise DatasetNotFound(f"data set {info.name!r} ({info.hub}): {state}")
+    if os.path.isdir(info.hub):  # the library would read that instead
+        raise DatasetNotFound(f"data set {info.name!r}: the folder {os.path.abspath(info.hub)} hides the hub's {info.hub}; start from "
+                              "another folder, or name the files in it")
+    import huggingface_hub
+
+    datasets = _library()
     offline = (datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")
     before = [getattr(*place) for place in offline]
     try:
@@ -149,37 +64,6 @@ def load_hub(name: str, split: str):
     finally:
         for place, value in zip(offline, before):
             setattr(*place, value)
-
-# %% ../nbs/02a2_reading.ipynb #rows
-def rows(name: str, split: str = "train") -> Iterator[dict]:
-    """The rows of a source as dictionaries, in order, without those a hash put on the other side of a cut.
-
-    Args:
-        name: a name of DATASET_REGISTRY, its hub path, or your own file.
-        split: "train", "validation" or "test".
-    """
-    source = find_source(name)
-    if source.where == "built-in":
-        raise DataError("the synthetic source writes documents, not rows: use modern_llm.synth")
-    stored, low, high = split_plan(source.splits, split)
-    key = source.info.key or (lambda row: "\n".join(str(row.get(field)) for field in source.info.fields))
-    tables = ([(path, read_file(path)) for path in source.files[stored]] if source.files
-              else [(source.info.hub, load_hub(source.info.name, stored))])
-    yield from keep_side(_checked(source, tables), key, low, high, first_held_out=source.where == "file")
-
-
-def _filled(row: dict) -> list[str]:
-    return sorted(field for field, value in row.items() if value is not None)
-
-
-def _checked(source: Source, tables: list) -> Iterator[dict]:
-    for place, table in tables:
-        for number, row in enumerate(table, 1):
-            missing = [field for field in source.info.fields if row.get(field) is None]
-            if missing:
-                raise DataError(f"{place}: row {number} has no field {missing[0]!r}, only {_filled(row)}; "
-                                f"{source.info.name} needs {', '.join(source.info.fields)}")
-            yield row
 
 # %% ../nbs/02a2_reading.ipynb #articles
 _TITLE = re.compile(r"^ ?= (?!= ).*(?<! =) = ?$")
@@ -205,22 +89,129 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     if any(text.strip() for text in held):
         yield "\n".join(held).strip()
 
-# %% ../nbs/02a2_reading.ipynb #text-blocks
-def text_blocks(lines: Iterable[str], separator: str = "<|endoftext|>", min_chars: int = 2000) -> Iterator[str]:
-    """Documents of a plain text: what stands between separator lines, or paragraphs in blocks of about `min_chars`."""
-    held: list[str] = []
-    size = 0
-    for line in lines:
-        pieces = line.split(separator)
-        for i, piece in enumerate(pieces):
-            if i or (not piece.strip() and size >= min_chars):
-                if text := "\n".join(held).strip():
-                    yield text
-                held, size = [], 0
-            held.append(piece)
-            size += len(piece)
-    if text := "\n".join(held).strip():
-        yield text
+# %% ../nbs/02a2_reading.ipynb #split-of
+def _is_lines(source: Source, stored: str) -> bool:
+    """Whether the rows of a stored split are lines of text, in which documents have to be found."""
+    return source.info.is_wikitext or any(plain_suffix(path) in TEXT_SUFFIXES for path in source.files.get(stored, ()))
+
+
+def _key(source: Source, row: dict) -> str:
+    """The text that decides on which side of a cut a row falls."""
+    return source.info.key(row) if source.info.key else "\n".join(str(row.get(field)) for field in source.info.fields)
+
+
+def _stored_texts(source: Source, stored: str) -> Iterator[str]:
+    """The documents of a stored split, or the keys of its rows where a row is more than a text."""
+    if not _is_lines(source, stored):
+        return (_key(source, row) for row in _checked(source, stored))
+    lines = (row["text"].rstrip("\r\n") for row in _checked(source, stored))
+    return articles(line if line.strip() else "" for line in lines) if source.info.is_wikitext else text_blocks(lines)
+
+
+@lru_cache(maxsize=64)
+def _cut(name: str, stored: str, state: tuple) -> Cut:
+    """The cut of a stored split whose files are in this `state`."""
+    source = find_source(name)
+    divisible = source.info.kind == "text" and len(source.info.fields) == 1
+    return make_cut(_stored_texts(source, stored), cut_splits(source.splits, stored), source.info.name, divisible)
+
+
+def split_of(name: str, split: str = "train") -> tuple[str, Cut | None]:
+    """The stored split that serves a split of a source, and how it is cut for that; None where it serves as it is."""
+    source = find_source(name)
+    stored, low, high = split_plan(source.splits, split)
+    state = tuple((path, stat.st_size, stat.st_mtime_ns) for path in source.files.get(stored, ()) for stat in [path.stat()])
+    return stored, None if high - low == 100 else _cut(name, stored, state)
+
+
+def how_split(name: str) -> str:
+    """In words, how a source's validation split was cut from another one; "" where it came with its own."""
+    cut = None if find_source(name).where == "built-in" else split_of(name, "validation")[1]
+    return cut.note if cut else ""
+
+# %% ../nbs/02a2_reading.ipynb #rows
+def rows(name: str, split: str = "train", also: Iterable[str] = ()) -> Iterator[Row]:
+    """The rows of a source, in order, without those on the other side of a cut; each knows its `place`.
+
+    Of a text that is cut, the rows are the lines of the documents on this side, a blank one before each.
+
+    Args:
+        name: a name of DATASET_REGISTRY, its hub path, or your own file.
+        split: "train", "validation" or "test".
+        also: columns that must be there besides the source's fields.
+
+    Raises:
+        DataError: naming file and line of a row that lacks a column, or has something else where text belongs.
+    """
+    source = find_source(name)
+    if source.where == "built-in":
+        raise DataError("the synthetic source writes documents, not rows: use modern_llm.synth")
+    stored, cut = split_of(name, split)
+    if cut is None:
+        yield from _checked(source, stored, also)
+    elif _is_lines(source, stored):
+        yield from (Row({"text": line}, source.info.name) for text in _stored_texts(source, stored)
+                    if (part := cut.part(text, split)) is not None for line in ("", *text[part].split("\n")))
+    else:
+        for row in _checked(source, stored, also):
+            if (part := cut.part(text := _key(source, row), split)) is not None:
+                yield row if part == slice(None) else Row({**row, source.info.fields[0]: text[part]}, row.place)
+
+
+def _stored_rows(source: Source, stored: str) -> Iterator[Row]:
+    if source.files:
+        yield from chain.from_iterable(map(read_file, source.files[stored]))
+    else:
+        yield from (Row(row, f"{source.info.hub}: row {number}")
+                    for number, row in enumerate(load_hub(source.info.name, stored), 1))
+
+
+_KINDS = {str: "text", bool: "true or false", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+
+
+def _checked(source: Source, stored: str, also: Iterable[str] = ()) -> Iterator[Row]:
+    info = source.info
+    needed = [field for field in dict.fromkeys((*info.fields, *also)) if field not in info.optional]
+    types = {**dict.fromkeys(info.fields, (str,)), **info.columns}
+    for row in _stored_rows(source, stored):
+        for field in needed:
+            if row.get(field) is None:
+                have = sorted(str(name) for name, value in row.items() if value is not None)
+                raise DataError(f"{row.place} has no field {field!r}, only {have}; "
+                                f"{info.name} needs {', '.join(needed)}")
+        for field, kinds in types.items():
+            value = row.get(field)
+            if value is None:
+                row.update({field: ""} if field in info.optional else {})
+            elif type(value) not in kinds:
+                raise DataError(f"{row.place}: {field} is {_KINDS.get(type(value), type(value).__name__)}, {repr(value)[:40]}, but "
+                                f"should be {' or '.join(_KINDS[kind] for kind in kinds if kind in _KINDS)}")
+        yield row
+
+# %% ../nbs/02a2_reading.ipynb #check-rows
+def check_rows(name: str, seconds: float = 5.0) -> dict[str, str]:
+    """Read the rows of a source that is here, of each file for at most so many seconds.
+
+    Returns:
+        read: how many rows, and how many of them have no text ("812 rows, 3 without text"; "the first 90,500 rows" of a long file);
+        columns: the names in the first row.
+
+    Raises:
+        DataError: what is wrong with the first row that cannot be used, or with the file.
+    """
+    source, count, empty, cut, columns = find_source(name), 0, 0, False, ""
+    parts = [(stored, replace(source, files={stored: (path,)})) for stored, paths in source.files.items() for path in paths]
+    for stored, part in parts or [(stored, source) for stored in source.splits]:
+        end = time.monotonic() + seconds
+        for row in _checked(part, stored, source.info.needed_columns):
+            columns = columns or ", ".join(map(str, row))
+            count += 1
+            empty += not (_is_lines(part, stored) or any(row[field].strip() for field in source.info.fields))
+            if count % 500 == 0 and time.monotonic() > end:
+                cut = True
+                break
+    said = f"{'the first ' * cut}{count:,} row{'s' * (count != 1)}" + f", {empty:,} without text" * bool(empty)
+    return {"read": said, "columns": columns}
 
 # %% ../nbs/02a2_reading.ipynb #documents
 def documents(name: str, split: str = "train", world_seed: int = 0) -> Iterator[str]:
@@ -235,13 +226,10 @@ def documents(name: str, split: str = "train", world_seed: int = 0) -> Iterator[
         part = "train" if split == "train" else "heldout"
         yield from (document.text for document in synth.documents(split=part, seed=0, world_seed=world_seed))
         return
-    if source.info.name.startswith("wikitext"):
-        lines = (row["text"].rstrip("\r\n") for row in rows(name, split))
-        texts = articles(line if line.strip() else "" for line in lines)
-    elif any(plain_suffix(path) in TEXT_SUFFIXES for files in source.files.values() for path in files):
-        stored, *side = split_plan(source.splits, split)
-        lines = (row["text"].rstrip("\r\n") for path in source.files[stored] for row in read_file(path))
-        texts = keep_side(text_blocks(lines), str, *side, first_held_out=source.where == "file")
+    stored, cut = split_of(name, split)
+    if _is_lines(source, stored):
+        texts = _stored_texts(source, stored)
+        texts = (text[part].strip() for text in texts if (part := cut.part(text, split)) is not None) if cut else texts
     else:
         texts = ("\n".join(str(row[field]) for field in source.info.fields if row[field] != "")
                  for row in rows(name, split))
@@ -250,7 +238,7 @@ def documents(name: str, split: str = "train", world_seed: int = 0) -> Iterator[
             yield text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # %% ../nbs/02a2_reading.ipynb #content-id
-READER_VERSION = 1  # raise it when `documents` reads the same files differently
+READER_VERSION = 3  # raise it when `documents` reads the same files differently
 
 
 @lru_cache(maxsize=64)
@@ -265,16 +253,16 @@ def content_id(name: str, split: str = "train", world_seed: int = 0) -> str:
         from modern_llm import synth
 
         code = sorted(Path(synth.__file__).parent.glob("synth*.py"))
-        parts = [*map(sha256, code), split if split == "train" else "heldout", str(world_seed)]
+        parts = ["reader 1", *map(sha256, code), split if split == "train" else "heldout", str(world_seed)]  # no file is read: its id stays
     else:
         stored, low, high = split_plan(source.splits, "train" if source.where == "file" else split)
-        parts = [stored, str(low), str(high)]
+        parts = [f"reader {READER_VERSION}", stored, str(low), str(high)]
         if source.files:
             stats = [(path, path.stat()) for path in source.files[stored]]
             parts += [_file_sha256(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         else:
             parts.append(load_hub(source.info.name, stored)._fingerprint)
-    return hashlib.sha256("\n".join([source.info.name, f"reader {READER_VERSION}", *parts]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([source.info.name, *parts]).encode()).hexdigest()
 
 # %% ../nbs/02a2_reading.ipynb #download
 def download(name: str) -> None:

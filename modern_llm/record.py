@@ -132,13 +132,13 @@ def machine(device: str) -> dict:
             "platform": platform.platform()}
 
 
-def write_record(run: StageRun, parameters: dict, resolved: PipelineConfig, data: dict) -> None:
-    """`params.json` of the stage, and `run.json`, which keeps what it says of the other stages.
+def write_record(run: StageRun, parameters: dict, resolved: PipelineConfig, former: dict, data: dict, under_way: list[dict]) -> None:
+    """`params.json` of the stage, and `run.json`, which keeps what the `former` one says of the other stages.
 
-    `params.json` holds the settings as asked for (`resolved`), to be compared with those asked for the next time.
+    `params.json` holds the settings as asked for (`resolved`), to be compared with those asked for the next time, and those that
+    were changed `under_way`.
     """
     path = run.folder.parent / "run.json"
-    former = read_json(path) if path.exists() else {"stages": {}, "config": {}}
     config = to_dict(run.config)
     config |= {name: former["config"][name] for name in former["stages"] if name != run.stage and name in former["config"]}
     if run.resume:
@@ -149,5 +149,6 @@ def write_record(run: StageRun, parameters: dict, resolved: PipelineConfig, data
     if isinstance(fitted := settings_of(run.config, run.stage), TrainConfig):
         wanted[run.stage]["micro_batch_size"] = fitted.micro_batch_size
     write_json(run.folder / "params.json", {"stage": run.stage, **parameters, "run": run.run, "config": wanted,
-                                            "inputs": described(run.inputs), "data_files": data})
+                                            "context_length": resolved.model.context_length, "inputs": described(run.inputs),
+                                            "data_files": data, **({"changed_under_way": under_way} if under_way else {})})
     run.mark("running")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from modern_llm.report_page import Page, folded, interval, markdown_table, measures, text_block
+from modern_llm.report_page import Page, folded, interval, markdown_table, measured, measures, number, text_block
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +69,7 @@ def results(page: Page) -> None:
     by_level = [{"stage": stage, "level": int(name.split()[-1]), **row} for stage, found in analysis.get("stages", {}).items()
                 for name, row in found.get("greedy by level", {}).items() if name.split()[-1].isdigit()]
     if by_level:
-        page.picture("levels.png", report_figures.levels, pd.DataFrame(by_level),
+        page.picture("levels.png", report_figures.levels, measured(by_level),
                      caption="Word problems by number of steps, greedy answers.")
 
 
@@ -87,8 +87,9 @@ def stage_gains(page: Page) -> None:
     table["significant"] = table.significant.astype(str) == "True"
     kept = table[~table.metric.str.contains("^error, |-shot, |nats per token T", regex=True)]
     kept = kept.assign(p=pd.to_numeric(kept.p, errors="coerce") if "p" in kept else float("nan"))
-    page.add("Each row compares two stages item by item. *Significant* means that the paired 95% interval leaves out 0; with "
-             f"{len(kept)} comparisons, about {0.05 * len(kept):.0f} would do so by chance.")
+    page.add("Each row compares two stages item by item. *Significant* means that the paired 95% interval leaves out 0, that McNemar's p is below "
+             f"0.05 where items are right or wrong, and that there are at least six items; of {len(kept)} comparisons, about "
+             f"{0.05 * len(kept):.0f} would be so by chance.")
     page.origin()
     shares = kept[~kept.task.eq("perplexity")]
     labels = shares.stage + " − " + shares.against + ": " + shares.task + ", " + shares.metric
@@ -152,7 +153,7 @@ def sentiment(page: Page) -> None:
     for row in shots.to_dict("records"):
         draws = (row["stage"], f"{row['metric']}, over draws")
         lines.append({"stage": row["stage"], "demonstrations": row["shots"], "method": row["method"], "accuracy": interval(row), "n": int(row["n"]),
-                      "worst and best draw": f"{spread.low[draws]:.3f} … {spread.high[draws]:.3f}" if draws in spread.index else "",
+                      "worst and best draw": f"{number(spread.low[draws])} … {number(spread.high[draws])}" if draws in spread.index else "",
                       "": "; ".join(part for part in row["protocol"].split("; ") if "constant answer" in part)})
     page.add(folded("All shots and methods", markdown_table(lines)))
 
@@ -206,8 +207,6 @@ def baselines(page: Page) -> None:
 
 
 def verifier(page: Page) -> None:
-    import pandas as pd
-
     from modern_llm import report_figures
 
     page.add("## What the verifier is worth")
@@ -218,21 +217,21 @@ def verifier(page: Page) -> None:
     telling = ("within-problem AUC", "pooled AUC", "calibration error", "weighted", "best_of_n")
     page.add(measures(row for row in found.get("table", []) if row["metric"].startswith(telling)))
     if found.get("rerank"):
-        table = pd.DataFrame(found["rerank"])
+        table = measured(found["rerank"])
         page.picture("rerank.png", report_figures.rerank, table,
                      caption="The verifier stage's held-out problems: share right by way of choosing; bands are 95% intervals.")
         last = table[table["size"] == table["size"].max()]
         page.add(markdown_table({"way to choose": row["method"].replace("_", " "), "answers": row["size"],
                                  "share right": interval(row), "n": row.get("n")} for row in last.to_dict("records")))
     if found.get("calibration"):
-        page.picture("calibration.png", report_figures.calibration, pd.DataFrame(found["calibration"]),
+        page.picture("calibration.png", report_figures.calibration, measured(found["calibration"]),
                      caption="Calibration: below the dashed line the verifier is too sure.")
     curves = page.run.json("eval/gsm8k_analysis.json").get("curves", {})
     for stage in dict.fromkeys(row["stage"] for rows in curves.values() for row in rows):
         rows = [{"method": method, **row} for method, line in curves.items() for row in line if row["stage"] == stage]
-        page.picture(f"rerank_eval_{stage}.png", report_figures.rerank, pd.DataFrame(rows),
+        page.picture(f"rerank_eval_{stage}.png", report_figures.rerank, measured(rows),
                      caption=f"The evaluation's problems, samples of {stage}; pass: at least one of them is right.")
     for kind, mistakes in page.run.json("eval/verifier_mistakes.json").items():
-        shown = [(f"score {one['score']:.2f}", f"{one['question']}\n→ {one['answer']}\ngold: {one['gold']}") for one in mistakes]
+        shown = [("score " + ("unknown" if one["score"] is None else f"{one['score']:.2f}"), f"{one['question']}\n→ {one['answer']}\ngold: {one['gold']}") for one in mistakes]
         page.add(folded(f"{kind.capitalize()}: {'wrong answers it likes most' if 'positives' in kind else 'right answers it likes least'}",
                         text_block(shown)))

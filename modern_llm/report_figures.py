@@ -92,7 +92,7 @@ def stage_results(table: pd.DataFrame, path: Path) -> Path:
 
 
 def gains(table: pd.DataFrame, path: Path) -> Path:
-    """Every change with its interval, filled where that leaves out 0: columns label, stage, change, low, high, significant."""
+    """Every change with its interval, filled where it is significant: columns label, stage, change, low, high, significant."""
     fig, ax = figure(8, 0.8 + 0.22 * len(table))
     for place, row in enumerate(table.itertuples()):
         colour = COLOURS[STAGE_COLOURS.get(row.stage, 5)]

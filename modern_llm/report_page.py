@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modern_llm.config import BUILT_IN
 from modern_llm.files import read_json
 
 if TYPE_CHECKING:
@@ -46,8 +47,16 @@ def interval(row: dict) -> str:
     low, high = row.get("low"), row.get("high")
     if row.get("n") == 1 and low == high is not None:
         return f"{number(row.get('value'))} (n = 1)"
-    known = low is not None and high is not None and low == low
+    known = low is not None and high is not None and low == low and high == high
     return f"{number(row.get('value'))} [{number(low)}, {number(high)}]" if known else number(row.get("value"))
+
+
+def measured(rows: Iterable[dict]) -> pd.DataFrame:
+    """Rows as a table to draw from: what is not known of value, low and high is NaN, even where nothing is."""
+    import pandas as pd
+
+    table = pd.DataFrame(list(rows))
+    return table.astype({name: float for name in ("value", "low", "high") if name in table})
 
 
 def markdown_table(rows: Iterable[dict], columns: Sequence[str] | None = None) -> str:
@@ -91,9 +100,12 @@ class Run:
         if not path.is_file():
             return {}
         try:
-            return read_json(path)
-        except ValueError as error:
+            found = read_json(path)
+        except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{path} is not valid JSON ({error}): delete it and run that stage again") from error
+        if not isinstance(found, dict):
+            raise ReportError(f"{path} holds no JSON object: delete it and run that stage again")
+        return found
 
     @cached_property
     def record(self) -> dict:
@@ -155,7 +167,7 @@ class Run:
         if not path.is_file() or not path.stat().st_size:
             return pd.DataFrame()
         if path.suffix == ".csv":
-            empty = {column: [""] for column in ("value", "low", "high", "n")}
+            empty = {column: [""] for column in ("value", "change", "low", "high", "n")}
             return pd.read_csv(path, keep_default_na=False, na_values=empty)
         return pd.read_json(path, lines=True)
 
@@ -197,7 +209,7 @@ class Page:
     def origin(self, names: Iterable[str] | None = None, short: bool = True) -> None:
         """Say beside the numbers which of the data are synthetic."""
         names = self.run.sources if names is None else list(names)
-        made_up = [name for name in names if str(name).startswith("synthetic")]
+        made_up = [name for name in names if name in BUILT_IN]
         if made_up:
             real = [name for name in names if name not in made_up]
             text = f"**Synthetic data:** {', '.join(f'`{name}`' for name in made_up)}"

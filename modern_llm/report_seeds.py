@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,19 +30,20 @@ def summarise_seeds(runs: list[Path]) -> pd.DataFrame:
     why = not_comparable(found)
     if why:
         raise ReportError(why)
-    rows = []
-    for run in found:
-        for stage, entry in run.stages.items():
-            rows.append({"stage": stage, "task": "", "metric": "minutes", "value": entry.get("seconds", 0) / 60})
-        for stage, results in run.results.items():
-            if stage != "eval":
-                rows += [{"stage": stage, "task": "own table", "metric": row["metric"], "value": row["value"]}
-                         for row in results.get("table", [])]
-        ledger = run.frame("eval/ledger.csv")
-        rows += ledger[["stage", "task", "metric", "value"]].to_dict("records") if len(ledger) else []
+    rows = [row for run in found for row in summarise(run)]
     table = pd.DataFrame(rows, columns=["stage", "task", "metric", "value"]).dropna(subset="value")
     grouped = table.groupby(["stage", "task", "metric"], sort=False).value
     return grouped.agg(median="median", low="min", high="max", runs="size", values=list).reset_index()
+
+
+def summarise(run: Run) -> list[dict]:
+    """Every measure of one run: stage, task, metric, value."""
+    rows = [{"stage": stage, "task": "", "metric": "minutes", "value": entry.get("seconds", 0) / 60} for stage, entry in run.stages.items()]
+    for stage, results in run.results.items():
+        if stage != "eval":
+            rows += [{"stage": stage, "task": "own table", "metric": row["metric"], "value": row["value"]} for row in results.get("table", [])]
+    ledger = run.frame("eval/ledger.csv")
+    return rows + (ledger[["stage", "task", "metric", "value"]].to_dict("records") if len(ledger) else [])
 
 
 def not_comparable(runs: Sequence[Run]) -> str:
@@ -76,13 +78,22 @@ def _recipe(run: Run) -> dict[str, str]:
 
 
 def runs_of_other_seeds(run: str, runs: Path) -> list[Run]:
-    """`run` and its siblings `<run>-seed…` that have results and the same settings, by seed; of one seed the first only."""
+    """`run` and its siblings `<run>-seed…` that have results and the same settings, by seed; of one seed the first only.
+
+    A sibling that cannot be read is left out, and a line says so.
+    """
     stem = re.sub(r"-seed\d+$", "", run)
     siblings = sorted(path.name for path in runs.glob(f"{stem}-seed*") if path.name.removeprefix(f"{stem}-seed").isdigit())
     names = [run, stem, *siblings]
     kept: list[Run] = []
     for name in dict.fromkeys(names):
         candidate = Run(runs / name)
-        if candidate.results and (not kept or not not_comparable([*kept, candidate])):
-            kept.append(candidate)
+        try:
+            if candidate.results and (not kept or not not_comparable([*kept, candidate])):
+                summarise(candidate)
+                kept.append(candidate)
+        except (ReportError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if name == run:
+                raise
+            print(f"{name} is left out of the report across seeds: {type(error).__name__}: {error}", file=sys.stderr)
     return sorted(kept, key=lambda one: one.record.get("seed", 0))

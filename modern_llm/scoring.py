@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['document_nats', 'ratio_interval', 'perplexity_ratio', 'held_out_measures', 'completion_log_probs',
+__all__ = ['document_nats', 'ratio_interval', 'perplexity_of', 'perplexity_ratio', 'held_out_measures', 'completion_log_probs',
            'proportion_interval', 'mean_interval', 'paired_difference', 'items_interval', 'mcnemar', 'auc',
            'within_group_auc']
 
@@ -53,7 +54,12 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, draws: int = 
     """The ratio of two sums over documents with its 95% bootstrap interval: value, low, high and n documents.
 
     Source: Efron and Tibshirani 1993, chapter 13 (percentile interval), resampling whole documents.
+
+    Raises:
+        ValueError: there are no documents.
     """
+    if not len(numerator):
+        raise ValueError("ratio_interval: there is nothing to evaluate; is the data set or its filter empty?")
     pairs = np.stack([np.asarray(numerator, float), np.asarray(denominator, float)], axis=1)
     n, random = len(pairs), np.random.default_rng(seed)
     sums = np.stack([random.multinomial(n, np.full(n, 1 / n)) @ pairs for _ in range(draws)])
@@ -61,6 +67,11 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, draws: int = 
     return {"value": float(pairs[:, 0].sum() / pairs[:, 1].sum()), "low": float(low), "high": float(high), "n": n}
 
 # %% ../nbs/02e_scoring.ipynb #perplexity-tax
+def perplexity_of(nats: float) -> float:
+    """exp of nats per token; infinity where that is more than a number can hold, as for a model that has diverged."""
+    return math.inf if nats > 709 else math.exp(nats)
+
+
 def perplexity_ratio(base: pd.DataFrame, tuned: pd.DataFrame) -> dict[str, float]:
     """Perplexity of `tuned` over that of `base` on the same documents, with its paired 95% interval (1.05: 5% more).
 
@@ -68,7 +79,7 @@ def perplexity_ratio(base: pd.DataFrame, tuned: pd.DataFrame) -> dict[str, float
         base, tuned: what `document_nats` found for each model. Documents are resampled, the same ones for both.
     """
     found = ratio_interval(tuned.nats - base.nats, base.tokens)
-    return {**{name: math.exp(found[name]) for name in ("value", "low", "high")}, "n": found["n"]}
+    return {**{name: perplexity_of(found[name]) for name in ("value", "low", "high")}, "n": found["n"]}
 
 # %% ../nbs/02e_scoring.ipynb #held-out-measures
 def held_out_measures(scores: pd.DataFrame, num_bytes: int, source: str) -> list[dict]:
@@ -82,7 +93,8 @@ def held_out_measures(scores: pd.DataFrame, num_bytes: int, source: str) -> list
     loss = ratio_interval(scores.nats, scores.tokens)
     per_byte = scores.tokens.sum() / num_bytes / math.log(2)
     protocol = f"held-out {source}, {int(scores.tokens.sum())} tokens in {len(scores)} documents, each token once, packed rows"
-    forms = {"nats per token": lambda x: x, "perplexity": math.exp, "bits per byte": lambda x: x * per_byte}
+    protocol += "; one document, so the interval says nothing" * (len(scores) == 1)
+    forms = {"nats per token": lambda x: x, "perplexity": perplexity_of, "bits per byte": lambda x: x * per_byte}
     return [{"metric": f"{name}, {source}", **{k: form(loss[k]) for k in ("value", "low", "high")}, "n": loss["n"],
              "protocol": protocol} for name, form in forms.items()]
 
@@ -112,7 +124,7 @@ def proportion_interval(right: float, n: int) -> dict[str, float]:
     """
     if n < 1:
         raise ValueError(f"proportion_interval: n={n}, there is nothing to evaluate; is the data set or its filter empty?")
-    share, z2 = right / n, 1.96**2
+    share, z2 = right / n, NormalDist().inv_cdf(0.975) ** 2
     middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
     low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
     return {"value": share, "low": max(0.0, min(low, share)), "high": min(1.0, max(high, share)), "n": n}  # rounding, at 0 and 1
@@ -171,8 +183,14 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 # %% ../nbs/02e_scoring.ipynb #auc
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Probability that a random right item scores above a random wrong one, ties counted half; NaN without both kinds."""
+    """Probability that a random right item scores above a random wrong one, ties counted half; NaN without both kinds.
+
+    Raises:
+        ValueError: a score is not a number.
+    """
     scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    if bad := int(np.isnan(scores).sum()):
+        raise ValueError(f"auc: {bad} of {len(scores)} scores are not numbers, and have no place in an order; leave these items out")
     right, wrong = scores[labels], np.sort(scores[~labels])
     if not len(right) or not len(wrong):
         return math.nan

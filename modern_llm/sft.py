@@ -24,6 +24,7 @@ from .config import SFTConfig, nearest
 from .data import PackedBatches, TokenCache
 from .reading import rows
 from .scoring import document_nats, proportion_interval
+from .sources import DataError
 from .tasks import problem_request, sentences, strict_answer, word_problems
 from .tokens import end_of_text_id
 
@@ -68,18 +69,21 @@ def best_paths(messages: Iterable[dict], languages: Sequence[str] = ("en",)) -> 
             best, None unranked) and lang, in any order (OpenAssistant, Köpf et al. 2023, 2304.07327).
         languages: of the roots to keep.
 
-    A tree nobody answered gives an example with an empty output. A last question without an answer is left out.
+    A reply to a message that is not among the rows is left out. A tree nobody answered gives an example with an empty output. A last question without an answer is left out.
     """
-    replies, roots = defaultdict(list), []
+    replies, roots, seen = defaultdict(list), [], set()
     for message in messages:
-        if message["parent_id"] is not None:
+        if message["message_id"] in seen:
+            raise DataError(f"{getattr(message, 'place', 'oasst1')}: the message_id {message['message_id']!r} is there twice")
+        seen.add(message["message_id"])
+        if message.get("parent_id") is not None:
             replies[message["parent_id"]].append(message)
         elif message["lang"] in languages:
             roots.append(message)
     for root in roots:
         path = [root]
         while answers := [m for m in replies[path[-1]["message_id"]] if m["role"] != path[-1]["role"]]:
-            path.append(min(answers, key=lambda m: (m["rank"] is None, m["rank"] or 0)))
+            path.append(min(answers, key=lambda m: math.inf if (rank := m.get("rank")) is None or math.isnan(rank) else rank))
         texts = [message["text"] for message in path]
         *history, (request, output) = zip(texts[::2], texts[1::2]) if len(texts) > 1 else [(texts[0], "")]
         yield Example(request, output=output, history=tuple(history))
@@ -105,7 +109,7 @@ def _alpaca(split: str, limit: int, world_seed: int) -> Iterator[Example]:
 
 
 def _oasst1(split: str, limit: int, world_seed: int) -> Iterator[Example]:
-    return islice(best_paths(rows("oasst1", split)), limit)
+    return islice(best_paths(rows("oasst1", split, also=("message_id", "role", "lang"))), limit)
 
 
 def _sst2(split: str, limit: int, world_seed: int) -> Iterator[Example]:
@@ -128,29 +132,32 @@ def instructions(source: str, split: str, limit: int, world_seed: int = 0) -> li
         world_seed: of the built-in world, whose facts its instructions ask for.
 
     Raises:
-        ValueError: naming the nearest valid source.
+        ValueError: naming the nearest valid source, or a source without any example.
     """
     if source not in SOURCES:
         raise ValueError(f"sft.sources: {source!r} is unknown{nearest(source, SOURCES)}")
-    return list(SOURCES[source](split, limit, world_seed))
+    found = list(SOURCES[source](split, limit, world_seed))
+    if not found:
+        raise ValueError(f"sft.sources: {source!r} has no example in its {split} split; add rows or leave the source out")
+    return found
 
 # %% ../nbs/04_sft.ipynb #encode-examples
 def encode_examples(tokenizer: Tokenizer, examples: Iterable[Example], context_length: int) -> tuple[list[Encoded], dict[str, int]]:
     """What can be trained on, and what became of the rest.
 
-    Examples without an answer are dropped. Those longer than the context lose their end; if no token of the answer is left
+    Examples without a request or an answer are dropped. Those longer than the context lose their end; if no token of the answer is left
     they are dropped too: nothing in them would be trained.
 
     Returns:
-        (encoded examples, counts): examples read, "no answer", "fully masked", truncated (among the kept ones), kept,
+        (encoded examples, counts): examples read, "no text" (of the request or the answer), "fully masked", truncated (among the kept ones), kept,
         tokens, and trained tokens.
     """
     kept: list[Encoded] = []
-    counts = dict.fromkeys(("read", "no answer", "fully masked", "truncated", "kept", "tokens", "trained tokens"), 0)
+    counts = dict.fromkeys(("read", "no text", "fully masked", "truncated", "kept", "tokens", "trained tokens"), 0)
     for example in examples:
         counts["read"] += 1
-        if not example.output.strip():
-            counts["no answer"] += 1
+        if not (example.request and example.output.strip()):
+            counts["no text"] += 1
             continue
         input_ids, labels = encode_example(tokenizer, example.messages)
         trained = sum(label != -100 for label in labels[:context_length])

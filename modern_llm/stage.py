@@ -21,8 +21,8 @@ from modern_llm.bases import make_bases
 from modern_llm.config import GPT2_VOCAB_SIZE, PipelineConfig, TrainConfig
 from modern_llm.files import read_json
 from modern_llm.inputs import (
-    DATA, NOTEBOOKS, SLOW_AND_UNUSED, WARNINGS, Preempted, StageError, changed_data, changes, data_files, described, find_checkpoint,
-    found_inputs, is_model, no_inputs, notebooks_folder, own_inputs, say, sections, setting, start_of,
+    DATA, NOTEBOOKS, SLOW_AND_UNUSED, WARNINGS, Preempted, StageError, changed_data, changes, cut_data, data_files, described, find_checkpoint,
+    found_inputs, is_model, no_inputs, notebooks_folder, own_inputs, say, setting, start_of,
 )
 from modern_llm.locks import RunLock
 from modern_llm.overrides import override, to_dict
@@ -30,6 +30,7 @@ from modern_llm.parameters import choose_folder, injected_parameters, refuse_unk
 from modern_llm.preflight import GIB, memory_needed, preflight, settings_of
 from modern_llm.ranks import launched
 from modern_llm.record import StageRun, write_record, writes_to
+from modern_llm.resume import changed_settings, history, params_of, run_record, set_aside, standing_against
 
 
 def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
@@ -44,14 +45,13 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     config = resolve(stage, parameters)
     if task := namespace.get("TASK"):
         return follow_stage(stage, config, task)
-    wanted = sections(config, stage)
-    name, folder, _ = choose_folder(stage, parameters, wanted)
+    name, folder, _ = choose_folder(stage, parameters, config)
     lock = None
     try:
         if os.environ.get("RANK", "0") == "0":  # the other ranks of a job write nothing
             with writes_to(folder, "or choose another place with output_dir=…"):
                 lock = RunLock(folder.parent, f"stage {stage}").take()
-        _, _, resume = choose_folder(stage, {**parameters, "run": name}, wanted)  # again: another process may just have finished it
+        _, _, resume = choose_folder(stage, {**parameters, "run": name}, config)  # again: another process may just have finished it
         stage_run = _begin(stage, name, folder, resume, parameters, config, lock)
     except BaseException:
         if lock:
@@ -64,7 +64,12 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
 
 def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, resolved: PipelineConfig, lock: RunLock | None) -> StageRun:
     """The checks of `begin`, and the stage's record, once nobody else works on the run."""
-    config, former = resolved, read_json(folder / "params.json") if resume else {}
+    config, former = resolved, params_of(folder) if resume else {}
+    changed = changed_settings(former, stage, config) if resume else []
+    if against := standing_against(folder, config, changed):
+        raise StageError(f"stage {stage} {'is finished' if (folder / 'results.json').exists() else 'was begun'} in {folder} and cannot go on with "
+                         "other settings:\n  - " + "\n  - ".join(changed) + f"\n{against[0].upper()}{against[1:]}. Ask for the former settings, or "
+                         "say force=True to delete the stage and begin anew, or choose another run name")
     if resume and not parameters.get("resume"):
         say(f"{stage}: was preempted, goes on")
     inputs = choose_inputs(stage, config, parameters, folder, former)
@@ -73,16 +78,22 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, 
     if resume and isinstance(settings_of(config, stage), TrainConfig):  # another micro-batch would round differently
         config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     config, device = preflight(config, stage)
-    if changed := changed_data(config, stage, former.get("data_files", {})):
-        raise StageError(f"stage {stage} was begun with other data: {'; '.join(changed)}. Put the former file back, or say force=True to "
+    for line in cut_data(config, stage)[0]:
+        say(f"{stage}: {line}")
+    if other := changed_data(config, stage, former.get("data_files", {})):
+        raise StageError(f"stage {stage} was begun with other data: {'; '.join(other)}. Put the former file back, or say force=True to "
                          "delete the stage and begin anew, or choose another run name")
     stage_run = StageRun(stage, name, config, device, folder, resume, time.time(), inputs, lock=lock)
     stage_run.world = first_rank(stage_run, parameters)
+    record_so_far = run_record(folder.parent)
+    data, under_way = data_files(config, stage, former.get("data_files")), history(folder, former, changed)
     with writes_to(folder, "or choose another place with output_dir=…"):
         if parameters.get("force") and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_record(stage_run, parameters, resolved, data_files(config, stage, former.get("data_files")))
+        if changed:  # it trains on: what was found out about the model as it was is no result of the one to come
+            set_aside(folder)
+        write_record(stage_run, parameters, resolved, record_so_far, data, under_way)
     return stage_run
 
 
@@ -188,7 +199,7 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
         if isinstance(error, getattr(sys.modules.get("torch"), "AcceleratorError", ())):
             say(f"{stage.stage}: the device {stage.device} is lost. What {stage.folder} holds is whole: run again with run={stage.run!r} and "
                 "resume=True, here, on another machine or with device=cpu")
-        stage.mark("failed")
+        stage.mark("finished" if (stage.folder / "results.json").is_file() else "failed")  # a finished stage stays one
 
     def end(number: int, frame) -> None:
         for other in WARNINGS:

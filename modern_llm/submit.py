@@ -5,21 +5,28 @@ Imports no torch: it runs on a login node. SLURM itself does the scheduling; the
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
 import os
+import re
 import shlex
 import shutil
-import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm.config import ConfigError, PipelineConfig, nearest
-from modern_llm.duration import MARGIN, Estimate, estimate, time_limit
-from modern_llm.files import read_json, write_json
-from modern_llm.inputs import StageError
+from modern_llm.duration import MARGIN, Estimate, clock, estimate, minutes_of, time_limit
+from modern_llm.files import write_json
+from modern_llm.inputs import DATA, StageError, setting
+from modern_llm.outcomes import DAMAGED, folders, reason, record_in
 from modern_llm.pipeline import Plan, trains
+from modern_llm.record import writes_to
+from modern_llm.scheduler import MARK, ask, is_queued, job_states, submitted, this_job
 
 ROOT = Path(__file__).resolve().parent.parent
+ONLY_THE_NUMBER = r"sed -nE 's/^([0-9]+)(;.*)?$/\1/p' | tail -n 1"  # greetings come first, the name of a cluster behind
 TOGETHER = ("eval", "attention", "report")  # one job, slurm/eval.slurm, when all of them are wanted
 
 
@@ -46,54 +53,19 @@ def partition_of(config: PipelineConfig) -> str | None:
     return "gpu-h100" if memory > 40 else "gpu-a100" if memory > 12 else "gpu-a100-dev"
 
 
-def clock(minutes: float) -> str:
-    """Minutes as SLURM writes them, HH:MM:SS."""
-    return f"{int(minutes) // 60:02d}:{int(minutes) % 60:02d}:00"
-
-
 # ---- what SLURM says -------------------------------------------------------------------------------------------------
-
-
-def ask(*words: str) -> str | None:
-    """What a SLURM command prints; None if it is not here or does not answer."""
-    if not shutil.which(words[0]):
-        return None
-    try:
-        answer = subprocess.run(words, capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
-        return None
-    return answer.stdout if answer.returncode == 0 else None
-
-
-def minutes_of(limit: str) -> int | None:
-    """Minutes of a time as SLURM writes it, `2-00:00:00`, `30:00` or `infinite` (None)."""
-    if limit in ("infinite", "UNLIMITED", "n/a"):
-        return None
-    days, _, rest = limit.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    hours, minutes = (parts[0], parts[1]) if len(parts) == 3 else (0, parts[0])
-    return (int(days or 0) * 24 + hours) * 60 + minutes
 
 
 def partitions() -> tuple[dict[str, int | None], str | None]:
     """This cluster's partitions with the longest job in minutes (None = no limit) of each, and the default one; none without SLURM."""
-    rows = [line.split("|") for line in (ask("sinfo", "-h", "-o", "%P|%l") or "").split()]
-    default = next((name.rstrip("*") for name, _ in rows if name.endswith("*")), None)
-    return {name.rstrip("*"): minutes_of(limit) for name, limit in rows}, default
-
-
-def job_states(ids: list[str]) -> dict[str, str]:
-    """The state of each job, such as `RUNNING` or `PENDING (Dependency)`; jobs that nobody remembers are left out."""
-    found = {}
-    for line in (ask("squeue", "--me", "-h", "-t", "all", "-o", "%A|%T|%r") or "").splitlines():
-        job, state, reason = line.split("|")
-        if job in ids:
-            found[job] = state + (f" ({reason})" if state == "PENDING" and reason != "None" else "")
-    if gone := [job for job in ids if job not in found]:  # squeue forgets after minutes; a cluster with accounting does not
-        for line in (ask("sacct", "-n", "-X", "-P", "-j", ",".join(gone), "-o", "JobID,State") or "").splitlines():
-            job, state = line.split("|")
-            found[job] = state
-    return found
+    said = ask("sinfo", "-h", "-o", MARK + "%P|%l")
+    found, default = {}, None
+    for name, limit in said.rows(2) if said else []:
+        default = name.rstrip("*") if name.endswith("*") else default
+        found[name.rstrip("*")] = None
+        with contextlib.suppress(ValueError):  # a limit that is no time: as if there were none
+            found[name.rstrip("*")] = minutes_of(limit)
+    return found, default
 
 
 # ---- the record ------------------------------------------------------------------------------------------------------
@@ -108,35 +80,93 @@ def note_job(run_folder: Path, job: str, stages: list[str], command: str) -> Pat
 
 def note_this_job(run_folder: Path, stages: list[str]) -> None:
     """Inside a job that was submitted by hand: note it too."""
-    job = os.environ.get("SLURM_JOB_ID")
+    job = this_job()
     if job and not (run_folder / "jobs" / f"{job}.json").exists():
         note_job(run_folder, job, stages, f"{os.environ.get('SLURM_JOB_NAME', '')} (sbatch by hand)")
 
 
+def job_records(run_folder: Path) -> tuple[list[dict], list[str]]:
+    """The jobs of a run, the oldest first; and what is wrong with the records that cannot be read."""
+    records, damaged = [], []
+    for path in sorted(run_folder.glob("jobs/*.json")):
+        try:
+            records.append(record_in(path, id=str, stages=list, submitted=str))
+        except (OSError, ValueError) as error:
+            damaged.append(f"jobs/{path.name}: {reason(error)}")
+    return sorted(records, key=lambda record: (record["submitted"], [int(part) for part in re.findall(r"\d+", record["id"])])), damaged
+
+
 def jobs_of(run_folder: Path) -> list[dict]:
-    """The jobs of a run, the oldest first."""
-    records = [read_json(path) for path in run_folder.glob("jobs/*.json")]
-    return sorted(records, key=lambda record: (record["submitted"], int(record["id"])))
+    """The jobs of a run, the oldest first; records that cannot be read are left out."""
+    return job_records(run_folder)[0]
 
 
 def with_jobs(rows: list[dict], root: Path, only: str | None = None) -> list[dict]:
-    """The rows of `runs_table` with a column `job`, and a row for every stage that still waits for its job.
+    """The rows of `runs_table` with a column `job`, and a row for every stage that still waits for its job, or whose job's record is damaged.
 
     Where no run was ever submitted the rows stay as they are.
     """
-    latest = {(path.name, stage): record["id"] for path in sorted(root.glob("*")) if only in (None, path.name)
-              for record in jobs_of(path) for stage in record["stages"]}
-    if not latest:
+    latest, broken = {}, []
+    for path in folders(root):
+        records, damaged = job_records(path) if only in (None, path.name) else ([], [])
+        latest |= {(path.name, str(stage)): record["id"] for record in records for stage in record["stages"]}
+        broken += [{"run": path.name, "stage": "", "status": f"{DAMAGED}: {text}"} for text in damaged]
+    if not latest and not broken:
         return rows
     states = job_states(sorted(set(latest.values())))
     there = {(row["run"], row["stage"]) for row in rows}
     waiting = [{"run": run, "stage": stage, "status": "to do"} for run, stage in latest if (run, stage) not in there]
     table = []
-    for row in [*rows, *waiting]:
+    for row in [*rows, *waiting, *broken]:
         job = latest.get((row["run"], row["stage"]), "")
         table.append({**{name: row[name] for name in ("run", "stage", "status")}, "job": f"{job} {states.get(job, '')}".strip(),
                       **{name: row.get(name, "") for name in ("started", "minutes", "figures")}})
     return table
+
+
+# ---- where a job begins ----------------------------------------------------------------------------------------------
+
+FOLDERS = ("MODERN_LLM_DATA", "MODERN_LLM_CACHE", "MODERN_LLM_VENV", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")  # variables that name one
+FILES = tuple(dict.fromkeys([path for paths in DATA.values() for path in paths] + ["eval.baselines", "start_from"]))  # settings that may
+
+
+def absolute_settings(config: PipelineConfig) -> dict[str, str]:
+    """The settings that name files by where this command was given, with their absolute paths as JSON: a job begins in the checkout."""
+    found = {}
+    for path in FILES:
+        value = setting(config, path)
+        names = [value] if isinstance(value, str) else list(value or ())
+        absolute = [_absolute(path, name) for name in names]
+        if absolute != names:
+            found[path] = json.dumps(absolute[0] if isinstance(value, str) else absolute, ensure_ascii=False)
+    return found
+
+
+def _absolute(path: str, name: str) -> str:
+    from modern_llm.sources import DatasetNotFound, find_source
+
+    place = Path(name)
+    if not name or place.is_absolute() or name.startswith("~") or not place.exists():
+        return name
+    with contextlib.suppress(DatasetNotFound):
+        if path in ("eval.baselines", "start_from") or find_source(name).where == "file":
+            return str(place.absolute())
+    return name
+
+
+def absolute_words(extra: Iterable[str], config: PipelineConfig) -> tuple[str, ...]:
+    """What was given with -p, naming the same files wherever it is read; `config` is what it comes to here."""
+    words = []
+    for item in extra:
+        name, equals, value = item.partition("=")
+        if name == "output_dir" or (name == "checkpoint" and Path(value).expanduser().exists()):
+            item = f"{name}={Path(value).expanduser().absolute()}"
+        words.append(item)
+    settings = absolute_settings(config)
+    if start := settings.pop("start_from", None):
+        former = [item.partition("=")[2] for item in words if item.startswith("overrides=")][-1:]
+        words.append("overrides=" + " ".join([*former, shlex.quote(f"start_from={start}")]))
+    return (*words, *(f"{path}={value}" for path, value in settings.items()))
 
 
 # ---- submitting ------------------------------------------------------------------------------------------------------
@@ -168,7 +198,7 @@ class Chain:
         account, partition, time: of sbatch; the last two are chosen if not given.
         nodes, gpus: for the stages that train, with a rank on every GPU (`gpus` of each node).
 
-    Raises ConfigError for a partition that this cluster does not have.
+    Raises ConfigError for a partition that this cluster does not have, and for a time that is none.
     """
 
     def __init__(self, plan: Plan, preset: str, words: list[str], account: str | None = None, partition: str | None = None,
@@ -185,6 +215,8 @@ class Chain:
         self.longest = there.get(self.partition) or (known.longest if known else None)
         self.options = [f"{name}={value}" for name, value in (("--account", account), ("--partition", self.partition)) if value]
         self.together = [f"--nodes={nodes}", f"--ntasks-per-node={gpus}"] if nodes * gpus > 1 else []
+        if time:
+            minutes_of(time)  # a ConfigError now, not sbatch's refusal later
         self.time, self.ranks, self.todo = time, nodes * gpus, []
         pending = False
         for stage in plan.stages:
@@ -221,13 +253,14 @@ class Chain:
         return rows
 
     def environment(self) -> dict[str, str]:
-        """What the jobs must know to write where this run is."""
-        return {"MODERN_LLM_RUNS": str(self.plan.run_folder.parent)}
+        """What the jobs must know to write where this run is and to read what would be read here."""
+        relative = {name: value for name in FOLDERS if (value := os.environ.get(name, "").strip()) and not Path(value).expanduser().is_absolute()}
+        return {"MODERN_LLM_RUNS": str(self.plan.run_folder.parent), **{name: str(Path(value).absolute()) for name, value in relative.items()}}
 
     def lines(self) -> list[str]:
         """The commands as a shell in the checkout takes them; the variable JOB1 holds the number of the first job."""
         exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment().items()]
-        return exports + [f"JOB{number}=$({_shown(job.line(f'$JOB{number - 1}' if number > 1 else None))} | tail -n 1)"
+        return exports + [f"JOB{number}=$({_shown(job.line(f'$JOB{number - 1}' if number > 1 else None))} | {ONLY_THE_NUMBER})"
                           for number, job in enumerate(self.jobs, 1)]
 
     def submit(self) -> list[tuple[Job, str]]:
@@ -239,26 +272,29 @@ class Chain:
             raise StageError("sbatch is not here: jobs are submitted on a login node of a SLURM cluster. --dry-run shows the lines; "
                              "`modern-llm run` with the same words runs the stages on this machine.")
         self._refuse_if_queued()
-        (self.plan.run_folder / "logs").mkdir(parents=True, exist_ok=True)
+        with writes_to(self.plan.run_folder, "or choose another place with MODERN_LLM_RUNS"):
+            (self.plan.run_folder / "logs").mkdir(parents=True, exist_ok=True)
         done: list[tuple[Job, str]] = []
         for job in self.jobs:
             line = job.line(done[-1][1] if done else None)
-            answer = subprocess.run(line, cwd=ROOT, env=os.environ | self.environment(), capture_output=True, text=True)
-            if answer.returncode:
-                for _, number in done:
-                    subprocess.run(["scancel", number], capture_output=True)
-                raise StageError(f"sbatch refused {_shown(line)}\n{answer.stderr.strip()}\nNothing is left in the queue. Clusters differ in what "
-                                 "they ask for: --account, --partition (sinfo lists them), --time, or lines in slurm/*.slurm.")
-            number = answer.stdout.split()[-1].split(";")[0]  # some clusters greet first
-            note_job(self.plan.run_folder, number, job.stages, _shown(line))
+            said = ask(*line, seconds=120, cwd=ROOT, env=os.environ | self.environment())
+            number = submitted(said) if said and not said.code else None
+            if number is None:
+                left = [number for _, number in done if not ((gone := ask("scancel", number)) and not gone.code)]
+                words = f"{said.out}\n{said.err}".strip() if said else "no answer; squeue --me shows whether it came through"
+                raise StageError(f"sbatch {'refused' if said and said.code else 'gave no job number for'} {_shown(line)}\n{words}\n"
+                                 + (f"Still in the queue: scancel {' '.join(left)}. " if left else "Nothing is left in the queue. " * bool(said))
+                                 + "Clusters differ in what they ask for: --account, --partition (sinfo lists them), --time, or lines in "
+                                   "slurm/*.slurm.")
             done.append((job, number))
+            with writes_to(self.plan.run_folder, f"and note that job {number} is in the queue"):
+                note_job(self.plan.run_folder, number, job.stages, _shown(line))
         return done
 
     def _refuse_if_queued(self) -> None:
-        jobs = [job for job in jobs_of(self.plan.run_folder) if set(job["stages"]) & set(self.todo)]
+        jobs = [job for job in jobs_of(self.plan.run_folder) if set(map(str, job["stages"])) & set(self.todo)]
         states = job_states([job["id"] for job in jobs])
-        if waiting := [job["id"] for job in jobs if states.get(job["id"], "").split(" ")[0] in
-                       ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")]:
+        if waiting := [job["id"] for job in jobs if is_queued(states.get(job["id"], ""))]:
             raise StageError(f"run {self.plan.run_folder.name!r} has jobs in the queue already: {', '.join(waiting)}. Wait for them, cancel "
                              f"them (scancel {' '.join(waiting)}), or choose another --run")
 

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+from modern_llm.marking import extract_answer
 from modern_llm.synth_problems import (HELDOUT_SHARE, NAMES, SPLITS, Choices, Problem, calculate, check_solution,
-                                       extract_answer, in_split, one_of, problems, split_of, write_problem)
+                                       in_split, one_of, problems, split_of, write_problem)
 from modern_llm.synth_world import (ATTRIBUTES, LABELS, OBJECTS, PLACES, Review, World, state, world, write_facts,
                                     write_review, write_story)
 

@@ -5,7 +5,8 @@ and every writer maps distinct choices to distinct texts, so `nats` is exactly -
 `synth`.
 
 Ground truth of a word problem: its value is computed while it is written; every `<<a+b=c>>` in its answer is true;
-the answer is a function of the question (it costs zero nats); the last line is `#### value`. Standard library only.
+the answer is a function of the question (it costs zero nats); the last line is `#### value`. Standard library only;
+`marking` reads the numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+from modern_llm.marking import LIMIT, repeats, terms_as_python
 
 HELDOUT_SHARE = 0.1  # share of all texts that is held out
 SPLITS = ("train", "heldout")
@@ -101,7 +104,7 @@ class Problem:
     question: str
     answer: str
     level: int
-    value: int
+    value: int | float
 
 
 def counted(n: int, items: str) -> str:
@@ -167,42 +170,38 @@ def problems(split: str = "train", seed: int = 0, levels: Sequence[int] | None =
     return generate()
 
 
-_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-_NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "//": operator.floordiv}
+_NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//"}
 
 
 def calculate(expression: str) -> float | None:
-    """The value of an expression of numbers, + - * / and brackets; None for anything else."""
+    """The value of an expression of numbers, + - * / // and brackets; None for anything else."""
 
     def value(node) -> float:
         if isinstance(node, ast.BinOp):
             return _OPERATORS[_NODES[type(node.op)]](value(node.left), value(node.right))
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             return node.value
         raise ValueError
 
     try:
-        digits = re.sub(r"\b0+(?=\d)", "", expression.replace(",", "").strip())
-        return value(ast.parse(digits, mode="eval").body) if len(digits) <= 100 else None
+        found = value(ast.parse(terms_as_python(expression.strip()), mode="eval").body) if len(expression) <= 100 else None
+        return found if found is not None and abs(found) < 10**LIMIT else None  # neither infinite nor NaN
     except (ValueError, SyntaxError, KeyError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return None
 
 
-def extract_answer(text: str) -> int | None:
-    """The integer behind the first `####`; None if there is none. Accepts GSM8K's commas and dollar signs."""
-    found = re.search(r"####\s*\$?(-?\d[\d,]*)", text)
-    return int(found.group(1).replace(",", "")) if found else None
-
-
 def check_solution(text: str) -> bool:
     """Whether there is a `<<a+b=c>>`, each one is true (to 0.01: GSM8K rounds), and each c is repeated behind it."""
-    marks = re.findall(r"<<([^<>=]*)=([^<>=]*)>>\$?(-?[\d.,]*\d|)", text)
+    marks = list(re.finditer(r"<<([^<>=]*)=([^<>=]*)>>", text))
     if not marks or len(marks) != text.count("<<"):
         return False
-    for expression, result, repeated in marks:
-        values = [calculate(part) for part in (expression, result, repeated)]
-        if None in values or abs(values[0] - values[1]) > 0.01 or abs(values[1] - values[2]) > 0.01:
+    for mark in marks:
+        value, result = calculate(mark[1]), calculate(mark[2])
+        if value is None or result is None or abs(value - result) > 0.01:
+            return False
+        if not repeats(text[mark.end():].partition("\n")[0], result, fraction="/" in mark[2]):
             return False
     return True

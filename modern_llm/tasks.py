@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from . import synth
 from .chat import Answer, answer
 from .config import nearest
+from .marking import decimal, last_number
 from .reading import rows
 from .scoring import mean_interval
 from .synth import Problem, Review
@@ -48,10 +49,12 @@ def word_problems(source: str, split: str, limit: int, levels: Sequence[int] | N
     if source != "gsm8k":
         raise ValueError(f"problems={source!r} is unknown{nearest(source, ('synthetic', 'gsm8k'))}")
     found = []
-    for number, row in enumerate(islice(rows("gsm8k", split), limit), 1):
+    for row in islice(rows("gsm8k", split), limit):
+        if not row["question"].strip():
+            raise ValueError(f"{row.place}: the question is empty")
         value = strict_answer(row["answer"])
         if value is None:
-            raise ValueError(f"gsm8k, {split}, row {number}: the answer {row['answer'][-40:]!r} does not end with `#### number`")
+            raise ValueError(f"{row.place}: the answer {row['answer'][-40:]!r} does not end with `#### number`")
         found.append(Problem(row["question"].strip(), row["answer"].strip(), max(1, row["answer"].count("<<")), value))
     if not found:
         raise ValueError(f"gsm8k, {split}: there is no problem in the file")
@@ -78,15 +81,14 @@ def hash_bit(text: str) -> int:
     return sum(map(ord, text)) % 2
 
 # %% ../nbs/03b_tasks.ipynb #extract
-def strict_answer(text: str) -> int | None:
+def strict_answer(text: str) -> int | float | None:
     """The number behind `####`; None if there is none."""
     return synth.extract_answer(text)
 
 
-def flexible_answer(text: str) -> float | None:
+def flexible_answer(text: str) -> int | float | None:
     """The last number in the text, wherever it stands; None if there is none."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    return last_number(text)
 
 # %% ../nbs/03b_tasks.ipynb #sentences
 def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review]:
@@ -95,7 +97,7 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
     SST-2's test labels are not public, so its "test" is the validation split, as everybody reports it.
 
     Raises:
-        ValueError: another source, a label outside the set, with its row, or no sentence at all.
+        ValueError: another source, a label outside the set, with its line, or no sentence at all.
     """
     if source == "synthetic":
         part = "train" if split == "train" else "heldout"
@@ -103,10 +105,10 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
     if source != "sst2":
         raise ValueError(f"sentiment={source!r} is unknown{nearest(source, ('synthetic', 'sst2'))}")
     found = []
-    for number, row in enumerate(islice(rows("sst2", "train" if split == "train" else "validation"), limit), 1):
-        if str(row.get("label")) not in ("0", "1"):
-            raise ValueError(f"sst2, {split}, row {number}: label {row.get('label')!r} is not 0 or 1")
-        found.append(Review(str(row["sentence"]).strip(), synth.LABELS[int(row["label"])]))
+    for row in islice(rows("sst2", "train" if split == "train" else "validation", also=("label",)), limit):
+        if str(row["label"]) not in ("0", "1"):
+            raise ValueError(f"{row.place}: label {row['label']!r} is not 0 or 1")
+        found.append(Review(row["sentence"].strip(), synth.LABELS[int(row["label"])]))
     if not found:
         raise ValueError(f"sst2, {split}: there is no sentence in the file")
     return found
@@ -126,8 +128,7 @@ class Calculator:
         value = synth.calculate(found[1]) if found else None
         if value is None:
             return []
-        number = f"{round(value, 2):g}" if abs(value) < 1e6 else f"{value:.0f}"
-        return encode_documents(self.tokenizer, [f"{number}>>{number}"])[0]
+        return encode_documents(self.tokenizer, [f"{decimal(value)}>>{decimal(value)}"])[0]
 
 # %% ../nbs/03b_tasks.ipynb #solve
 def problem_request(problem: Problem) -> str:
@@ -136,13 +137,17 @@ def problem_request(problem: Problem) -> str:
 
 
 def mark(problems: Sequence[Problem], answers: Sequence[Answer], samples: int = 1) -> pd.DataFrame:
-    """One row an answer: problem, sample, level, text, value, right, ended, tokens, log_prob (mean), consistent."""
+    """One row an answer: problem, sample, level, text, value, number, right, ended, tokens, log_prob (mean), consistent.
+
+    `number` is the value as text, exactly ("" where there is none), since a float cannot tell apart whole numbers beyond 2^53.
+    """
     table = []
     for row, said in enumerate(answers):
         problem, value = problems[row // samples], strict_answer(said.text)
         table.append({
             "problem": row // samples, "sample": row % samples, "level": problem.level, "text": said.text,
-            "value": math.nan if value is None else float(value), "right": value == problem.value, "ended": said.ended,
+            "value": math.nan if value is None else float(value),
+            "number": "" if value is None else str(value), "right": value == problem.value, "ended": said.ended,
             "tokens": len(said.log_probs), "log_prob": float(np.mean(said.log_probs)) if said.log_probs else -1e6,  # JSON has no infinity
             "consistent": synth.check_solution(said.text)})
     return pd.DataFrame(table)
@@ -206,7 +211,8 @@ def rerank(samples: pd.DataFrame, size: int, method: str, draws: int = 64, seed:
     """Chance of a right choice among `size` of each problem's answers, averaged over random subsets; indexed by problem.
 
     Args:
-        samples: what `solve` returns, equally many answers to each problem; "score" too for the last two methods.
+        samples: what `solve` returns, equally many answers to each problem; "score" too for the last two methods. Votes are counted by
+            "number", or by "value" where that is all there is.
         draws: subsets for each problem; only one is needed where `size` is all of them, and none where it is 1.
 
     Raises:
@@ -216,6 +222,8 @@ def rerank(samples: pd.DataFrame, size: int, method: str, draws: int = 64, seed:
     if missing := [name for name in columns if name not in samples]:
         raise ValueError(f"rerank, {method}: the samples have no column {missing[0]!r}")
     ordered = samples.sort_values(["problem", "sample"])
+    if "number" in ordered:
+        ordered["value"] = np.where(ordered.number == "", np.nan, pd.factorize(ordered.number)[0])
     names, counts = np.unique(ordered.problem, return_counts=True)
     n = counts.min()
     if counts.max() != n or not 1 <= size <= n:

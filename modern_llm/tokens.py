@@ -20,6 +20,7 @@ from .config import DataConfig
 from .files import DamagedFolder, atomic_folder, check_folder, find_folder, write_json
 from .reading import content_id, documents
 from .sources import DataError, DatasetNotFound, hub_reachable, mirror_root
+from .templates import read_settings
 
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'CHAT_TOKENS', 'TOKENIZER_CHARS', 'end_of_text_id', 'train_tokenizer', 'encode_documents',
@@ -106,20 +107,27 @@ def encoded(items: Iterable[tuple[str, float]], tokenizer: Tokenizer, batch_char
 
 # %% ../nbs/02a3_tokens.ipynb #save-tokenizer
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, chat_template: str | None = None) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads, into an existing folder."""
+    """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads, into an existing folder.
+
+    Tokens that a tokenizer from elsewhere calls its own begin and end, which its chat template may ask for, keep those names.
+    """
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
               "pad_token": END_OF_TEXT, "additional_special_tokens": [t for t in CHAT_TOKENS if tokenizer.token_to_id(t) is not None],
               "clean_up_tokenization_spaces": False, "model_max_length": 1_000_000_000}
+    settings = getattr(tokenizer, "settings", {})
+    config |= {name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "modern_llm") if settings.get(name)}
     write_json(folder / "tokenizer_config.json", config | ({"chat_template": chat_template} if chat_template else {}))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer saved in a folder, or in a tokenizer.json. DataError if it is missing or damaged."""
+    """The tokenizer saved in a folder, or in a tokenizer.json, with the `settings` beside it. DataError if it is missing or damaged."""
     path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.settings = read_settings(path.parent)
+        return tokenizer
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"no usable tokenizer in {path}: {error}; save one there with save_tokenizer") from error
 
@@ -163,7 +171,7 @@ def _hub_tokenizer_file(name: str) -> str:
 # %% ../nbs/02a3_tokens.ipynb #one-builder
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a DataError that says where to go."""
+    """Turn a full or read-only disk into a DataError that says where to go: the cache can be moved."""
     try:
         yield
     except OSError as error:

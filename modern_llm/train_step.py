@@ -5,7 +5,6 @@
 # %% ../nbs/02h_train_step.ipynb #imports
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +27,10 @@ LossFunction = Callable[[nn.Module, Batch], LossOutput]
 
 # %% ../nbs/02h_train_step.ipynb #micro-batches
 def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """Cut a batch into pieces of `size` rows (views)."""
-    rows = len(next(iter(batch.values())))
-    for start in range(0, rows, size):
-        yield {name: value[start : start + size] for name, value in batch.items()}
+    """Cut a batch into as few pieces of at most `size` rows as there can be, equally large up to one row (views)."""
+    pieces = -(-len(next(iter(batch.values()))) // size)
+    for part in zip(*(value.tensor_split(pieces) for value in batch.values())):
+        yield dict(zip(batch, part))
 
 
 def batch_tokens(batch: Batch) -> int:
@@ -74,10 +73,10 @@ def optimizer_step(
     """
     rows = len(next(iter(batch.values())))
     parameters = [p for o in state.optimizers for group in o.param_groups for p in group["params"]]
-    size, outputs = math.gcd(cfg.micro_batch, rows), []  # a rank may have fewer rows than a micro-batch
-    for start, part in zip(range(0, rows, size), micro_batches(batch, size)):
+    parts, outputs = list(micro_batches(batch, cfg.micro_batch)), []
+    for number, part in enumerate(parts, 1):
         part = {name: value.to(state.device, non_blocking=True) for name, value in part.items()}
-        with synced(loss_fn, last=start + size == rows):
+        with synced(loss_fn, last=number == len(parts)):
             with state.autocast():
                 out = loss_fn(state.module, part)
             state.scaler.scale(out.total / rows).backward()  # any constant would do: it keeps float16 gradients in range

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -150,20 +151,21 @@ def agreed_reason(state: TrainingState, world: World, reason: str | None) -> str
     return REASONS[int(number)]
 
 # %% ../nbs/03_trainer.ipynb #peak-flops
-PEAK_FLOPS = {"GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 / s
+PEAK_FLOPS = {"GH200": 989e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "A100": 312e12}  # dense bf16 / s
 
 
 def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
-    """Peak dense FLOP/s of a GPU in 16-bit precision; None where unknown, as on CPUs."""
-    known = (peak for name, peak in PEAK_FLOPS.items() if name in device_name)
-    return next(known, None) if dtype != torch.float32 else None
+    """Peak dense FLOP/s of a whole GPU in 16-bit precision; None where unknown, as on CPUs and slices of a GPU (MIG, vGPU)."""
+    known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name))
+    return None if dtype == torch.float32 or re.search(r"\bMIG\b|\bGRID\b", device_name) else next(known, None)
 
 
-def flops_share(flops_per_token: float | None, state: TrainingState) -> float | None:
-    """Share of the GPU's peak that one token per second uses; None on devices whose peak is not known."""
+def flops_share(flops_per_token: float | None, state: TrainingState, ranks: int = 1) -> float | None:
+    """Share of the peak of all ranks' GPUs that one token per second, over all of them, uses; None where the peak is not known."""
     name = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else ""
     peak = peak_flops(name, state.dtype)
-    return flops_per_token / peak if flops_per_token and peak else None
+    return flops_per_token / (peak * ranks) if flops_per_token and peak else None
 
 # %% ../nbs/03_trainer.ipynb #prepare
 def prepare_module(module: nn.Module, cfg: TrainConfig, device: torch.device) -> None:
@@ -226,7 +228,7 @@ class Recorder:
             return {}
         seen = self.window.read(state.tokens)
         row = {"step": state.step, "tokens": state.tokens, "lr": self.cfg.lr * lr_factor, **seen}
-        row["mfu"] = seen["tokens_per_s"] * self.share if self.share and seen else None
+        row["mfu"] = seen["tokens_per_s"] * self.share if self.share and seen else None  # both over all ranks
         try:
             if seen:
                 norm = None if state.scaler.is_enabled() else row["grad_norm"]  # the scaler skips such steps by itself
@@ -275,7 +277,7 @@ class Trainer:
         batches: step -> dict of CPU tensors with cfg.batch_size rows; a function of the step alone, run in a thread.
         evaluate: module -> dict of floats, every cfg.eval_every steps and at the end; logged as val_….
         save_model: (module, folder) writes the model's files into an existing folder.
-        flops_per_token: of forward and backward pass, for the share of the GPU's peak (mfu).
+        flops_per_token: of forward and backward pass, for the share of the peak of all ranks' GPUs (mfu).
         resume: continue folder/checkpoint if it is there; without it a used folder is refused.
         world: the ranks that train together; module and batches are the same on all of them, rank 0 alone writes and evaluates.
         should_stop: asked after every step. A file folder/STOP, SIGTERM, SIGUSR1, Ctrl-C and the end of a SLURM job that is
@@ -290,7 +292,7 @@ class Trainer:
     ):
         self.world, self.batches, self.cfg = world or World(), batches, cfg
         self.should_stop, self.progress_bar = should_stop or (lambda: False), progress_bar and self.world.main
-        place = pick_device(device)
+        place = self.world.place(pick_device(device))
         if cfg.batch_size % self.world.size:
             raise ValueError(f"train.batch_size={cfg.batch_size} cannot be shared equally by {self.world.size} ranks")
         self.world.join(place)
@@ -301,7 +303,7 @@ class Trainer:
             self.files = RunFolder(folder, save_model, self.world.main)
             open_run(self.files, self.state, self.world, resume)
             prepare_module(module, cfg, place)
-            self.recorder = Recorder(self.files, cfg, evaluate, flops_share(flops_per_token, self.state))
+            self.recorder = Recorder(self.files, cfg, evaluate, flops_share(flops_per_token, self.state, self.world.size))
 
     def fit(self) -> TrainResult:
         """Train to the end of the steps or minutes, or until asked to stop; may be called again to go on."""

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -24,7 +24,7 @@ from .chat import chat_format, end_id
 from .config import ModelConfig, VerifierConfig
 from .files import find_folder, read_json, write_json
 from .generation import evaluating
-from .models import ModernDecoderLM, load_model, save_model
+from .models import ModernDecoderLM, load_model, save_model, write_tensors
 from .optim import LossOutput
 from .scoring import auc, paired_difference, proportion_interval, within_group_auc
 from .tasks import Problem, rerank
@@ -106,6 +106,8 @@ class VerifierModel(nn.Module):
         super().__init__()
         self.model, self.chunk_tokens, self.dropout = model, cfg.loss_chunk_tokens, nn.Dropout(cfg.head_dropout)
         self.is_encoder = cfg.kind == "encoder"
+        if self.is_encoder and not model.cfg.tie_embeddings:
+            model.lm_head.requires_grad_(False)  # an encoder predicts no token; what gets no gradient is not trained
         self.head = nn.Linear(model.cfg.width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -169,7 +171,7 @@ def read_answers(
         ends = torch.arange(len(rows), device=device), torch.tensor([len(coded[i][0]) - 1 for i in rows], device=device)
         with evaluating(verifier):
             said, features, _, _ = verifier(ids.to(device), answer.to(device))
-        found[rows] = torch.cat([said[ends][:, None], features[ends]], dim=1).double().cpu().numpy()
+        found[rows] = torch.cat([said[ends][:, None], features[ends]], dim=1).cpu().double().numpy()
     return found
 
 # %% ../nbs/06_verifier.ipynb #score-answers
@@ -180,7 +182,7 @@ def score_answers(
     """How likely each answer to its problem is right, 0 to 1, read at the end of the answer; 0 if it does not fit the context."""
     parts = torch.tensor(read_answers(verifier, tokenizer, problems, answers, batch_rows), dtype=torch.float32)
     parts = parts.to(verifier.head.weight.device)
-    return verifier.weigh(parts[:, 0], parts[:, 1:]).double().sigmoid().nan_to_num(0.0).cpu().numpy()
+    return verifier.weigh(parts[:, 0], parts[:, 1:]).cpu().double().sigmoid().nan_to_num(0.0).numpy()
 
 
 def score(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem, answer: str) -> float:
@@ -207,7 +209,7 @@ def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor], lm_weight: 
 # %% ../nbs/06_verifier.ipynb #logistic-fit
 def logistic_fit(features: Tensor, targets: Tensor, weights: Tensor, prior: Sequence[float]) -> Tensor:
     """The weights w for which sigmoid(features @ w) fits the 0/1 targets best; `prior` counts as much as one item."""
-    features, targets, weights = (x.detach().double().cpu().clone() for x in (features, targets, weights))
+    features, targets, weights = (x.detach().cpu().double().clone() for x in (features, targets, weights))
     centre = torch.tensor(prior, dtype=torch.double)
     line = centre.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([line], max_iter=200, line_search_fn="strong_wolfe")
@@ -246,9 +248,11 @@ def calibrate(parts: Float[np.ndarray, "n 3"], right: Bool[np.ndarray, "n"]) -> 
     """Weights of the three parts of a score, and a shift, so that the sigmoid of their sum fits these answers' labels best.
 
     Source: Platt 1999, here with three inputs. No weight is negative: an input that would get such a weight is left out. The
-    answers must be as the generator writes them, to problems that the verifier was not trained on.
+    answers must be as the generator writes them, to problems that the verifier was not trained on. Without any the head alone counts.
     """
     known = ~np.isnan(parts).any(1)
+    if not known.any():
+        return [1.0, 0.0, 0.0, 0.0]
     features, targets = np.column_stack([parts[known], np.ones(known.sum())]), torch.tensor(right[known], dtype=torch.double)
     weights, used = [0.0] * 4, [0, 1, 2, 3]
     while True:
@@ -275,7 +279,7 @@ def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokeni
             if not name.startswith("model.")}
     if calibration:
         head["calibration"] = torch.tensor(calibration, dtype=torch.float32)
-    save_file(head, folder / "verifier.safetensors", metadata={"format": "pt"})
+    write_tensors(head, folder / "verifier.safetensors")
     write_json(folder / "verifier.json", {"kind": "encoder" if verifier.is_encoder else "generator",
                                           "surprise": verifier.surprise is not None})
 

@@ -6,6 +6,10 @@ command -v modern-llm >/dev/null ||
 # Compute nodes often have no network, and waiting for one takes minutes: `modern-llm prefetch` on the login node instead.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
+# As SLURM names this job: a task of an array is 990_3, since the number of its last task is that of the whole array.
+job="${SLURM_JOB_ID:?submit this file with sbatch}"
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
+
 # The scheduler's word comes to this shell: USR1 before the time limit (--signal above), TERM on preemption or requeue.
 # `modern-llm run` is asked to stop: it finishes its step, writes a checkpoint and ends with code 75.
 child=""; warned=""
@@ -19,12 +23,11 @@ trap 'warn TERM' TERM
 
 # open_log RUN: from here on everything goes to runs/RUN/logs/JOBNAME-JOBID.out, also after a requeue.
 open_log() {
-  local folder="$MODERN_LLM_RUNS/$1/logs" id="$SLURM_JOB_ID"
-  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
+  local folder="$MODERN_LLM_RUNS/$1/logs"
   mkdir -p "$folder"
-  echo "log: $folder/$SLURM_JOB_NAME-$id.out"
-  exec >>"$folder/$SLURM_JOB_NAME-$id.out" 2>&1
-  echo "== $(date '+%F %T') job $id on ${SLURM_JOB_NODELIST:-?}, start number $((${SLURM_RESTART_COUNT:-0} + 1))"
+  echo "log: $folder/$SLURM_JOB_NAME-$job.out"
+  exec >>"$folder/$SLURM_JOB_NAME-$job.out" 2>&1
+  echo "== $(date '+%F %T') job $job on ${SLURM_JOB_NODELIST:-?}, start number $((${SLURM_RESTART_COUNT:-0} + 1))"
 }
 
 # run_or_requeue WORDS…: `modern-llm run WORDS…`; stopped by the scheduler, it goes back into the queue and, the next time,
@@ -50,9 +53,11 @@ run_or_requeue() {
   child=""
   echo "== $(date '+%F %T') ended with code $code"
   # 138: USR1 came before it could listen. No longer RUNNING: cancelled or requeued from outside, which settles it.
-  if { [ "$code" = 75 ] || [ "$code" = 138 ]; } && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
-    scontrol requeue "$SLURM_JOB_ID" ||
-      echo "not requeued (this cluster may forbid it): submit the same line again, it goes on from the checkpoint"
+  if [ "$code" = 75 ] || [ "$code" = 138 ]; then
+    case "$(timeout 60 squeue -h -j "$job" -o "modern_llm|%A|%T")" in  # a cluster may print greetings, too
+      *"modern_llm|$SLURM_JOB_ID|RUNNING"*) scontrol requeue "$job" ||
+        echo "not requeued (this cluster may forbid it): submit the same line again, it goes on from the checkpoint" ;;
+    esac
   fi
   return "$code"
 }

@@ -241,13 +241,24 @@ def test_weights_count_in_measures():
     assert row["value"] == 2.5
 
 
-def test_a_ledger_refuses_doubles_and_numbers_that_are_none(tmp_path):
+def test_a_ledger_refuses_doubles(tmp_path):
     row = {"stage": "base", "task": "t", "metric": "m", "value": 0.5, "low": 0.1, "high": 0.9, "n": 4, "protocol": "", "seconds": 0.0}
     with pytest.raises(ValueError, match="twice"):
         write_ledger(tmp_path, [row, row])
-    with pytest.raises(ValueError, match="finite"):
-        write_ledger(tmp_path, [{**row, "value": math.nan}])
     assert not (tmp_path / "ledger.csv").exists()
+
+
+@pytest.mark.fault("one-lacks")
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, -math.inf, None])
+def test_what_is_not_known_is_an_empty_cell_of_the_ledger(unknown, tmp_path):
+    row = {"stage": "base", "task": "t", "metric": "m", "value": 0.5, "low": 0.1, "high": 0.9, "n": 4, "protocol": "", "seconds": 0.0}
+    write_ledger(tmp_path, [{**row, "value": unknown, "high": unknown}, {**row, "metric": "m minus base", "low": unknown},
+                            {**row, "metric": "exact match", "task": "problems"}])
+    ledger = read_ledger(tmp_path)
+    assert math.isnan(ledger.value[0]) and math.isnan(ledger.high[0]) and ledger.low[0] == 0.1
+    files = write_derived(tmp_path)
+    assert not files["stage_gains.csv"].significant[0]
+    assert json.loads((tmp_path / "base_eval.json").read_text(), parse_constant=pytest.fail)["tasks"]["t"]["m"]["value"] is None
 
 
 def test_stages_come_in_the_order_of_the_pipeline(evaluation):
@@ -288,11 +299,11 @@ def test_settings_are_checked():
 
 @pytest.mark.parametrize("name, text, words", [
     ("sst2/dev.tsv", "", "dev.tsv: the file is empty"),
-    ("sst2/dev.tsv", "sentence\tlabel\n", "there is no sentence in the file"),
-    ("sst2/dev.tsv", "sentence\tlabel\ngood\t1\nodd\t7\n", "row 2: label 7 is not 0 or 1"),
+    ("sst2/dev.tsv", "sentence\tlabel\n", "the file is empty but for its header"),
+    ("sst2/dev.tsv", "sentence\tlabel\ngood\t1\nodd\t7\n", "line 3: label '7' is not 0 or 1"),
     ("gsm8k/test.jsonl", "", "test.jsonl: the file is empty"),
     ("gsm8k/test.jsonl", "".join(f'{{"question": "How many, {i}?", "answer": "I do not know."}}\n' for i in range(99)),
-     "row 1: the answer 'I do not know.' does not end"),
+     "line [0-9]+: the answer 'I do not know.' does not end"),
 ])
 def test_bad_evaluation_files_are_named(name, text, words, tmp_path, monkeypatch):
     path = tmp_path / name

@@ -1,6 +1,10 @@
 """What we write is what transformers reads: a checkpoint as it stands, an export in one file or many, and its model card."""
 
+import errno
 import json
+import math
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from modern_llm import export, hub, synth
 from modern_llm.chat import CHAT_TEMPLATE, encode_chat, end_id, speaks_chat
@@ -130,6 +135,129 @@ def test_nothing_is_overwritten_and_nothing_half_written(tokenizer, tmp_path, mo
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedFolder, match="model.safetensors is truncated or changed"):
         export_model(tmp_path / "checkpoint", tmp_path / "out")
+
+
+def with_weight(folder, value, name="model.norm.weight", everywhere=False):
+    """The first weight of a tensor of a saved checkpoint becomes `value`, or all of them do; its sums fit."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[slice(None) if everywhere else slice(1)] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "meta.json").unlink()
+
+
+VALUES = {  # dtype, weight, everywhere -> what is said, or None where it is written
+    ("fp16", 65_520.0, False): r"tensor 'model.norm.weight' holds a value of size 65,520, and float16 ends at 65,504: .*Use bf16 or fp32",
+    ("fp16", -1e6, False): "float16 ends at 65,504", ("fp16", 3e38, True): "float16 ends", ("bf16", 3.4e38, False): "bfloat16 ends at 3.38953e.38.*Use fp32",
+    ("fp16", 1e-9, True): "no value of tensor 'model.norm.weight' is larger than 1e-09, and float16 would make 0",
+    ("fp16", math.nan, False): "1 of 32 values of tensor 'model.norm.weight' are NaN", ("fp32", math.nan, True): "32 of 32 values",
+    (None, math.inf, False): "NaN or infinite", ("bf16", -math.inf, False): "NaN or infinite",
+    ("fp16", 65_504.0, False): None, ("fp16", 65_519.0, False): None, ("bf16", 1e38, False): None, ("fp32", 3.4e38, False): None, ("fp16", 0.0, True): None,
+    ("bf16", 1e-30, True): None,
+}
+
+
+@pytest.mark.fault("export-values")
+@pytest.mark.parametrize("dtype, value, everywhere", VALUES)
+def test_a_weight_that_the_dtype_cannot_hold_is_refused_before_anything_is_written(dtype, value, everywhere, tokenizer, tmp_path):
+    saved(tmp_path / "checkpoint", tokenizer)
+    with_weight(tmp_path / "checkpoint", value, everywhere=everywhere)
+    words = ["export", "--checkpoint", str(tmp_path / "checkpoint"), "--to", str(tmp_path / "out" / "half"), *["--dtype", dtype] * bool(dtype)]
+    result = CliRunner().invoke(main, words)
+    if (said := VALUES[dtype, value, everywhere]) is None:
+        assert result.exit_code == 0, result.output
+        assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out" / "half" / "model.safetensors").values())
+    else:
+        assert result.exit_code == 2 and re.search(said, result.output) and str(tmp_path) in result.output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.fault("export-values")
+def test_weights_that_become_0_are_counted(tokenizer, tmp_path, capsys):
+    saved(tmp_path / "checkpoint", tokenizer)
+    with_weight(tmp_path / "checkpoint", 1e-9)
+    export_model(tmp_path / "checkpoint", tmp_path / "out", dtype="fp16")
+    assert re.search(r"1 of [\d,]+ weights are smaller than float16 can hold and become 0", capsys.readouterr().err)
+
+
+@pytest.mark.fault("export-values")
+@pytest.mark.parametrize("value, dtype, said", [(1e6, "fp16", "float16 ends at 65,504"), (math.nan, "bf16", "NaN or infinite"), (1e6, "bf16", "")])
+def test_a_model_is_not_loaded_in_a_dtype_that_loses_it(value, dtype, said, tokenizer, tmp_path):
+    saved(tmp_path / "checkpoint", tokenizer)
+    with_weight(tmp_path / "checkpoint", value)
+    words = ["check-inference", "--checkpoint", str(tmp_path / "checkpoint"), "--dtype", dtype, "--count", "1", "--max-new-tokens", "2",
+             "--to", str(tmp_path / "ok.json"), "--device", "cpu"]
+    result = CliRunner().invoke(main, words)
+    assert (result.exit_code == 2 and said in result.output) if said else result.exit_code in (0, 1), result.output
+    assert (tmp_path / "ok.json").exists() is not bool(said)
+
+
+TARGETS = {  # what --to says -> what is said about it; {} is the test's folder
+    "{}/file": "is there already", "{}/file/below": "Not a directory|File exists", "{}/checkpoint": "is there already",
+    "{}/checkpoint/out": "lies in the checkpoint", "{}/checkpoint/../checkpoint/a/b": "lies in the checkpoint",
+    "{}/mine": "is there already", "{}/mine/": "is there already", "": "names no folder", "  ": "names no folder", "{}/a\0b": "names no folder",
+    "{}/" + "n" * 260: "File name too long", "{}/broken": "is there already", "{}/loop/out": "cannot be written", ".": "is there already",
+    "/proc/out": "cannot be written", "/dev/null/out": "cannot be written", "~/taken": "is there already", "{}/inside/out": "lies in the checkpoint",
+}
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_place_that_cannot_be_written_is_named_with_a_way_out(target, tokenizer, tmp_path, monkeypatch):
+    saved(tmp_path / "checkpoint", tokenizer)
+    for name in ("mine", "taken", "home"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("keep")
+    (tmp_path / "home" / "taken").mkdir()
+    (tmp_path / "home" / "taken" / "x").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "inside").symlink_to("checkpoint")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(main, ["export", "--checkpoint", "checkpoint", "--to", target.replace("{}", str(tmp_path))])
+    assert result.exit_code == 2 and re.search(TARGETS[target], result.output) and "--to" in result.output, result.output
+    assert "MODERN_LLM" not in result.output and len(result.output.splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("step", ["write_weights", "model_card", "write_json", "shutil.copyfile", "write_text"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_leaves_nothing_and_is_not_blamed_on_the_cache(step, number, tokenizer, tmp_path, monkeypatch):
+    saved(tmp_path / "checkpoint", tokenizer)
+
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(f"modern_llm.export.{step}", fails)
+    result = CliRunner().invoke(main, ["export", "--checkpoint", str(tmp_path / "checkpoint"), "--to", str(tmp_path / "out")])
+    assert result.exit_code == 2 and os.strerror(number) in result.output and f"--to '{tmp_path}/out'" in result.output
+    assert "MODERN_LLM_CACHE" not in result.output and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0 or sys.platform != "linux", reason="mounts a disk of 300 KB")
+def test_a_full_disk(tokenizer, tmp_path):
+    saved(tmp_path / "checkpoint", tokenizer)
+    (tmp_path / "small").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(tmp_path / "small")], capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        result = CliRunner().invoke(main, ["export", "--checkpoint", str(tmp_path / "checkpoint"), "--to", str(tmp_path / "small" / "out")])
+        assert result.exit_code == 2 and "small/out' cannot be written: " in result.output and list((tmp_path / "small").iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("target", ["no/such/ok.json", ".", "file/ok.json", ""])
+def test_where_the_figures_of_a_check_go_is_known_before_it_runs(target, tokenizer, tmp_path, monkeypatch):
+    saved(tmp_path / "checkpoint", tokenizer)
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("modern_llm.inference.check_inference", lambda *_, **__: pytest.fail("the work was done first"))
+    result = CliRunner().invoke(main, ["check-inference", "--checkpoint", "checkpoint", "--to", target])
+    assert result.exit_code == 2 and "cannot be written" in result.output and "--to" in result.output
 
 
 def test_shards_keep_the_order_and_the_limit():

@@ -1,11 +1,13 @@
 """Atomic writes under faults: the old content or the new one, never a part."""
 
+import json
 import os
 import random
 import signal
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -147,10 +149,15 @@ def test_text_is_replaced_or_kept(tmp_path, monkeypatch):
     assert path.read_text() == "old" and names(tmp_path) == ["f.txt"]
 
 
-def test_json_refuses_nan(tmp_path):
-    with pytest.raises(ValueError):
-        files.write_json(tmp_path / "f.json", {"loss": float("nan")})
-    assert names(tmp_path) == []
+@pytest.mark.fault("one-lacks")
+@pytest.mark.parametrize("unknown", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_what_is_not_known_is_null(unknown, tmp_path):
+    value = {"loss": unknown, "table": [{"floor": unknown, "n": 3}, (unknown, "NaN")], "lr": 0.1}
+    read = json.loads(files.write_json(tmp_path / "f.json", value).read_text(), parse_constant=pytest.fail)
+    assert read == {"loss": None, "table": [{"floor": None, "n": 3}, [None, "NaN"]], "lr": 0.1}
+    with files.atomic_folder(tmp_path / "folder", {"floor": unknown}) as folder:
+        (folder / "a").write_text("a")
+    assert files.check_folder(tmp_path / "folder")["floor"] is None
 
 
 def test_kept_frame_makes_a_table_once(tmp_path):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from modern_llm import hub, inputs
 from modern_llm.chat import CHATML, document_prompt, encode_chat, encode_prompt, speaks_chat
+from modern_llm.cli import main
 from modern_llm.files import DamagedFolder, read_json, write_json
 from modern_llm.foreign import TransformersLM
 from modern_llm.generation import generate
@@ -230,6 +232,7 @@ def test_chat_tokens_take_unused_rows_or_new_ones_that_change_nothing(llama, tmp
     size = other_tokenizer().get_vocab_size()
     for vocabulary, rows in ((320, 320), (size + 1, size + 4)):
         theirs = written(tmp_path / "source", vocab_size=vocabulary)
+        write_json(tmp_path / "source" / "tokenizer_config.json", {"eos_token": "</s>"})  # without a chat template
         ours = load_model(hub.import_model(tmp_path / "source", tmp_path / "ours", chat_tokens=True))
         tokenizer, ids = load_tokenizer(tmp_path / "ours"), token_ids().clamp(max=size - 1)
         assert ours.cfg.vocab_size == rows and encode_prompt(tokenizer, "Hi")[:2] == [2, size + 1]
@@ -299,7 +302,7 @@ def test_an_unknown_name_says_what_was_tried(tmp_path, monkeypatch):
     (tmp_path / "b.gguf").touch()
     with pytest.raises(CannotImport, match="holds 2 GGUF files: name one of a.gguf, b.gguf"):
         hub.load(tmp_path)
-    with pytest.raises(inputs.StageError, match="Tried"):
+    with pytest.raises(FileNotFoundError, match="Tried"):
         hub.load(Path(__file__).parent)
 
 
@@ -442,3 +445,199 @@ def test_real_weights(tmp_path, monkeypatch):
     prompt = tokenizer.encode(question, add_special_tokens=False).ids
     found = generate(model, [prompt], max_new_tokens=16, temperature=0, eos_id=tokenizer.token_to_id("<|im_end|>"))[0]
     assert found == theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
+
+
+# ---- what a user names is what is read -------------------------------------------------------------------------------
+
+
+def in_shards(folder: Path) -> list[Path]:
+    """A random Llama in two files and an index."""
+    written(folder, shard="60KB")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def with_map(folder: Path, name: str) -> None:
+    """The index says that the first tensor is in the file `name`."""
+    index = read_json(folder / "model.safetensors.index.json")
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def outside(folder, name):
+    shutil.copy(in_shards(folder)[0], folder.parent / "x.safetensors")
+    shutil.copy(in_shards(folder)[0], folder / "x.safetensors")  # which must not be taken for it
+    with_map(folder, name.format(folder.parent))
+
+
+def rewritten(change, single=True):
+    def make(folder):
+        written(folder)
+        tensors = change(load_file(folder / "model.safetensors"))
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return make
+
+
+def renamed(name):
+    def make(folder):
+        written(folder)
+        (folder / "model.safetensors").rename(folder / name)
+    return make
+
+
+def swapped(folder):
+    first, second, *_ = in_shards(folder)
+    first.rename(folder / "t"), second.rename(first), (folder / "t").rename(second)
+
+
+def two_models(folder):
+    in_shards(folder)
+    shutil.copy(in_shards(folder)[0], folder / "model.safetensors")
+
+
+def config_with(**values):
+    def make(folder):
+        written(folder)
+        write_json(folder / "config.json", {**read_json(folder / "config.json"), **values})
+    return make
+
+
+def spoilt(value, dtype=torch.float32):
+    def change(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+        if dtype == torch.float32:
+            tensors["model.norm.weight"][3] = value
+        return tensors
+    return change
+
+
+NAMED_WRONGLY = {
+    r"weight_map names '../x.safetensors', which is not in its folder": lambda folder: outside(folder, "../x.safetensors"),
+    r"weight_map names '/.*x.safetensors', which is not in its folder": lambda folder: outside(folder, "{}/x.safetensors"),
+    r"weight_map names 'a/../../x.safetensors'": lambda folder: outside(folder, "a/../../x.safetensors"),
+    "weight_map names ''": lambda folder: outside(folder, ""),
+    "has no gone.safetensors: the copy is incomplete": lambda folder: outside(folder, "gone.safetensors"),
+    "has no sub/x.safetensors: the copy is incomplete": lambda folder: outside(folder, "sub/x.safetensors"),
+    "is no index of weights": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {"weight_map": ["a"]})),
+    "is no index of weights .KeyError": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {})),
+    "weight_map names no file": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {"weight_map": {}})),
+    "says that tensor .* is in .*, and it is not": swapped,
+    "two models. Take away": two_models,
+    "no model.safetensors, but consolidated.safetensors: weights under another name": renamed("consolidated.safetensors"),
+    "no model.safetensors, but MODEL.SAFETENSORS": renamed("MODEL.SAFETENSORS"),
+    "an adapter, which is a part of a model only": renamed("adapter_model.safetensors"),
+    "pytorch_model.bin, a pickle": renamed("pytorch_model.bin"),
+    "'model.norm.weight' is absent in the file": rewritten(lambda tensors: {k: v for k, v in tensors.items() if k != "model.norm.weight"}),
+    "'model.extra.weight' is .3,. in the file, but should be absent": rewritten(lambda tensors: tensors | {"model.extra.weight": torch.ones(3)}),
+    "1 of 32 values of tensor 'model.norm.weight' are NaN": rewritten(spoilt(float("nan"))),
+    "tensor 'model.norm.weight' are NaN or infinite": rewritten(spoilt(float("-inf"))),
+    "stored as int8, which means something only with": rewritten(spoilt(0, torch.int8)),
+    "stored as float8_e4m3fn": rewritten(spoilt(0, torch.float8_e4m3fn)),
+    "rope_scaling='yarn' stretches": config_with(rope_parameters=None, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+    "rope_scaling='yarn' in config.json is no object": config_with(rope_scaling="yarn"),
+    "no object with a list of architectures": config_with(architectures="LlamaForCausalLM"),
+}
+
+
+@pytest.mark.fault("names")
+@pytest.mark.parametrize("said", NAMED_WRONGLY)
+def test_weights_that_are_not_what_they_are_called_are_refused(said, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "source").mkdir()
+    NAMED_WRONGLY[said](tmp_path / "source")
+    with pytest.raises((inputs.StageError, DamagedFolder), match=said):
+        inputs.find_checkpoint(tmp_path / "source")
+    assert not [path for path in (tmp_path / "cache").glob("imported/*") if path.is_dir()]
+
+
+@pytest.fixture(scope="module")
+def ours(llama, tmp_path_factory):
+    """A checkpoint of ours with its stage's and run's folders, and one of a verifier beside it."""
+    run = tmp_path_factory.mktemp("runs") / "it"
+    for stage in ("pretrain", "sft", "verifier"):
+        hub.import_model(llama[0], run / stage / "checkpoint", chat_tokens=True)
+    (run / "verifier" / "checkpoint" / "verifier.json").write_text("{}")
+    return run
+
+
+PLACES = {"{}": "sft", "{}/": "sft", "{}/sft": "sft", "{}/pretrain": "pretrain", "{}/sft/checkpoint//": "sft", "{}/../it/pretrain/.": "pretrain",
+          "it": "sft", "./it/pretrain": "pretrain", "~/it/pretrain": "pretrain", "with [a-z]* space/it": "sft", "link": "sft", "someone/tiny": "sft"}
+
+
+@pytest.mark.fault("names")
+@pytest.mark.parametrize("place", PLACES)
+def test_the_checkpoint_of_a_name(place, ours, tmp_path, monkeypatch):
+    home = ours.parent
+    if place.startswith(("with", "link", "someone")):
+        home = tmp_path
+        (tmp_path / "with [a-z]* space").mkdir()
+        (tmp_path / "someone").mkdir()
+        for name in ("with [a-z]* space/it", "link", "someone/tiny"):  # the last is called as a model of the hub would be
+            (tmp_path / name).symlink_to(ours)
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(ours.parent))
+    assert inputs.find_checkpoint(place.format(ours)) == (ours / PLACES[place] / "checkpoint").resolve()
+
+
+NOT_PLACES = {"": "names nothing", " ": "names nothing", "{}/verifier": "is a verifier, .* Give a generator: dpo, sft, pretrain",
+              "{}/verifier/checkpoint": "is a verifier", "{}/sft/checkpoint/model.safetensors": "is a file: name the folder of the model.*it/sft/checkpoint",
+              "{}/sft/checkpoint/config.json": "is a file", "{}/eval": "no folder with config.json", "~nobody/x": "no folder with config.json",
+              "{}/sft/checkpoint/model.safetensors/": "is a file", "{}/loop": "no folder with"}
+
+
+@pytest.mark.fault("names")
+@pytest.mark.parametrize("place", NOT_PLACES)
+def test_what_is_no_checkpoint_is_said_on_one_line(place, ours):
+    if not (ours / "loop").is_symlink():
+        (ours / "loop").symlink_to("loop")
+    result = CliRunner().invoke(main, ["sample", "--checkpoint", place.format(ours) or " "])
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    with pytest.raises(inputs.StageError, match=NOT_PLACES[place]):
+        inputs.find_checkpoint(place.format(ours))
+
+
+@pytest.mark.fault("names")
+def test_a_stage_is_not_chosen_of_one_checkpoint(ours):
+    ask = lambda *words: CliRunner().invoke(main, ["export", "--to", str(ours.parent / "out"), "--checkpoint", *map(str, words)])
+    assert "leave --stage out" in ask(ours / "pretrain" / "checkpoint", "--stage", "sft").output and not (ours.parent / "out").exists()
+    assert ask(ours, "--stage", "pretrain").exit_code == 0
+
+
+@pytest.mark.fault("names")
+def test_a_link_as_in_the_hubs_cache_is_followed(llama, tmp_path, monkeypatch):
+    """Every file of a snapshot is a link to a blob whose name has no ending."""
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
+    snapshot, blobs = tmp_path / "models--someone--tiny" / "snapshots" / "0123", tmp_path / "models--someone--tiny" / "blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for number, file in enumerate(sorted(llama[0].iterdir())):
+        shutil.copy(file, blobs / f"{number:064}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064}")
+    folder = inputs.find_checkpoint(snapshot)
+    assert read_json(folder / "meta.json")["imported"]["source"] == "someone/tiny"
+    (snapshot / "Tiny.GGUF").symlink_to("../../blobs/" + "0" * 64)
+    kept = []
+    monkeypatch.setattr(hub, "imported", lambda place, **_: kept.append(place) or folder)
+    assert inputs.find_checkpoint(snapshot / "Tiny.GGUF") == folder and kept == [snapshot / "Tiny.GGUF"]
+
+
+@pytest.mark.fault("names")
+def test_several_gguf_files_are_a_question(tmp_path):
+    for name in ("a.gguf", "B.GGUF"):
+        (tmp_path / name).touch()
+    with pytest.raises(CannotImport, match="holds 2 GGUF files: name one of B.GGUF, a.gguf"):
+        hub.gguf_file(tmp_path)
+
+
+@pytest.mark.fault("names")
+@pytest.mark.parametrize("name", ["", " ", "empty", "file.txt", "someone/tiny", "cut"])
+def test_a_baseline_that_is_none_is_absent_and_takes_nothing_down(name, tmp_path, monkeypatch):
+    from modern_llm.evals import baselines
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "cut").mkdir()
+    written(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:-9])
+    found, absent = baselines([name], "cpu")
+    assert not found and list(absent) == [name]

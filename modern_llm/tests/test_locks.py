@@ -123,7 +123,8 @@ def test_an_owner_on_another_host(tmp_path, monkeypatch, seconds_ago, entry, env
     """By its last sign of life, or by what SLURM's `squeue` says (played here by a script)."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    (tmp_path / "squeue").write_text(f"#!{sys.executable}\nimport os; print(os.environ.get('SAYS', 'RUNNING'))\n")
+    row = "sys.argv[-1].replace('%A', sys.argv[3]).replace('%i', sys.argv[3]).replace('%T', os.environ.get('SAYS', 'RUNNING'))"
+    (tmp_path / "squeue").write_text(f"#!{sys.executable}\nimport os, sys; print('Good morning,', 'RUNNING', {row}, sep='\\n')\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     write_owner(tmp_path / "it", seconds_ago, host="c301-001", **entry)

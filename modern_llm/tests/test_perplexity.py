@@ -1,21 +1,25 @@
 """The four protocols of perplexity: every token once, the field's windows, texts joined and cut as the protocol says."""
 
 import itertools
+import json
 import math
 import os
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from modern_llm import perplexity
 from modern_llm.config import ModelConfig
+from modern_llm.files import write_json
 from modern_llm.held_out import blank_lines, cut_texts, detokenise, held_out_pages, joined_tokens, scored_split, wikitext_pages
 from modern_llm.models import ModernDecoderLM
 from modern_llm.perplexity import (perplexity_tables, protocol_rows, score_documents, score_joined, score_lines, sequence_nats, token_nats,
                                    windows)
 from modern_llm.reading import documents
+from modern_llm.scoring import held_out_measures, perplexity_ratio
 from modern_llm.tokens import end_of_text_id, train_tokenizer
 
 VOCAB = 400
@@ -264,3 +268,14 @@ def test_wikitext_is_the_published_text():
     pages = list(held_out_pages("wikitext-2", scored_split("wikitext-2")))
     ids, owners = joined_tokens(gpt2_tokenizer(), pages, wikitext=True)
     assert len(pages) == owners.max() + 1 == 60 and len(ids) == 287_644
+
+
+@pytest.mark.fault("one-lacks")
+@pytest.mark.parametrize("nats", [800.0, 1e6, math.inf, math.nan])
+def test_a_perplexity_too_large_for_a_number_is_not_known(nats, tmp_path):
+    table = pd.DataFrame({"document": [0, 1], "nats": [nats, nats], "tokens": [1, 1], "words": [1, 1], "bytes": [1, 1], "setting": "s"})
+    rows = [*protocol_rows({"T1": table, "T3": table}, "here"), *held_out_measures(table, 2, "here"),
+            {"metric": "tax", **perplexity_ratio(table.assign(nats=0.0), table)}]
+    read = json.loads(write_json(tmp_path / "rows.json", rows).read_text(), parse_constant=pytest.fail)
+    assert all(row["value"] is None for row in read if "perplexity" in row["metric"] or row["metric"] == "tax")
+    assert all((row["value"] is None) == (not math.isfinite(nats)) for row in read if "bits" in row["metric"] or "nats" in row["metric"])

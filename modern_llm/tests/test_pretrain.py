@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,20 @@ def test_stage_leaves_its_record(straight):
     assert sum(1 for cell in notebook["cells"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})) >= 1
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
             "training_state.pt", "meta.json"} <= {p.name for p in (straight / "checkpoint").iterdir()}
+
+
+@pytest.mark.fault("one-lacks")
+@pytest.mark.fault("small-splits")
+def test_a_source_that_knows_its_entropy_is_mixed_with_a_poem_that_does_not(tmp_path):
+    poem = tmp_path / "poem.txt"
+    poem.write_text("\n".join(f"The {tree} by the {place} lets its leaves go." for tree in ("oak", "elm", "ash") for place in ("mill", "road", "lake")))
+    code, text = papermill(tmp_path / "out.ipynb", run="mixed", output_dir=tmp_path, max_steps=2,
+                           overrides=f"data.sources=synthetic,{poem} data.max_train_tokens=20000 data.max_validation_tokens=2000")
+    assert code == 0, text
+    assert re.search(r"pretrain: \S+poem.txt: of \d+ characters in 1 document the last \d+ held out for validation", text)
+    results = json.loads((tmp_path / "mixed" / "pretrain" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert [row["floor bits per byte"] is None for row in results["data"]] == [False, True, False, True] and results["floor"] is None
+    assert {row["metric"] for row in results["table"]} >= {"above the floor, synthetic", f"bits per byte, {poem}"}
 
 
 def test_a_stage_that_fails_says_so_in_its_record(tmp_path):

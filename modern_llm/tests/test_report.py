@@ -1,15 +1,19 @@
 """Reports from files: every section filled, or saying what fills it; the same files, the same text; nothing overwritten."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
+from modern_llm.outcomes import headline, summary
 from modern_llm.overrides import to_dict
 from modern_llm.presets import get_pipeline_preset
+from modern_llm.pipeline import Step
 from modern_llm.report import write_report
 from modern_llm.report_eval import main_rows
 from modern_llm.report_page import STAGES, ReportError, Run, interval, markdown_table, number
@@ -141,6 +145,40 @@ def test_every_section_is_filled(written):
     assert "yes |" in section(text, "Stage gains") and "no |" in section(text, "Stage gains")
 
 
+MEASURED = {"value", "low", "high", "floor", "loss", "val_loss", "margin", "val_margin", "reward_accuracy", "chosen", "rejected", "score",
+            "train_seconds", "tokens_per_s", "change"}
+
+
+def unknown(value, names):
+    """The value with null for every number that has one of the names."""
+    if isinstance(value, list):
+        return [unknown(part, names) for part in value]
+    if isinstance(value, dict):
+        return {name: None if name in names and isinstance(part, (int, float)) else unknown(part, names) for name, part in value.items()}
+    return value
+
+
+@pytest.mark.fault("one-lacks")
+@pytest.mark.parametrize("names", [MEASURED, {"high", "val_loss", "score"}], ids=["everything", "some"])
+def test_what_a_run_does_not_know_is_left_blank(names, tmp_path):
+    folder = make_run(tmp_path)
+    for path in [*folder.glob("*/results.json"), folder / "eval" / "gsm8k_analysis.json", folder / "eval" / "baseline_comparison.json",
+                 folder / "eval" / "verifier_mistakes.json"]:
+        write(path, unknown(json.loads(path.read_text()), names))
+    for path in folder.glob("*/metrics.jsonl"):
+        write(path, "".join(json.dumps(unknown(json.loads(line), names)) + "\n" for line in path.read_text().splitlines()))
+    for name in ("ledger.csv", "stage_gains.csv", "clean_scores.csv"):
+        table = pd.read_csv(folder / "eval" / name)
+        table[[column for column in table if column in names]] = math.nan
+        table.to_csv(folder / "eval" / name, index=False)
+    text = write_report("small", tmp_path, tmp_path / "out").read_text()
+    assert len(re.findall("^## ", text, flags=re.M)) == 18 and not re.search(r"\bnan\b|\bNone\b|\binf\b", text)
+    for stage in STAGES:
+        assert "nan" not in summary(Step(stage, folder / stage, {}, "skip")) + headline(stage, json.loads((folder / stage / "results.json").read_text()))
+    make_run(tmp_path, "small-seed1", seed=1)
+    assert len(summarise_seeds([tmp_path / "small", tmp_path / "small-seed1"]))
+
+
 def test_pictures_are_there_and_shown(written):
     place, path = written
     shown = re.findall(r"\]\((figures/[^)]+)\)", path.read_text(encoding="utf-8"))
@@ -249,6 +287,18 @@ def test_seeds_are_summarised(tmp_path):
     assert "| pretrain | own table | bits per byte, synthetic | 0.700 | 0.600 … 0.900 | 3 |" in text
     chosen = write_report("small", runs, tmp_path / "two", seeds=["small", "small-seed2"]).read_text()
     assert "Median and range of 2 runs" in chosen
+
+
+@pytest.mark.fault("scheduler")
+@pytest.mark.parametrize("name, content", [("run.json", b"{"), ("run.json", b"[]"), ("eval/results.json", b"\xff"), ("run.json", b'{"stages": 5, "seed": 2}'),
+                                           ("pretrain/results.json", b'{"table": [5]}'), ("eval/ledger.csv", b"a,b\n1,2\n")])
+def test_a_damaged_sibling_is_left_out_of_the_seeds(tmp_path, capsys, name, content):
+    runs = tmp_path / "runs"
+    folders = [make_run(runs, f"small{end}", seed, stages=("pretrain", "eval")) for seed, end in enumerate(("", "-seed1", "-seed2"))]
+    (folders[2] / name).write_bytes(content)
+    text = section(write_report("small", runs, tmp_path / "out").read_text(), "Across seeds")
+    assert "Median and range of 2 runs" in text and "small-seed2" not in text
+    assert "small-seed2 is left out of the report across seeds" in capsys.readouterr().err or name == "run.json"
 
 
 def test_runs_that_are_not_seeds_of_one_recipe_are_refused(tmp_path):

@@ -128,7 +128,7 @@ def test_what_cannot_be_trained_is_counted(tokenizer):
     long = " ".join(["word"] * 200)
     examples = [Example("Hi.", output="Ho."), Example("Hi.", output="  "), Example(long, output="Ho."), Example("Hi.", output=long)]
     encoded, counts = sft.encode_examples(tokenizer, examples, 64)
-    assert counts == {"read": 4, "no answer": 1, "fully masked": 1, "truncated": 1, "kept": 2, "tokens": sum(len(i) for i, _ in encoded),
+    assert counts == {"read": 4, "no text": 1, "fully masked": 1, "truncated": 1, "kept": 2, "tokens": sum(len(i) for i, _ in encoded),
                       "trained tokens": sum(y != -100 for _, labels in encoded for y in labels)}
     assert [labels[-1] == end_id(tokenizer) for _, labels in encoded] == [True, False]  # a cut answer does not pretend to end
     assert all(len(ids) == len(labels) <= 64 for ids, labels in encoded)

@@ -318,6 +318,12 @@ def test_loading_something_else_is_refused(tokenizer, tmp_path):
 # ---- judging ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("one-lacks")
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_without_an_answer_that_fits_nothing_is_calibrated(count):
+    assert calibrate(np.full((count, 3), np.nan), np.ones(count, bool)) == [1.0, 0.0, 0.0, 0.0]
+
+
 def test_calibrate_finds_the_weights_and_gives_none_a_negative_sign():
     draw = np.random.default_rng(0)
     parts = draw.normal(0, 1, (5000, 3))
