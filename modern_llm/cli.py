@@ -11,7 +11,17 @@ from modern_llm.cli_models import chat, check_inference, export, sample
 from modern_llm.cli_run import run, status, submit
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """The commands, on a terminal or file of any encoding: what it does not have is written out, as in `\\u2026`."""
+
+    def main(self, *words, **options):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # None where it is closed
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*words, **options)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="modern_llm")
 def main() -> None:
     """Train a small modern language model, stage by stage; every stage is a notebook.

@@ -15,7 +15,7 @@ class Failure(click.ClickException):
 
 @contextlib.contextmanager
 def said_in_one_line():
-    """Turn the errors a user can mend into one message without a traceback."""
+    """Turn the errors a user can mend into one message without a traceback; damaged files are exit code 1."""
     from modern_llm.files import DamagedFolder
     from modern_llm.inputs import StageError
 
@@ -23,7 +23,9 @@ def said_in_one_line():
         yield
     except BrokenPipeError:
         raise  # whoever read the output has enough
-    except (ValueError, StageError, OSError, DamagedFolder) as error:
+    except DamagedFolder as error:
+        raise click.ClickException(str(error)) from error
+    except (ValueError, StageError, OSError) as error:
         raise Failure(str(error)) from error
 
 

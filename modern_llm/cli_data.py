@@ -39,17 +39,37 @@ def _wanted(preset: str) -> list[str]:
     return list(dict.fromkeys(name for stage in NOTEBOOKS for name in data_names(config, stage))) or ["synthetic"]
 
 
+def _read(row: dict, seconds: float) -> str:
+    """Put into a row of the table what its source holds; what is wrong with it, or ""."""
+    from modern_llm.reading import check_rows
+    from modern_llm.sources import DataError
+
+    note, licence, row["read"] = row.pop("note"), row.pop("licence"), "-"
+    damage = ""
+    if row["where"] in ("mirror", "file", "hub (cached)"):
+        try:
+            found = check_rows(row["name"], seconds)
+            row["read"], note = found["read"], f"columns: {found['columns']}" if row["where"] == "file" else note
+        except DataError as error:
+            row["status"], damage = "damaged", str(error)
+    row |= {"licence": licence, "note": note}
+    return damage
+
+
 @click.command()
 @click.option("--preset", metavar="NAME|FILE.json", help="Check what this preset needs; exit code 1 if any is missing.")
 @click.option("--download", is_flag=True, help="First fetch them from the Hugging Face hub into its local cache.")
 @click.argument("names", nargs=-1)
 def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None:
-    """Look for every data source (or those of NAMES) and print where it was found, or why not.
+    """Look for every data source (or those of NAMES), read it, and print where it was found, or why not.
 
-    Sources are looked up in $MODERN_LLM_DATA, a folder of plain files, then on the Hugging Face hub and in its cache.
-    The exit code is 0 only if all that was asked for is there; without names or a preset, the table alone is printed.
+    Sources are looked up in $MODERN_LLM_DATA, a folder of plain files, then on the Hugging Face hub and in its cache; a path
+    to a file of your own is a source, too. Every file that is here is read, those of NAMES or a preset for at most a minute
+    each, else for five seconds; "damaged" means that it holds something else than it should. The exit code is 0 only
+    if all that was asked for is there and nothing is damaged.
 
     \b
+    modern-llm datasets my-stories.jsonl             your own file: how many rows, which columns
     modern-llm datasets --preset local-cpu
     modern-llm datasets --download tinystories       once, where there is a network
     modern-llm prefetch --preset tacc-h100           everything a preset needs: data, tokenizer, models to compare with
@@ -64,15 +84,19 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
         for name in wanted if download else ():
             reading.download(name)
         rows = check_sources(wanted or None)
+        damage = {row["name"]: said for row in rows if (said := _read(row, 60 if wanted else 5))}
     except (ConfigError, ValueError) as error:
         raise Failure(str(error)) from error
     click.echo(as_table(rows))
-    missing = [row["name"] for row in rows if row["status"] != "found"]
+    for row in rows:
+        if row["status"] == "damaged":
+            click.echo(f"\nDamaged: {row['name']}. {damage[row['name']]}")
+    missing = [row["name"] for row in rows if row["status"] == "missing"]
     if missing:
         root = os.environ.get("MODERN_LLM_DATA") or "not set"
         text = f"Missing: {', '.join(missing)} (MODERN_LLM_DATA is {root}). For each of them, {remedy()}"
         click.echo("\n" + textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
-    if wanted and missing:
+    if damage or wanted and missing:
         sys.exit(1)
 
 

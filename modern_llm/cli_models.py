@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 import click
 
 from modern_llm.cli_common import said_in_one_line
+from modern_llm.config import nearest
+
+
+
+class Finite(click.FloatRange):
+    """A number in a range, not infinite and not nan."""
+
+    def convert(self, value, param, ctx) -> float:
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value} is no finite number", param, ctx)
+
 
 WHICH_MODEL = (
     click.option("--run", "run_name", metavar="NAME", help="A run: its folder under runs/."),
@@ -17,7 +29,7 @@ WHICH_MODEL = (
 )
 RUN_OPTIONS = (
     *WHICH_MODEL,
-    click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 = always the likeliest token."),
+    click.option("--temperature", type=Finite(min=0), default=0.7, show_default=True, help="0 = always the likeliest token."),
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or the best there is."),
@@ -41,7 +53,8 @@ def which_model(command):
 def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, seed, device) -> None:
     """Talk to a model in the terminal; its words appear as they are drawn.
 
-    Earlier turns are kept as long as they fit into the context. /new forgets them, /quit (or Ctrl-D) ends.
+    Earlier turns are kept as long as they fit into the context; a line says when the oldest are forgotten. /new forgets all of them,
+    /quit (or Ctrl-D) ends, Ctrl-C ends an answer.
 
     \b
     modern-llm chat --run local-smoke
@@ -52,24 +65,70 @@ def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, s
 
     with said_in_one_line():
         model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device, purpose="chat")
-    talk = Chat(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    click.echo(f"{folder}; /new forgets the conversation, /quit ends", err=True)
-    show_prompt = sys.stdin.isatty()
+    talk = Chat(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, note=_note)
+    _note(f"{folder}; /new forgets the conversation, /quit ends")
+    if sys.stdin is None:
+        _note("the standard input is closed: there is nobody to talk to")
+        return
+    show_prompt, interrupted = sys.stdin.isatty(), False
     while True:
-        if show_prompt:
-            click.echo("> ", nl=False)
-        line = sys.stdin.readline()
+        try:
+            if show_prompt:
+                click.echo("> ", nl=False)
+            line = _line(sys.stdin)
+            interrupted = False
+        except KeyboardInterrupt:
+            if interrupted or not show_prompt:
+                raise SystemExit(130) from None
+            interrupted = True
+            _note("\n(/quit, Ctrl-D or Ctrl-C again ends)")
+            continue
         request = line.strip()
         if not line or request == "/quit":
             break
         if request == "/new":
-            talk.history.clear()
+            talk.history = []
+        elif line.startswith("/") and request[1:].isalpha():
+            _note(f"{request} is no command{nearest(request.lower(), ('/new', '/quit'))}; with a space in front of it, it is a message")
         elif request:
-            with said_in_one_line():
-                for piece in talk.reply(request):
-                    click.echo(piece, nl=False)
-                    sys.stdout.flush()
-            click.echo()
+            _answer(talk, request)
+
+
+def _note(text: str) -> None:
+    """A line about the conversation, beside it."""
+    click.echo(text, err=True)
+
+
+def _line(stream) -> str:
+    """The next line of a stream of text, "" at its end. Bytes that are no UTF-8 are read in the stream's own encoding, else as U+FFFD."""
+    data = stream.buffer.readline()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        own = (stream.encoding or "utf-8").lower().replace("_", "-")
+        if own in ("utf-8", "ascii", "us-ascii", "ansi-x3.4-1968"):
+            _note(f"(byte {error.start + 1} of this message is no UTF-8: it is read as \ufffd)")
+            own = "utf-8"
+        return data.decode(own, "replace")
+
+
+def _answer(talk, request: str) -> None:
+    """Print an answer as it is drawn. Ctrl-C ends it, an error is one line; the conversation goes on."""
+    said = False
+    try:
+        for piece in talk.reply(request):
+            click.echo(piece, nl=False)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            said = said or bool(piece.strip())
+        click.echo()
+        if not said:
+            _note("(the model ended its answer at once)")
+    except KeyboardInterrupt:
+        click.echo()
+        _note("(interrupted; the conversation goes on)")
+    except ValueError as error:
+        _note(f"Error: {error}")
 
 
 @click.command()
@@ -83,11 +142,13 @@ def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens,
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm sample --run local-smoke --prompt "What is 3 plus 4?" -n 5 --temperature 1
     """
-    from modern_llm.talk import open_model, samples
+    from modern_llm.talk import open_model, readable, samples
 
     with said_in_one_line():
         model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device, purpose="sample")
         click.echo(str(folder), err=True)
+        if readable(prompt) != prompt:
+            _note("(bytes of the prompt are no UTF-8: they are read as \ufffd)")
         for text in samples(model, tokenizer, folder, prompt, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
             click.echo(f"--- {text}")
 

@@ -16,6 +16,7 @@ OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PREFERENCE_LOSSES = ("sigmoid", "ipo")
+BUILT_IN = ("synthetic", "synthetic-problems")  # sources written by a program
 REPLAY_SOURCES = ("text", "synthetic", "synthetic-problems", "gsm8k")
 VERIFIER_KINDS = ("generator", "encoder")
 STRATEGIES = ("ddp", "fsdp")
@@ -45,6 +46,11 @@ def device_parts(place: str, name: str) -> tuple[str, int | None]:
                                "(an NVIDIA or AMD GPU), or cuda:1 for the second of several GPUs")
     kind, *number = filter(None, found.groups())
     return kind, int(number[0]) if number else None
+
+
+def _sources(section: str, names: tuple[str, ...]) -> None:
+    require(len(names) > 0, f"{section}.sources is empty; name at least one, for example 'synthetic'")
+    require(len(set(names)) == len(names), f"{section}.sources={list(names)} names a source twice")
 
 
 def _one_of(place: str, value: str, options: tuple[str, ...]) -> None:
@@ -123,7 +129,7 @@ class DataConfig:
     world_seed: int = 0  # the synthetic world: who lives where, owns which pet …
 
     def __post_init__(self) -> None:
-        require(len(self.sources) > 0, "data.sources is empty; name at least one, for example 'synthetic'")
+        _sources("data", self.sources)
         _one_of("data.tokenizer", self.tokenizer, ("bpe", "gpt2"))
         require(self.tokenizer_vocab_size >= 300,
                 f"data.tokenizer_vocab_size={self.tokenizer_vocab_size} is under 300: 256 bytes and the special tokens")
@@ -198,7 +204,7 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.sources) > 0, "sft.sources is empty; name at least one, for example 'synthetic'")
+        _sources("sft", self.sources)
         require(len(self.sources) == len(self.weights),
                 f"sft.weights={list(self.weights)} must have one number for each of sft.sources={list(self.sources)}")
         require(all(0 < w < math.inf for w in self.weights), f"sft.weights={list(self.weights)} must be greater than 0")
@@ -224,7 +230,7 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.sources) > 0, "dpo.sources is empty; name at least one, for example 'synthetic'")
+        _sources("dpo", self.sources)
         _one_of("dpo.loss", self.loss, PREFERENCE_LOSSES)
         _positive("dpo", self, "beta", "max_train_pairs", "max_validation_pairs", "max_new_tokens")
         require(0 <= self.label_smoothing < 0.5, f"dpo.label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
@@ -352,6 +358,8 @@ class PipelineConfig:
             require(size % self.hardware.ranks == 0,
                     f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
                     f"use one of {[r for r in range(1, size + 1) if size % r == 0]}, or another batch size")
+        require(self.model.context_length >= SHORTEST_CONTEXT, f"model.context_length={self.model.context_length} leaves no room for the openings "
+                f"that a stage continues, and for what it writes: use at least {SHORTEST_CONTEXT}; instructions and word problems take 128 or more")
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in 0..2**63 - 1")
         if self.data.tokenizer == "bpe":
             require(self.data.tokenizer_vocab_size <= self.model.vocab_size,
@@ -363,4 +371,5 @@ class PipelineConfig:
                     "with its chat tokens: use 50304")
 
 
+SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write
 GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens

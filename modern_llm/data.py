@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -157,7 +158,8 @@ def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: i
     dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
     identity = [CACHE_VERSION, content_id(name, split, world_seed), tokenizer_digest(tokenizer), split, max_tokens]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    short = Path(source.info.name).stem if source.where == "file" else source.info.name
+    own = re.sub(r"[^a-zA-Z0-9_.-]", "-", Path(source.info.name).stem).strip(".")[:60]  # a file may be called anything
+    short = (own or "own") if source.where == "file" else source.info.name
     folder = Path(cache_dir or cache_root()) / f"{short}-{split}-{fingerprint}"
     with one_builder(folder):
         try:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from modern_llm.config import ModelConfig, nearest
+from modern_llm.config import BUILT_IN, ModelConfig, nearest
 from modern_llm.counts import parameter_count
 from modern_llm.files import atomic_folder, check_folder, read_json, write_json, write_text
 from modern_llm.inputs import GENERATORS, say
@@ -207,7 +207,7 @@ def data_of(stage: str, settings: dict) -> list[str]:
 def info_of(name: str) -> DatasetInfo:
     """What the registry knows of a data set; the built-in ones are one entry, an own file that is gone has none."""
     try:
-        return dataset_info("synthetic" if name.startswith("synthetic") else name)
+        return dataset_info("synthetic" if name in BUILT_IN else name)
     except DatasetNotFound:
         return DatasetInfo(name, "", "unknown", "text", ())
 
@@ -220,7 +220,7 @@ def data_rows(run: Run, stages: list[str]) -> list[dict]:
             used.setdefault(name, []).append(stage)
     read = {row["source"]: row.get("fingerprint", "") for stage in stages for row in run.results.get(stage, {}).get("data", [])
             if row.get("split") == "train"}
-    return [{"data set": name, "used in": ", ".join(where), "from": (info := info_of(name)).hub or "built in" * name.startswith("synthetic"),
+    return [{"data set": name, "used in": ", ".join(where), "from": (info := info_of(name)).hub or "built in" * (name in BUILT_IN),
              "licence": info.licence, "fingerprint": read.get(name, "")} for name, where in used.items()]
 
 
@@ -243,7 +243,7 @@ def limits(run: Run | None, stages: list[str], cfg: ModelConfig) -> list[str]:
     tokens = sum(run.results.get(stage, {}).get("tokens", 0) for stage in stages)
     found.insert(0, f"{parameter_count(cfg)['total']:,} parameters and {tokens:,} tokens of training here, one seed: the intervals are over "
                     "items, not over training runs.")
-    if any(row["data set"].startswith("synthetic") for row in data_rows(run, stages)):
+    if any(row["data set"] in BUILT_IN for row in data_rows(run, stages)):
         found.append("Data sets named synthetic are written by a program in a small world of their own: figures on them say what the "
                      "method does, not how the model fares on human text.")
     overlap = run.frame("eval/contamination.csv")

@@ -224,7 +224,7 @@ def read_file(path: str | Path) -> Iterator[Row]:
         for number, row in _READERS[kind](path):
             if not isinstance(row, dict):
                 raise DataError(f"{path}: line {number}: {json.dumps(row, ensure_ascii=False)[:40]!r} is not a JSON object such as "
-                                f"{{\"text\": …}}" + " (a file that is one list ends in .json)" * (kind == ".jsonl" and number == 1))
+                                f"{{\"text\": …}}" + " (a file that is one list ends in .json)" * (number == 1 and isinstance(row, list)))
             empty = empty and kind in TEXT_SUFFIXES and not row["text"].strip()
             yield Row(row, f"{path}: {unit} {number}")
     except (OSError, EOFError, zlib.error) as error:

@@ -22,17 +22,20 @@ if TYPE_CHECKING:
     from modern_llm.models import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['Sampling', 'next_token_probabilities', 'penalise_repetition', 'row_uniforms', 'draw', 'ready_tokens', 'check_prompts',
-           'left_padded', 'evaluating', 'Row', 'choose', 'decode', 'generate', 'stream']
+__all__ = ['GREEDY_BELOW', 'Sampling', 'next_token_probabilities', 'penalise_repetition', 'row_uniforms', 'draw', 'ready_tokens',
+           'check_prompts', 'left_padded', 'evaluating', 'Row', 'choose', 'decode', 'generate', 'stream']
 
 # %% ../nbs/02d_generation.ipynb #sampling
+GREEDY_BELOW = 1e-5  # a temperature at which a difference of 0.001 in a logit is a factor of e^100; smaller ones overflow float32
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to continue a prompt. The filters are intersected, each computed on the full distribution.
 
     Args:
         max_new_tokens: at most so many; generation also ends where the context is full.
-        temperature: divides the logits; 0 always takes the most likely token.
+        temperature: divides the logits; 0, and anything below GREEDY_BELOW, always takes the most likely token.
         top_k: keep the k most likely tokens.
         top_p: keep the fewest most likely tokens whose mass reaches p (Holtzman et al. 2019, 1904.09751).
         min_p: keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024, 2407.01082).
@@ -65,7 +68,7 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or more, or None"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or None"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1], or None"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite; 1 is off"),
             ("stop", all(len(sequence) > 0 for sequence in self.stop), "sequences of at least one token"),
             ("samples", self.samples >= 1, "1 or more"),
         ):
@@ -80,7 +83,7 @@ class Sampling:
 # %% ../nbs/02d_generation.ipynb #probabilities
 def next_token_probabilities(logits: Float[Tensor, "b v"], sampling: Sampling) -> Float[Tensor, "b v"]:
     """The distribution that a token is drawn from: temperature, then the filters, then rescaled to sum to 1."""
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     p = (logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature).softmax(-1)
     if (sampling.top_k, sampling.top_p, sampling.min_p) == (None, None, None):
@@ -91,6 +94,7 @@ def next_token_probabilities(logits: Float[Tensor, "b v"], sampling: Sampling) -
     if sampling.top_p is not None:
         ordered, order = p.sort(descending=True, stable=True)
         mass_before = ordered.cumsum(-1) - ordered
+        mass_before[:, 0] = -1  # the first stays, however small p is
         keep &= torch.zeros_like(keep).scatter(-1, order, mass_before < sampling.top_p)
     if sampling.min_p is not None:
         keep &= p >= sampling.min_p * p.amax(-1, keepdim=True)

@@ -119,7 +119,7 @@ def words_and_bytes(text: str) -> tuple[int, int]:
 # %% ../nbs/02e0_held_out.ipynb #source
 def held_out_pages(name: str, split: str, world_seed: int = 0) -> Iterator[str]:
     """The documents of a source; WikiText's articles with the spaces and blank lines of the published files."""
-    if dataset_info(name).name.startswith("wikitext"):
+    if dataset_info(name).is_wikitext:
         yield from wikitext_pages(row["text"] for row in rows(name, split))
     else:
         yield from documents(name, split, world_seed)

@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from modern_llm.config import PipelineConfig
+from modern_llm.config import BUILT_IN, PipelineConfig
 from modern_llm.files import find_folder, read_json, sha256
 from modern_llm.overrides import to_dict
 
@@ -127,7 +128,7 @@ def data_names(config: PipelineConfig, stage: str) -> list[str]:
     for path in DATA[stage]:
         value = setting(config, path)
         found += [value] if isinstance(value, str) else list(value)
-    return [name for name in dict.fromkeys(found) if name != "text" and not name.startswith("synthetic")]  # "text": data.sources
+    return [name for name in dict.fromkeys(found) if name not in ("text", *BUILT_IN)]  # "text": data.sources
 
 
 def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:

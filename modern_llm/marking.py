@@ -40,7 +40,9 @@ _OPENING = re.compile(r"[\s*_`~\"']*")  # Markdown and quotes around an answer
 _CLOSING = " \t\r*_`~.,;:!?…)]\"'"
 _BOUNDARY = re.compile(rf"[(\[]|#(?=#)|<(?=[<|/A-Za-z])|[.,;:!?]\s+(?={_LETTER})|\s[-–—]+\s+(?={_LETTER})|—(?={_LETTER})"
                        r"|\s(?:because|since|as|so)\b")
-_UNIT = re.compile(rf"""(?!(?:and|or|to|plus|minus|times|point|over|by)\b)(?:-(?={_LETTER}))?
+_WORDS = (r"(?:half|quarter|third|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
+          r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million)\b")
+_UNIT = re.compile(rf"""(?!(?:.*\s)?(?:and|or|to|plus|minus|times|point|over|by)\s+(?:an?\s+)?{_WORDS})(?:-(?={_LETTER}))?
     (?:{_LETTER}|[\s%‰°'"′″¢.&{_CURRENCY}]|(?<={_LETTER})-(?={_LETTER})|/\s?(?={_LETTER})
       |(?<=\bin|\bft|\byd|\bmi)\^?[23]\b|(?<=m)\^?[23]\b)*""", re.VERBOSE)
 _LATEX = [(re.compile(pattern), put) for pattern, put in (
@@ -124,7 +126,7 @@ def written_number(text: str) -> int | float | None:
 def extract_answer(text: str) -> int | float | None:
     """The number behind the first `####`, or on the next line that is not empty; None if no number is written there."""
     _, mark, behind = re.sub("#{4,}", "####", text).partition("####")
-    return written_number(behind.lstrip().partition("\n")[0]) if mark else None
+    return written_number(next(iter(behind.lstrip().splitlines()), "")) if mark else None
 
 
 def last_number(text: str) -> int | float | None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import types
 import typing
 
 from modern_llm.config import ConfigError, nearest, require
 
-# Settings where one word is a list of one.
-LISTS = ("sources", "replay_sources", "weights", "levels", "sampled_levels", "shots", "protocol_sources", "baselines")
+# Settings where one word is a list of one; those of names, where a file may be called `2024` or `a, b.txt`.
+LISTS = ("weights", "levels", "sampled_levels", "shots")
+NAMES = ("sources", "replay_sources", "protocol_sources", "baselines")
 
 
 def to_dict(config: object) -> dict:
@@ -59,6 +61,7 @@ def parse_overrides(text: str) -> dict:
     """`"model.num_experts=4 data.sources=synthetic"` as the nested dict that `override` takes.
 
     Values are JSON where they parse as JSON, else strings; a comma makes a list, nothing behind the sign an empty one.
+    Names of sources and models stay text.
     """
     try:
         items = shlex.split(text)
@@ -76,8 +79,17 @@ def parse_overrides(text: str) -> dict:
             if not isinstance(place, dict):
                 raise ConfigError(f"overrides: {path!r} is set both as a value and as a section")
         value = _json_or_text(raw) if raw[:1] in '[{"' or "," not in raw else [_json_or_text(r) for r in raw.split(",")]
-        place[leaf] = [value] * (raw != "") if leaf in LISTS and not isinstance(value, list) else value
+        listed = [value] * (raw != "") if leaf in LISTS and not isinstance(value, list) else value
+        place[leaf] = _names(raw) if leaf in NAMES else listed
     return nested
+
+
+def _names(raw: str) -> list:
+    """A JSON list or text; else one name, if something is called so; else the names between the commas."""
+    value = _json_or_text(raw)
+    if isinstance(value, list) or raw[:1] == '"' and value != raw:
+        return value if isinstance(value, list) else [value]
+    return [raw] * (raw != "") if "," not in raw or os.path.lexists(os.path.expanduser(raw)) else raw.split(",")
 
 
 def _json_or_text(raw: str) -> object:

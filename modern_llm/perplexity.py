@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .generation import evaluating
 from .held_out import cut_texts, detokenise, held_out_pages, joined_tokens, scored_split, wikitext_rows, words_and_bytes
-from .scoring import perplexity, ratio_interval
+from .scoring import perplexity_of, ratio_interval
 from .sources import dataset_info, find_source
 from .tokens import encode_documents, end_of_text_id
 
@@ -239,7 +239,7 @@ def perplexity_tables(model: nn.Module, tokenizer: Tokenizer, name: str, max_tok
         raise ValueError(f"protocol {sorted(unknown)[0]!r} is unknown; there are {', '.join(PROTOCOLS)}")
     if max_tokens is not None and max_tokens < 2 or max_tokens is None and find_source(name).where == "built-in":
         raise ValueError(f"max_tokens={max_tokens} for {name!r}: give 2 or more" + (", the source is endless" if max_tokens is None else ""))
-    split, wikitext, found = scored_split(name), dataset_info(name).name.startswith("wikitext"), {}
+    split, wikitext, found = scored_split(name), dataset_info(name).is_wikitext, {}
     if "T0" in protocols:
         pages = held_out_pages(name, "validation", world_seed)
         lines = (line for page in pages for line in (wikitext_rows(page) if wikitext else page.split("\n")))
@@ -267,8 +267,8 @@ def protocol_rows(tables: dict[str, pd.DataFrame], source: str) -> list[dict]:
     """
     found = []
     for name, table in tables.items():
-        forms = {"perplexity": (table.tokens, perplexity)} if name != "T3" else {
-            "word perplexity": (table.words, perplexity), "byte perplexity": (table.bytes, perplexity),
+        forms = {"perplexity": (table.tokens, perplexity_of)} if name != "T3" else {
+            "word perplexity": (table.words, perplexity_of), "byte perplexity": (table.bytes, perplexity_of),
             "bits per byte": (table.bytes, lambda nats: nats / math.log(2))}
         setting = table.setting.iloc[0] + ("; one document, so the interval says nothing" if len(table) == 1 else "")
         for metric, (counts, form) in forms.items():

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
+import time
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -21,7 +24,8 @@ from .sources import find_source, hub_reachable, hub_state, plain_suffix
 from .splits import Cut, cut_splits, make_cut, split_plan, text_blocks
 
 # %% auto #0
-__all__ = ['READER_VERSION', 'load_hub', 'articles', 'split_of', 'how_split', 'rows', 'documents', 'content_id', 'download']
+__all__ = ['READER_VERSION', 'load_hub', 'articles', 'split_of', 'how_split', 'rows', 'check_rows', 'documents', 'content_id',
+           'download']
 
 # %% ../nbs/02a2_reading.ipynb #load-hub
 def _library():
@@ -37,12 +41,16 @@ def _library():
 @lru_cache(maxsize=4)
 def load_hub(name: str, split: str):
     """A split from the hub or its local cache, memory-mapped. DatasetNotFound instead of a long wait when offline."""
-    import huggingface_hub
-
-    datasets, info = _library(), dataset_info(name)
+    info = dataset_info(name)
     state = hub_state(info)
     if state not in ("cached", "reachable"):
         raise DatasetNotFound(f"data set {info.name!r} ({info.hub}): {state}")
+    if os.path.isdir(info.hub):  # the library would read that instead
+        raise DatasetNotFound(f"data set {info.name!r}: the folder {os.path.abspath(info.hub)} hides the hub's {info.hub}; start from "
+                              "another folder, or name the files in it")
+    import huggingface_hub
+
+    datasets = _library()
     offline = (datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")
     before = [getattr(*place) for place in offline]
     try:
@@ -84,7 +92,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 # %% ../nbs/02a2_reading.ipynb #split-of
 def _is_lines(source: Source, stored: str) -> bool:
     """Whether the rows of a stored split are lines of text, in which documents have to be found."""
-    return source.info.name.startswith("wikitext") or any(plain_suffix(path) in TEXT_SUFFIXES for path in source.files.get(stored, ()))
+    return source.info.is_wikitext or any(plain_suffix(path) in TEXT_SUFFIXES for path in source.files.get(stored, ()))
 
 
 def _key(source: Source, row: dict) -> str:
@@ -97,7 +105,7 @@ def _stored_texts(source: Source, stored: str) -> Iterator[str]:
     if not _is_lines(source, stored):
         return (_key(source, row) for row in _checked(source, stored))
     lines = (row["text"].rstrip("\r\n") for row in _checked(source, stored))
-    return articles(line if line.strip() else "" for line in lines) if source.info.name.startswith("wikitext") else text_blocks(lines)
+    return articles(line if line.strip() else "" for line in lines) if source.info.is_wikitext else text_blocks(lines)
 
 
 @lru_cache(maxsize=64)
@@ -177,8 +185,33 @@ def _checked(source: Source, stored: str, also: Iterable[str] = ()) -> Iterator[
                 row.update({field: ""} if field in info.optional else {})
             elif type(value) not in kinds:
                 raise DataError(f"{row.place}: {field} is {_KINDS.get(type(value), type(value).__name__)}, {repr(value)[:40]}, but "
-                                f"should be {' or '.join(dict.fromkeys(map(_KINDS.get, kinds)))}")
+                                f"should be {' or '.join(_KINDS[kind] for kind in kinds if kind in _KINDS)}")
         yield row
+
+# %% ../nbs/02a2_reading.ipynb #check-rows
+def check_rows(name: str, seconds: float = 5.0) -> dict[str, str]:
+    """Read the rows of a source that is here, of each file for at most so many seconds.
+
+    Returns:
+        read: how many rows, and how many of them have no text ("812 rows, 3 without text"; "the first 90,500 rows" of a long file);
+        columns: the names in the first row.
+
+    Raises:
+        DataError: what is wrong with the first row that cannot be used, or with the file.
+    """
+    source, count, empty, cut, columns = find_source(name), 0, 0, False, ""
+    parts = [(stored, replace(source, files={stored: (path,)})) for stored, paths in source.files.items() for path in paths]
+    for stored, part in parts or [(stored, source) for stored in source.splits]:
+        end = time.monotonic() + seconds
+        for row in _checked(part, stored, source.info.needed_columns):
+            columns = columns or ", ".join(map(str, row))
+            count += 1
+            empty += not (_is_lines(part, stored) or any(row[field].strip() for field in source.info.fields))
+            if count % 500 == 0 and time.monotonic() > end:
+                cut = True
+                break
+    said = f"{'the first ' * cut}{count:,} row{'s' * (count != 1)}" + f", {empty:,} without text" * bool(empty)
+    return {"read": said, "columns": columns}
 
 # %% ../nbs/02a2_reading.ipynb #documents
 def documents(name: str, split: str = "train", world_seed: int = 0) -> Iterator[str]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modern_llm.config import BUILT_IN
 from modern_llm.files import read_json
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class Page:
     def origin(self, names: Iterable[str] | None = None, short: bool = True) -> None:
         """Say beside the numbers which of the data are synthetic."""
         names = self.run.sources if names is None else list(names)
-        made_up = [name for name in names if str(name).startswith("synthetic")]
+        made_up = [name for name in names if name in BUILT_IN]
         if made_up:
             real = [name for name in names if name not in made_up]
             text = f"**Synthetic data:** {', '.join(f'`{name}`' for name in made_up)}"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['document_nats', 'ratio_interval', 'perplexity', 'perplexity_ratio', 'held_out_measures', 'completion_log_probs',
+__all__ = ['document_nats', 'ratio_interval', 'perplexity_of', 'perplexity_ratio', 'held_out_measures', 'completion_log_probs',
            'proportion_interval', 'mean_interval', 'paired_difference', 'items_interval', 'mcnemar', 'auc',
            'within_group_auc']
 
@@ -67,7 +67,7 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, draws: int = 
     return {"value": float(pairs[:, 0].sum() / pairs[:, 1].sum()), "low": float(low), "high": float(high), "n": n}
 
 # %% ../nbs/02e_scoring.ipynb #perplexity-tax
-def perplexity(nats: float) -> float:
+def perplexity_of(nats: float) -> float:
     """exp of nats per token; infinity where that is more than a number can hold, as for a model that has diverged."""
     return math.inf if nats > 709 else math.exp(nats)
 
@@ -79,7 +79,7 @@ def perplexity_ratio(base: pd.DataFrame, tuned: pd.DataFrame) -> dict[str, float
         base, tuned: what `document_nats` found for each model. Documents are resampled, the same ones for both.
     """
     found = ratio_interval(tuned.nats - base.nats, base.tokens)
-    return {**{name: perplexity(found[name]) for name in ("value", "low", "high")}, "n": found["n"]}
+    return {**{name: perplexity_of(found[name]) for name in ("value", "low", "high")}, "n": found["n"]}
 
 # %% ../nbs/02e_scoring.ipynb #held-out-measures
 def held_out_measures(scores: pd.DataFrame, num_bytes: int, source: str) -> list[dict]:
@@ -94,7 +94,7 @@ def held_out_measures(scores: pd.DataFrame, num_bytes: int, source: str) -> list
     per_byte = scores.tokens.sum() / num_bytes / math.log(2)
     protocol = f"held-out {source}, {int(scores.tokens.sum())} tokens in {len(scores)} documents, each token once, packed rows"
     protocol += "; one document, so the interval says nothing" * (len(scores) == 1)
-    forms = {"nats per token": lambda x: x, "perplexity": perplexity, "bits per byte": lambda x: x * per_byte}
+    forms = {"nats per token": lambda x: x, "perplexity": perplexity_of, "bits per byte": lambda x: x * per_byte}
     return [{"metric": f"{name}, {source}", **{k: form(loss[k]) for k in ("value", "low", "high")}, "n": loss["n"],
              "protocol": protocol} for name, form in forms.items()]
 

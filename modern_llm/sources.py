@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 from .config import nearest
 
 # %% auto #0
-__all__ = ['DATASET_REGISTRY', 'TEXT_SUFFIXES', 'BUILDERS', 'SPLIT_FILES', 'DataError', 'DatasetNotFound', 'DatasetInfo',
+__all__ = ['DATASET_REGISTRY', 'TEXT_SUFFIXES', 'FILE_TYPES', 'SPLIT_FILES', 'DataError', 'DatasetNotFound', 'DatasetInfo',
            'plain_suffix', 'dataset_info', 'mirror_root', 'mirror_files', 'hub_reachable', 'hub_state', 'Source',
            'find_source', 'missing_reason', 'remedy', 'check_sources']
 
@@ -51,6 +51,16 @@ class DatasetInfo:
     optional: tuple[str, ...] = ()  # fields that a row may lack: missing, null and "" are the same
     columns: dict[str, tuple[type, ...]] = field(default_factory=dict)  # types of what else the later stages read
 
+    @property
+    def is_wikitext(self) -> bool:
+        """Whether the rows are lines of articles; a file of your own is not, whatever it is called."""
+        return self.hub == "Salesforce/wikitext"
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """The further columns that every row must have."""
+        return tuple(name for name, types in self.columns.items() if type(None) not in types)
+
 # %% ../nbs/02a1_sources.ipynb #registry
 def _question(row: dict) -> str:
     return str(row.get("chosen", "")).split("\n\nAssistant:")[0]
@@ -81,7 +91,8 @@ DATASET_REGISTRY: dict[str, DatasetInfo] = {info.name: info for info in (
                 optional=("input",)),
     DatasetInfo("oasst1", "OpenAssistant/oasst1", "Apache-2.0", "chat", ("text",), hub_splits=("train", "validation"),
                 key=lambda row: str(row.get("message_tree_id") or row.get("text")),
-                columns={**dict.fromkeys(("message_id", "parent_id", "role", "lang"), (str,)), "rank": (int, float)}),
+                columns={**dict.fromkeys(("message_id", "role", "lang"), (str,)), "parent_id": (str, type(None)),
+                         "rank": (int, float, type(None))}),
     DatasetInfo("hh-rlhf", "Anthropic/hh-rlhf", "MIT", "preference", ("chosen",), files={"test": _HH},
                 hub_splits=("train", "test"), key=_question, columns={"rejected": (str,)}),
     DatasetInfo("gsm8k", "openai/gsm8k", "MIT", "problem", ("question", "answer"), "main",
@@ -93,33 +104,57 @@ DATASET_REGISTRY: dict[str, DatasetInfo] = {info.name: info for info in (
 
 # %% ../nbs/02a1_sources.ipynb #dataset-info-lookup
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
-BUILDERS = {**dict.fromkeys(TEXT_SUFFIXES, "text"), ".jsonl": "json", ".json": "json", ".tsv": "csv", ".csv": "csv",
-            ".parquet": "parquet"}
+FILE_TYPES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".tsv", ".csv", ".parquet")
+_NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are no UTF-8
 
 
 def plain_suffix(path: str | Path) -> str:
-    """The file type under a possible `.gz`: '.jsonl' for 'a.jsonl.gz'."""
-    return Path(str(path).removesuffix(".gz")).suffix.lower()
+    """The file type under a possible `.gz`: '.jsonl' for 'a.jsonl.gz' and 'A.JSONL.GZ'."""
+    path = Path(path)
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
 def dataset_info(name: str) -> DatasetInfo:
     """The entry of a short name, a hub path, or a path to your own .txt, .jsonl, .tsv, .csv or .parquet (.gz) file.
 
+    A path is taken as it is written; only where no file is called so does `~` stand for a home folder.
+
     Raises:
-        DatasetNotFound: naming the nearest valid name.
+        DatasetNotFound: naming the nearest valid name, or what is there instead of a file.
     """
     wanted = name.lower()
     for info in DATASET_REGISTRY.values():
         hub = info.hub.lower() if info.config in (None, "main") else f"{info.hub}/{info.config}".lower()
-        if wanted in (info.name, hub, hub.split("/")[-1], *info.aliases):
+        if wanted and wanted in (info.name, hub, hub.split("/")[-1], *info.aliases):
             return info
-    path = Path(name).expanduser()
-    if path.is_file() and plain_suffix(path) in BUILDERS:
-        return DatasetInfo(str(path), "", "your own", "text", ("text",), files={"train": (str(path.resolve()),)})
-    if plain_suffix(path) in BUILDERS and plain_suffix(path):
-        raise DatasetNotFound(f"data source {name!r} looks like a file, but there is no such file")
-    raise DatasetNotFound(f"unknown data source {name!r}, and no path to a {', '.join(BUILDERS)} file (or .gz of one)"
-                          f"{nearest(wanted, DATASET_REGISTRY)}")
+    path = Path(name if os.path.lexists(name) else os.path.expanduser(name))
+    if os.path.isfile(path) and plain_suffix(path) in FILE_TYPES and not _NO_TEXT.search(name):
+        return DatasetInfo(str(path), "", "your own", "text", ("text",), files={"train": (os.path.abspath(path),)})
+    raise DatasetNotFound(f"data source {name!r} {_no_source(name, path)}")
+
+
+def _no_source(name: str, path: Path) -> str:
+    types = f"{', '.join(FILE_TYPES)} (or .gz of one)"
+    if not name.strip():
+        return "is an empty name; is there a comma too many?"
+    if os.path.isdir(path):
+        inside = [one for one in sorted(os.listdir(path)) if plain_suffix(one) in FILE_TYPES]
+        return "is a folder; " + (f"name the files in it, for example {str(path / inside[0])!r}" if inside else f"it holds no {types}")
+    if os.path.isfile(path) and plain_suffix(path) in FILE_TYPES:
+        return "is a file whose name is not UTF-8; rename it"
+    if os.path.isfile(path):
+        return f"is a file of a type that is not read; use {types}"
+    if "://" in name:
+        return "is an address; download the file and give its path"
+    if plain_suffix(path) in FILE_TYPES or name.startswith((".", "~", os.sep)):
+        try:
+            os.stat(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", "") or str(error)
+            return f"looks like a file, but there is no such file ({reason}: {os.path.abspath(path)!r})" + (
+                "; is it a name with a comma in it? Write it as a JSON list, sources=[\"a, b.txt\"]" if name[0] == " " else "")
+        return "is neither a file nor a folder"
+    return f"is unknown, and no path to a file of type {types}{nearest(name.lower().strip(), DATASET_REGISTRY)}"
 
 # %% ../nbs/02a1_sources.ipynb #mirror-files
 SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -127,8 +162,8 @@ SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val",
 
 def mirror_root() -> Path | None:
     """The folder of plain files that `MODERN_LLM_DATA` names, if it does."""
-    value = os.environ.get("MODERN_LLM_DATA", "").strip()
-    return Path(value).expanduser() if value else None
+    value = os.environ.get("MODERN_LLM_DATA", "")
+    return Path(value if os.path.isdir(value) else os.path.expanduser(value.strip())) if value.strip() else None
 
 
 def mirror_files(info: DatasetInfo) -> dict[str, tuple[Path, ...]]:
@@ -139,11 +174,11 @@ def mirror_files(info: DatasetInfo) -> dict[str, tuple[Path, ...]]:
     for folder in dict.fromkeys((info.name, *info.folders, info.hub.split("/")[-1] or info.name)):
         for split, stems in SPLIT_FILES.items():
             named = tuple(root / folder / file for file in info.files.get(split, ()))
-            generic = [root / folder / f"{stem}{suffix}{zipped}" for stem in stems for suffix in BUILDERS
+            generic = [root / folder / f"{stem}{suffix}{zipped}" for stem in stems for suffix in FILE_TYPES
                        for zipped in ("", ".gz")]
             shards = [tuple(sorted((root / folder).glob(f"{stem}-*.parquet"))) for stem in stems]
             options = [named, *((path,) for path in generic), *shards]
-            complete = [files for files in options if files and all(path.is_file() for path in files)]
+            complete = [files for files in options if files and all(map(os.path.isfile, files))]
             if complete:
                 found.setdefault(split, complete[0])
     return found
@@ -177,8 +212,8 @@ def hub_reachable(seconds: float = 3.0) -> bool:
 
 def hub_state(info: DatasetInfo) -> str:
     """'cached', 'reachable', or why the hub cannot serve this data set."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
+    home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    cache = Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets")))
     flat = re.sub(r"[^a-z0-9]", "", info.hub.lower())
     for folder in cache.glob("*___*") if info.hub else ():
         if re.sub(r"[^a-z0-9]", "", folder.name.lower()) == flat and (folder / (info.config or ".")).is_dir():
@@ -231,7 +266,8 @@ def find_source(name: str) -> Source:
 def missing_reason(info: DatasetInfo) -> str:
     """What a look-up tried in vain."""
     root = mirror_root()
-    mirror = f"no files in {root / info.name}" if root else "MODERN_LLM_DATA is not set"
+    here = f"no files in {root / info.name}" if root and root.is_dir() else f"MODERN_LLM_DATA={root} is no folder"
+    mirror = here if root else "MODERN_LLM_DATA is not set"
     return f"the mirror: {mirror}; the hub ({info.hub}): {hub_state(info)}"
 
 
@@ -242,7 +278,7 @@ def remedy(name: str = "NAME") -> str:
 
 # %% ../nbs/02a1_sources.ipynb #check-sources
 def check_sources(names: Iterable[str] | None = None) -> list[dict]:
-    """What `modern-llm datasets` prints: one row a source, without loading or downloading anything.
+    """Where each source is: one row a source, without loading or downloading anything.
 
     Returns:
         Dictionaries name, status ("found" or "missing"), where, splits, bytes (of the files here), licence and note: what to

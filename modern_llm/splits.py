@@ -164,7 +164,7 @@ def make_cut(documents: Iterable[str], hundredths: dict[str, tuple[int, int]], p
         if len(sizes) <= FEW:
             opening[key] = text
     n, total, held_out = len(sizes), sum(sizes.values()), list(hundredths)[1:]
-    if divisible and n < FEW:
+    if divisible and n < FEW and (total >= MIN_CHARS or n < len(hundredths)):
         parts = last_parts(opening, hundredths) if total >= MIN_CHARS else {}
         texts = {split: [opening[key][part[split]] for key, part in parts.items() if split in part] for split in hundredths}
         if not all("".join(pieces).strip() for pieces in texts.values()):

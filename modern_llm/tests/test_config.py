@@ -9,7 +9,7 @@ import pytest
 
 from modern_llm import counts
 from modern_llm.config import ConfigError
-from modern_llm.overrides import to_dict
+from modern_llm.overrides import override, to_dict
 from modern_llm.presets import ALIASES, PRESETS, get_pipeline_preset, local_cpu, tacc_h100
 
 
@@ -82,3 +82,11 @@ def test_published_model_has_253m_parameters():
 def test_config_and_cli_import_no_torch():
     code = "import sys, modern_llm.cli, modern_llm.pipeline, modern_llm.stage, modern_llm.presets; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("length", [1, 2, 8, 10, 15])
+def test_a_context_too_short_for_any_stage_is_refused_with_the_shortest(length):
+    with pytest.raises(ConfigError, match=f"model.context_length={length} leaves no room .* use at least 16"):
+        override(get_pipeline_preset("lesson"), {"model": {"context_length": length}}, "overrides")
+    assert override(get_pipeline_preset("lesson"), {"model": {"context_length": 16}}, "overrides").model.context_length == 16

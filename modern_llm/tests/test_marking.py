@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import runpy
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modern_llm import synth, tasks
+from modern_llm import synth
 from modern_llm.answer_pairs import perturb
 from modern_llm.chat import Answer
 from modern_llm.evals import error_kind, mark_problems
@@ -51,7 +52,7 @@ NUMBERS = {
                    "12 USD": 12, "12 dollars": 12, "30 cents": 30, "$5 per hour": 5, "$5/hour": 5, "Rs. 500": 500, "\\$12": 12, "$12$": 12, "＄5": 5},
     "a unit": {"12 apples": 12, "12 apples.": 12, "12kg": 12, "12 km/h": 12, "12 m²": 12, "12 cm^2": 12, "12-inch": 12, "12 sq. ft.": 12,
                "12 children's books": 12, "12°C": 12, "50%": 50, "50 %": 50, "50 percent": 50, "12\\%": 12, "5th": 5, "3 teachers & pupils": 3,
-               "12 o'clock": 12},
+               "12 o'clock": 12, "12 to each child": 12, "12 and change": 12},
     "a fraction": {"1/2": 0.5, "3/4": 0.75, "6/2": 3, "1 1/2": 1.5, "-1 1/2": -1.5, "½": 0.5, "1½": 1.5, "1/3": 1 / 3, "2/6": 1 / 3, "1 / 2": 0.5,
                    "\\frac{1}{2}": 0.5, "1/2 cup": 0.5},
     "a power": {"1.5e6": 1500000, "1E3": 1000, "2e-3": 0.002, "1.5×10^6": 1500000, "1.5 x 10^6": 1500000, "1.5 × 10⁶": 1500000, "2 million": 2000000,
@@ -60,15 +61,16 @@ NUMBERS = {
     "around it": {"**12**": 12, "**12** apples": 12, "`12`": 12, "'12'": 12, "\\boxed{12}": 12, "\\boxed{\\frac{1}{2}}": 0.5, "<<3+4=7>>7": 7,
                   "$<<3+4=7>>7": 7, "12 (3 boxes of 4)": 12, "12, because 3*4 = 12": 12, "12 because 3*4": 12, "12. That is 3*4": 12,
                   "12 #### 13": 12, "12\nQuestion: 5": 12, "12\r\n": 12, "12</s>": 12, "12<|endoftext|>": 12, "12!": 12, "12...": 12, "\u200b12": 12,
-                  "\n12": 12},
+                  "\n12": 12, "12\u20285": 12, "12 — that is, 3 fours": 12},
     "exactly": {"9007199254740993": 2**53 + 1, "1,000,000,000,000,000,000,001": 10**21 + 1, "1" + "0" * 299: 10**299},
 }
 NO_NUMBERS = {
     "a time or a ratio": ("2:30", "2 : 30", "12:00 pm", "3:1"),
-    "a range": ("3-4", "3–4", "3—4", "3 - 4", "3 to 4", "3 or 4", "3 and 4"),
+    "a range": ("3-4", "3–4", "3—4", "3 - 4", "3 to 4", "3 or 4", "3 and 4", "three to 4", "3 to four"),
     "a list": ("1,2,3", "3, 4", "12 apples, 3 pears"),
     "a date or a version": ("1.2.3", "10/12/2020", "2020-10-12", "1/2/3"),
-    "several quantities": ("5 ft 6 in", "5'6\"", "2 hours 30 minutes", "12 and a half", "2 out of 3", "12 50"),
+    "several quantities": ("5 ft 6 in", "5'6\"", "2 hours 30 minutes", "12 and a half", "5 feet and a half", "3 point five", "2 out of 3", "12 50",
+                           "1h30", "1h 30m", "12 apples and one pear"),
     "a sum": ("3+4", "3+4=7", "3*4", "3x4", "2^3", "5²", "12 + x", "x = 7", "12 = 3*4", "±3", "12 ± 1"),
     "wrongly grouped": ("12,5678", "12,345,67", "1,,000", "1 0000", "1 00", "1.2,3"),
     "no digits": ("", "no", "seven", "$", "-", "%", "nan", "inf", "-inf", "①"),
@@ -190,14 +192,28 @@ def test_instruction_tuning_judges_alike(gold, text, right):
 
 
 @pytest.mark.parametrize("gold, value", [("#### 2.5", 2.5), ("#### 1,080", 1080), ("#### $1/2", 0.5), ("#### 12:30", None), ("#### twelve", None)])
-def test_a_gold_answer_is_read_whole_or_refused_with_its_row(monkeypatch, gold, value):
-    rows = [{"question": "How many?", "answer": "#### 1"}, {"question": "How much?", "answer": f"<<1+1=2>>2\n{gold}"}]
-    monkeypatch.setattr(tasks, "rows", lambda name, split: iter(rows))
+def test_a_gold_answer_is_read_whole_or_refused_with_its_row(tmp_path, monkeypatch, gold, value):
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("train", "test"):
+        rows = [{"question": f"How many, {name}?", "answer": "#### 1"}, {"question": f"How much, {name}?", "answer": f"<<1+1=2>>2\n{gold}"}]
+        (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path))
     if value is None:
-        with pytest.raises(ValueError, match=f"(?s)gsm8k, test, row 2.*{gold}"):
+        with pytest.raises(ValueError, match=f"(?s)test.jsonl.*2.*{gold}"):
             word_problems("gsm8k", "test", 2)
     else:
         assert word_problems("gsm8k", "test", 2)[1].value == value
+
+
+def test_kept_answers_are_marked_again(tmp_path):
+    """Two answers as they were marked when a number was read up to its point: the one with a fraction was taken for right."""
+    remark = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "remark.py"))
+    problem = word_problems("synthetic", "test", 1, levels=[1])[0]
+    table = pd.DataFrame({"problem": 0, "text": [f"#### {problem.value}.5", problem.answer], "value": [float(problem.value)] * 2, "right": True,
+                          "flexible": [False, True], "consistent": [False, True], "ended": True})
+    table.to_json(tmp_path / "base-problems.jsonl", orient="records", lines=True)
+    found = remark["remarked"](tmp_path / "base-problems.jsonl", {"problems": "synthetic", "num_problems": 1, "levels": [1], "seed": 0})
+    assert (found["values"], found["marks"], found["flexible"], found["sums"]) == (1, 1, 0, 0) and (found["right before"], found["right now"]) == (1, 0.5)
 
 
 # ---- sums ----------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ ALLOWED = {
     "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
     "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
-    "report_figures": {"figures"}, "report_page": {"files"}, "report_seeds": {"report_page"},
+    "report_figures": {"figures"}, "report_page": {"config", "files"}, "report_seeds": {"report_page"},
     "report": {"config", "counts", "files", "overrides", "report_eval", "report_figures", "report_page", "report_seeds"},
     "report_eval": {"report_figures", "report_page"},
     "bases": {"config", "files", "inputs", "launch", "tokens"}, "locks": {"inputs", "scheduler"}, "scheduler": {"inputs"},
@@ -68,7 +68,7 @@ ALLOWED = {
     "verifier": {"answer_pairs", "chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
     "pipeline": {"config", "files", "inputs", "launch", "locks", "overrides", "parameters", "presets", "record", "report", "resume"},
     "outcomes": {"files", "inputs", "locks", "pipeline"},
-    "talk": {"chat", "checkpoints", "files", "generation", "inputs", "models", "parameters", "tokens"},
+    "talk": {"chat", "checkpoints", "config", "files", "generation", "inputs", "models", "parameters", "tokens"},
     "duration": {"config", "counts"},
     "submit": {"config", "duration", "files", "inputs", "outcomes", "pipeline", "record", "scheduler", "sources"},
     "disturb": {"checkpoints", "config", "files", "models", "optim", "trainer"},
@@ -76,7 +76,7 @@ ALLOWED = {
     "faults": {"config", "data", "disturb", "faults_run", "files", "inputs", "locks", "models", "stage", "tokens"},
     "cli": {"cli_data", "cli_models", "cli_run"}, "cli_common": {"files", "inputs"},
     "cli_run": {"cli_common", "config", "inputs", "outcomes", "overrides", "parameters", "pipeline", "presets", "ranks", "submit"},
-    "cli_models": {"cli_common", "export", "inference", "talk"},
+    "cli_models": {"cli_common", "config", "export", "inference", "talk"},
     "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
 }
 NO_TORCH = {"config", "overrides", "presets", "files", "figures", "marking", "synth", "synth_world", "synth_problems", "counts", "sources", "formats",
