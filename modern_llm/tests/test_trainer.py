@@ -387,6 +387,15 @@ def test_a_lower_learning_rate_holds_after_resume(tmp_path):
     assert [group["peak_lr"] for o in run.state.optimizers for group in o.param_groups] == [1e-4, 1e-5, 1e-5]
 
 
+class Halved(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) / 2
+
+
 def test_compiled_blocks_keep_their_names(tmp_path, monkeypatch):
     """Every block is compiled, steps run through the compiled graphs, and names and losses are those of a plain run."""
     graphs = []
@@ -396,7 +405,10 @@ def test_compiled_blocks_keep_their_names(tmp_path, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))  # no C++ compiler is asked
-    cfg, plain, model = dataclasses.replace(CONFIG, max_steps=3, log_every=1), toy(dropout=0.0), toy(dropout=0.0)
+    cfg = dataclasses.replace(CONFIG, max_steps=3, log_every=1)
+    plain, model = (toy(dropout=0.0) for _ in range(2))
+    for each in (plain, model):
+        each.layers = nn.ModuleList(Halved(layer) for layer in each.layers)  # torch compiles no bare nn.Linear
     names = list(model.state_dict())
     wanted = trainer(plain, tmp_path / "plain", cfg).fit().history
     run = trainer(model, tmp_path / "compiled", dataclasses.replace(cfg, compile=True))
