@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import shlex
 import sys
@@ -13,8 +13,9 @@ from pathlib import Path
 import click
 
 from modern_llm.cli_common import Failure, as_table
-from modern_llm.config import ConfigError, nearest
+from modern_llm.config import ConfigError, PipelineConfig, nearest
 
+WITHOUT_A_DOT = tuple(field.name for field in dataclasses.fields(PipelineConfig) if field.name != "seed")  # seed: a notebook's parameter
 STAGES = "pretrain, sft, dpo, verifier, eval, attention, report, or all"
 
 
@@ -132,19 +133,20 @@ def _run_step(step) -> None:
 
 
 def _key_values(items: tuple[str, ...]) -> dict:
-    """Parameters by name; settings of the preset, whose names have a dot, together under `overrides`."""
+    """Parameters by name; settings of the preset, whose names have a dot (or are in WITHOUT_A_DOT), together under `overrides`."""
+    from modern_llm.overrides import json_or_text
+    from modern_llm.parameters import KINDS
+
     values, settings = {}, []
     for item in items:
         name, equals, raw = item.partition("=")
         if not equals:
             raise Failure(f"-p {item!r} must look like seed=1 or sft.lr=1e-3")
-        if "." in name:
+        if "." in name or name in WITHOUT_A_DOT:
             settings.append(shlex.quote(item))
             continue
-        try:
-            values[name] = json.loads(raw)
-        except ValueError:
-            values[name] = raw
+        value = json_or_text(raw)
+        values[name] = raw if KINDS.get(name, (int,))[0] is str and not isinstance(value, str) else value  # a run may be called 2024.10
     if settings:
         values["overrides"] = " ".join([*filter(None, [values.get("overrides")]), *settings])
     return values

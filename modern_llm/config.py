@@ -1,7 +1,8 @@
 """Every knob of the laboratory on one page: what it is called, its unit, its default.
 
 A variant of a config is `dataclasses.replace`; complete ones, the presets, are in `presets`. This module is a leaf: it
-imports neither torch nor anything of the package, so that a login node can plan a run.
+imports neither torch nor anything of the package, so that a login node can plan a run; only who asks it for
+`get_pipeline_preset` gets that from `presets`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def device_parts(place: str, name: str) -> tuple[str, int | None]:
                                "(an NVIDIA or AMD GPU), or cuda:1 for the second of several GPUs")
     kind, *number = filter(None, found.groups())
     return kind, int(number[0]) if number else None
+
+
+def _divisors(number: int, times: int = 1) -> list[int]:
+    """What divides a number, also when multiplied by `times`: those up to 1024."""
+    return [n for n in range(1, min(number, 1024) + 1) if number % (times * n) == 0]
 
 
 def _sources(section: str, names: tuple[str, ...]) -> None:
@@ -97,13 +103,13 @@ class ModelConfig:
         require(self.head_dim is None or self.head_dim > 0, f"model.head_dim={self.head_dim} must be at least 2, or null for width/num_heads")
         require(self.head_dim is not None or self.width % self.num_heads == 0,
                 f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
-                f"use one of {[h for h in range(1, self.width + 1) if self.width % (2 * h) == 0][-8:]}")
+                f"use one of {_divisors(self.width, 2)[-8:]}")
         require(1 <= self.rope_factor < math.inf, f"model.rope_factor={self.rope_factor} must be at least 1, which changes nothing")
         require(self.head_width % 2 == 0,
                 f"model.{'head_dim' if self.head_dim else 'width/num_heads'}={self.head_width} is odd; rotary embedding turns pairs of channels")
         require(self.num_heads % self.num_kv_heads == 0,
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}; "
-                f"use one of {[g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]}")
+                f"use one of {_divisors(self.num_heads)}")
         require(self.num_experts == 0 or 1 <= self.experts_per_token <= self.num_experts,
                 f"model.experts_per_token={self.experts_per_token} must lie in 1..num_experts={self.num_experts}")
         require(self.sliding_window is None or self.sliding_window > 0,
@@ -357,7 +363,7 @@ class PipelineConfig:
             size = getattr(self, stage).batch_size
             require(size % self.hardware.ranks == 0,
                     f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
-                    f"use one of {[r for r in range(1, size + 1) if size % r == 0]}, or another batch size")
+                    f"use one of {_divisors(size)}, or another batch size")
         require(self.model.context_length >= SHORTEST_CONTEXT, f"model.context_length={self.model.context_length} leaves no room for the openings "
                 f"that a stage continues, and for what it writes: use at least {SHORTEST_CONTEXT}; instructions and word problems take 128 or more")
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in 0..2**63 - 1")
@@ -373,3 +379,12 @@ class PipelineConfig:
 
 SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write
 GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens
+
+
+def __getattr__(name: str) -> object:
+    """`get_pipeline_preset` of `presets`, which imports this module: looked up when it is asked for (PEP 562)."""
+    if name == "get_pipeline_preset":
+        from modern_llm.presets import get_pipeline_preset
+
+        return get_pipeline_preset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

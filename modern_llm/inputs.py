@@ -212,7 +212,7 @@ def changed_data(config: PipelineConfig, stage: str, former: dict) -> list[str]:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a saved model."""
-    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+    return os.path.isfile(folder / "config.json") and os.path.isfile(folder / "model.safetensors")  # false, too, of what is no possible name
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -225,12 +225,12 @@ def find_checkpoint(path: str | Path) -> Path:
         raise StageError(f"checkpoint={str(path)!r} names nothing. Give a checkpoint folder, a stage's folder or a run's folder.")
     given = Path(os.path.abspath(os.path.expanduser(path)))
     given = given if given.is_file() else Path(os.path.realpath(given))  # a link to a .gguf file may lead to one without that ending
-    if not given.exists() and not Path(path).is_absolute() and str(path).count("/") == 1:
+    if not os.path.exists(given) and not Path(path).is_absolute() and str(path).count("/") == 1:
         from modern_llm import hub
 
         with contextlib.suppress(FileNotFoundError):
             given = hub.find_model(str(path))
-    if given.exists():
+    if os.path.exists(given):
         from modern_llm import hub
 
         if hub.is_foreign(given):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
+import sys
 import types
 import typing
 
-from modern_llm.config import ConfigError, nearest, require
+from modern_llm.config import ConfigError, PipelineConfig, nearest, require
 
-# Settings where one word is a list of one; those of names, where a file may be called `2024` or `a, b.txt`.
-LISTS = ("weights", "levels", "sampled_levels", "shots")
-NAMES = ("sources", "replay_sources", "protocol_sources", "baselines")
+_hints = functools.cache(typing.get_type_hints)
 
 
 def to_dict(config: object) -> dict:
@@ -23,7 +23,7 @@ def to_dict(config: object) -> dict:
 
 def override(config: typing.Any, values: dict, place: str = "") -> typing.Any:
     """A copy of a config dataclass with the (nested) `values` set; unknown keys and wrong types raise ConfigError."""
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     changed = {}
     for key, value in values.items():
         where = f"{place}: {key}" if place and ":" not in place else f"{place}.{key}" if place else key
@@ -48,11 +48,13 @@ def _checked(place: str, value: typing.Any, hint: typing.Any) -> typing.Any:
         inner = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
         require(len(inner) == len(value), f"{place}={value!r} must have {len(inner)} entries")
         return tuple(_checked(f"{place}[{i}]", v, h) for i, (v, h) in enumerate(zip(value, inner)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        require(abs(value) <= sys.float_info.max, f"{place}={value!r:.40} must be a finite number")  # false of NaN, too
         return float(value)
     wanted = origin or hint
     name = {tuple: "a list"}.get(wanted, getattr(wanted, "__name__", str(wanted)))
     ok = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
+    require(wanted is not int or not ok or abs(value) < 2**63, f"{place}={value!r:.40} must be less than 2**63")
     require(ok, f"{place}={value!r} is {type(value).__name__}, should be {name}")
     return value
 
@@ -60,8 +62,7 @@ def _checked(place: str, value: typing.Any, hint: typing.Any) -> typing.Any:
 def parse_overrides(text: str) -> dict:
     """`"model.num_experts=4 data.sources=synthetic"` as the nested dict that `override` takes.
 
-    Values are JSON where they parse as JSON, else strings; a comma makes a list, nothing behind the sign an empty one.
-    Names of sources and models stay text.
+    A value is read as its setting wants it: text stays text, a comma makes a list, nothing behind the sign an empty one; all else is JSON.
     """
     try:
         items = shlex.split(text)
@@ -78,22 +79,46 @@ def parse_overrides(text: str) -> dict:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"overrides: {path!r} is set both as a value and as a section")
-        value = _json_or_text(raw) if raw[:1] in '[{"' or "," not in raw else [_json_or_text(r) for r in raw.split(",")]
-        listed = [value] * (raw != "") if leaf in LISTS and not isinstance(value, list) else value
-        place[leaf] = _names(raw) if leaf in NAMES else listed
+        place[leaf] = _as_wanted(raw, _hint(path))
     return nested
+
+
+def _hint(path: str) -> object:
+    """The annotated type of the setting at a dotted path; None if there is none."""
+    hint: object = PipelineConfig
+    for name in path.split("."):
+        hint = _hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return hint
+
+
+def _as_wanted(raw: str, hint: object) -> object:
+    """A word as a value for a setting of this type; what does not fit is left for `override` to refuse."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if raw == "null" else _as_wanted(raw, next(option for option in options if option is not type(None)))
+    if origin is tuple:
+        return _names(raw) if options[0] is str else _numbers(raw)
+    value = json_or_text(raw)
+    return raw if hint is str and not isinstance(value, str) else value  # a model may be called 2024, or true
 
 
 def _names(raw: str) -> list:
     """A JSON list or text; else one name, if something is called so; else the names between the commas."""
-    value = _json_or_text(raw)
-    if isinstance(value, list) or raw[:1] == '"' and value != raw:
-        return value if isinstance(value, list) else [value]
+    value = json_or_text(f"[{raw}]" if raw[:1] == '"' else raw)
+    if isinstance(value, list):
+        return value
     return [raw] * (raw != "") if "," not in raw or os.path.lexists(os.path.expanduser(raw)) else raw.split(",")
 
 
-def _json_or_text(raw: str) -> object:
+def _numbers(raw: str) -> list:
+    """A JSON list; else the values between the commas."""
+    value = json_or_text(raw)
+    return value if isinstance(value, list) else [json_or_text(part) for part in raw.split(",")] if raw else []
+
+
+def json_or_text(raw: str) -> object:
+    """What a word says as JSON; the word itself, if it is none."""
     try:
         return json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return raw

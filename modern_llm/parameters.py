@@ -19,6 +19,9 @@ from modern_llm.overrides import override, parse_overrides
 from modern_llm.presets import get_pipeline_preset
 from modern_llm.resume import begun, changed_settings, params_of, run_record
 
+LONGEST_NAME = 100  # letters of a run's name: file systems allow 255, and reports and figures have longer ones
+LONGEST_PATH = 3800  # bytes of a run's folder: Linux allows 4096 for a whole path, and the files inside have longer ones
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 KINDS = {"preset": (str,), "run": (str, int), "overrides": (str,), "device": (str,), "output_dir": (str,),
          "checkpoint": (str,), "resume": (bool,), "force": (bool,)}
 
@@ -91,10 +94,14 @@ def choose_folder(stage: str, parameters: dict, wanted: PipelineConfig | None = 
 
     With `wanted`, the config asked for, a stage that was preempted under the same settings is resumed without being told.
     """
-    root = Path(parameters.get("output_dir") or runs_folder()).expanduser().resolve()
-    name = str(parameters.get("run") or Path(parameters["preset"]).stem)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(f"run={name!r} is no folder name: use letters, digits, '.', '_' and '-'")
+    given = parameters.get("run")
+    name = Path(parameters["preset"]).stem if given in (None, "") else str(given)
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?", name) or RESERVED.fullmatch(name):
+        raise ConfigError(f"run={name!r:.80} is no folder name everywhere: use letters, digits, '.', '_' and '-', begin with one of the first two, do "
+                          "not end with a dot, and leave out what Windows reserves (con, nul, …)")
+    if len(name) > LONGEST_NAME:
+        raise ConfigError(f"run={name[:20]!r}… has {len(name)} letters, and files are named after it: use at most {LONGEST_NAME}")
+    root = place_for_runs(parameters.get("output_dir") or runs_folder(), name)
     folder, resume, force = root / name / stage, parameters.get("resume"), parameters.get("force")
     resume = resume or (wanted is not None and not force and preempted(folder, wanted))
     there, named = begun(folder), parameters.get("run") not in (None, "")
@@ -107,6 +114,23 @@ def choose_folder(stage: str, parameters: dict, wanted: PipelineConfig | None = 
         name += datetime.datetime.now().strftime("-%Y%m%d-%H%M%S")
         folder = root / name / stage
     return name, folder, bool(resume and there)
+
+
+def place_for_runs(given: str | Path, name: str) -> Path:
+    """The folder that runs are kept in, as a whole path. ConfigError if `name` cannot lie in it."""
+    try:
+        root = Path(given).expanduser().resolve()
+        for place in (root, root / name):
+            if place.exists() and not place.is_dir():
+                raise ConfigError(f"{place} is a file, where the folder {'of the runs' if place == root else 'of the run'} should be: choose another "
+                                  f"{'output_dir' if place == root else 'run name'}")
+        if len(os.fsencode(root / name)) > LONGEST_PATH:
+            raise ConfigError(f"output_dir={str(given)!r:.80} makes a path of over {LONGEST_PATH} letters: choose another")
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"output_dir={str(given)!r:.80} cannot hold a run: {getattr(error, 'strerror', None) or error}; choose another") from error
+    return root
 
 
 def is_in_use(run_folder: Path) -> bool:

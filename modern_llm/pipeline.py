@@ -89,7 +89,11 @@ class Plan:
             raise ConfigError(f"stage {stage} does not start from a checkpoint; leave --checkpoint out, or choose a later stage")
         if stage == "pretrain" and preset.start_from:
             raise ConfigError(f"preset {preset.name!r} starts from {preset.start_from!r} and pretrains nothing; choose a later stage")
-        given = {**parameters, "run": str(parameters.get("run") or preset.name)}
+        if self.stages == ["report"] and parameters.get("overrides"):
+            raise ConfigError(f"stage report has no settings: {parameters['overrides']} would change nothing in it, as it is made from the files of "
+                              "the other stages; leave that out, or run the stage that it belongs to")
+        run = parameters.get("run")
+        given = {**parameters, "run": preset.name if run in (None, "") else str(run)}
         if given.get("checkpoint"):
             given["checkpoint"] = str(find_checkpoint(given["checkpoint"]))
         declared = {name: declared_parameters(name) for name in self.stages}
@@ -120,7 +124,7 @@ class Plan:
             settings, inputs = self._changed(stage, folder, pending)
             against = standing_against(folder, self.configs[stage], settings)
         except StageError as error:  # nobody knows what it was begun with
-            settings, inputs, against = [], [str(error)], []
+            settings, inputs, against = [], [str(error)], ""
         changed = settings + inputs
         if given.get("force") and (self.alone or changed):
             return Step(stage, folder, given, "run", "begun anew" + (f": {'; '.join(changed)}" if changed else ""))
@@ -134,7 +138,7 @@ class Plan:
             return Step(stage, folder, {**kept, "resume": True}, "resume", "; ".join(settings))
         raise StageError(
             f"stage {stage} {'is finished' if done else 'was begun'} in {folder}, and since then this has changed:\n  - "
-            + "\n  - ".join((against or settings) + inputs) + "\nSay --force to delete it and begin anew"
+            + "\n  - ".join(changed) + "\n" + f"To go on with that cannot be: {against}. " * bool(against) + "Say --force to delete it and begin anew"
             + (" (with --stage all: only what has changed)" if not self.alone else "")
             + ", or --run NAME for another run" + (", or --resume to go on with the new settings" if not inputs and not against else "")
             + (", or --no-overwrite to keep it" if done else "") + ".")

@@ -6,6 +6,7 @@ A variant of a preset is `dataclasses.replace`. Imports no torch.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -246,8 +247,8 @@ def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
     name = ALIASES.get(name_or_path, name_or_path)
     if name in PRESETS:
         return PRESETS[name]()
-    path = Path(name_or_path).expanduser()
-    if path.suffix != ".json" and not path.is_file():
+    path = Path(os.path.expanduser(name_or_path))
+    if path.suffix != ".json" and not os.path.isfile(path):  # false, too, of what is no possible name
         raise ConfigError(f"unknown preset {name_or_path!r}{nearest(name_or_path, [*PRESETS, *ALIASES])}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -60,20 +60,20 @@ def trained(folder: Path) -> tuple[float, float]:
     return next((read_record(path).get("step", 0) for path in there if path.is_file()), 0), 0.0
 
 
-def standing_against(folder: Path, config: PipelineConfig, changed: list[str]) -> list[str]:
-    """Why the stage in `folder` cannot go on with the `changed` settings, a line each; none if it can."""
+def standing_against(folder: Path, config: PipelineConfig, changed: list[str]) -> str:
+    """Why the stage in `folder` cannot go on with the `changed` settings; "" if it can."""
     stage = folder.name
     may = {f"{stage}.{name}" for name in MAY_CHANGE}
     if fixed := [line for line in changed if line.partition(":")[0] not in may]:
-        return [f"{line} (fixed from the first step on)" for line in fixed]
+        return f"{', '.join(line.partition(':')[0] for line in fixed)} made what is there, and cannot change under way"
     train, (steps, seconds) = getattr(config, stage, None), trained(folder) if changed else (0, 0.0)
     if not changed or not isinstance(train, TrainConfig):
-        return []
+        return ""
     if steps >= train.max_steps:
-        return [f"{'; '.join(changed)}: it has {steps} steps behind it and, with {stage}.max_steps={train.max_steps}, none to come"]
+        return f"it has {steps} steps behind it and, with {stage}.max_steps={train.max_steps}, none to come"
     if train.max_minutes and seconds >= 60 * train.max_minutes:
-        return [f"{'; '.join(changed)}: its {stage}.max_minutes={train.max_minutes:g} are over, and no step is to come"]
-    return []
+        return f"its {stage}.max_minutes={train.max_minutes:g} are over, and no step is to come"
+    return ""
 
 
 def set_aside(folder: Path) -> None:

@@ -68,8 +68,8 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, 
     changed = changed_settings(former, stage, config) if resume else []
     if against := standing_against(folder, config, changed):
         raise StageError(f"stage {stage} {'is finished' if (folder / 'results.json').exists() else 'was begun'} in {folder} and cannot go on with "
-                         "other settings:\n  - " + "\n  - ".join(against) + "\nAsk for the former settings, or say force=True to delete the "
-                         "stage and begin anew, or choose another run name")
+                         "other settings:\n  - " + "\n  - ".join(changed) + f"\n{against[0].upper()}{against[1:]}. Ask for the former settings, or "
+                         "say force=True to delete the stage and begin anew, or choose another run name")
     if resume and not parameters.get("resume"):
         say(f"{stage}: was preempted, goes on")
     inputs = choose_inputs(stage, config, parameters, folder, former)
