@@ -37,7 +37,7 @@ def choose_model(run: str | None, stage: str | None, checkpoint: str | None, out
         if not run:
             raise StageError(f"which model? Say --run NAME or --checkpoint PATH; runs in {root}: {', '.join(there) or 'none'}")
         if run not in there and not _is_folder(root / run):
-            raise StageError(f"no run {run!r} in {root}{nearest(run, there) if there else ', nor any other'}")
+            raise StageError(f"no run {run!r} in {root}{nearest(run, there) if there else ', nor any other'}. Tried {root / run}")
         folder = root / run
     return find_checkpoint(folder / stage if stage and (run or not is_model(folder)) else folder)
 
