@@ -5,10 +5,7 @@
 # %% ../nbs/02c_counts.ipynb #imports
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from modern_llm.config import ModelConfig, TrainConfig
+from .config import DPOConfig, ModelConfig, TrainConfig, VerifierConfig
 
 # %% auto #0
 __all__ = ['parameter_count', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory', 'reading_bytes',
@@ -88,8 +85,11 @@ def activation_bytes(cfg: ModelConfig, value_bytes: int) -> int:
     return norms + qk_norm + attention + cfg.experts_per_token * expert
 
 # %% ../nbs/02c_counts.ipynb #training-memory
-def training_memory(cfg: ModelConfig, train: TrainConfig) -> dict[str, int]:
-    """Bytes that training needs on a GPU, by part: an estimate for eager mode; `torch.compile` needs less.
+def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1, strategy: str = "ddp") -> dict[str, int]:
+    """Bytes that training needs on the GPU of each rank, by part: an estimate for eager mode; `torch.compile` needs less.
+
+    A row of a DPOConfig is a pair, two sequences, with a third one where something is replayed; the log-probabilities of all their tokens
+    over the vocabulary stay until the backward pass. A VerifierConfig compares the tokens of a row with each other.
 
     Weights and gradients are float32, with a low-precision copy of the weights under autocast, which
     `precision="auto"` is taken to mean. AdamW keeps two float32 values a parameter, Muon one. Not counted: dropout masks,
@@ -98,18 +98,28 @@ def training_memory(cfg: ModelConfig, train: TrainConfig) -> dict[str, int]:
     count = parameter_count(cfg)
     block_matrices = count["attention"] + count["feed_forward"] + count["router"]
     value_bytes = 4 if train.precision == "fp32" else 2
-    tokens = train.micro_batch * cfg.context_length
+    rows = min(train.micro_batch, max(1, train.batch_size // ranks))  # that pass through the model at once
+    one_pass = rows * ranks >= train.batch_size
+    kept = 0  # bytes of each token's log-probabilities, until the backward pass
+    if isinstance(train, DPOConfig):
+        rows, kept = rows * (2 + bool(train.replay_weight)), 4 * cfg.vocab_size
+    tokens = rows * cfg.context_length
+    logits = min(tokens, 8 * cfg.context_length if kept else train.loss_chunk_tokens)  # tokens whose logits are in hand
+    share = ranks if strategy == "fsdp" else 1  # of weights, gradients, averages; a block, the embedding and the head are put together
+    whole = 4 * (count["total"] - block_matrices + block_matrices // cfg.num_layers) if share > 1 else 0
     layers = tokens * activation_bytes(cfg, value_bytes) * (1 if train.gradient_checkpointing else cfg.num_layers)
     block_inputs = cfg.num_layers * tokens * 4 * cfg.width if train.gradient_checkpointing else 0
     parts = {
-        "weights": 4 * count["total"],
+        "weights": 4 * count["total"] // share + whole,
         "autocast_copies": 2 * count["total"] if value_bytes == 2 else 0,
-        "gradients": 4 * count["total"],
-        "optimizer": 8 * count["total"] - (4 * block_matrices if train.optimizer == "muon" else 0),
-        "ema": 4 * count["total"] if train.ema_decay else 0,
+        "gradients": 4 * count["total"] // (share if one_pass else 1),  # whole until the last micro-batch
+        "optimizer": (8 * count["total"] - (4 * block_matrices if train.optimizer == "muon" else 0)) // share,
+        "ema": 4 * count["total"] // share if train.ema_decay else 0,
         "activations": layers + block_inputs + tokens * (8 + value_bytes) * cfg.width,  # the last: the last norm
-        "logits": min(tokens, train.loss_chunk_tokens) * cfg.vocab_size * (value_bytes + 4 + 4),
+        "logits": tokens * kept + logits * cfg.vocab_size * (value_bytes + 4 + 4),
     }
+    if isinstance(train, VerifierConfig):
+        parts["comparisons"] = tokens * cfg.context_length * (1 + 4 + 4)  # which token belongs to whose answer so far, and two such tables
     return {**parts, "total": sum(parts.values())}
 
 # %% ../nbs/02c_counts.ipynb #reading-bytes

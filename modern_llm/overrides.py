@@ -54,7 +54,7 @@ def _checked(place: str, value: typing.Any, hint: typing.Any) -> typing.Any:
     wanted = origin or hint
     name = {tuple: "a list"}.get(wanted, getattr(wanted, "__name__", str(wanted)))
     ok = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
-    require(wanted is not int or not ok or abs(value) < 2**63, f"{place}={value!r:.40} must be less than 2**63")
+    require(wanted is not int or not ok or abs(value) < 2**63, f"{place}={value!r:.40} must lie in -2**63..2**63")
     require(ok, f"{place}={value!r} is {type(value).__name__}, should be {name}")
     return value
 

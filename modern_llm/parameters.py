@@ -117,17 +117,17 @@ def choose_folder(stage: str, parameters: dict, wanted: PipelineConfig | None = 
 
 
 def place_for_runs(given: str | Path, name: str) -> Path:
-    """The folder that runs are kept in, as a whole path. ConfigError if `name` cannot lie in it."""
+    """The folder that runs are kept in, as a whole path. ConfigError or StageError if `name` cannot lie in it."""
     try:
         root = Path(given).expanduser().resolve()
         for place in (root, root / name):
             if place.exists() and not place.is_dir():
-                raise ConfigError(f"{place} is a file, where the folder {'of the runs' if place == root else 'of the run'} should be: choose another "
-                                  f"{'output_dir' if place == root else 'run name'}")
+                raise StageError(f"cannot write to {place}: it is a file, where the folder {'of the runs' if place == root else 'of the run'} should "
+                                 "be; choose another run name, or choose another place with output_dir=…")
         if len(os.fsencode(root / name)) > LONGEST_PATH:
             raise ConfigError(f"output_dir={str(given)!r:.80} makes a path of over {LONGEST_PATH} letters: choose another")
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, (ConfigError, StageError)):
             raise
         raise ConfigError(f"output_dir={str(given)!r:.80} cannot hold a run: {getattr(error, 'strerror', None) or error}; choose another") from error
     return root

@@ -33,19 +33,20 @@ def available_memory() -> int:
 def fit_micro_batch(config: PipelineConfig, stage: str, memory: int) -> PipelineConfig:
     """The config with the largest micro-batch whose training memory fits in `memory` bytes (the result is the same)."""
     train = getattr(config, stage)
+    hardware = config.hardware
     sizes = [m for m in range(train.micro_batch, 0, -1) if train.batch_size % m == 0]
     for size in sizes:
         smaller = dataclasses.replace(train, micro_batch_size=size)
-        if counts.training_memory(config.model, smaller)["total"] <= 0.9 * memory:
+        if counts.training_memory(config.model, smaller, hardware.ranks, hardware.strategy)["total"] <= 0.9 * memory:
             return config if size == train.micro_batch else dataclasses.replace(config, **{stage: smaller})
-    need = counts.training_memory(config.model, dataclasses.replace(train, micro_batch_size=1))["total"]
+    need = counts.training_memory(config.model, dataclasses.replace(train, micro_batch_size=1), hardware.ranks, hardware.strategy)["total"]
     raise StageError(f"memory: even one sequence at a time needs {need / GIB:.1f} GB, there are {memory / GIB:.1f} GB")
 
 
 def memory_needed(config: PipelineConfig, stage: str) -> int:
     """Bytes to train in this stage, or to run the model where it does not train: a closed-form estimate."""
     if isinstance(train := settings_of(config, stage), TrainConfig):
-        return counts.training_memory(config.model, train)["total"]
+        return counts.training_memory(config.model, train, config.hardware.ranks, config.hardware.strategy)["total"]
     return counts.inference_memory(config.model, batch=16, bytes_per_value=4)["total"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -53,9 +52,9 @@ def changed_settings(former: dict, stage: str, config: PipelineConfig) -> list[s
 
 def trained(folder: Path) -> tuple[float, float]:
     """Steps and seconds of training that a stage has behind it; seconds are known of a finished one only."""
-    if (folder / "results.json").is_file():
-        results = read_record(folder / "results.json")
-        return results.get("steps", math.inf), results.get("train_seconds", 0.0)
+    results = read_record(folder / "results.json") if (folder / "results.json").is_file() else {}
+    if "steps" in results:
+        return results["steps"], results.get("train_seconds", 0.0)
     there = (folder / name / "meta.json" for name in ("checkpoint", "checkpoint.previous"))
     return next((read_record(path).get("step", 0) for path in there if path.is_file()), 0), 0.0
 

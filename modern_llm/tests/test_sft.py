@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm import sft, synth
+from modern_llm import pairs, sft, synth
 from modern_llm.chat import CHAT_TEMPLATE, Answer, end_id, padded_batch
-from modern_llm.config import ModelConfig, SFTConfig
+from modern_llm.config import PAIR_SOURCES, SFT_SOURCES, ConfigError, ModelConfig, SFTConfig
 from modern_llm.data import build_token_cache
 from modern_llm.models import ModernDecoderLM, load_model, save_model
 from modern_llm.optim import lm_loss
@@ -286,7 +286,18 @@ def test_the_stage_from_a_checkpoint(tmp_path, tokenizer):
     assert load_tokenizer(checkpoint).to_str() == tokenizer.to_str() and load_model(checkpoint).cfg.context_length == 160
 
 
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("section, name, own", [
+    ("sft", "chat.jsonl", "alpaca"), ("sft", "tinystories", "alpaca"), ("sft", "tatsu-lab/alpaca", "alpaca"), ("sft", "text", "alpaca"),
+    ("dpo", "pairs.jsonl", "hh-rlhf"), ("dpo", "gsm8k", "hh-rlhf"), ("dpo", "synthetic-problems", "hh-rlhf")])
+def test_a_source_that_no_stage_can_read_is_refused_before_anything_runs(section, name, own):
+    weights = {"weights": [1]} if section == "sft" else {}
+    with pytest.raises(ConfigError, match=rf"{section}.sources='{name}' is unknown.*MODERN_LLM_DATA/{own}/train.jsonl by the name '{own}'"):
+        override(get_pipeline_preset("local-smoke"), {section: {"sources": [name], **weights}})
+
+
 def test_every_preset_reads_known_sources():
+    assert (tuple(SFT_SOURCES), tuple(PAIR_SOURCES)) == (tuple(sft.SOURCES), pairs.SOURCES)
     for name in ("lesson", "local-smoke", "local-cpu", "local", "tacc-smoke", "tacc-a100", "tacc-h100", "gpu-full", "h100-speedrun"):
         preset = get_pipeline_preset(name)
         assert set(preset.sft.sources) <= sft.SOURCES.keys()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -386,11 +387,35 @@ def test_a_lower_learning_rate_holds_after_resume(tmp_path):
     assert [group["peak_lr"] for o in run.state.optimizers for group in o.param_groups] == [1e-4, 1e-5, 1e-5]
 
 
-def test_compiled_blocks_keep_their_names(tmp_path):
-    model = toy()
+class Halved(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) / 2
+
+
+def test_compiled_blocks_keep_their_names(tmp_path, monkeypatch):
+    """Every block is compiled, steps run through the compiled graphs, and names and losses are those of a plain run."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))  # no C++ compiler is asked
+    cfg = dataclasses.replace(CONFIG, max_steps=3, log_every=1)
+    plain, model = (toy(dropout=0.0) for _ in range(2))
+    for each in (plain, model):
+        each.layers = nn.ModuleList(Halved(layer) for layer in each.layers)  # torch compiles no bare nn.Linear
     names = list(model.state_dict())
-    trainer(model, tmp_path, dataclasses.replace(CONFIG, compile=True))
-    assert list(model.state_dict()) == names
+    wanted = trainer(plain, tmp_path / "plain", cfg).fit().history
+    run = trainer(model, tmp_path / "compiled", dataclasses.replace(cfg, compile=True))
+    assert all(block._compiled_call_impl is not None for block in model.layers) and not graphs
+    found = run.fit().history
+    assert graphs and [row["loss"] for row in found] == pytest.approx([row["loss"] for row in wanted], rel=1e-5)
+    assert list(model.state_dict()) == names == list(plain.state_dict())
 
 
 def test_frozen_and_tied_parameters():
