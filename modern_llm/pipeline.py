@@ -34,6 +34,9 @@ from modern_llm.resume import begun, changed_settings, params_of, run_record, st
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
+# Errors whose message says what to do; a reader of any other wants its traceback.
+MENDABLE = ("StageError", "ConfigError", "DataError", "DatasetNotFound", "CheckpointError", "DamagedFolder", "CannotImport", "TemplateError",
+            "TrainingDiverged", "Preempted")
 EXIT_PREEMPTED = 75  # of `modern-llm run`, EX_TEMPFAIL of sysexits.h: start it again, and it goes on
 
 
@@ -308,6 +311,7 @@ def write_the_report(step: Step) -> int:
     return 0
 
 
+RULE = 75 * "-"  # between which papermill says in which cell an error came up
 NOISE = ("[IPKernelApp]", "Executing Cell", "Ending Cell", "Input Notebook:", "Output Notebook:", "Executing notebook with kernel",
          "<Figure size", "<IPython.core.display", "Black is not installed", "Starting kernel", "Kernel is running over TCP")
 
@@ -322,8 +326,8 @@ def show(stream) -> None:
 
 
 def _show(stream) -> None:
-    """Text and tables as they are, progress bars on one line, papermill's own messages left out."""
-    bar, due, held = False, 0.0, None
+    """Text and tables as they are, progress bars on one line, papermill's own messages left out, a cell's error last (`told`)."""
+    bar, due, held, error = False, 0.0, None, []
     for raw in stream:
         line = raw.decode("utf-8", "replace").rstrip("\n")
         if line.startswith("\r") or (bar and not line.strip()):  # papermill ends every refresh of a bar with a newline
@@ -343,7 +347,20 @@ def _show(stream) -> None:
             held.append(line)
             if line.startswith("papermill.exceptions.PapermillExecutionError"):
                 held = None
+        elif error[1:] or (error and line.startswith("Exception encountered at ")) or (not error and line == RULE):
+            error.append(line)
+        elif error:  # a line of dashes, and no error behind it
+            print(error.pop(), line, sep="\n", flush=True)
         elif not line.startswith(NOISE):
             print(line, flush=True)
-    if held:
-        print("\n".join(held), flush=True)
+    if held or error:
+        print("\n".join(told(error) + (held or [])), flush=True)
+
+
+def told(error: list[str]) -> list[str]:
+    """What to show of the lines with a cell's traceback: of an error that its user can mend only the message, of others everything."""
+    names = [line.split()[0] for line in error if line.endswith("Traceback (most recent call last)")]
+    if names and names[-1].rpartition(".")[2] in MENDABLE:
+        begin = max((i for i, line in enumerate(error) if line.startswith(f"{names[-1]}: ")), default=0)
+        return [error[begin].removeprefix(f"{names[-1]}: "), *error[begin + 1:]] if begin else error
+    return error

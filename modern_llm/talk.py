@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.chat import encode_chat, end_id, other_ends, speaks_chat
+from modern_llm.chat import OURS, chat_format, encode_chat, end_id, other_ends, speaks_chat
 from modern_llm.checkpoints import pick_device
 from modern_llm.config import nearest
 from modern_llm.generation import generate, stream
@@ -60,6 +60,8 @@ def open_model(run: str | None, stage: str | None, checkpoint: str | None, outpu
     folder = choose_model(run, stage, checkpoint, output_dir)
     model, tokenizer = load_model(folder, device=pick_device(device)), load_tokenizer(folder)
     if purpose == "chat" and not speaks_chat(folder, tokenizer):
+        if chat_format(tokenizer) is not OURS:
+            end_id(tokenizer)  # a template that cannot be used says so itself
         raise StageError(f"{folder} is a base model: it was never taught to answer. Use `modern-llm sample` with it, or run the sft stage")
     return model, tokenizer, folder
 

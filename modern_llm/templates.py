@@ -34,13 +34,14 @@ def read_settings(folder: Path) -> dict:
     """What stands beside a tokenizer.json: the named tokens, the chat template and the file (`template_file`) it comes from.
 
     As in transformers, chat_template.jinja and additional_chat_templates/*.jinja go before the key in tokenizer_config.json, and of
-    several templates the one called "default" is taken. ValueError names a file that is damaged.
+    several templates the one called "default" is taken. Of two names of a token that in special_tokens_map.json counts; where
+    tokenizer_config.json lists all tokens (added_tokens_decoder), that older file is not read. ValueError names a file that is damaged.
     """
     settings: dict = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (path := folder / name).is_file():
             try:
-                settings |= read_json(path)
+                settings |= {} if "added_tokens_decoder" in settings else read_json(path)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path} is no JSON object: {error}; copy it again") from error
     for name in NAMED:
@@ -155,7 +156,7 @@ def closing_token(form: ChatFormat, tokens: tuple[str, ...]) -> str:
     before, answer, behind = text.rpartition("an answer")
     if not answer:
         raise TemplateError(f"{form.place}: the chat template leaves out what the assistant says")
-    if found := re.search("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "$^", behind):
+    if found := re.search("|".join(map(re.escape, sorted(filter(str.strip, tokens), key=len, reverse=True))) or "$^", behind):
         return found[0]
     raise TemplateError(f"{form.place}: the chat template writes no special token behind an answer, so that nobody can learn where one ends; let it "
                         "write eos_token there")

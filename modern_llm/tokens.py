@@ -109,7 +109,8 @@ def encoded(items: Iterable[tuple[str, float]], tokenizer: Tokenizer, batch_char
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, chat_template: str | None = None) -> None:
     """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads, into an existing folder.
 
-    Tokens that a tokenizer from elsewhere calls its own begin and end, which its chat template may ask for, keep those names.
+    Tokens that a tokenizer from elsewhere calls its own begin and end, which its chat template may ask for, keep those names; one it
+    has not, it still has not.
     """
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -118,6 +119,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, chat_template: str 
               "clean_up_tokenization_spaces": False, "model_max_length": 1_000_000_000}
     settings = getattr(tokenizer, "settings", {})
     config |= {name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "modern_llm") if settings.get(name)}
+    if settings.get("chat_template"):  # which writes nothing for a token that its tokenizer has not
+        config |= {name: settings.get(name) for name in ("bos_token", "eos_token")}
     write_json(folder / "tokenizer_config.json", config | ({"chat_template": chat_template} if chat_template else {}))
 
 

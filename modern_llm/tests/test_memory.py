@@ -63,3 +63,12 @@ def test_ranks_share_rows_and_under_fsdp_weights():
     one, ddp, fsdp = training_memory(cfg, train), training_memory(cfg, train, 4), training_memory(cfg, train, 4, "fsdp")
     assert ddp["weights"] == one["weights"] == 4 * parameter_count(cfg)["total"] and ddp["activations"] == one["activations"] / 4
     assert fsdp["optimizer"] == one["optimizer"] // 4 and fsdp["gradients"] == one["gradients"] // 4 and fsdp["weights"] < one["weights"]
+
+
+@pytest.mark.fault("counts")
+@pytest.mark.parametrize("name", ["pretrain", "dpo", "dpo with replay", "verifier"])
+@pytest.mark.parametrize("micro_batch, share", [(3, 4), (1, 1)])
+def test_gradients_are_whole_until_the_last_of_several_passes(name, micro_batch, share):
+    cfg = ModelConfig(width=64, num_layers=8)
+    train = replace(stage_of(name, cfg)[3], batch_size=12, micro_batch_size=micro_batch)
+    assert training_memory(cfg, train, 4, "fsdp")["gradients"] == 4 * parameter_count(cfg)["total"] // share

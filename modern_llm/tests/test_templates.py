@@ -17,7 +17,7 @@ from modern_llm.files import read_json, write_json
 from modern_llm.models import ModernDecoderLM, save_model
 from modern_llm.pairs import Pair, encode_pair
 from modern_llm.sft import Example, encode_examples
-from modern_llm.talk import Chat
+from modern_llm.talk import Chat, open_model, samples
 from modern_llm.tasks import word_problems
 from modern_llm.templates import TemplateError
 from modern_llm.tokens import load_tokenizer, save_tokenizer, train_tokenizer
@@ -340,3 +340,76 @@ def test_an_answer_ends_at_every_end_of_its_model(tmp_path):
         model.embed_tokens.weight[other] = 2.0
     said = answer(model, tokenizer, ["Hi"], max_new_tokens=5)[0]
     assert said.tokens == [] and said.ended and "".join(Chat(model, tokenizer, temperature=0).reply("Hi")) == ""
+
+
+def imported(tmp_path, kind, template, chat_tokens=True, change=lambda folder: None):
+    """A source's folder and its import."""
+    (tmp_path / "source").mkdir()
+    a_model(tmp_path / "source", kind, template)
+    change(tmp_path / "source")
+    return tmp_path / "source", hub.import_model(tmp_path / "source", tmp_path / "ours", chat_tokens=chat_tokens)
+
+
+CLOSES_ONLY_THE_LAST = {
+    "eos behind the last answer": ("mistral", "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}"
+                                   "{% if loop.last %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"),
+    "another token behind it": ("chatml", "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|endoftext|>"
+                                "{% else %}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")}
+
+
+@pytest.mark.fault("templates")
+@pytest.mark.parametrize("name", CLOSES_ONLY_THE_LAST)
+def test_no_word_of_a_user_is_trained_where_only_the_last_answer_is_closed(name, tmp_path):
+    source, folder = imported(tmp_path, *CLOSES_ONLY_THE_LAST[name])
+    tokenizer = load_tokenizer(folder)
+    ids, labels = encode_example(tokenizer, TALK)
+    assert tokenizer.decode([i for i in labels if i >= 0], skip_special_tokens=False).strip() == "6, naïvely 🙂<|endoftext|>"
+    assert [*ids, labels[-1]] == theirs(source, TALK, False)
+    with pytest.raises(TemplateError, match="does not close the last answer of user, assistant, user with"):
+        encode_example(tokenizer, TALK[:3])
+
+
+@pytest.mark.fault("templates")
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "{% for m in messages %}{{ m.role }",
+                                      "{{ raise_exception('no chat') }}"], ids=["closes nothing", "no Jinja", "refuses all"])
+def test_a_model_that_only_continues_text_needs_no_template(template, tmp_path):
+    _, folder = imported(tmp_path, "mistral", template, chat_tokens=False)
+    model, tokenizer, _ = open_model(None, None, str(folder), None, "cpu")
+    assert not speaks_chat(folder, tokenizer) and len(list(samples(model, tokenizer, folder, "What is", 2, max_new_tokens=3))) == 2
+    with pytest.raises(TemplateError):  # which says more than that it was never taught to answer
+        open_model(None, None, str(folder), None, "cpu", purpose="chat")
+
+
+def _tokens(folder, **changes):
+    said = read_json(folder / "tokenizer_config.json") | changes
+    write_json(folder / "tokenizer_config.json", {name: value for name, value in said.items() if value != "absent"})
+
+
+NAMES = {
+    "none that begins": lambda folder: _tokens(folder, bos_token=None), "the key is absent": lambda folder: _tokens(folder, bos_token="absent"),
+    "the older file": lambda folder: write_json(folder / "special_tokens_map.json", {"bos_token": {"content": "</s>", "lstrip": False}}),
+    "the older file beside a list of all": lambda folder: [write_json(folder / "special_tokens_map.json", {"bos_token": "</s>"}), _tokens(folder, added_tokens_decoder={})],
+    "an object": lambda folder: _tokens(folder, bos_token={"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False})}
+
+
+@pytest.mark.fault("templates")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_gets_the_names_of_tokens_that_transformers_gives_it(name, tmp_path):
+    source, folder = imported(tmp_path, "mistral", MISTRAL, change=NAMES[name])
+    tokenizer = load_tokenizer(folder)
+    (tmp_path / "tuned").mkdir()
+    save_tokenizer(tokenizer, tmp_path / "tuned", chat_format(tokenizer).template)
+    for place in (folder, tmp_path / "tuned"):
+        assert encode_chat(load_tokenizer(place), TALK) == theirs(source, TALK, False) == theirs(place, TALK, False)
+
+
+@pytest.mark.fault("templates")
+def test_blank_text_is_no_end_of_an_answer(tmp_path):
+    def blank(folder):
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])  # as Gemma's has
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+    _, folder = imported(tmp_path, "chatml", BODY.replace("+ '<|im_end|>'", "+ '\n\n<|im_end|>'") + CUE, change=blank)
+    tokenizer = load_tokenizer(folder)
+    assert end_id(tokenizer) == tokenizer.token_to_id("<|im_end|>")
