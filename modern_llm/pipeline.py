@@ -169,11 +169,12 @@ class Plan:
         folder, given = self.run_folder, self.parameters["report"]
         if not pending and not any(folder.glob("*/results.json")):
             raise StageError(f"run {folder.name!r} has no finished stage in {folder}: there is nothing to report yet")
-        former = run_record(folder).get("report", {})
-        there = bool(former) and Path(former["path"]).is_file()
+        former = run_record(folder).get("report")
+        former = former if isinstance(former, dict) else {}
+        there = os.path.isfile(str(former.get("path") or ""))
         if there and self.no_overwrite:
             return Step("report", folder, given, "skip", "there is one, which --no-overwrite keeps")
-        if there and not pending and not (self.alone or given.get("force")) and former["of"] == results_digest(folder):
+        if there and not pending and not (self.alone or given.get("force")) and former.get("of") == results_digest(folder):
             return Step("report", folder, given, "skip", f"written before from these results: {former['path']}")
         return Step("report", folder, given, "look again" if pending and there else "run")
 
@@ -301,9 +302,12 @@ def mark(step: Step, status: str) -> None:
 def write_the_report(step: Step) -> int:
     """Write the report of the run and note it in `run.json`."""
     os.environ["MPLBACKEND"] = "Agg"  # figures are files here, whatever window the user's notebooks draw in
-    from modern_llm.report import write_report
+    from modern_llm.report import ReportError, write_report
 
-    path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))
+    try:
+        path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))
+    except ReportError as error:
+        raise StageError(str(error)) from error
     record = read_json(step.folder / "run.json")
     write_json(step.folder / "run.json", {**record, "report": {"path": str(path), "of": results_digest(step.folder)}})
     return 0
