@@ -140,6 +140,7 @@ def _key_values(items: tuple[str, ...]) -> dict:
     values, settings = {}, []
     for item in items:
         name, equals, raw = item.partition("=")
+        name = name.strip()
         if not equals:
             raise Failure(f"-p {item!r} must look like seed=1 or sft.lr=1e-3")
         if "." in name or name in WITHOUT_A_DOT:

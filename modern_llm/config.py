@@ -19,6 +19,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PREFERENCE_LOSSES = ("sigmoid", "ipo")
 BUILT_IN = ("synthetic", "synthetic-problems")  # sources written by a program
 REPLAY_SOURCES = ("text", "synthetic", "synthetic-problems", "gsm8k")
+SFT_SOURCES = {"synthetic": "", "synthetic-problems": "", "alpaca": "instruction, input and output", "oasst1": "", "gsm8k": "", "sst2": ""}
+PAIR_SOURCES = {"synthetic": "", "hh-rlhf": "chosen and rejected"}  # names, and the fields of the one to put rows of one's own into
 VERIFIER_KINDS = ("generator", "encoder")
 STRATEGIES = ("ddp", "fsdp")
 
@@ -54,9 +56,13 @@ def _divisors(number: int, times: int = 1) -> list[int]:
     return [n for n in range(1, min(number, 1024) + 1) if number % (times * n) == 0]
 
 
-def _sources(section: str, names: tuple[str, ...]) -> None:
+def _sources(section: str, names: tuple[str, ...], valid: dict[str, str] | None = None) -> None:
     require(len(names) > 0, f"{section}.sources is empty; name at least one, for example 'synthetic'")
     require(len(set(names)) == len(names), f"{section}.sources={list(names)} names a source twice")
+    for name in names if valid else ():
+        own, fields = next((own, fields) for own, fields in valid.items() if fields)
+        require(name in valid, f"{section}.sources={name!r} is unknown{nearest(name, valid)}; rows of your own, with {fields}, are read from "
+                               f"$MODERN_LLM_DATA/{own}/train.jsonl by the name {own!r}")
 
 
 def _one_of(place: str, value: str, options: tuple[str, ...]) -> None:
@@ -173,7 +179,7 @@ class TrainConfig:
     keep_checkpoints: int = 3  # weights kept along the way, evenly spaced, besides the last
 
     def __post_init__(self) -> None:
-        place = type(self).__name__.removesuffix("Config").lower()  # the stages' configs inherit these checks
+        place = type(self).__name__.removesuffix("Config").lower().replace("train", "pretrain")  # the stages' configs inherit these checks
         _positive(place, self, "max_steps", "batch_size", "lr", "muon_lr", "log_every", "eval_every",
                   "checkpoint_every", "loss_chunk_tokens")
         _one_of(f"{place}.optimizer", self.optimizer, OPTIMIZERS)
@@ -210,7 +216,7 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _sources("sft", self.sources)
+        _sources("sft", self.sources, SFT_SOURCES)
         require(len(self.sources) == len(self.weights),
                 f"sft.weights={list(self.weights)} must have one number for each of sft.sources={list(self.sources)}")
         require(all(0 < w < math.inf for w in self.weights), f"sft.weights={list(self.weights)} must be greater than 0")
@@ -236,7 +242,7 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _sources("dpo", self.sources)
+        _sources("dpo", self.sources, PAIR_SOURCES)
         _one_of("dpo.loss", self.loss, PREFERENCE_LOSSES)
         _positive("dpo", self, "beta", "max_train_pairs", "max_validation_pairs", "max_new_tokens")
         require(0 <= self.label_smoothing < 0.5, f"dpo.label_smoothing={self.label_smoothing} must lie in [0, 0.5)")

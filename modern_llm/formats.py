@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -90,6 +90,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
+                if line in ("{", "["):
+                    raise DataError(f"{path}: line {number}: {line!r} is not valid JSON on its own; a file of values over several lines "
+                                    "ends in .json") from error
                 raise _not_json(path, number, line, error) from error
             yield number, _whole(value) if "\\u" in line else value
 
@@ -154,9 +157,28 @@ def _json_values(path: Path) -> Iterator[tuple[int, object]]:
 _LONGEST_CELL = 2**26  # characters; a quotation mark that nobody closed makes one of the rest of the file
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+
+
+def _separator(path: Path) -> str:
+    """What separates the cells of a `.csv`: what its first line says, as Excel does (`sep=;`), or the first of _SEPARATORS in its header."""
+    first = next((line.strip("\r\n") for _, line in _pieces(path) if line.strip()), "")
+    if found := _SAID.fullmatch(first):
+        return found[1]
+    return next((mark for mark in _SEPARATORS if mark in re.sub('"[^"]*"', "", first)), ",")
+
+
+_SAID = re.compile(f"sep=([{''.join(_SEPARATORS)}])")
+
+
+def _no_name_twice(names: Iterable[str], place: str | Path) -> None:
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise DataError(f"{place}: the header names the column {twice[0]!r} twice")
+
+
+def _csv_records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_LONGEST_CELL)
-    reader, begin = csv.reader((line for _, line in _pieces(path, newline="")), strict=True), 1
+    reader, begin = csv.reader((line for _, line in _pieces(path, newline="")), delimiter=separator, strict=True), 1
     try:
         for cells in reader:
             yield begin, cells
@@ -168,22 +190,31 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
                         'quotation mark is written twice, ""') from error
 
 
+_QUOTED = re.compile('(?:^|\t)"[^"\t]*""')
+
+
 def _tsv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    return ((number, line.rstrip("\n").split("\t")) for number, line in _pieces(path))
+    for number, line in _pieces(path):
+        if _QUOTED.search(line):
+            raise DataError(f"{path}: line {number}: a cell is in quotation marks and doubles those within, which would be text here; save the "
+                            "table as .csv, or without quotation marks")
+        yield number, line.rstrip("\n").split("\t")
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    comma = plain_suffix(path) == ".csv"
-    records = ((number, cells) for number, cells in (_csv_records if comma else _tsv_records)(path)
+    separator = _separator(path) if plain_suffix(path) == ".csv" else ""
+    records = ((number, cells) for number, cells in (_csv_records(path, separator) if separator else _tsv_records(path))
                if len(cells) > 1 or "".join(cells).strip())
     first, header = next(records, (0, []))
-    if twice := [name for name, count in Counter(header).items() if name and count > 1]:
-        raise DataError(f"{path}: line {first}: the header names the column {twice[0]!r} twice")
+    if separator and _SAID.fullmatch(separator.join(header)):
+        first, header = next(records, (0, []))
+    _no_name_twice(header, f"{path}: line {first}")
     for number, cells in records:
         if len(cells) != len(header):
             raise DataError(f"{path}: line {number}: {len(cells)} cell{'s' * (len(cells) != 1)}, but the header (line {first}) has "
                             f"{len(header)}: {', '.join(header)[:80]}; " +
-                            ("put quotation marks round a cell with commas in it" if comma else "cells are separated by one tab"))
+                            (f"put quotation marks round a cell with {_SEPARATORS[separator]}s in it" if separator else
+                             "cells are separated by one tab"))
         yield number, dict(zip(header, cells))
 
 # %% ../nbs/02a1b_formats.ipynb #parquet-rows
@@ -191,10 +222,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
+    def cells(column) -> list:
+        try:
+            return column.to_pylist()
+        except (pyarrow.ArrowException, ValueError, OverflowError):  # a time, say, that Python cannot hold
+            if "string" in str(column.type):
+                raise
+            return [None] * len(column)
+
     with _unpacked(path) as file:
         try:
-            batches = ParquetFile(file).iter_batches(1000)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            table = ParquetFile(file)
+            names = table.schema_arrow.names
+            _no_name_twice(names, path)
+            rows = (row for batch in table.iter_batches(1000) for row in zip(*map(cells, batch.columns)))
+            yield from enumerate((dict(zip(names, row)) for row in rows), 1)
+        except DataError:
+            raise
         except (pyarrow.ArrowException, ValueError) as error:
             raise DataError(f"{path}: is not a Parquet file, or damaged: {str(error)[:200]}") from error
 

@@ -75,7 +75,7 @@ def read_record(path: Path) -> dict:
     """A JSON object that a stage wrote. StageError if it is missing or damaged."""
     try:
         record = read_json(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StageError(f"{path} is {'missing' if isinstance(error, FileNotFoundError) else f'damaged ({error})'}") from error
     if not isinstance(record, dict):
         raise StageError(f"{path} is damaged (it holds no JSON object)")
@@ -135,7 +135,13 @@ def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
     """Why each data set that the stages read and that is not here cannot be had; nothing is downloaded."""
     from modern_llm.sources import DatasetNotFound, dataset_info, find_source, missing_reason, remedy
 
-    problems, absent = [], {}
+    problems, absent, files = [], {}, {}
+    for name in config.data.sources:
+        with contextlib.suppress(DatasetNotFound):  # an unknown name is a case of its own
+            info = dataset_info(name)
+            first = files.setdefault(tuple(map(os.path.realpath, info.files["train"])) if info.licence == "your own" else info.name, name)
+            if first != name:
+                problems.append(f"data: data.sources names the same source twice: {first!r} and {name!r}")
     for name in dict.fromkeys(name for stage in stages for name in data_names(config, stage)):
         try:
             find_source(name)

@@ -21,8 +21,8 @@ from pathlib import Path
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, nearest
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
-    NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, described, find_checkpoint, found_inputs, missing_data, no_inputs,
-    notebooks_folder,
+    NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, cut_data, described, find_checkpoint, found_inputs, missing_data,
+    no_inputs, notebooks_folder,
 )
 from modern_llm.launch import start_papermill
 from modern_llm.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
@@ -34,6 +34,9 @@ from modern_llm.resume import begun, changed_settings, params_of, run_record, st
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
+# Errors whose message says what to do; a reader of any other wants its traceback.
+MENDABLE = ("StageError", "ConfigError", "DataError", "DatasetNotFound", "CheckpointError", "DamagedFolder", "CannotImport", "TemplateError",
+            "TrainingDiverged", "Preempted")
 EXIT_PREEMPTED = 75  # of `modern-llm run`, EX_TEMPFAIL of sysexits.h: start it again, and it goes on
 
 
@@ -166,18 +169,21 @@ class Plan:
         folder, given = self.run_folder, self.parameters["report"]
         if not pending and not any(folder.glob("*/results.json")):
             raise StageError(f"run {folder.name!r} has no finished stage in {folder}: there is nothing to report yet")
-        former = run_record(folder).get("report", {})
-        there = bool(former) and Path(former["path"]).is_file()
+        former = run_record(folder).get("report")
+        former = former if isinstance(former, dict) else {}
+        there = os.path.isfile(str(former.get("path") or ""))
         if there and self.no_overwrite:
             return Step("report", folder, given, "skip", "there is one, which --no-overwrite keeps")
-        if there and not pending and not (self.alone or given.get("force")) and former["of"] == results_digest(folder):
+        if there and not pending and not (self.alone or given.get("force")) and former.get("of") == results_digest(folder):
             return Step("report", folder, given, "skip", f"written before from these results: {former['path']}")
         return Step("report", folder, given, "look again" if pending and there else "run")
 
     def check_data(self) -> None:
-        """StageError naming every data set that the stages still to run will want and that is not here."""
+        """StageError naming every data set that the stages still to run will want and that is not here, or cannot be split."""
         steps = [name for name in self.stages if name != "report" and not (self.run_folder / name / "results.json").is_file()]
-        if steps and (problems := missing_data(self.configs[steps[0]], steps)):
+        problems = missing_data(self.configs[steps[0]], steps) if steps else []
+        problems += dict.fromkeys(problem for name in steps for problem in cut_data(self.configs[name], name)[1])
+        if problems:
             raise StageError(f"preset {self.configs[steps[0]].name!r} cannot run here:\n  - " + "\n  - ".join(problems))
 
 
@@ -296,14 +302,18 @@ def mark(step: Step, status: str) -> None:
 def write_the_report(step: Step) -> int:
     """Write the report of the run and note it in `run.json`."""
     os.environ["MPLBACKEND"] = "Agg"  # figures are files here, whatever window the user's notebooks draw in
-    from modern_llm.report import write_report
+    from modern_llm.report import ReportError, write_report
 
-    path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))
+    try:
+        path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))
+    except ReportError as error:
+        raise StageError(str(error)) from error
     record = read_json(step.folder / "run.json")
     write_json(step.folder / "run.json", {**record, "report": {"path": str(path), "of": results_digest(step.folder)}})
     return 0
 
 
+RULE = 75 * "-"  # between which papermill says in which cell an error came up
 NOISE = ("[IPKernelApp]", "Executing Cell", "Ending Cell", "Input Notebook:", "Output Notebook:", "Executing notebook with kernel",
          "<Figure size", "<IPython.core.display", "Black is not installed", "Starting kernel", "Kernel is running over TCP")
 
@@ -318,8 +328,8 @@ def show(stream) -> None:
 
 
 def _show(stream) -> None:
-    """Text and tables as they are, progress bars on one line, papermill's own messages left out."""
-    bar, due, held = False, 0.0, None
+    """Text and tables as they are, progress bars on one line, papermill's own messages left out, a cell's error last (`told`)."""
+    bar, due, held, error = False, 0.0, None, []
     for raw in stream:
         line = raw.decode("utf-8", "replace").rstrip("\n")
         if line.startswith("\r") or (bar and not line.strip()):  # papermill ends every refresh of a bar with a newline
@@ -339,7 +349,20 @@ def _show(stream) -> None:
             held.append(line)
             if line.startswith("papermill.exceptions.PapermillExecutionError"):
                 held = None
+        elif error[1:] or (error and line.startswith("Exception encountered at ")) or (not error and line == RULE):
+            error.append(line)
+        elif error:  # a line of dashes, and no error behind it
+            print(error.pop(), line, sep="\n", flush=True)
         elif not line.startswith(NOISE):
             print(line, flush=True)
-    if held:
-        print("\n".join(held), flush=True)
+    if held or error:
+        print("\n".join(told(error) + (held or [])), flush=True)
+
+
+def told(error: list[str]) -> list[str]:
+    """What to show of the lines with a cell's traceback: of an error that its user can mend only the message, of others everything."""
+    names = [line.split()[0] for line in error if line.endswith("Traceback (most recent call last)")]
+    if names and names[-1].rpartition(".")[2] in MENDABLE:
+        begin = max((i for i, line in enumerate(error) if line.startswith(f"{names[-1]}: ")), default=0)
+        return [error[begin].removeprefix(f"{names[-1]}: "), *error[begin + 1:]] if begin else error
+    return error

@@ -177,7 +177,7 @@ def _checked(source: Source, stored: str, also: Iterable[str] = ()) -> Iterator[
         for field in needed:
             if row.get(field) is None:
                 have = sorted(str(name) for name, value in row.items() if value is not None)
-                raise DataError(f"{row.place} has no field {field!r}, only {have}; "
+                raise DataError(f"{row.place} has no field {field!r}, only {have}{' (it is null)' * (field in row)}; "
                                 f"{info.name} needs {', '.join(needed)}")
         for field, kinds in types.items():
             value = row.get(field)

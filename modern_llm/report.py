@@ -222,6 +222,7 @@ def cost(page: Page) -> None:
     cfg, rows, device = model_of(page.run), [], page.run.record.get("device", "cpu")
     unit = "GPU minutes" if device.startswith("cuda") else "CPU minutes (threads × minutes)"
     threads = 1 if device.startswith("cuda") else page.run.record.get("threads") or 1
+    ranks = page.run.record.get("config", {}).get("hardware", {}).get("ranks", 1)  # of the stages that train
     for stage in STAGES:
         seconds, found = page.run.stages.get(stage, {}).get("seconds"), page.run.results.get(stage, {})
         if seconds is None:
@@ -229,7 +230,7 @@ def cost(page: Page) -> None:
         tokens = found.get("tokens")
         trained = found.get("train_seconds")
         rows.append({"stage": stage, "minutes": seconds / 60, "of them training": trained / 60 if trained else None,
-                     unit: seconds / 60 * threads, "tokens": tokens, "tokens/s": found.get("tokens_per_s"),
+                     unit: seconds / 60 * threads * (ranks if trained else 1), "tokens": tokens, "tokens/s": found.get("tokens_per_s"),
                      "training FLOPs": tokens * flops_per_token(cfg) if tokens and cfg else None})
     if not rows:
         page.add("No stage has run.")

@@ -175,7 +175,7 @@ def make_cut(documents: Iterable[str], hundredths: dict[str, tuple[int, int]], p
         return Cut(hundredths, parts, f"of {total:,} characters in {n} document{'s' * (n != 1)} " + " and ".join(notes))
     if n < len(hundredths):
         raise DataError(f"{place}: too small to hold anything out: found {n} different row{'s' * (n != 1)}, and {len(hundredths)} or "
-                        f"more are needed, one each for {', '.join(hundredths)}; add rows")
+                        f"more are needed, one each for {', '.join(hundredths)}; add rows (those with the same instruction, question or text count once)")
     left, parts, notes = {key: size if divisible else 1 for key, size in sizes.items()}, {}, []
     for split in reversed(held_out):
         chosen = smallest(left, min(0.1, FEW / n))

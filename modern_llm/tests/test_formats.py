@@ -5,9 +5,11 @@ import gzip
 import io
 import json
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from modern_llm import reading, sft
 from modern_llm.pairs import preference_pairs
@@ -58,7 +60,7 @@ TABLES = [
     ("text\n\"say \\\"hi\\\" now\"\n", "line 2: .*written twice"),
     ("text\n\"one\" two\n", "line 2: .*in the row that begins on line 2"),
     ("text,text\na,b\n", "line 1: the header names the column 'text' twice"),
-    ("text;label\nfine;1\n", "line 2 has no field 'text', only .'text;label'."),
+    ("text;label\nfine;1\ngood; bad;1\n", "line 3: 3 cells, but the header .line 1. has 2: text, label; put quotation marks round a cell with semicolons"),
     ("A story.\nAnother story.\n", "line 2 has no field 'text', only .'A story.'."),
     ("text\n", "empty but for its header"),
     ("\n\n", "the file is empty"),
@@ -84,6 +86,12 @@ def test_a_table_that_is_no_table_is_refused(content, message, tmp_path):
     ("text,n\nfine,1", ["fine"]),
     ("n,text\n1,\n2,fine\n", ["", "fine"]),
     ("text\n# no comment\n'a'\n", ["# no comment", "'a'"]),
+    ("text;label\r\nDear Ann, the boat sails.;1\r\n\"one; two\r\nthree\";0\r\n", ["Dear Ann, the boat sails.", "one; two\r\nthree"]),
+    ("\ufeff\"label\";\"text\";\r\n1;\"a \"\"b\"\", c\";\r\n2;fine;\r\n", ["a \"b\", c", "fine"]),
+    ("sep=;\r\nlabel;text\r\n1;a, b\r\n", ["a, b"]), ("sep=,\ntext,label\n\"a; b\",1\n", ["a; b"]), ("sep=\t\ntext\na, b\n", ["a, b"]),
+    ("text\tlabel\na, b\t1\n\"say \"\"hi\"\"\tnow\"\t0\n", ["a, b", "say \"hi\"\tnow"]), ("text|label\na; b|1\n", ["a; b"]),
+    ("text,\"a;b\"\nfine;good,1\n", ["fine;good"]), ("text\nfine; good\n", ["fine; good"]),
+    ("text,label,,\r\n\"a, b\",1,,\r\n,,,\r\n", ["a, b", ""]),
 ])
 def test_a_cell_is_text_whatever_it_looks_like(content, want, tmp_path):
     assert texts(put(tmp_path, "a.csv", content)) == want
@@ -93,7 +101,7 @@ def test_a_cell_is_text_whatever_it_looks_like(content, want, tmp_path):
 @pytest.mark.parametrize("content, want", [
     ("text\tn\n\"a\t1\nb\"\t2\n", ["\"a", "b\""]),
     ("text\tn\r\nnull\t1\r\n007\t2\r\n", ["null", "007"]),
-    ("n\ttext\n1\ta, b\n", ["a, b"]),
+    ("n\ttext\n1\ta, b\n", ["a, b"]), ("n\ttext\n\"\"\t\"a\" b\"\n", ["\"a\" b\""]),
 ])
 def test_a_tsv_has_tabs_and_no_quotes(content, want, tmp_path):
     assert texts(put(tmp_path, "a.tsv", content)) == want
@@ -103,6 +111,8 @@ def test_a_tsv_has_tabs_and_no_quotes(content, want, tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("text\tn\na\tb\t1\n", "line 2: 3 cells, but the header .line 1. has 2: text, n; cells are separated by one tab"),
     ("text\tn\na\t1\nb\n", "line 3: 1 cell,"),
+    ("text\nfine\n\"say \"\"hi\"\"\"\n", "line 3: a cell is in quotation marks and doubles those within.* save the table as .csv"),
+    ("n\ttext\n1\t\"\"\"hi\"\", said Ann\"\n", "line 2: a cell is in quotation marks"),
 ])
 def test_a_tsv_row_of_another_width_is_refused(content, message, tmp_path):
     refused(put(tmp_path, "a.tsv", content), message)
@@ -123,7 +133,28 @@ def test_what_is_no_text_is_refused_with_its_line(value, kind, tmp_path):
 
 @pytest.mark.fault("tables")
 def test_null_is_a_missing_field(tmp_path):
-    refused(put(tmp_path, "a.jsonl", '{"text": "fine"}\n{"text": null, "n": 1}\n'), "line 2 has no field 'text', only .'n'.", everything)
+    refused(put(tmp_path, "a.jsonl", '{"text": "fine"}\n{"text": null, "n": 1}\n'), "line 2 has no field 'text', only .'n'. .it is null.", everything)
+    refused(put(tmp_path, "a.jsonl", '{"text": "fine"}\n{"n": 1}\n'), "line 2 has no field 'text', only .'n'.;", everything)
+
+
+TIMES = {"beyond the year 9999": (2**62, pa.timestamp("ms")), "of no time zone": (2**40, pa.timestamp("ms", tz="Mars/Phobos")),
+         "a day beyond": (2**30, pa.date32()), "a long time": (2**62, pa.duration("s")), "nanoseconds": (1700000000123456789, pa.timestamp("ns"))}
+
+
+@pytest.mark.fault("encodings")
+@pytest.mark.parametrize("time", TIMES)
+def test_other_columns_of_parquet_may_hold_anything(time, tmp_path):
+    value, kind = TIMES[time]
+    rows = [{"at": value}] * 2
+    table = {"text": ["fine", "good"], "time": pa.array([value] * 2, kind), "list": pa.array([[value]] * 2, pa.list_(kind)), "rows": rows}
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == ["fine", "good"] and next(reading.read_file(tmp_path / "a.parquet"))["rows"] == rows[0]
+
+
+@pytest.mark.fault("tables")
+def test_parquet_names_a_column_once(tmp_path):
+    parquet.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", "the header names the column 'text' twice")
 
 
 FINE = {
@@ -159,6 +190,7 @@ def mirror(folder, name, *rows):
     ("sst2", {"label": "positive"}, "label 'positive' is not 0 or 1"), ("sst2", {"label": True}, "label is true or false"),
     ("sst2", {"label": 1.0}, "label is a number, 1.0"), ("sst2", {"label": "1.0"}, "label '1.0' is not 0 or 1"),
     ("sst2", {"label": None}, "no field 'label'"), ("sst2", {"sentence": 3}, "sentence is an integer"),
+    ("sst2", {"sentence": " "}, "the sentence is empty"), ("oasst1", {"role": "user", "message_id": "b"}, "role 'user' is not"),
     ("tinystories", {"text": ["a", "b"]}, "text is a list"), ("tinystories", {"text": 1e5}, "text is a number"),
 ])
 def test_every_stage_gets_what_a_data_set_promises(name, change, message, tmp_path):
@@ -236,7 +268,8 @@ def test_a_json_file_is_a_list_or_objects(content, tmp_path):
     ("a.json", '[{"text": "a"},\n3]', "line 2: '3' is not a JSON object"),
     ("a.json", '{"text": "a"\n', "line 2: .* is not valid JSON"),
     ("a.json", "[]", "the file is empty"),
-    ("a.jsonl", '[\n{"text": "a"}\n]', "line 1: .* is not valid JSON"),
+    ("a.jsonl", '[\n{"text": "a"}\n]', "line 1: .* is not valid JSON on its own.* ends in .json"),
+    ("a.jsonl", '{"text": "a"}\n{\n  "text": "b"\n}\n', "line 2: .* is not valid JSON on its own.* ends in .json"),
     ("a.jsonl", '[{"text": "a"}]', "line 1: .* is not a JSON object .* ends in .json"),
     ("a.jsonl", '{"text": "a"}{"text": "b"}', "line 1: .* is not valid JSON"),
     ("a.jsonl", "[" * 100_000, "line 1: .* is not valid JSON"),

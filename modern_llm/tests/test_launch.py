@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 import modern_llm
+from modern_llm import pipeline
 from modern_llm.launch import KERNEL_DIED, SAME_PACKAGE, stage_environment, start_papermill
 
 pytestmark = pytest.mark.fault("kernel")
@@ -147,3 +148,18 @@ def test_a_terminal_that_knows_no_accents_shows_the_rest():
             "from modern_llm.pipeline import show; show(['é ▸\\n'.encode(), b'after'])")
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert done.stdout.endswith("\n\\xe9 \\u25b8\nafter\n") and done.returncode == 0, done
+
+
+RULE = 75 * "-"
+FAILED = [RULE, 'Exception encountered at "In [4]":', RULE, "{name}    Traceback (most recent call last)", "Cell In[4], line 2", "----> 2 begin()",
+          "", "{name}: it cannot run here:", "  - device='cuda:7' is not there"]
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("name, short", [("StageError", True), ("modern_llm.sources.DataError", True), ("TypeError", False)])
+def test_what_its_user_can_mend_is_said_without_a_traceback(name, short, capsys):
+    lines = [f"{RULE}\n", "a table\n", *(line.format(name=name) + "\n" for line in FAILED)]
+    pipeline.show(line.encode() for line in lines)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{RULE}\na table\n") and said.endswith("it cannot run here:\n  - device='cuda:7' is not there\n")
+    assert ("Traceback" in said) is ("begin()" in said) is (not short)

@@ -215,3 +215,15 @@ def test_what_is_here_is_read_and_counted(monkeypatch, tmp_path):
     put(tmp_path / "mirror/gsm8k/train.jsonl").write_text('{"question": "How many?", "answer": 7}\n')
     code, output = asked()
     assert code == 1 and "Damaged: gsm8k. " in output and "line 1: answer is an integer, 7" in output
+
+
+@pytest.mark.fault("names")
+@pytest.mark.parametrize("first, second", [("a.txt", "./a.txt"), ("a.txt", "sub/../a.txt"), ("a.txt", "link.txt"), ("wikitext-2", "wikitext-2-raw-v1"),
+                                           ("tinystories", "roneneldan/TinyStories"), ("a.txt", "b.txt")])
+def test_one_source_by_two_names_is_refused(first, second):
+    for name in ("a.txt", "b.txt", "sub/c.txt"):
+        put(name)
+    os.symlink("a.txt", "link.txt")
+    found = inputs.missing_data(override(get_pipeline_preset("local-smoke"), {"data": {"sources": [first, second]}}), ["pretrain"])
+    twice = f"data: data.sources names the same source twice: {first!r} and {second!r}"
+    assert (twice in found) == (second != "b.txt")

@@ -179,6 +179,20 @@ def test_what_a_run_does_not_know_is_left_blank(names, tmp_path):
     assert len(summarise_seeds([tmp_path / "small", tmp_path / "small-seed1"]))
 
 
+@pytest.mark.fault("counts")
+def test_minutes_of_several_gpus_are_those_of_all(tmp_path):
+    """Four ranks that train for a minute have cost four GPU minutes; a stage that does not train runs on one."""
+    folder = make_run(tmp_path, stages=("pretrain", "attention"))
+    record = json.loads((folder / "run.json").read_text())
+    record |= {"device": "cuda:0", "config": {**record["config"], "hardware": {**record["config"]["hardware"], "ranks": 4}}}
+    write(folder / "run.json", record)
+    text = write_report(folder.name, tmp_path, tmp_path / "report").read_text()
+    table = [line.split(" | ") for line in section(text, "Cost").splitlines() if line.startswith("| ")]
+    column = table[0].index("GPU minutes")
+    share = {row[0].strip("| "): float(row[column]) / float(row[1]) for row in table[1:] if row[0].strip("| ") in STAGES}
+    assert share == {"pretrain": 4, "attention": 1}
+
+
 def test_pictures_are_there_and_shown(written):
     place, path = written
     shown = re.findall(r"\]\((figures/[^)]+)\)", path.read_text(encoding="utf-8"))

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm import sft, synth
+from modern_llm import pairs, sft, synth
 from modern_llm.chat import CHAT_TEMPLATE, Answer, end_id, padded_batch
-from modern_llm.config import ModelConfig, SFTConfig
+from modern_llm.config import PAIR_SOURCES, SFT_SOURCES, ConfigError, ModelConfig, SFTConfig
 from modern_llm.data import build_token_cache
 from modern_llm.models import ModernDecoderLM, load_model, save_model
 from modern_llm.optim import lm_loss
@@ -23,6 +23,7 @@ from modern_llm.overrides import override
 from modern_llm.presets import get_pipeline_preset
 from modern_llm.scoring import perplexity_ratio
 from modern_llm.sft import Example
+from modern_llm.sources import DataError
 from modern_llm.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +88,27 @@ def test_message_trees_become_their_best_path(tmp_path, monkeypatch):
     assert [m["role"] for m in found[0].messages] == ["user", "assistant"] * 2
     assert sft.instructions("oasst1", "validation", 10) == [Example("Hello?", output="worst")]
     assert list(sft.best_paths(TREES, languages=("de",))) == [Example("Niemand?", output="Doch.")]
+
+
+@pytest.mark.fault("tables")
+@pytest.mark.parametrize("more, wanted", [
+    ([message("13", "", "prompter", "A root?"), message("14", "13", "assistant", "Yes.")], [Example("A root?", output="Yes.")]),
+    ([message("13", "1", "assistant", " ", -1)], []), ([message("13", "13", "prompter", "Round"), message("14", "15", "assistant", "and"),
+                                                        message("15", "14", "prompter", "round")], []),
+    ([message("13", None, "user", "Hello?")], "role 'user' is not 'prompter' or 'assistant'"),
+    ([message("13", None, "assistant", "Hello!"), message("14", "13", "prompter", "Yes?")], "assistant's message has no parent_id")])
+def test_odd_trees_are_no_conversations(more, wanted):
+    if isinstance(wanted, str):
+        with pytest.raises(DataError, match=wanted):
+            list(sft.best_paths([*TREES, *more]))
+    else:
+        assert list(sft.best_paths([*TREES, *more])) == [*sft.best_paths(TREES), *wanted]
+
+
+@pytest.mark.fault("messages")
+def test_a_language_that_no_tree_has_is_told():
+    with pytest.raises(DataError, match="no conversation is in fr, xx, only in de, en"):
+        list(sft.best_paths(TREES, languages=("fr", "xx")))
 
 
 def test_every_source_has_one_form(tmp_path, monkeypatch):
@@ -286,7 +308,18 @@ def test_the_stage_from_a_checkpoint(tmp_path, tokenizer):
     assert load_tokenizer(checkpoint).to_str() == tokenizer.to_str() and load_model(checkpoint).cfg.context_length == 160
 
 
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("section, name, own", [
+    ("sft", "chat.jsonl", "alpaca"), ("sft", "tinystories", "alpaca"), ("sft", "tatsu-lab/alpaca", "alpaca"), ("sft", "text", "alpaca"),
+    ("dpo", "pairs.jsonl", "hh-rlhf"), ("dpo", "gsm8k", "hh-rlhf"), ("dpo", "synthetic-problems", "hh-rlhf")])
+def test_a_source_that_no_stage_can_read_is_refused_before_anything_runs(section, name, own):
+    weights = {"weights": [1]} if section == "sft" else {}
+    with pytest.raises(ConfigError, match=rf"{section}.sources='{name}' is unknown.*MODERN_LLM_DATA/{own}/train.jsonl by the name '{own}'"):
+        override(get_pipeline_preset("local-smoke"), {section: {"sources": [name], **weights}})
+
+
 def test_every_preset_reads_known_sources():
+    assert (tuple(SFT_SOURCES), tuple(PAIR_SOURCES)) == (tuple(sft.SOURCES), pairs.SOURCES)
     for name in ("lesson", "local-smoke", "local-cpu", "local", "tacc-smoke", "tacc-a100", "tacc-h100", "gpu-full", "h100-speedrun"):
         preset = get_pipeline_preset(name)
         assert set(preset.sft.sources) <= sft.SOURCES.keys()
