@@ -21,8 +21,8 @@ from pathlib import Path
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, nearest
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
-    NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, described, find_checkpoint, found_inputs, missing_data, no_inputs,
-    notebooks_folder,
+    NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, cut_data, described, find_checkpoint, found_inputs, missing_data,
+    no_inputs, notebooks_folder,
 )
 from modern_llm.launch import start_papermill
 from modern_llm.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
@@ -180,9 +180,11 @@ class Plan:
         return Step("report", folder, given, "look again" if pending and there else "run")
 
     def check_data(self) -> None:
-        """StageError naming every data set that the stages still to run will want and that is not here."""
+        """StageError naming every data set that the stages still to run will want and that is not here, or cannot be split."""
         steps = [name for name in self.stages if name != "report" and not (self.run_folder / name / "results.json").is_file()]
-        if steps and (problems := missing_data(self.configs[steps[0]], steps)):
+        problems = missing_data(self.configs[steps[0]], steps) if steps else []
+        problems += dict.fromkeys(problem for name in steps for problem in cut_data(self.configs[name], name)[1])
+        if problems:
             raise StageError(f"preset {self.configs[steps[0]].name!r} cannot run here:\n  - " + "\n  - ".join(problems))
 
 
