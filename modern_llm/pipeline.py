@@ -31,6 +31,7 @@ from modern_llm.parameters import choose_folder, refuse_unknown, report_folder, 
 from modern_llm.presets import get_pipeline_preset
 from modern_llm.record import writes_to
 from modern_llm.resume import begun, changed_settings, params_of, run_record, standing_against
+from modern_llm.scheduler import this_job
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
@@ -129,7 +130,7 @@ class Plan:
         except StageError as error:  # nobody knows what it was begun with
             settings, inputs, against = [], [str(error)], ""
         changed = settings + inputs
-        if given.get("force") and (self.alone or changed):
+        if given.get("force") and (self.alone or changed) and not (not changed and begun_by_this_job(folder)):
             return Step(stage, folder, given, "run", "begun anew" + (f": {'; '.join(changed)}" if changed else ""))
         kept = {name: value for name, value in given.items() if name != "force"}
         if not changed:
@@ -187,6 +188,13 @@ class Plan:
             raise StageError(f"preset {self.configs[steps[0]].name!r} cannot run here:\n  - " + "\n  - ".join(problems))
 
 
+def begun_by_this_job(folder: Path) -> bool:
+    """Whether an earlier start of this SLURM job, which was queued again, began the stage: what it was to delete is deleted."""
+    noted, params = folder.parent / "jobs" / f"{this_job()}.json", folder / "params.json"
+    again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return again and noted.is_file() and params.is_file() and noted.stat().st_mtime_ns < params.stat().st_mtime_ns
+
+
 def results_digest(run_folder: Path) -> str:
     """A digest of everything the stages of a run found."""
     parts = [(run_folder / name / "results.json") for name in NOTEBOOKS]
@@ -232,24 +240,29 @@ def execute(step: Step) -> int:
     process = start_papermill(notebook, output, step.parameters)
     relay = threading.Thread(target=show, args=(process.stdout,), daemon=True)
     relay.start()
-    code, warning = None, None
+    code, warning, asked = None, None, False
     while code is None:
         try:
-            code = process.wait(1 if warning else None)
-        except subprocess.TimeoutExpired:
-            pass_on(step, process.pid)  # again, since a stage that has not begun does not listen yet
+            code = process.wait(1 if warning or asked else None)
+        except subprocess.TimeoutExpired:  # again, since a stage that has not begun does not listen yet, and clears its folder
+            if warning:
+                pass_on(step, process.pid)
+            elif step.folder.is_dir():
+                (step.folder / STOP_FILE).touch()
         except Preempted as caught:
             warning = caught
             print(f"{warning}: ending stage {step.stage}, with a checkpoint if it trains", file=sys.stderr, flush=True)
             pass_on(step, process.pid)
         except KeyboardInterrupt:
-            if (step.folder / STOP_FILE).exists() or not trains(step.stage):
+            if asked or not trains(step.stage):
                 os.killpg(process.pid, signal.SIGKILL)
                 mark(step, "interrupted")
                 raise
-            (step.folder / STOP_FILE).touch()
+            asked = True
             print("stopping after this step, with a checkpoint; Ctrl-C again kills", file=sys.stderr, flush=True)
     relay.join(timeout=5)
+    if asked:
+        (step.folder / STOP_FILE).unlink(missing_ok=True)
     if output.parent != step.folder:
         began = not (step.folder / "results.json").is_file() or code == 0
         if began and output.is_file():  # a kernel that was killed leaves none

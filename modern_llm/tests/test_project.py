@@ -67,7 +67,7 @@ ALLOWED = {
               "ranks", "record", "resume"},
     "answer_pairs": {"chat", "config", "tasks", "tokens"},
     "verifier": {"answer_pairs", "chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
-    "pipeline": {"config", "files", "inputs", "launch", "locks", "overrides", "parameters", "presets", "record", "report", "resume"},
+    "pipeline": {"config", "files", "inputs", "launch", "locks", "overrides", "parameters", "presets", "record", "report", "resume", "scheduler"},
     "outcomes": {"files", "inputs", "locks", "pipeline"},
     "talk": {"chat", "checkpoints", "config", "files", "generation", "inputs", "models", "parameters", "tokens"},
     "duration": {"config", "counts"},

@@ -1,7 +1,12 @@
 """What can be resumed, and what a record says then: a stage that was begun goes on, or is refused before anything is written."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -360,3 +365,29 @@ def test_a_report_of_damaged_results_says_which(tmp_path):
     (run.folder / "results.json").write_text("{")
     with pytest.raises(StageError, match="pretrain/results.json is not valid JSON.*delete it and run that stage again"):
         pipeline.write_the_report(pipeline.Plan("report", preset="lesson", run="mine", output_dir=str(tmp_path)).step("report"))
+
+
+def test_a_job_that_is_queued_again_begins_anew_once(tmp_path, monkeypatch):
+    run, _ = stage_at(tmp_path)
+    plan = pipeline.Plan("pretrain", preset="lesson", run="mine", output_dir=str(tmp_path), max_steps=8, force=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    write_json((tmp_path / "mine/jobs").mkdir() or tmp_path / "mine/jobs/7.json", {})
+    for count, noted_before, action in (("0", True, "run"), ("1", False, "run"), ("1", True, "resume")):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        os.utime(tmp_path / "mine/jobs/7.json", (0, 0) if noted_before else None)
+        step = plan.step("pretrain")
+        assert (step.action, bool(step.parameters.get("force"))) == (action, action == "run")
+
+
+@pytest.mark.fault("promises")
+def test_a_ctrl_c_before_training_stops_it_all_the_same(tmp_path, monkeypatch, capsys):
+    """A stage clears its folder when it begins; who asked before is asked for again."""
+    step = pipeline.Plan("pretrain", preset="lesson", run="mine", output_dir=str(tmp_path)).step("pretrain")
+    script = ("import pathlib, sys, time\nstop = pathlib.Path(sys.argv[1])\nwhile not stop.exists(): time.sleep(0.01)\nstop.unlink()\n"
+              "for _ in range(1000):\n    time.sleep(0.01)\n    if stop.exists(): sys.exit(3)\n")
+    words = [sys.executable, "-I", "-S", "-c", script, str(step.folder / pipeline.STOP_FILE)]
+    monkeypatch.setattr(pipeline, "start_papermill", lambda *_: subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True))
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert pipeline.execute(step) == 3 and not (step.folder / pipeline.STOP_FILE).exists()
+    assert "Ctrl-C again kills" in capsys.readouterr().err
