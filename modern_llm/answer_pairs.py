@@ -121,7 +121,7 @@ class AnswerBatches:
         self.tokenizer, self.cfg, self.seed, self.context_length = tokenizer, cfg, seed, context_length
         self.problems, self.texts = problems, defaultdict(lambda: ([], []))
         for problem, text, right in zip(samples.problem, samples.text, samples.right):
-            if self.fits(problems[problem], text):
+            if self.fits(problems[problem], text, right):
                 self.texts[problem][int(right)].append(text)
         self.sampled = sorted(p for p in self.texts if self.texts[p][1] or self.fits(problems[p], problems[p].answer))
         self.gold = [p for p in gold or problems if self.fits(p, p.answer)]
@@ -129,9 +129,9 @@ class AnswerBatches:
             raise ValueError(f"AnswerBatches: no gold answer fits the context of {context_length} tokens; use easier problems")
         self.gold_share = 1.0 if cfg.kind == "encoder" or not self.sampled else cfg.perturbed_fraction
 
-    def fits(self, problem: Problem, text: str) -> bool:
-        """Whether request and answer, and what a changed number may add, fit into a row."""
-        return len(encode_candidate(self.tokenizer, problem, text)[0]) + 2 <= self.context_length
+    def fits(self, problem: Problem, text: str, right: bool = True) -> bool:
+        """Whether request and answer, and what a changed number may add, fit into a row, and a right answer has digits to change (½ has none)."""
+        return (not right or re.search(r"\d", text) is not None) and len(encode_candidate(self.tokenizer, problem, text)[0]) + 2 <= self.context_length
 
     def pair(self, draw: random.Random) -> tuple[Problem, str, str]:
         """A problem with a right and a wrong answer."""

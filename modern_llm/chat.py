@@ -128,9 +128,10 @@ def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only:
     With `last_only` that is the last answer. An earlier one that the template writes or closes otherwise once the talk goes on, such as
     without its thoughts, has none either. TemplateError if the prompt of the last one is written so, or no answer is closed.
     """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"][-1 if last_only else 0:]
+    messages = messages[:answers[-1] + 1] if answers else messages  # what follows the last answer would be read for nothing
     whole, close = _written(tokenizer, messages), end_id(tokenizer)
     closing = tokenizer.id_to_token(close)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"][-1 if last_only else 0:]
     prompts = [_written(tokenizer, messages[:i], generation_prompt=True) for i in answers]
     if prompts and not whole.startswith(prompts[-1]):
         raise TemplateError(f"{chat_format(tokenizer).place}: the chat template writes the prompt of an answer otherwise once the answer is there, so "
@@ -154,7 +155,7 @@ def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only:
     for begin in begins:
         end = ids.index(close, begin) + 1
         labels[begin:end] = ids[begin:end]
-    end = end if messages[-1]["role"] == "assistant" else len(ids)  # nothing is read behind the last closing token
+    end = end if answers else len(ids)  # nothing is read behind the last closing token
     return ids[:end - 1], labels[1:end]
 
 # %% ../nbs/03a_chat.ipynb #batches

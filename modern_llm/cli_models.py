@@ -12,7 +12,6 @@ from modern_llm.cli_common import said_in_one_line
 from modern_llm.config import nearest
 
 
-
 class Finite(click.FloatRange):
     """A number in a range, not infinite and not nan."""
 
@@ -181,7 +180,7 @@ def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> 
 @which_model
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or the best there is.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the weights in memory; as they are on disk unless told.")
-@click.option("--limit-gb", type=click.FloatRange(min=0, min_open=True), default=12.0, show_default=True,
+@click.option("--limit-gb", type=Finite(min=0, min_open=True), default=12.0, show_default=True,
               help="What the process may take, in 10^9 bytes.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Problems answered at once.")
 @click.option("--count", type=click.IntRange(min=1), default=16, show_default=True, help="Problems answered in all.")

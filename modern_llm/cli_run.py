@@ -140,6 +140,7 @@ def _key_values(items: tuple[str, ...]) -> dict:
     values, settings = {}, []
     for item in items:
         name, equals, raw = item.partition("=")
+        name = name.strip()
         if not equals:
             raise Failure(f"-p {item!r} must look like seed=1 or sft.lr=1e-3")
         if "." in name or name in WITHOUT_A_DOT:
@@ -193,7 +194,9 @@ def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_
         as_here = override(get_pipeline_preset(preset), parse_overrides(_key_values(extra).get("overrides") or ""), "overrides")
         extra = absolute_words(extra, as_here)
         words = [word for item in extra for word in ("-p", item)] + (["--max-steps", str(max_steps)] if max_steps else [])
-        plan = Plan(stage, preset=preset, **_key_values((*extra, *ranks)), **{name: value for name, value in given.items() if value})
+        asked = {"preset": preset, **_key_values((*extra, *ranks)), **{name: value for name, value in given.items() if value}}
+        preset = asked["preset"]
+        plan = Plan(stage, **asked)
         chain = Chain(plan, preset, words, account, partition, limit, nodes, gpus)
         if not chain.jobs:
             click.echo(f"nothing to do: every stage is finished in {plan.run_folder}")
@@ -228,8 +231,13 @@ def status(name: str | None, output_dir: str | None) -> None:
     from modern_llm.outcomes import DAMAGED, runs_table
     from modern_llm.submit import with_jobs
 
-    root = Path(output_dir or runs_folder()).expanduser()
-    rows = with_jobs(runs_table(root, name), root, name)
+    try:
+        root = Path(output_dir or runs_folder()).expanduser()
+        if os.path.lexists(root) and not os.path.isdir(root):
+            raise Failure(f"{root} is a file, where the folder of the runs should be: say --output-dir DIR, or set MODERN_LLM_RUNS")
+        rows = with_jobs(runs_table(root, name), root, name)
+    except (ConfigError, RuntimeError, PermissionError) as error:  # an unknown ~name; a folder that may not be read
+        raise Failure(str(error)) from error
     if not rows and name:
         there = sorted(path.parent.name for path in root.glob("*/run.json"))
         raise Failure(f"no run {name!r} in {root}{nearest(name, there) if there else ', nor any other'}")

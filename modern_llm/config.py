@@ -179,7 +179,7 @@ class TrainConfig:
     keep_checkpoints: int = 3  # weights kept along the way, evenly spaced, besides the last
 
     def __post_init__(self) -> None:
-        place = type(self).__name__.removesuffix("Config").lower()  # the stages' configs inherit these checks
+        place = type(self).__name__.removesuffix("Config").lower().replace("train", "pretrain")  # the stages' configs inherit these checks
         _positive(place, self, "max_steps", "batch_size", "lr", "muon_lr", "log_every", "eval_every",
                   "checkpoint_every", "loss_chunk_tokens")
         _one_of(f"{place}.optimizer", self.optimizer, OPTIMIZERS)

@@ -18,7 +18,7 @@ from modern_llm.counts import parameter_count
 from modern_llm.files import atomic_folder, check_folder, read_json, write_json, write_text
 from modern_llm.inputs import GENERATORS, say
 from modern_llm.report_eval import main_rows
-from modern_llm.report_page import Run, interval, markdown_table, number
+from modern_llm.report_page import ReportError, Run, interval, markdown_table, number
 from modern_llm.sources import DatasetInfo, DatasetNotFound, dataset_info
 from modern_llm.tokens import end_of_text_id, load_tokenizer
 
@@ -185,10 +185,18 @@ def origin(checkpoint: Path) -> tuple[Run | None, list[str], str]:
     if place is None:
         return None, [], imported(checkpoint)
     run, stages, stage = Run(place.parent), [], place.name
-    while stage and stage not in stages:
-        stages.insert(0, stage)
-        inputs = run.params.get(stage, {}).get("inputs", {})
-        stage = next((name for name in GENERATORS if name in inputs), None)
+    try:
+        while stage and stage not in stages:
+            stages.insert(0, stage)
+            settings = run.params.get(stage, {})
+            if "config" not in settings:
+                raise ReportError(f"{run.folder / stage / 'params.json'} is absent or has no config")
+            inputs = settings.get("inputs", {})
+            stage = next((name for name in GENERATORS if name in inputs), None)
+        run.record, run.results  # read, so that a damaged one is known here
+    except ReportError as error:
+        say(f"{error}: the model card says nothing about the run")
+        return None, [], imported(checkpoint)
     given = inputs.get("checkpoint")
     return run, stages, (imported(Path(given["path"])) or f"the checkpoint {given['sha256'][:12]}") if given else ""
 
@@ -276,10 +284,12 @@ TEXT_IDS = """ids = tokenizer("<|endoftext|>One day", return_tensors="pt")"""
 
 def model_card(checkpoint: Path, cfg: ModelConfig, architecture: str, dtype: str, size: int, name: str) -> str:
     """README.md of an export: what it is, how to use it, how it was made, from which data, what was measured, what to beware of."""
+    from modern_llm.chat import speaks_chat
+
     run, stages, base = origin(checkpoint)
-    count, rows = parameter_count(cfg), data_rows(run, stages) if run else []
-    chats = read_json(checkpoint / "tokenizer_config.json").get("chat_template") is not None
-    closing = load_tokenizer(checkpoint).id_to_token(read_json(checkpoint / "config.json").get("eos_token_id") or 0)
+    count, rows, tokenizer = parameter_count(cfg), data_rows(run, stages) if run else [], load_tokenizer(checkpoint)
+    chats = speaks_chat(checkpoint, tokenizer)  # a base model may have a template all the same
+    closing = tokenizer.id_to_token(read_json(checkpoint / "config.json").get("eos_token_id") or 0)
     made = f"stage `{stages[-1]}` of the run `{run.folder.name}`" if run else "a checkpoint"
     active = f", {count['active']:,} of them active for a token" if count["active"] != count["total"] else ""
     parts = [front_matter(list(dict.fromkeys(info.hub for row in rows if (info := info_of(row["data set"])).hub)), base), f"# {name}",

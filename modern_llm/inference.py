@@ -99,8 +99,8 @@ def check_inference(folder: Path, *, device: str = "auto", dtype: str | None = N
                document_prompt(tokenizer, [], f"Question: {problem.question}\nAnswer:", room) for problem in asked]
     kept = [i for i, prompt in enumerate(prompts) if len(prompt) < room]
     if not kept:
-        raise StageError(f"{folder}: no problem of {problems} leaves room for an answer in a context of {model.cfg.context_length} tokens; "
-                         "say --problems synthetic for shorter ones")
+        raise StageError(f"{folder}: no problem of {problems} leaves room for an answer in a context of {model.cfg.context_length} tokens: "
+                         + (f"the shortest has {min(map(len, prompts))}" if problems == "synthetic" else "say --problems synthetic for shorter ones"))
     asked, prompts = [asked[i] for i in kept], [prompts[i] for i in kept]
     answers = continuations(model, tokenizer, prompts, end_id(tokenizer) if chat else end_of_text_id(tokenizer),
                             max_new_tokens=max_new_tokens, batch_rows=batch)

@@ -75,7 +75,7 @@ def read_record(path: Path) -> dict:
     """A JSON object that a stage wrote. StageError if it is missing or damaged."""
     try:
         record = read_json(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StageError(f"{path} is {'missing' if isinstance(error, FileNotFoundError) else f'damaged ({error})'}") from error
     if not isinstance(record, dict):
         raise StageError(f"{path} is damaged (it holds no JSON object)")

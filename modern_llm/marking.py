@@ -43,7 +43,7 @@ _BOUNDARY = re.compile(rf"[(\[]|#(?=#)|<(?=[<|/A-Za-z])|[.,;:!?]\s+(?={_LETTER})
 _WORDS = (r"(?:half|quarter|third|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
           r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million)\b")
 _UNIT = re.compile(rf"""(?!(?:.*\s)?(?:and|or|to|plus|minus|times|point|over|by)\s+(?:an?\s+)?{_WORDS})(?:-(?={_LETTER}))?
-    (?:{_LETTER}|[\s%‰°'"′″¢.&{_CURRENCY}]|(?<={_LETTER})-(?={_LETTER})|/\s?(?={_LETTER})
+    (?:{_LETTER}|[\s%‰°'"`′″¢.&{_CURRENCY}]|(?<={_LETTER})-(?={_LETTER})|/\s?(?={_LETTER})
       |(?<=\bin|\bft|\byd|\bmi)\^?[23]\b|(?<=m)\^?[23]\b)*""", re.VERBOSE)
 _LATEX = [(re.compile(pattern), put) for pattern, put in (
     (r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r" \1/\2"), (r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
@@ -51,7 +51,8 @@ _LATEX = [(re.compile(pattern), put) for pattern, put in (
     (r"\\([$%])", r"\1"), (r"\^\{([-+]?[0-9]+)\}", r"^\1"))]
 _OPERATORS = str.maketrans("×÷", "*/")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-_ALIKE = {**dict.fromkeys("‐‑‒–−﹣－", "-"), **dict.fromkeys("’‘ʼ＇", "'"), "٫": ".", "٬": ",", "。": ".", "⁄": "/", "∕": "/"}
+_ALIKE = {**dict.fromkeys("‐‑‒–−﹣－", "-"), **dict.fromkeys("’‘ʼ＇", "'"), **dict.fromkeys("“”„«»", '"'), "\ufe0f": "", "\u20e3": "",
+          "٫": ".", "٬": ",", "。": ".", "⁄": "/", "∕": "/"}
 _NO_NUMBER = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -64,7 +65,10 @@ def _alike(char: str) -> str:
         return str(unicodedata.decimal(char))
     if kind == "No":  # ½ is a number; ② and ₂ are none
         return unicodedata.normalize("NFKC", char).replace("⁄", "/") if "<fraction>" in unicodedata.decomposition(char) else _NO_NUMBER
-    return " " if kind == "Zs" else "" if kind == "Cf" else unicodedata.normalize("NFKC", char)
+    same = unicodedata.normalize("NFKC", char)
+    if kind == "So" and same == char and char not in ("°", _NO_NUMBER):  # an emoji says nothing, but no number goes on behind it
+        return "`"
+    return " " if kind == "Zs" else "" if kind == "Cf" else same
 
 
 def plain(text: str) -> str:

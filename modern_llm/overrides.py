@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shlex
 import sys
 import types
@@ -14,6 +15,7 @@ import typing
 from modern_llm.config import ConfigError, PipelineConfig, nearest, require
 
 _hints = functools.cache(typing.get_type_hints)
+PLAIN = {"True": "true", "False": "false", "None": "null"}  # Python's words, which the parameters of a notebook are written in
 
 
 def to_dict(config: object) -> dict:
@@ -62,7 +64,8 @@ def _checked(place: str, value: typing.Any, hint: typing.Any) -> typing.Any:
 def parse_overrides(text: str) -> dict:
     """`"model.num_experts=4 data.sources=synthetic"` as the nested dict that `override` takes.
 
-    A value is read as its setting wants it: text stays text, a comma makes a list, nothing behind the sign an empty one; all else is JSON.
+    A value is read as its setting wants it: text stays text, a comma makes a list, nothing behind the sign an empty one; all else is as in
+    JSON or in a notebook (True, None, .5).
     """
     try:
         items = shlex.split(text)
@@ -71,7 +74,7 @@ def parse_overrides(text: str) -> dict:
     nested: dict = {}
     for item in items:
         path, equals, raw = item.partition("=")
-        *parents, leaf = path.split(".")
+        *parents, leaf = (path := path.strip()).split(".")
         if not equals or not leaf:
             raise ConfigError(f"overrides: {item!r} must look like model.width=256")
         place = nested
@@ -95,7 +98,7 @@ def _as_wanted(raw: str, hint: object) -> object:
     """A word as a value for a setting of this type; what does not fit is left for `override` to refuse."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return None if raw == "null" else _as_wanted(raw, next(option for option in options if option is not type(None)))
+        return None if raw in ("null", "None") else _as_wanted(raw, next(option for option in options if option is not type(None)))
     if origin is tuple:
         return _names(raw) if options[0] is str else _numbers(raw)
     value = json_or_text(raw)
@@ -117,8 +120,12 @@ def _numbers(raw: str) -> list:
 
 
 def json_or_text(raw: str) -> object:
-    """What a word says as JSON; the word itself, if it is none."""
+    """What a word says as JSON, or in Python's and people's spelling: True, None, .5, 5., +5; the word itself, if it is nothing of that."""
+    plain = PLAIN.get(word := raw.strip(), word)
+    if found := re.fullmatch(r"([+-]?)(\d+|(?=\.\d))(?:\.(\d*))?([eE][+-]?\d+)?", word, re.ASCII):
+        sign, whole, part, power = found.groups()
+        plain = sign.strip("+") + (whole.lstrip("0") or "0") + (f".{part or 0}" if part is not None else "") + (power or "")
     try:
-        return json.loads(raw)
+        return json.loads(plain)
     except (ValueError, RecursionError):
         return raw

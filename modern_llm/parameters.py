@@ -67,9 +67,12 @@ def resolve(stage: str, parameters: dict) -> PipelineConfig:
 
 
 def runs_folder() -> Path:
-    """`$MODERN_LLM_RUNS`, else `runs/` of the checkout the package is installed from, else `runs/` here."""
+    """`$MODERN_LLM_RUNS`, else `runs/` of the checkout the package is installed from, else `runs/` here. ConfigError for an unknown `~name`."""
     if chosen := os.environ.get("MODERN_LLM_RUNS"):
-        return Path(chosen).expanduser()
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"MODERN_LLM_RUNS={chosen!r} is no folder: {error}") from error
     checkout = Path(__file__).resolve().parent.parent
     return (checkout if (checkout / "settings.ini").is_file() else Path.cwd()) / "runs"
 

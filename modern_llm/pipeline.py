@@ -21,8 +21,8 @@ from pathlib import Path
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, nearest
 from modern_llm.files import read_json, write_json
 from modern_llm.inputs import (
-    NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, described, find_checkpoint, found_inputs, missing_data, no_inputs,
-    notebooks_folder,
+    NOTEBOOKS, WARNINGS, Preempted, StageError, changed_data, changes, cut_data, described, find_checkpoint, found_inputs, missing_data,
+    no_inputs, notebooks_folder,
 )
 from modern_llm.launch import start_papermill
 from modern_llm.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
@@ -31,6 +31,7 @@ from modern_llm.parameters import choose_folder, refuse_unknown, report_folder, 
 from modern_llm.presets import get_pipeline_preset
 from modern_llm.record import writes_to
 from modern_llm.resume import begun, changed_settings, params_of, run_record, standing_against
+from modern_llm.scheduler import this_job
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
@@ -129,7 +130,7 @@ class Plan:
         except StageError as error:  # nobody knows what it was begun with
             settings, inputs, against = [], [str(error)], ""
         changed = settings + inputs
-        if given.get("force") and (self.alone or changed):
+        if given.get("force") and (self.alone or changed) and not (not changed and begun_by_this_job(folder)):
             return Step(stage, folder, given, "run", "begun anew" + (f": {'; '.join(changed)}" if changed else ""))
         kept = {name: value for name, value in given.items() if name != "force"}
         if not changed:
@@ -169,19 +170,29 @@ class Plan:
         folder, given = self.run_folder, self.parameters["report"]
         if not pending and not any(folder.glob("*/results.json")):
             raise StageError(f"run {folder.name!r} has no finished stage in {folder}: there is nothing to report yet")
-        former = run_record(folder).get("report", {})
-        there = bool(former) and Path(former["path"]).is_file()
+        former = run_record(folder).get("report")
+        former = former if isinstance(former, dict) else {}
+        there = os.path.isfile(str(former.get("path") or ""))
         if there and self.no_overwrite:
             return Step("report", folder, given, "skip", "there is one, which --no-overwrite keeps")
-        if there and not pending and not (self.alone or given.get("force")) and former["of"] == results_digest(folder):
+        if there and not pending and not (self.alone or given.get("force")) and former.get("of") == results_digest(folder):
             return Step("report", folder, given, "skip", f"written before from these results: {former['path']}")
         return Step("report", folder, given, "look again" if pending and there else "run")
 
     def check_data(self) -> None:
-        """StageError naming every data set that the stages still to run will want and that is not here."""
+        """StageError naming every data set that the stages still to run will want and that is not here, or cannot be split."""
         steps = [name for name in self.stages if name != "report" and not (self.run_folder / name / "results.json").is_file()]
-        if steps and (problems := missing_data(self.configs[steps[0]], steps)):
+        problems = missing_data(self.configs[steps[0]], steps) if steps else []
+        problems += dict.fromkeys(problem for name in steps for problem in cut_data(self.configs[name], name)[1])
+        if problems:
             raise StageError(f"preset {self.configs[steps[0]].name!r} cannot run here:\n  - " + "\n  - ".join(problems))
+
+
+def begun_by_this_job(folder: Path) -> bool:
+    """Whether an earlier start of this SLURM job, which was queued again, began the stage: what it was to delete is deleted."""
+    noted, params = folder.parent / "jobs" / f"{this_job()}.json", folder / "params.json"
+    again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return again and noted.is_file() and params.is_file() and noted.stat().st_mtime_ns < params.stat().st_mtime_ns
 
 
 def results_digest(run_folder: Path) -> str:
@@ -229,24 +240,29 @@ def execute(step: Step) -> int:
     process = start_papermill(notebook, output, step.parameters)
     relay = threading.Thread(target=show, args=(process.stdout,), daemon=True)
     relay.start()
-    code, warning = None, None
+    code, warning, asked = None, None, False
     while code is None:
         try:
-            code = process.wait(1 if warning else None)
-        except subprocess.TimeoutExpired:
-            pass_on(step, process.pid)  # again, since a stage that has not begun does not listen yet
+            code = process.wait(1 if warning or asked else None)
+        except subprocess.TimeoutExpired:  # again, since a stage that has not begun does not listen yet, and clears its folder
+            if warning:
+                pass_on(step, process.pid)
+            elif step.folder.is_dir():
+                (step.folder / STOP_FILE).touch()
         except Preempted as caught:
             warning = caught
             print(f"{warning}: ending stage {step.stage}, with a checkpoint if it trains", file=sys.stderr, flush=True)
             pass_on(step, process.pid)
         except KeyboardInterrupt:
-            if (step.folder / STOP_FILE).exists() or not trains(step.stage):
+            if asked or not trains(step.stage):
                 os.killpg(process.pid, signal.SIGKILL)
                 mark(step, "interrupted")
                 raise
-            (step.folder / STOP_FILE).touch()
+            asked = True
             print("stopping after this step, with a checkpoint; Ctrl-C again kills", file=sys.stderr, flush=True)
     relay.join(timeout=5)
+    if asked:
+        (step.folder / STOP_FILE).unlink(missing_ok=True)
     if output.parent != step.folder:
         began = not (step.folder / "results.json").is_file() or code == 0
         if began and output.is_file():  # a kernel that was killed leaves none
@@ -299,9 +315,12 @@ def mark(step: Step, status: str) -> None:
 def write_the_report(step: Step) -> int:
     """Write the report of the run and note it in `run.json`."""
     os.environ["MPLBACKEND"] = "Agg"  # figures are files here, whatever window the user's notebooks draw in
-    from modern_llm.report import write_report
+    from modern_llm.report import ReportError, write_report
 
-    path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))
+    try:
+        path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))
+    except ReportError as error:
+        raise StageError(str(error)) from error
     record = read_json(step.folder / "run.json")
     write_json(step.folder / "run.json", {**record, "report": {"path": str(path), "of": results_digest(step.folder)}})
     return 0

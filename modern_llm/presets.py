@@ -242,7 +242,7 @@ def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
     """The preset of that name (or alias), or the one a JSON file describes.
 
     A JSON file has the shape of `to_dict`; keys left out keep the default, or the value of the preset that its
-    key `base` names. Raises ConfigError naming the nearest valid name or key.
+    key `base` names; its own name, unless it says one, is the file's. Raises ConfigError naming the nearest valid name or key.
     """
     name = ALIASES.get(name_or_path, name_or_path)
     if name in PRESETS:
@@ -251,14 +251,22 @@ def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
     if path.suffix != ".json" and not os.path.isfile(path):  # false, too, of what is no possible name
         raise ConfigError(f"unknown preset {name_or_path!r}{nearest(name_or_path, [*PRESETS, *ALIASES])}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
     except OSError as error:
         raise ConfigError(f"preset file {str(path)!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"preset file {str(path)!r} is not valid JSON: {error}") from error
     require(isinstance(values, dict), f"preset file {str(path)!r} must hold a JSON object")
     base = values.pop("base", None)
     require(base is None or isinstance(base, str) and ALIASES.get(base, base) in PRESETS,
             f"{path}: base={base!r} is no preset{nearest(str(base), PRESETS)}")
-    start = get_pipeline_preset(base) if base else PipelineConfig(name=path.stem)
+    start = replace(get_pipeline_preset(base) if base else PipelineConfig(), name=path.stem)  # not the base's: its run is another one
     return override(start, values, place=str(path))
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; ValueError for a key that comes twice, of which JSON would keep the last."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} stands in one object twice: put both into one")
+    return dict(pairs)

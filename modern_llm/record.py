@@ -142,7 +142,7 @@ def write_record(run: StageRun, parameters: dict, resolved: PipelineConfig, form
     config = to_dict(run.config)
     config |= {name: former["config"][name] for name in former["stages"] if name != run.stage and name in former["config"]}
     if run.resume:
-        run.earlier_seconds = former["stages"].get(run.stage, {}).get("seconds", 0.0)
+        run.earlier_seconds = former["stages"].get(run.stage, {}).get("seconds") or 0.0
     write_json(path, {"run": run.run, "preset": run.config.name, "config": config, "git_commit": git_commit(), "seed": run.config.seed,
                       **machine(run.device), "stages": former["stages"]})
     wanted = sections(resolved, run.stage)

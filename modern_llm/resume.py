@@ -21,19 +21,32 @@ def run_record(run_folder: Path) -> dict:
     """What `run.json` says so far. StageError if it is damaged: what it says of the other stages would be lost."""
     path = run_folder / "run.json"
     try:
-        record = read_record(path) if path.exists() else {}
+        record = {"stages": {}, "config": {}, **(read_record(path) if path.exists() else {})}
+        checked(path, record, "stages", status=str, seconds=(int, float, type(None)))
+        checked(path, record, "config")
     except StageError as error:
         raise StageError(f"{error}: put a whole copy there, or delete it: the stages' own files stay, and the next one writes a new one") from error
-    return {**record, **{part: record[part] if isinstance(record.get(part), dict) else {} for part in ("stages", "config")}}
+    return record
+
+
+def checked(file: Path, record: dict, part: str, /, **kinds: type | tuple[type, ...]) -> None:
+    """StageError unless a part of a record is an object and, with `kinds`, one of objects that have values of these types, by name."""
+    entries = record.get(part)
+    fits = lambda entry: isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
+    if not isinstance(entries, dict):
+        raise StageError(f"{file} is damaged (it does not say {part!r})")
+    if kinds and (wrong := [name for name, entry in entries.items() if not fits(entry)]):
+        raise StageError(f"{file} is damaged ({part!r} has no usable {wrong[0]!r})")
 
 
 def params_of(folder: Path) -> dict:
     """`params.json` of a stage that was begun: its settings, inputs and data. StageError if it does not say them."""
     try:
-        record = read_record(folder / "params.json")
-        for part in ("config", "inputs", "data_files"):
-            if not isinstance(record.get(part, {}), dict) or (part == "config" and not record.get(part)):
-                raise StageError(f"{folder / 'params.json'} is damaged (it does not say {part!r})")
+        path = folder / "params.json"
+        record = {"inputs": {}, "data_files": {}, **read_record(path)}
+        checked(path, {**record, "config": record.get("config") or None}, "config")
+        checked(path, record, "inputs", path=str, sha256=str)
+        checked(path, record, "data_files", source=str, path=str, sha256=str)
     except StageError as error:
         raise StageError(f"{error}, so nobody knows what stage {folder.name} was begun with: put a whole copy there, or delete the stage and "
                          "begin anew (force=True, --force), or choose another run name") from error
@@ -52,11 +65,17 @@ def changed_settings(former: dict, stage: str, config: PipelineConfig) -> list[s
 
 def trained(folder: Path) -> tuple[float, float]:
     """Steps and seconds of training that a stage has behind it; seconds are known of a finished one only."""
-    results = read_record(folder / "results.json") if (folder / "results.json").is_file() else {}
-    if "steps" in results:
-        return results["steps"], results.get("train_seconds", 0.0)
-    there = (folder / name / "meta.json" for name in ("checkpoint", "checkpoint.previous"))
-    return next((read_record(path).get("step", 0) for path in there if path.is_file()), 0), 0.0
+    done, there = folder / "results.json", (folder / name / "meta.json" for name in ("checkpoint", "checkpoint.previous"))
+    if done.is_file() and (steps := _number(done, "steps")) is not None:
+        return steps, _number(done, "train_seconds") or 0.0
+    return next((_number(path, "step") or 0 for path in there if path.is_file()), 0), 0.0
+
+
+def _number(path: Path, name: str) -> float | None:
+    value = read_record(path).get(name)
+    if not isinstance(value, (int, float, type(None))):
+        raise StageError(f"{path} is damaged ({name!r} is no number)")
+    return value
 
 
 def standing_against(folder: Path, config: PipelineConfig, changed: list[str]) -> str:

@@ -69,20 +69,27 @@ def best_paths(messages: Iterable[dict], languages: Sequence[str] = ("en",)) -> 
             best, None unranked) and lang, in any order (OpenAssistant, Köpf et al. 2023, 2304.07327).
         languages: of the roots to keep.
 
-    A reply to a message that is not among the rows is left out. A tree nobody answered gives an example with an empty output. A last question without an answer is left out.
+    A reply to a message that is not among the rows, and an empty one, is left out. A tree nobody answered gives an example with an empty output. A last question without an answer is left out.
     """
     replies, roots, seen = defaultdict(list), [], set()
     for message in messages:
+        place, role = getattr(message, "place", "oasst1"), message["role"]
         if message["message_id"] in seen:
-            raise DataError(f"{getattr(message, 'place', 'oasst1')}: the message_id {message['message_id']!r} is there twice")
+            raise DataError(f"{place}: the message_id {message['message_id']!r} is there twice")
         seen.add(message["message_id"])
-        if message.get("parent_id") is not None:
+        if role not in ("prompter", "assistant"):
+            raise DataError(f"{place}: role {role!r} is not 'prompter' or 'assistant'")
+        if message.get("parent_id"):
             replies[message["parent_id"]].append(message)
-        elif message["lang"] in languages:
+        elif role == "prompter":
             roots.append(message)
-    for root in roots:
+        else:
+            raise DataError(f"{place}: an assistant's message has no parent_id, but answers something")
+    if roots and not (there := {root["lang"] for root in roots}) & set(languages):
+        raise DataError(f"oasst1: no conversation is in {', '.join(languages)}, only in {', '.join(sorted(there))}")
+    for root in (root for root in roots if root["lang"] in languages):
         path = [root]
-        while answers := [m for m in replies[path[-1]["message_id"]] if m["role"] != path[-1]["role"]]:
+        while answers := [m for m in replies[path[-1]["message_id"]] if m["role"] != path[-1]["role"] and m["text"].strip()]:
             path.append(min(answers, key=lambda m: math.inf if (rank := m.get("rank")) is None or math.isnan(rank) else rank))
         texts = [message["text"] for message in path]
         *history, (request, output) = zip(texts[::2], texts[1::2]) if len(texts) > 1 else [(texts[0], "")]

@@ -207,12 +207,14 @@ class Chain:
         config = next(iter(plan.configs.values()))
         there, default = partitions()
         self.partition = partition or partition_of(config) or default
-        if there and self.partition not in (None, *there):
-            raise ConfigError(f"this cluster has no partition {self.partition!r}{nearest(self.partition, there)}. Say --partition "
+        names = self.partition.split(",") if self.partition and self.partition not in there else []  # a list: whichever is free first
+        if there and (wrong := [name for name in names if name not in there]):
+            raise ConfigError(f"this cluster has no partition {wrong[0]!r}{nearest(wrong[0], there)}. Say --partition "
                               f"NAME; sinfo knows: {', '.join(there)}")
         known = PARTITIONS.get(self.partition)
         self.gpu = (known.gpu if known else "A100") if config.hardware.min_gpu_memory_gb else None
-        self.longest = there.get(self.partition) or (known.longest if known else None)
+        limits = [limit for name in names if (limit := there.get(name))]
+        self.longest = there.get(self.partition) or (known.longest if known else min(limits, default=None))
         self.options = [f"{name}={value}" for name, value in (("--account", account), ("--partition", self.partition)) if value]
         self.together = [f"--nodes={nodes}", f"--ntasks-per-node={gpus}"] if nodes * gpus > 1 else []
         if time:
@@ -235,7 +237,7 @@ class Chain:
                  if stage != "report"}
         limit = time_limit(sum(each.minutes for each in known.values()), self.longest)
         file, first = ("slurm/eval.slurm", []) if len(stages) > 1 else ("slurm/stage.slurm", stages)
-        words = [f"--job-name={stages[0]}", f"--output={folder}/logs/%x-%j.out", f"--time={self.time or clock(limit)}", *self.options,
+        words = [f"--job-name={stages[0]}", "--output=" + str(folder).replace("%", "%%") + "/logs/%x-%j.out", f"--time={self.time or clock(limit)}", *self.options,
                  *(self.together if trains(stages[0]) else []), file, *first, self.preset, folder.name, *(self.words if stages != ["report"] else [])]
         return Job(stages, words, known, limit, self.longest)
 

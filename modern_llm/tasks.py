@@ -108,6 +108,8 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
     for row in islice(rows("sst2", "train" if split == "train" else "validation", also=("label",)), limit):
         if str(row["label"]) not in ("0", "1"):
             raise ValueError(f"{row.place}: label {row['label']!r} is not 0 or 1")
+        if not row["sentence"].strip():
+            raise ValueError(f"{row.place}: the sentence is empty")
         found.append(Review(row["sentence"].strip(), synth.LABELS[int(row["label"])]))
     if not found:
         raise ValueError(f"sst2, {split}: there is no sentence in the file")

@@ -26,7 +26,7 @@ def test_json_preset_starts_from_a_base(tmp_path):
     path = tmp_path / "wide.json"
     path.write_text(json.dumps({"base": "local-cpu", "model": {"width": 512}}))
     wide = get_pipeline_preset(str(path))
-    assert wide == replace(local_cpu(), model=replace(local_cpu().model, width=512))
+    assert wide == replace(local_cpu(), name="wide", model=replace(local_cpu().model, width=512))  # its run is another one than the base's
 
 
 @pytest.mark.parametrize("values, message", [
@@ -48,6 +48,26 @@ def test_bad_json_names_place_and_remedy(values, message, tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=message):
         get_pipeline_preset(str(path))
+
+
+@pytest.mark.fault("encodings")
+def test_a_preset_file_may_begin_with_a_mark(tmp_path):
+    (tmp_path / "mine.json").write_text('{"base": "lesson", "seed": 3}', encoding="utf-8-sig")
+    preset = get_pipeline_preset(str(tmp_path / "mine.json"))
+    assert (preset.name, preset.seed) == ("mine", 3)
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("text, message", [
+    ('{"sft": {"lr": 0.001}, "sft": {"max_steps": 5}}', "'sft' stands in one object twice"),
+    ('{"model": {"width": 64, "width": 128}}', "'width' stands in one object twice"),
+    ('{"model": ' + "[" * 100_000 + "]" * 100_000 + "}", "not valid JSON: maximum recursion"),
+    ('{"pretrain": {"lr": 0}}', r"^pretrain\.lr=0"),
+])
+def test_what_json_would_swallow_is_refused(text, message, tmp_path):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        get_pipeline_preset(str(tmp_path / "mine.json"))
 
 
 @pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[]", "must hold a JSON object")])

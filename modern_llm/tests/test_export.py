@@ -331,3 +331,23 @@ def test_an_export_still_speaks_chat_when_it_comes_back(run, tmp_path, monkeypat
     export_model(run / "sft" / "checkpoint", tmp_path / "out", shard_gb=1e-4)
     folder = hub.imported(tmp_path / "out")
     assert speaks_chat(folder, load_tokenizer(folder)) and json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+
+
+@pytest.mark.fault("promises")
+@pytest.mark.parametrize("name, text, said", [
+    ("sft/params.json", None, "sft/params.json is absent or has no config"), ("sft/params.json", "{", "sft/params.json is not valid JSON"),
+    ("sft/params.json", "{}", "is absent or has no config"), ("sft/params.json", "[1]", "holds no JSON object"), ("run.json", "", "run.json is not valid JSON"),
+    ("sft/results.json", "{\"a\"", "results.json is not valid JSON"), ("dpo/params.json", "\0", "dpo/params.json is not valid JSON")])
+def test_a_damaged_record_costs_the_card_not_the_export(run, name, text, said, tmp_path, capsys):
+    (run / name).unlink() if text is None else (run / name).write_text(text)
+    export_model(run / "sft" / "checkpoint", tmp_path / "out")
+    assert said in capsys.readouterr().err and "knows no results of it" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.fault("promises")
+def test_a_base_model_with_a_template_is_no_chat_model(tokenizer, tmp_path):
+    with atomic_folder(tmp_path / "base", {}) as temporary:
+        save_model(temporary, ModernDecoderLM(CFG), eos_id=end_of_text_id(tokenizer))
+        save_tokenizer(tokenizer, temporary, chat_template=CHAT_TEMPLATE)
+    export_model(tmp_path / "base", tmp_path / "out")
+    assert "It continues text" in (tmp_path / "out" / "README.md").read_text()

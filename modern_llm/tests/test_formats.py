@@ -190,6 +190,7 @@ def mirror(folder, name, *rows):
     ("sst2", {"label": "positive"}, "label 'positive' is not 0 or 1"), ("sst2", {"label": True}, "label is true or false"),
     ("sst2", {"label": 1.0}, "label is a number, 1.0"), ("sst2", {"label": "1.0"}, "label '1.0' is not 0 or 1"),
     ("sst2", {"label": None}, "no field 'label'"), ("sst2", {"sentence": 3}, "sentence is an integer"),
+    ("sst2", {"sentence": " "}, "the sentence is empty"), ("oasst1", {"role": "user", "message_id": "b"}, "role 'user' is not"),
     ("tinystories", {"text": ["a", "b"]}, "text is a list"), ("tinystories", {"text": 1e5}, "text is a number"),
 ])
 def test_every_stage_gets_what_a_data_set_promises(name, change, message, tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from modern_llm.cli import main
 from modern_llm.cli_run import _key_values
 from modern_llm.config import ConfigError, PipelineConfig
-from modern_llm.inputs import StageError
+from modern_llm.inputs import StageError, setting
 from modern_llm.overrides import override, parse_overrides, to_dict
 from modern_llm.parameters import choose_folder, resolve
 from modern_llm.presets import get_pipeline_preset
@@ -45,6 +45,21 @@ class TestTyped:
     def test_a_list_is_one_of_what_the_setting_holds(self, path, raw, value):
         section, name = path.split(".")
         assert getattr(getattr(asked(f"{path}={raw}"), section), name) == value
+
+    @pytest.mark.parametrize("word, path, value", [
+        ("model.use_qk_norm=False", "model.use_qk_norm", False), ("model.sliding_window=None", "model.sliding_window", None),
+        ("pretrain.lr=.5", "pretrain.lr", 0.5), ("pretrain.lr=5.", "pretrain.lr", 5.0), ("pretrain.lr=+1.e-3", "pretrain.lr", 0.001),
+        ("pretrain.max_steps=+5", "pretrain.max_steps", 5), ("pretrain.max_steps=007", "pretrain.max_steps", 7),
+        (" model.width = 64", "model.width", 64), ("name=True", "name", "True"),
+    ])
+    def test_values_are_written_as_in_json_or_as_in_a_notebook(self, word, path, value):
+        found = setting(asked(word), path)
+        assert found == value and type(found) is type(value)
+
+    @pytest.mark.parametrize("word", ["resume=True", "force=False", "seed=None", "max_minutes=.5", " seed =1"])
+    def test_parameters_are_written_as_in_a_notebook(self, word):
+        result = CliRunner().invoke(main, ["run", "--preset", "lesson", "--stage", "pretrain", "-p", word, "--run", "none-yet", "--dry-run"])
+        assert result.exit_code == 0, result.output
 
     def test_a_file_with_a_comma_in_its_name_is_one_source(self, tmp_path, monkeypatch):
         (tmp_path / "my, own.txt").write_text("text")

@@ -190,6 +190,17 @@ def test_missing_data_of_later_stages_stops_the_pipeline_at_its_start(tmp_path, 
     assert code == 2 and "hh-rlhf" in text and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("small-splits")
+@pytest.mark.parametrize("row, said", [({"instruction": "Add.", "output": "3"}, "alpaca: too small to hold anything out"),
+                                       ({"instruction": "Add.", "output": 3}, "train.jsonl: line 1: output is an integer")])
+def test_unusable_data_of_later_stages_stop_the_pipeline_at_its_start(row, said, tmp_path, monkeypatch):
+    (tmp_path / "mirror" / "alpaca").mkdir(parents=True)
+    (tmp_path / "mirror" / "alpaca" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path / "mirror"))
+    code, text = ask(*words("all", tmp_path / "runs", overrides="sft.sources=alpaca sft.weights=1"))
+    assert code == 2 and said in text and not (tmp_path / "runs").exists()
+
+
 # ---- kills -----------------------------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ ALLOWED = {
     "inputs": {"config", "files", "hub", "overrides", "reading", "sources", "tokens"},
     "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
     "hub": {"chat", "files", "foreign", "inputs", "llama_layout", "models", "sources", "templates", "tokens"},
-    "export": {"config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
+    "export": {"chat", "config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
     "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
     "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
     "report_figures": {"figures"}, "report_page": {"config", "files"}, "report_seeds": {"report_page"},
@@ -67,7 +67,7 @@ ALLOWED = {
               "ranks", "record", "resume"},
     "answer_pairs": {"chat", "config", "tasks", "tokens"},
     "verifier": {"answer_pairs", "chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
-    "pipeline": {"config", "files", "inputs", "launch", "locks", "overrides", "parameters", "presets", "record", "report", "resume"},
+    "pipeline": {"config", "files", "inputs", "launch", "locks", "overrides", "parameters", "presets", "record", "report", "resume", "scheduler"},
     "outcomes": {"files", "inputs", "locks", "pipeline"},
     "talk": {"chat", "checkpoints", "config", "files", "generation", "inputs", "models", "parameters", "tokens"},
     "duration": {"config", "counts"},

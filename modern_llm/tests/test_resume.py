@@ -1,7 +1,13 @@
 """What can be resumed, and what a record says then: a stage that was begun goes on, or is refused before anything is written."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from modern_llm import pipeline
 from modern_llm.cli import main
 from modern_llm.config import ConfigError, TrainConfig
 from modern_llm.files import atomic_folder, read_json, write_json, write_text
@@ -323,3 +330,64 @@ def test_any_split_into_sittings_gives_the_same_weights_and_rows(tmp_path_factor
     assert same(state, unbroken[0])
     assert [{k: v for k, v in row.items() if k != "loss"} for row in rows if row["step"] == 7] == [
         {k: v for k, v in row.items() if k != "loss"} for row in unbroken[1] if row["step"] == 7]
+
+
+# ---- records edited by hand ------------------------------------------------------------------------------------------
+
+DAMAGED = [
+    ("run.json", {"stages": {"pretrain": "preempted"}}), ("run.json", {"stages": {"pretrain": None}}), ("run.json", {"stages": []}),
+    ("run.json", {"config": 3}), ("run.json", {"stages": {"pretrain": {"status": "stopped", "seconds": "5"}}}),
+    ("pretrain/params.json", {"inputs": {"a": "b"}}), ("pretrain/params.json", {"inputs": {"a": {"path": "b"}}}),
+    ("pretrain/params.json", {"data_files": {"a": {}}}), ("pretrain/params.json", {"data_files": {"a": 5}}), ("pretrain/params.json", {"config": "x"}),
+    ("pretrain/results.json", {"steps": "x"}), ("pretrain/results.json", {"train_seconds": [1]}),
+]
+
+
+@pytest.mark.parametrize("name, edit", DAMAGED, ids=[f"{name}-{edit}" for name, edit in DAMAGED])
+def test_a_record_edited_by_hand_is_named_and_nothing_is_written(tmp_path, name, edit):
+    run, parameters = stage_at(tmp_path, done=True)
+    write_json(run.folder.parent / name, {**read_json(run.folder.parent / name), **edit})
+    before = snapshot(tmp_path)
+    with pytest.raises(StageError, match=f"{Path(name).name} is damaged"):
+        begin(tmp_path, **{**parameters, "max_steps": 20})
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("report", ["x", [1], {"path": 5}, {"path": "/etc/hostname"}, {}])
+def test_a_report_that_the_record_misnames_is_written_anew(tmp_path, report):
+    run, _ = stage_at(tmp_path, done=True)
+    write_json(tmp_path / "mine/run.json", {**read_json(tmp_path / "mine/run.json"), "report": report})
+    assert pipeline.Plan("report", preset="lesson", run="mine", output_dir=str(tmp_path)).step("report").action == "run"
+
+
+def test_a_report_of_damaged_results_says_which(tmp_path):
+    run, _ = stage_at(tmp_path, done=True)
+    (run.folder / "results.json").write_text("{")
+    with pytest.raises(StageError, match="pretrain/results.json is not valid JSON.*delete it and run that stage again"):
+        pipeline.write_the_report(pipeline.Plan("report", preset="lesson", run="mine", output_dir=str(tmp_path)).step("report"))
+
+
+def test_a_job_that_is_queued_again_begins_anew_once(tmp_path, monkeypatch):
+    run, _ = stage_at(tmp_path)
+    plan = pipeline.Plan("pretrain", preset="lesson", run="mine", output_dir=str(tmp_path), max_steps=8, force=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    write_json((tmp_path / "mine/jobs").mkdir() or tmp_path / "mine/jobs/7.json", {})
+    for count, noted_before, action in (("0", True, "run"), ("1", False, "run"), ("1", True, "resume")):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        os.utime(tmp_path / "mine/jobs/7.json", (0, 0) if noted_before else None)
+        step = plan.step("pretrain")
+        assert (step.action, bool(step.parameters.get("force"))) == (action, action == "run")
+
+
+@pytest.mark.fault("promises")
+def test_a_ctrl_c_before_training_stops_it_all_the_same(tmp_path, monkeypatch, capsys):
+    """A stage clears its folder when it begins; who asked before is asked for again."""
+    step = pipeline.Plan("pretrain", preset="lesson", run="mine", output_dir=str(tmp_path)).step("pretrain")
+    script = ("import pathlib, sys, time\nstop = pathlib.Path(sys.argv[1])\nwhile not stop.exists(): time.sleep(0.01)\nstop.unlink()\n"
+              "for _ in range(1000):\n    time.sleep(0.01)\n    if stop.exists(): sys.exit(3)\n")
+    words = [sys.executable, "-I", "-S", "-c", script, str(step.folder / pipeline.STOP_FILE)]
+    monkeypatch.setattr(pipeline, "start_papermill", lambda *_: subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True))
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert pipeline.execute(step) == 3 and not (step.folder / pipeline.STOP_FILE).exists()
+    assert "Ctrl-C again kills" in capsys.readouterr().err

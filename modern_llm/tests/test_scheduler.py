@@ -230,6 +230,28 @@ def test_a_refusal_in_sbatchs_own_words(elsewhere, play, played, wanted):
     assert done.exit_code == 2 and wanted in done.output and "Traceback" not in done.output and "Nothing is left in the queue" in done.output
 
 
+@fault
+@pytest.mark.parametrize("words, code, wanted", [
+    (["--partition", "gpu,cpu"], 0, "--partition=gpu,cpu"), (["--partition", "gpu,cup"], 2, "no partition 'cup'; did you mean 'cpu'"),
+    (["--run", "a", "-p", "run=b"], 0, "/a/logs/"), (["-p", "preset=local-smoke"], 0, " local-smoke "),
+    (["-p", "output_dir=100%j"], 0, "100%%j/lesson/logs/%x-%j.out"),
+])
+def test_what_sbatch_takes_is_taken(elsewhere, play, words, code, wanted):
+    play("sinfo", jobs=[{"P": "gpu*", "l": "2-00:00:00"}, {"P": "cpu", "l": "infinite"}])
+    done = CliRunner().invoke(main, ["submit", "--preset", "lesson", "--stage", "pretrain", "--dry-run", *words])
+    assert done.exit_code == code and wanted in done.output, done.output
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("words", [["status"], ["run", "--dry-run"], ["submit", "--dry-run"], ["sample", "--run", "x", "--prompt", "a"]])
+@pytest.mark.parametrize("place, wanted", [("~nobody-is-called-so/runs", "MODERN_LLM_RUNS='~nobody-is-called-so/runs' is no folder"),
+                                           ("/dev/null", "/dev/null")])
+def test_a_place_for_runs_that_is_none(monkeypatch, words, place, wanted):
+    monkeypatch.setenv("MODERN_LLM_RUNS", place)
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and wanted in done.output, done.output
+
+
 # ---- status ----------------------------------------------------------------------------------------------------------
 
 SOUND = {"stages": {"pretrain": {"status": "finished", "started": "2026-01-01T00:00:00+00:00", "seconds": 60.0}}}

@@ -23,6 +23,7 @@ from modern_llm.overrides import override
 from modern_llm.presets import get_pipeline_preset
 from modern_llm.scoring import perplexity_ratio
 from modern_llm.sft import Example
+from modern_llm.sources import DataError
 from modern_llm.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +88,27 @@ def test_message_trees_become_their_best_path(tmp_path, monkeypatch):
     assert [m["role"] for m in found[0].messages] == ["user", "assistant"] * 2
     assert sft.instructions("oasst1", "validation", 10) == [Example("Hello?", output="worst")]
     assert list(sft.best_paths(TREES, languages=("de",))) == [Example("Niemand?", output="Doch.")]
+
+
+@pytest.mark.fault("tables")
+@pytest.mark.parametrize("more, wanted", [
+    ([message("13", "", "prompter", "A root?"), message("14", "13", "assistant", "Yes.")], [Example("A root?", output="Yes.")]),
+    ([message("13", "1", "assistant", " ", -1)], []), ([message("13", "13", "prompter", "Round"), message("14", "15", "assistant", "and"),
+                                                        message("15", "14", "prompter", "round")], []),
+    ([message("13", None, "user", "Hello?")], "role 'user' is not 'prompter' or 'assistant'"),
+    ([message("13", None, "assistant", "Hello!"), message("14", "13", "prompter", "Yes?")], "assistant's message has no parent_id")])
+def test_odd_trees_are_no_conversations(more, wanted):
+    if isinstance(wanted, str):
+        with pytest.raises(DataError, match=wanted):
+            list(sft.best_paths([*TREES, *more]))
+    else:
+        assert list(sft.best_paths([*TREES, *more])) == [*sft.best_paths(TREES), *wanted]
+
+
+@pytest.mark.fault("messages")
+def test_a_language_that_no_tree_has_is_told():
+    with pytest.raises(DataError, match="no conversation is in fr, xx, only in de, en"):
+        list(sft.best_paths(TREES, languages=("fr", "xx")))
 
 
 def test_every_source_has_one_form(tmp_path, monkeypatch):

@@ -208,3 +208,10 @@ def test_settings_that_mean_nothing_are_refused(options):
     name = next(iter(options))
     with pytest.raises(ValueError, match=f"generate: {name}=.* must be"):
         Sampling(**{"max_new_tokens": 1, **options})
+
+
+@fault
+@pytest.mark.parametrize("limit", ["nan", "inf", "0", "-1", "1e999"])
+def test_a_limit_is_a_number(folder, limit):
+    done = CliRunner().invoke(main, ["check-inference", "--run", "it", "--output-dir", str(folder), "--limit-gb", limit, "--to", str(folder / "ok.json")])
+    assert done.exit_code == 2 and "--limit-gb" in done.output and not (folder / "ok.json").exists()

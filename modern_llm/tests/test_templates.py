@@ -365,8 +365,7 @@ def test_no_word_of_a_user_is_trained_where_only_the_last_answer_is_closed(name,
     ids, labels = encode_example(tokenizer, TALK)
     assert tokenizer.decode([i for i in labels if i >= 0], skip_special_tokens=False).strip() == "6, naïvely 🙂<|endoftext|>"
     assert [*ids, labels[-1]] == theirs(source, TALK, False)
-    with pytest.raises(TemplateError, match="does not close the last answer of user, assistant, user with"):
-        encode_example(tokenizer, TALK[:3])
+    assert encode_example(tokenizer, TALK[:3]) == encode_example(tokenizer, TALK[:2])  # a last word of the user is nothing to learn from
 
 
 @pytest.mark.fault("templates")

@@ -303,6 +303,15 @@ def test_gold_rows_are_for_the_language_model_alone(tokenizer, problems, samples
     assert (batch["targets"][:rows][batch["answers"][:rows] > 0] == 1).all() and (batch["answers"][:rows].sum(1) > 0).all()
 
 
+@pytest.mark.fault("marking")
+def test_an_answer_without_digits_is_never_spoilt(tokenizer):
+    half, three = synth.Problem("What is half of 1?", "#### ½", 1, 0.5), synth.Problem("What is 1 plus 2?", "1+2=<<1+2=3>>3\n#### 3", 1, 3)
+    samples = pd.DataFrame([(0, "#### ½", True), (1, "#### 3", True), (1, "I cannot say.", False)], columns=["problem", "text", "right"])
+    made_of = batches(tokenizer, [half, three], samples, gold=[half, three])
+    assert made_of.gold == [three] and made_of.sampled == [1]
+    assert all(made_of.pair(random.Random(seed)) for seed in range(50)) and made_of(0)["answers"].any()
+
+
 def test_loading_something_else_is_refused(tokenizer, tmp_path):
     save_model(tmp_path, body())
     with pytest.raises(FileNotFoundError, match="no verifier.json"):
