@@ -82,7 +82,10 @@ def parse_overrides(text: str) -> dict:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"overrides: {path!r} is set both as a value and as a section")
-        place[leaf] = _as_wanted(raw, _hint(path))
+        value, former = _as_wanted(raw, _hint(path)), place.get(leaf, {})
+        if isinstance(former, dict) != isinstance(value, dict) and leaf in place:
+            raise ConfigError(f"overrides: {path!r} is set both as a value and as a section")
+        place[leaf] = {**former, **value} if isinstance(value, dict) else value
     return nested
 
 

@@ -186,3 +186,17 @@ def test_what_nbdev_docs_writes_is_ignored(path):
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(["git", "-C", str(root), "check-ignore", "-q", "--no-index", path])
     assert done.returncode in (0, 128), path  # 128: no checkout
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("text", ["model.num_layers=2 model={\"width\":64}", "model={\"width\":64} model.num_layers=2"])
+def test_a_section_and_one_of_its_settings_are_both_kept(text):
+    config = override(get_pipeline_preset("lesson"), parse_overrides(f"'{text.split()[0]}' '{text.split()[1]}'"))
+    assert (config.model.num_layers, config.model.width) == (2, 64)
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("text", ["'model={\"width\":64}' model=2", "model=2 'model={\"width\":64}'", "model.width=64 model=2"])
+def test_a_section_that_is_also_a_value_is_refused(text):
+    with pytest.raises(ConfigError, match="both as a value and as a section"):
+        parse_overrides(text)
