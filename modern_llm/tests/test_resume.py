@@ -383,11 +383,17 @@ def test_a_job_that_is_queued_again_begins_anew_once(tmp_path, monkeypatch):
 def test_a_ctrl_c_before_training_stops_it_all_the_same(tmp_path, monkeypatch, capsys):
     """A stage clears its folder when it begins; who asked before is asked for again."""
     step = pipeline.Plan("pretrain", preset="lesson", run="mine", output_dir=str(tmp_path)).step("pretrain")
-    script = ("import pathlib, sys, time\nstop = pathlib.Path(sys.argv[1])\nwhile not stop.exists(): time.sleep(0.01)\nstop.unlink()\n"
+    script = ("import pathlib, sys, time\nstop = pathlib.Path(sys.argv[1])\nfor _ in range(3000):\n    time.sleep(0.01)\n"
+              "    if stop.exists(): break\nstop.unlink()\n"
               "for _ in range(1000):\n    time.sleep(0.01)\n    if stop.exists(): sys.exit(3)\n")
     words = [sys.executable, "-I", "-S", "-c", script, str(step.folder / pipeline.STOP_FILE)]
     monkeypatch.setattr(pipeline, "start_papermill", lambda *_: subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True))
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests were started in the background
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    assert pipeline.execute(step) == 3 and not (step.folder / pipeline.STOP_FILE).exists()
+    try:
+        code = pipeline.execute(step)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert code == 3 and not (step.folder / pipeline.STOP_FILE).exists()
     assert "Ctrl-C again kills" in capsys.readouterr().err
