@@ -265,18 +265,19 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype, place: str | Path) 
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{place}: tensor {name!r} is stored as {str(tensor.dtype).removeprefix('torch.')}, which means something only with the "
                          "scales of its quantisation: use the model's unquantised weights")
-    if broken := int((~tensor.isfinite()).sum()):
+    low, high = tensor.aminmax() if tensor.numel() else (torch.zeros(()), torch.zeros(()))  # NaN if any value is; no copy of the tensor
+    if not (low.isfinite() and high.isfinite()):
+        broken = int((~tensor.isfinite()).sum())
         raise ValueError(f"{place}: {broken:,} of {tensor.numel():,} values of tensor {name!r} are NaN or infinite: its training has diverged, "
                          "or the file is damaged; use an earlier checkpoint or another copy")
-    made, kind = tensor.to(dtype), str(dtype).removeprefix("torch.")
-    if made.isinf().any():
-        worst = tensor[made.isinf()].abs().max().item()
-        raise ValueError(f"{place}: tensor {name!r} holds a value of size {worst:,g}, and {kind} ends at {torch.finfo(dtype).max:,g}: it would become "
-                         f"infinite. Use {'bf16 or fp32' if dtype == torch.float16 else 'fp32'}")
-    if tensor.any() and not made.any():
-        raise ValueError(f"{place}: no value of tensor {name!r} is larger than {tensor.abs().max().item():.3g}, and {kind} would make 0 of all of "
+    size, kind = torch.maximum(-low, high), str(dtype).removeprefix("torch.")
+    if size.to(dtype).isinf():
+        raise ValueError(f"{place}: tensor {name!r} holds a value of size {size.item():,g}, and {kind} ends at {torch.finfo(dtype).max:,g}: it would "
+                         f"become infinite. Use {'bf16 or fp32' if dtype == torch.float16 else 'fp32'}")
+    if size and not size.to(dtype):
+        raise ValueError(f"{place}: no value of tensor {name!r} is larger than {size.item():.3g}, and {kind} would make 0 of all of "
                          "them. Use bf16 or fp32")
-    return made
+    return tensor.to(dtype)
 
 
 # %% ../nbs/02_model.ipynb #load-model

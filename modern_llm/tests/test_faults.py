@@ -85,8 +85,9 @@ def test_the_published_page_is_what_its_files_say(tmp_path):
 
 def test_the_published_table_counts_the_cases(request):
     """As `scripts/fault_cases.py --check` does, where all tests are collected anyway."""
-    config, here = request.config, Path(__file__).parent
-    if config.option.keyword or config.option.markexpr or {item.path for item in request.session.items} != set(here.glob("test_*.py")):
+    config, files = request.config, Path(__file__).parent.glob("test_*.py")
+    marked = {path for path in files if 'mark.fault("' in path.read_text(encoding="utf-8")}
+    if config.option.keyword or config.option.markexpr or not marked <= {item.path for item in request.session.items}:
         pytest.skip("some tests are not collected here: python scripts/fault_cases.py --check")
     collected = Counter(kind for item in request.session.items for mark in item.iter_markers("fault") for kind in mark.args)
     rows, _ = faults.table_of(ROOT / "report" / "results" / "fault_cases.csv")
