@@ -29,8 +29,21 @@ from .optim import LossOutput
 from .ranks import PATIENCE, announce, awaited, next_training, open_store, own_gpu
 
 # %% auto #0
-__all__ = ['World', 'on_ranks', 'own_random_numbers', 'WholeLoss', 'blocks_of', 'SpreadLoss', 'spread', 'synced', 'left_behind',
-           'RankFailed', 'failing_together']
+__all__ = ['refuse_a_shared_gpu', 'World', 'on_ranks', 'own_random_numbers', 'WholeLoss', 'blocks_of', 'SpreadLoss', 'spread',
+           'synced', 'left_behind', 'RankFailed', 'failing_together']
+
+# %% ../nbs/02g_distributed.ipynb #shared-gpu
+def refuse_a_shared_gpu(store: dist.Store, rank: int, size: int, mine: str) -> None:
+    """ConfigError on all ranks, naming two, if this rank's GPU is another's too; each tells the others, through the store, its GPU's identity."""
+    names = [f"gpu/{other}" for other in range(size)]
+    store.set(names[rank], f"{socket.gethostname()}, GPU {mine}")
+    store.wait(names, PATIENCE)
+    owners: dict[str, int] = {}
+    for other, name in enumerate(names):
+        first = owners.setdefault(gpu := store.get(name).decode(), other)
+        if first != other:
+            raise ConfigError(f"ranks {first} and {other} are on one GPU ({gpu}): start at most as many ranks on a machine as it shows "
+                              "them GPUs (hardware.ranks, --ntasks-per-node, --gpus-per-node or --gpus-per-task), or say device=cpu")
 
 # %% ../nbs/02g_distributed.ipynb #world
 @dataclass
@@ -57,8 +70,9 @@ class World:
             return device
         if device.type != "cuda" or device.index is not None:
             raise ConfigError(f"{self.size} ranks need a GPU each, or device=cpu; device={str(device)!r} is a single one")
-        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
-        return torch.device("cuda", own_gpu(torch.cuda.device_count()))
+        own = own_gpu(torch.cuda.device_count())
+        torch.cuda.set_device(own)
+        return torch.device("cuda", own)
 
     def join(self, device: torch.device) -> None:
         """Meet the other ranks, unless that is done: gloo on CPUs, on GPUs NCCL with gloo beside it for the hosts.
@@ -72,21 +86,9 @@ class World:
         World.trainings += 1
         self.store = dist.PrefixStore(f"training {number}", open_store())
         if device.type == "cuda":
-            self.refuse_a_shared_gpu(str(getattr(torch.cuda.get_device_properties(device), "uuid", device)))
+            refuse_a_shared_gpu(self.store, self.rank, self.size, str(getattr(torch.cuda.get_device_properties(device), "uuid", device)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
                                 world_size=self.size, timeout=PATIENCE)
-
-    def refuse_a_shared_gpu(self, mine: str) -> None:
-        """ConfigError on all ranks, naming two, if this rank's GPU is another's too; each tells the others its GPU's identity."""
-        names = [f"gpu/{rank}" for rank in range(self.size)]
-        self.store.set(names[self.rank], f"{socket.gethostname()}, GPU {mine}")
-        self.store.wait(names, PATIENCE)
-        owners: dict[str, int] = {}
-        for rank, name in enumerate(names):
-            first = owners.setdefault(gpu := self.store.get(name).decode(), rank)
-            if first != rank:
-                raise ConfigError(f"ranks {first} and {rank} are on one GPU ({gpu}): start at most as many ranks on a machine as it shows "
-                                  "them GPUs (hardware.ranks, --ntasks-per-node, --gpus-per-node or --gpus-per-task), or say device=cpu")
 
     def leave(self) -> None:
         """Part from the other ranks: from now on alone."""

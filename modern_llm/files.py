@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,9 +69,33 @@ def write_json(path: str | Path, value: object) -> Path:
     return write_text(path, json.dumps(known(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+class NoObject(ValueError):
+    """A file without a JSON object; `what` says why, to be read behind the file's name: "is empty"."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(f"{path} {what}")
+        self.what = what
+
+
 def read_json(path: str | Path) -> dict:
-    """The JSON object in a file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The JSON object in a file. Raises OSError or NoObject."""
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise NoObject(path, "is no file" + (" but a folder" if path.is_dir() else ""))
+    data = path.read_bytes()
+    if not data.strip(b"\0 \r\n\t"):
+        raise NoObject(path, "is empty" if not data else "holds nothing but zeros and spaces")
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise NoObject(path, "is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise NoObject(path, f"is no text in UTF-8, at byte {error.start}") from None
+    except ValueError as error:
+        raise NoObject(path, f"is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise NoObject(path, f"holds {json.dumps(value)[:40]}, not a JSON object")
+    return value
 
 
 def kept_frame(path: str | Path, make: Callable[[], object]):

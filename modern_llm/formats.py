@@ -96,7 +96,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
                 raise _not_json(path, number, line, error) from error
             yield number, _whole(value) if "\\u" in line else value
 
-
+# %% ../nbs/02a1b_formats.ipynb #json-values
 class _JsonText:
     """The text of a `.json` file, of which only what is not parsed yet is held."""
 

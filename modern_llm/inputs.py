@@ -74,12 +74,11 @@ def say(text: str) -> None:
 def read_record(path: Path) -> dict:
     """A JSON object that a stage wrote. StageError if it is missing or damaged."""
     try:
-        record = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise StageError(f"{path} is {'missing' if isinstance(error, FileNotFoundError) else f'damaged ({error})'}") from error
-    if not isinstance(record, dict):
-        raise StageError(f"{path} is damaged (it holds no JSON object)")
-    return record
+        return read_json(path)
+    except FileNotFoundError as error:
+        raise StageError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise StageError(f"{path} is damaged ({getattr(error, 'what', error)})") from error
 
 
 def notebooks_folder() -> Path:

@@ -228,7 +228,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     except FileNotFoundError:
         raise FileNotFoundError(f"no model in {folder}: it has no config.json") from None
     except ValueError as error:
-        raise DamagedFolder(f"{path} is not valid JSON: {error}") from error
+        raise DamagedFolder(str(error)) from error
     if "modern_llm" not in values:
         raise ValueError(f"{path} describes a {(values.get('architectures') or ['model of unknown architecture'])[0]} "
                          f"(model_type {values.get('model_type')!r}), not a model that save_model wrote: "

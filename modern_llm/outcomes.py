@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 from pathlib import Path
 
 from modern_llm.files import read_json
@@ -56,28 +55,12 @@ def folders(root: Path) -> list[Path]:
 
 def reason(error: Exception) -> str:
     """An error of reading a file, short, without the file's name."""
-    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(getattr(error, "what", error))
 
 
 def record_in(path: Path, **wanted: type | tuple[type, ...]) -> dict:
-    """The JSON object in a file, with values of the types that are `wanted`, by name.
-
-    Raises OSError, or ValueError that says what is wrong with it.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("is no file" + (" but a folder" if path.is_dir() else ""))
-    data = path.read_bytes()
-    if not data.strip(b"\0 \r\n\t"):
-        raise ValueError("is empty" if not data else "holds nothing but zeros and spaces")
-    try:
-        record = json.loads(data.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is no text in UTF-8, at byte {error.start}") from None
-    except ValueError as error:
-        raise ValueError(f"is no JSON: {error}") from None
-    return checked(record, "the file", **wanted)
+    """The JSON object in a file, with values of the types that are `wanted`, by name. Raises as `read_json` does, or ValueError."""
+    return checked(read_json(path), "the file", **wanted)
 
 
 def checked(value: object, place: str, **wanted: type | tuple[type, ...]) -> dict:

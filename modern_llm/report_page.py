@@ -100,12 +100,9 @@ class Run:
         if not path.is_file():
             return {}
         try:
-            found = read_json(path)
-        except (OSError, ValueError, RecursionError) as error:
-            raise ReportError(f"{path} is not valid JSON ({error}): delete it and run that stage again") from error
-        if not isinstance(found, dict):
-            raise ReportError(f"{path} holds no JSON object: delete it and run that stage again")
-        return found
+            return read_json(path)
+        except (OSError, ValueError) as error:
+            raise ReportError(f"{error}: delete it and run that stage again") from error
 
     @cached_property
     def record(self) -> dict:

@@ -42,8 +42,8 @@ def read_settings(folder: Path) -> dict:
         if (path := folder / name).is_file():
             try:
                 settings |= {} if "added_tokens_decoder" in settings else read_json(path)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} is no JSON object: {error}; copy it again") from error
+            except ValueError as error:
+                raise ValueError(f"{error}; copy it again") from error
     for name in NAMED:
         if isinstance(token := settings.get(name), dict):
             settings[name] = token.get("content")

@@ -335,9 +335,9 @@ def test_an_export_still_speaks_chat_when_it_comes_back(run, tmp_path, monkeypat
 
 @pytest.mark.fault("promises")
 @pytest.mark.parametrize("name, text, said", [
-    ("sft/params.json", None, "sft/params.json is absent or has no config"), ("sft/params.json", "{", "sft/params.json is not valid JSON"),
-    ("sft/params.json", "{}", "is absent or has no config"), ("sft/params.json", "[1]", "holds no JSON object"), ("run.json", "", "run.json is not valid JSON"),
-    ("sft/results.json", "{\"a\"", "results.json is not valid JSON"), ("dpo/params.json", "\0", "dpo/params.json is not valid JSON")])
+    ("sft/params.json", None, "sft/params.json is absent or has no config"), ("sft/params.json", "{", "sft/params.json is no JSON"),
+    ("sft/params.json", "{}", "is absent or has no config"), ("sft/params.json", "[1]", "holds [1], not a JSON object"), ("run.json", "", "run.json is empty"),
+    ("sft/results.json", "{\"a\"", "results.json is no JSON"), ("dpo/params.json", "\0", "dpo/params.json holds nothing but zeros")])
 def test_a_damaged_record_costs_the_card_not_the_export(run, name, text, said, tmp_path, capsys):
     (run / name).unlink() if text is None else (run / name).write_text(text)
     export_model(run / "sft" / "checkpoint", tmp_path / "out")

@@ -17,7 +17,7 @@ from modern_llm import distributed
 from modern_llm.checkpoints import TrainingState, pick_device
 from modern_llm.cli import main
 from modern_llm.config import ConfigError, DPOConfig, HardwareConfig, ModelConfig, PipelineConfig, TrainConfig, VerifierConfig
-from modern_llm.distributed import World, on_ranks
+from modern_llm.distributed import World, on_ranks, refuse_a_shared_gpu
 from modern_llm.dpo import dpo_loss
 from modern_llm.inputs import StageError
 from modern_llm.models import ModernDecoderLM, save_model
@@ -268,12 +268,11 @@ def test_several_ranks_are_not_put_on_one_device(fake_gpus, device, tmp_path):
 @pytest.mark.parametrize("gpus, message", [("abcd", None), ("abcb", r"ranks 1 and 3 are on one GPU \(.*, GPU b\): start at most as many"), ("aaaa", "ranks 0 and 1 are")])
 def test_a_gpu_of_two_ranks_is_named_on_all_of_them(gpus, message):
     """More ranks than GPUs: told apart by the GPU's identity, since with one visible GPU each all of them are cuda:0."""
-    store, worlds = dist.HashStore(), [World(rank, len(gpus)) for rank in range(len(gpus))]
+    store = dist.HashStore()
 
     def meet(rank: int) -> str:
-        worlds[rank].store = store
         try:
-            worlds[rank].refuse_a_shared_gpu(gpus[rank])
+            refuse_a_shared_gpu(store, rank, len(gpus), gpus[rank])
         except ConfigError as error:
             return str(error)
 

@@ -283,7 +283,7 @@ def test_errors_name_the_place_and_the_remedy(tmp_path):
     with pytest.raises(ReportError, match="'smal'.*small"):
         write_report("smal", tmp_path / "runs", tmp_path / "out")
     (folder / "pretrain/results.json").write_text("{")
-    with pytest.raises(ReportError, match="results.json is not valid JSON.*again"):
+    with pytest.raises(ReportError, match="results.json is no JSON.*again"):
         write_report("small", tmp_path / "runs", tmp_path / "out")
 
 
