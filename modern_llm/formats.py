@@ -155,9 +155,9 @@ def _json_values(path: Path) -> Iterator[tuple[int, object]]:
 
 # %% ../nbs/02a1b_formats.ipynb #table-rows
 _LONGEST_CELL = 2**26  # characters; a quotation mark that nobody closed makes one of the rest of the file
-
-
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_SAID = re.compile(f"sep=([{''.join(_SEPARATORS)}])")
+_QUOTED = re.compile('(?:^|\t)"[^"\t]*""')
 
 
 def _separator(path: Path) -> str:
@@ -166,9 +166,6 @@ def _separator(path: Path) -> str:
     if found := _SAID.fullmatch(first):
         return found[1]
     return next((mark for mark in _SEPARATORS if mark in re.sub('"[^"]*"', "", first)), ",")
-
-
-_SAID = re.compile(f"sep=([{''.join(_SEPARATORS)}])")
 
 
 def _no_name_twice(names: Iterable[str], place: str | Path) -> None:
@@ -188,9 +185,6 @@ def _csv_records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
             raise DataError(f"{path}: line {begin}: a quotation mark in the row that begins here is never closed") from error
         raise DataError(f"{path}: line {reader.line_num}: {error}, in the row that begins on line {begin}; inside a quoted cell a "
                         'quotation mark is written twice, ""') from error
-
-
-_QUOTED = re.compile('(?:^|\t)"[^"\t]*""')
 
 
 def _tsv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
