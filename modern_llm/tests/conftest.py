@@ -3,8 +3,8 @@
 import os
 import tempfile
 
-LONGEST = ["test_slurm", "test_pipeline", "test_readme", "test_notebooks", "test_docs", "test_jupyterlab", "test_faults", "test_pretrain",
-           "test_signals"]
+LONGEST = ["test_slurm", "test_pipeline", "test_readme", "test_notebooks", "test_docs", "test_golden", "test_jupyterlab", "test_faults",
+           "test_pretrain", "test_signals"]
 
 # Set before anything of the package is imported, also for the notebooks' kernels and for the workers, which inherit it: one cache for all.
 if "PYTEST_XDIST_WORKER" not in os.environ:
