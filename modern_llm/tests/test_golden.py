@@ -3,7 +3,8 @@
 `golden/trajectories.json` holds the loss and the gradient norm of 20 steps of every stage of the
 preset "lesson", each stage begun from the one before; `golden/checkpoints/` a small run, written
 once at the commit that its `run.json` names (its notebooks, its samples and the machine's paths are
-left out), and what it gave then. A refactor that claims to change nothing leaves both as they are. Digit for digit, on one machine before and after a change:
+left out), and what it gave then. A refactor that claims to change nothing leaves both as they are.
+Digit for digit, on one machine before and after it:
 
     python -m modern_llm.tests.test_golden --print before.json
     python -m modern_llm.tests.test_golden --print after.json && cmp before.json after.json
@@ -70,8 +71,9 @@ LESSONS = ("template-transformers", "optimum", "loss-figure")  # slow cells that
 # The largest relative difference that is no change. Measured against one thread of an AMD EPYC
 # with AVX2: two threads give the same digits; SSE2 kernels of MKL and unvectorised ones of torch
 # (MKL_CBWR=COMPATIBLE, ATEN_CPU_CAPABILITY=default) differ by 2.4e-7 in a loss and 7.1e-6 in a norm
-# at most, and do not add up from stage to stage. The smallest change below, matrices 1% wider at the
-# start, makes 6e-4 and 9e-3; documents kept apart 2e-3 and 9e-2; all others 9e-3 and 5e-2, or more.
+# at most, and do not add up from stage to stage. The smallest change below, matrices 1% wider at
+# the start, makes 6e-4 and 9e-3; documents kept apart make 2e-3 and 9e-2; all others 9e-3 and 5e-2,
+# or more.
 TOLERANCE = {"loss": 2e-5, "grad_norm": 5e-4}
 
 
