@@ -18,8 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=["modern_llm", "modern_llm.*"]),
-    package_data={"modern_llm": ["*.c"]},
+    packages=find_packages(include=["modern_llm", "modern_llm.*"], exclude=["modern_llm.tests", "modern_llm.tests.*"]),
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "baselines", "docs", "browser", "agreement")},
     entry_points={

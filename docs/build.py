@@ -35,17 +35,30 @@ def write(name: str, content: str | bytes) -> None:
 # The package, as its sources tell it
 
 
+SHELVES = {1: "The model", 2: "The data", 3: "Training", 4: "Evaluation", 5: "Experiments"}  # the tens of a chapter's number
+
+
+def shelf(order: float) -> str:
+    """The group of chapters that one belongs to, by its place in the reading order."""
+    return "The spine" if order < 10 else f"Shelf {order // 10:.0f}x: {SHELVES[order // 10].lower()}"
+
+
+def dotted_name(path: Path) -> str:
+    """`models.layers` for modern_llm/models/layers.py, `models` for its folder's face."""
+    return ".".join(part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__")
+
+
 class Module:
     """A module of the package: its syntax tree, its public names and the chapter cell each one comes from."""
 
     def __init__(self, path: Path):
-        self.name, text = path.stem, path.read_text(encoding="utf-8")
+        self.name, text = dotted_name(path), path.read_text(encoding="utf-8")
         self.tree = ast.parse(text)
         self.lines = text.splitlines()
         self.doc = ast.get_docstring(self.tree) or ""
         self.cells: dict[str, str] = {}  # public name -> id of the cell that defines it
         self.definitions: dict[str, ast.stmt] = {}
-        headers = [(i, m) for i, line in enumerate(self.lines, 1) if (m := re.match(r"# %% \.\./nbs/(\S+)\.ipynb #(\S+)", line))]
+        headers = [(i, m) for i, line in enumerate(self.lines, 1) if (m := re.match(r"# %% (?:\.\./)+nbs/(\S+)\.ipynb #(\S+)", line))]
         self.chapter = headers[0][1][1] if headers else ""
         for node in self.tree.body:
             for name in defined(node):
@@ -183,10 +196,11 @@ def markdown(identifier: str, source: str) -> dict:
     return {"cell_type": "markdown", "id": identifier, "metadata": {}, "source": source}
 
 
-def front_page(notebook: dict, book: dict[str, str], modules: dict[str, Module]) -> str:
+def front_page(notebook: dict, groups: dict[str, dict[str, str]], modules: dict[str, Module]) -> str:
     """`index.ipynb`, its links turned to this site, and the table of contents the side bar shows."""
     def turned(text: str) -> str:
-        text = re.sub(r"\[([^\]]+)\]\(\.\./modern_llm/(\w+)\.py#(\w+)\)", r"{py:obj}`\1 <modern_llm.\2.\3>`", text)
+        text = re.sub(r"\[([^\]]+)\]\(\.\./modern_llm/([\w/]+)\.py#(\w+)\)",
+                      lambda m: f"{{py:obj}}`{m[1]} <modern_llm.{m[2].replace('/', '.')}.{m[3]}>`", text)
         return text.replace("](../", "](")
 
     for cell in notebook["cells"]:
@@ -196,8 +210,8 @@ def front_page(notebook: dict, book: dict[str, str], modules: dict[str, Module])
             if text := output.get("data", {}).get("text/markdown"):
                 output["data"]["text/markdown"] = turned("".join(text))
     reports = [f"report/{path.stem}" for path in sorted((ROOT / "report").glob("*.md"))]
-    contents = {"Chapters": [f"{stem.split('_')[0]} {title} <nbs/{stem}>" for stem, title in book.items()], "Reports": reports,
-                "Reference": [f"api/{name}" for name in modules]}
+    contents = {group: [f"{stem.split('_')[0]} {title} <nbs/{stem}>" for stem, title in book.items()] for group, book in groups.items()}
+    contents |= {"Reports": reports, "Reference": [f"api/{name}" for name in modules]}
     toctrees = [f"```{{toctree}}\n:hidden:\n:maxdepth: 1\n:caption: {caption}\n\n{lines}\n```"
                 for caption, lines in ((caption, "\n".join(entries)) for caption, entries in contents.items())]
     notebook["cells"].append(markdown("contents", "\n\n".join(toctrees)))
@@ -211,11 +225,15 @@ def sources() -> None:
     first = {path: "".join(notebook["cells"][0]["source"]) for path, notebook in notebooks.items()}
     order = {path: float(re.search(r"^- order: (\S+)", text, re.M)[1]) for path, text in first.items()}
     book = {path.stem: first[path].splitlines()[0].removeprefix("# ") for path in sorted(notebooks, key=lambda p: (order[p], p.name))}
-    found = [Module(path) for path in sorted(PACKAGE.glob("[a-z]*.py"))]
+    groups: dict[str, dict[str, str]] = {}
+    for path in sorted(notebooks, key=lambda p: (order[p], p.name)):
+        groups.setdefault(shelf(order[path]), {})[path.stem] = book[path.stem]
+    found = [Module(path) for path in sorted(PACKAGE.rglob("*.py")) if "tests" not in path.parts and path.name != "_modidx.py"
+             and path != PACKAGE / "__init__.py"]
     found.sort(key=lambda m: (list(book).index(m.chapter) if m.chapter else len(book), m.name))
     modules = {m.name: m for m in found}
 
-    write("index.ipynb", front_page(index, book, modules))
+    write("index.ipynb", front_page(index, groups, modules))
     for path, notebook in notebooks.items():
         write(f"files/{path.name}", path.read_bytes())
         write(f"nbs/{path.name}", chapter(path, notebook, modules))

@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+CHECKOUT = Path(__file__).resolve().parent.parent  # the folder the package lies in: a checkout, if it was installed from one with -e
+
 
 class DamagedFolder(RuntimeError):
     """Kept files, such as those of `atomic_folder`, that are missing or changed. The message names the file."""

@@ -36,7 +36,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "cases": plugin.kinds[row["kind"]]} for row in rows)
-    from modern_llm.faults import write_page
+    from modern_llm.tests.faults.table import write_page
 
     print(write_page(root / "report"))
 

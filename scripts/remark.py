@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from modern_llm.chat import Answer
-from modern_llm.evals import mark_problems
-from modern_llm.tasks import word_problems
+from modern_llm.data.chat import Answer
+from modern_llm.evaluation.evals import mark_problems
+from modern_llm.data.tasks import word_problems
 
 
 def remarked(path: Path, settings: dict) -> dict:

@@ -13,18 +13,23 @@ import numpy as np
 import pytest
 import torch
 
-from modern_llm import synth
+from modern_llm.data import synth
 from modern_llm.config import ModelConfig
-from modern_llm.export import export_model
-from modern_llm.fewshot import channel_suffix, draw_demonstrations, encode_prompts, label_log_probs, prompt_prefix, prompt_suffix
-from modern_llm.held_out import cut_texts, detokenise, held_out_pages
-from modern_llm.hub import load
-from modern_llm.models import ModernDecoderLM, save_model
-from modern_llm.perplexity import protocol_rows, score_documents
-from modern_llm.prefix import tail_log_probs
-from modern_llm.synth import LABELS
-from modern_llm.tasks import sentences
-from modern_llm.tokens import END_OF_TEXT, encode_documents, end_of_text_id, save_tokenizer, train_tokenizer
+from modern_llm.report.card import export_with_card
+from modern_llm.evaluation.fewshot import (
+    channel_suffix, draw_demonstrations, encode_prompts, label_log_probs, prompt_prefix,
+    prompt_suffix,
+)
+from modern_llm.evaluation.held_out import cut_texts, detokenise, held_out_pages
+from modern_llm.interchange.hub import load
+from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.evaluation.perplexity import protocol_rows, score_documents
+from modern_llm.models.prefix import tail_log_probs
+from modern_llm.data.synth import LABELS
+from modern_llm.data.tasks import sentences
+from modern_llm.data.tokens import (
+    END_OF_TEXT, encode_documents, end_of_text_id, save_tokenizer, train_tokenizer,
+)
 
 for needed in ("transformers", "lm_eval"):
     pytest.importorskip(needed, reason="the peer's figures: pip install 'modern_llm[agreement]'")
@@ -105,7 +110,7 @@ def both(request, tokenizer, tmp_path_factory):
 def test_an_export_scores_as_the_checkpoint_does(both, tokenizer, pages, tmp_path):
     """In shards, with the config and the generation settings that others read."""
     model, peer = both
-    export_model(peer.model.model.config._name_or_path, tmp_path / "exported", shard_gb=4e-5)
+    export_with_card(peer.model.model.config._name_or_path, tmp_path / "exported", shard_gb=4e-5)
     exported = Peer(tmp_path / "exported", CONTEXT)
     assert len(list((tmp_path / "exported").glob("model-*.safetensors"))) > 1
     np.testing.assert_allclose(exported.perplexities(pages)[1], perplexities(model, tokenizer, pages, CONTEXT)[1], **CLOSE)

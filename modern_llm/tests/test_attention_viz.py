@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from modern_llm.attention_viz import (ROLES, attention_maps, examples, head_role, head_table, heads_figure, induction_attention,
-                                      key_table, maps_figure, observations, planted_repetition, repetition_gain, row_measures,
-                                      tokenise_example, without_head)
+from modern_llm.evaluation.attention import (
+    ROLES, attention_maps, examples, head_role, head_table, heads_figure, induction_attention,
+    key_table, maps_figure, observations, planted_repetition, repetition_gain, row_measures,
+    tokenise_example, without_head,
+)
 from modern_llm.config import ModelConfig
 from modern_llm.figures import small_png
-from modern_llm.models import ModernDecoderLM
-from modern_llm.tokens import end_of_text_id, train_tokenizer
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.data.tokens import end_of_text_id, train_tokenizer
 
 KINDS = {
     "plain": {}, "one group": {"num_kv_heads": 1}, "every head its own": {"num_kv_heads": 4},

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from modern_llm import counts
+from modern_llm.models import counts
 from modern_llm.config import ConfigError
-from modern_llm.overrides import override, to_dict
-from modern_llm.presets import ALIASES, PRESETS, get_pipeline_preset, local_cpu, tacc_h100
+from modern_llm.config import override, to_dict
+from modern_llm.config import ALIASES, PRESETS, get_pipeline_preset, local_cpu, tacc_h100
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
@@ -100,7 +100,7 @@ def test_published_model_has_253m_parameters():
 
 
 def test_config_and_cli_import_no_torch():
-    code = "import sys, modern_llm.cli, modern_llm.pipeline, modern_llm.stage, modern_llm.presets; print('torch' in sys.modules)"
+    code = "import sys, modern_llm.cli, modern_llm.runs.pipeline, modern_llm.runs.stage, modern_llm.config; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -16,10 +16,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from modern_llm import cli, data, reading, sources, splits, tokens
+from modern_llm.data import packing
+from modern_llm import cli
+from modern_llm.data import reading, sources, splits, tokens
 from modern_llm.config import DataConfig
-from modern_llm.distributed import World
-from modern_llm.sources import DataError, DatasetNotFound
+from modern_llm.training.distributed import World
+from modern_llm.data.sources import DataError, DatasetNotFound
 
 STORIES = [f"Story {i}. " + f"The {'red' if i % 2 else 'old'} fox no {i} ran on. " * (1 + i % 23) for i in range(300)]
 
@@ -44,7 +46,7 @@ def stories(tmp_path):
 
 
 def build(path, tokenizer, tmp_path, split="train", **options):
-    return data.build_token_cache(str(path), split, tokenizer, cache_dir=tmp_path / "cache", progress=False, **options)
+    return packing.build_token_cache(str(path), split, tokenizer, cache_dir=tmp_path / "cache", progress=False, **options)
 
 
 # ---- tokenizers
@@ -134,7 +136,7 @@ def test_the_command_says_how_to_get_what_is_missing(monkeypatch):
 
 
 def test_checking_every_source_needs_neither_network_nor_torch():
-    code = ("import sys; from modern_llm.sources import check_sources; rows = check_sources(); "
+    code = ("import sys; from modern_llm.data.sources import check_sources; rows = check_sources(); "
             "assert rows[0]['status'] == 'found' and rows[1]['status'] == 'missing', rows; "
             "assert not {'torch', 'datasets', 'numpy'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
@@ -297,7 +299,7 @@ def test_damage_is_noticed_and_mended(stories, tokenizer, tmp_path):
 
 
 def _build_in_process(path, folder):
-    cache = data.build_token_cache(path, "train", tokens.train_tokenizer(STORIES, 300), cache_dir=folder, progress=False)
+    cache = packing.build_token_cache(path, "train", tokens.train_tokenizer(STORIES, 300), cache_dir=folder, progress=False)
     assert cache.num_tokens > 0
 
 
@@ -315,13 +317,13 @@ def test_a_failed_build_leaves_nothing(stories, tokenizer, tmp_path, monkeypatch
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data, "_write_cache", full_disk)
+    monkeypatch.setattr(packing, "_write_cache", full_disk)
     with pytest.raises(DataError, match="No space left on device; set MODERN_LLM_CACHE"):
         build(stories, tokenizer, tmp_path)
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="MODERN_LLM_CACHE"):
-        data.build_token_cache(str(stories), "train", tokenizer, cache_dir=tmp_path / "file" / "x", progress=False)
+        packing.build_token_cache(str(stories), "train", tokenizer, cache_dir=tmp_path / "file" / "x", progress=False)
 
 
 def test_long_documents_are_encoded_as_a_whole_would_be(tokenizer):
@@ -352,19 +354,19 @@ def naive_best_fit(lengths, capacity):
 def test_best_fit_is_the_naive_best_fit():
     for seed in range(20):
         lengths = np.random.default_rng(seed).integers(1, 51, size=300)
-        rows = data.pack_documents(lengths, 50, np.random.default_rng(seed).permutation(300))
+        rows = packing.pack_documents(lengths, 50, np.random.default_rng(seed).permutation(300))
         fill = np.bincount(rows, weights=lengths)
         assert sorted(50 - fill) == naive_best_fit(sorted(lengths, reverse=True), 50)
-    assert data.pack_documents(np.array([], dtype=int), 8).tolist() == []
+    assert packing.pack_documents(np.array([], dtype=int), 8).tolist() == []
     with pytest.raises(DataError, match="must lie in 1 to capacity=50"):
-        data.pack_documents(np.array([1, 51]), 50)
+        packing.pack_documents(np.array([1, 51]), 50)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.9, 0.97, 1.0])
 def test_row_pattern_loses_nothing_and_reaches_its_density(target):
     for seed in range(10):
         lengths = np.sort(np.random.default_rng(seed).integers(1, 101, size=400))[::-1]
-        parts = data.row_pattern(lengths, 100, target)
+        parts = packing.row_pattern(lengths, 100, target)
         covered = [np.zeros(length, dtype=int) for length in lengths]
         for document, offset, length in zip(parts["document"], parts["offset"], parts["length"]):
             covered[document][offset:offset + length] += 1
@@ -381,7 +383,7 @@ def cache(stories, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("context, density", [(16, 0.97), (64, 0.97), (64, 0.0), (4096, 0.97)])
 def test_an_epoch_scores_every_token_once(cache, context, density):
-    batches = data.PackedBatches([cache], context, 1, seed=1, min_density=density)
+    batches = packing.PackedBatches([cache], context, 1, seed=1, min_density=density)
     seen = []
     for step in range(batches.rows_per_epoch):
         batch = batches(step)
@@ -395,46 +397,46 @@ def test_an_epoch_scores_every_token_once(cache, context, density):
 
 
 def test_batches_are_a_pure_function(cache):
-    one = data.PackedBatches([cache, cache], 64, 8, seed=3)
+    one = packing.PackedBatches([cache, cache], 64, 8, seed=3)
     steps = [7, 0, 2 * one.rows_per_epoch // 8, 7]  # across the end of epochs
     batches = [one(step) for step in steps]
     assert all(torch.equal(batches[0][k], batches[3][k]) for k in batches[0])
-    assert not torch.equal(data.PackedBatches([cache, cache], 64, 8, seed=4)(0)["input_ids"], batches[1]["input_ids"])
+    assert not torch.equal(packing.PackedBatches([cache, cache], 64, 8, seed=4)(0)["input_ids"], batches[1]["input_ids"])
     with pytest.raises(DataError, match="batch_size=0 must be at least 1"):
-        data.PackedBatches([cache], 64, 0)
+        packing.PackedBatches([cache], 64, 0)
 
 
 @pytest.mark.fault("promises")
 def test_ranks_are_shared_out_in_one_place(cache):
     """`World.rows` cuts a batch for the ranks; the batches themselves know nothing of them."""
-    parameters = inspect.signature(data.PackedBatches).parameters
+    parameters = inspect.signature(packing.PackedBatches).parameters
     assert list(parameters) == ["caches", "context_length", "batch_size", "seed", "min_density"]
-    batch = data.PackedBatches([cache], 64, 8, seed=3)(1)
+    batch = packing.PackedBatches([cache], 64, 8, seed=3)(1)
     shares = [World(rank, 4).rows(batch) for rank in range(4)]
     assert all(torch.equal(torch.cat([share[name] for share in shares]), batch[name]) for name in batch)
 
 
 def test_validation_scores_every_token_once(cache):
-    batches = list(data.validation_batches(cache, 64, 8))
+    batches = list(packing.validation_batches(cache, 64, 8))
     labels = torch.cat([batch["labels"].flatten() for batch in batches])
     assert sorted(labels[labels >= 0].tolist()) == sorted(cache.tokens[1:].tolist())
-    part = sum(int((batch["labels"] >= 0).sum()) for batch in data.validation_batches(cache, 64, 8, 1000))
+    part = sum(int((batch["labels"] >= 0).sum()) for batch in packing.validation_batches(cache, 64, 8, 1000))
     assert part == cache.head(1000).num_tokens <= 1000
 
 
 def test_caches_of_different_tokenizers_do_not_mix(cache, stories, tmp_path):
     other = build(stories, tokens.train_tokenizer(STORIES, 280), tmp_path)
     with pytest.raises(DataError, match="different tokenizers"):
-        data.PackedBatches([cache, other], 64, 8)
+        packing.PackedBatches([cache, other], 64, 8)
 
 
 def test_a_corpus_of_the_built_in_world(tmp_path):
     config = DataConfig(max_train_tokens=20_000, max_validation_tokens=5_000)
     tokenizer = tokens.make_tokenizer(config, tmp_path)
-    train, held_out = data.load_corpus(config, tokenizer, tmp_path, progress=False)
-    card = data.data_card([*train, *held_out.values()])
+    train, held_out = packing.load_corpus(config, tokenizer, tmp_path, progress=False)
+    card = packing.data_card([*train, *held_out.values()])
     assert card["split"].tolist() == ["train", "validation"] and card["tokens"].max() <= 20_000
-    assert 0.1 < data.bits_per_byte(held_out["synthetic"].floor_nats, held_out["synthetic"].num_bytes) < 3
+    assert 0.1 < packing.bits_per_byte(held_out["synthetic"].floor_nats, held_out["synthetic"].num_bytes) < 3
 
 
 # ---- the real files
@@ -452,11 +454,11 @@ def test_a_real_mirror(tmp_path, monkeypatch):
     assert gpt2.encode("Hello world<|user|>").ids == [15496, 995, 50258] and gpt2.get_vocab_size() == 50261
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        caches = {name: data.build_token_cache(name, "validation", gpt2, 300_000, tmp_path, progress=False)
+        caches = {name: packing.build_token_cache(name, "validation", gpt2, 300_000, tmp_path, progress=False)
                   for name in ("wikitext-2-raw-v1", "tinystories")}
-    assert data.data_card(caches.values())["note"].tolist() == [sources.DATASET_REGISTRY["wikitext-2-raw-v1"].note, ""]
+    assert packing.data_card(caches.values())["note"].tolist() == [sources.DATASET_REGISTRY["wikitext-2-raw-v1"].note, ""]
     assert len(caches["wikitext-2-raw-v1"]) == 60 and 240_000 < caches["wikitext-2-raw-v1"].num_tokens < 262_000
-    batches = data.PackedBatches(list(caches.values()), 256, 8)
+    batches = packing.PackedBatches(list(caches.values()), 256, 8)
     assert batches.density >= 0.97
     for name, fields in (("gsm8k", {"question", "answer"}), ("sst2", {"sentence", "label"}),
                          ("alpaca", {"instruction", "output"}), ("hh-rlhf", {"chosen", "rejected"})):

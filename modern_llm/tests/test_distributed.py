@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modern_llm.checkpoints import load_checkpoint
+from modern_llm.training.checkpoints import load_checkpoint
 from modern_llm.config import ConfigError, HardwareConfig, PipelineConfig, TrainConfig
-from modern_llm.distributed import RankFailed, SpreadLoss, World, on_ranks
-from modern_llm.ranks import address, launched
+from modern_llm.training.distributed import RankFailed, SpreadLoss, World, on_ranks
+from modern_llm.training.ranks import address, launched
 from modern_llm.tests.test_trainer import any_number, batches, lm_loss, save_weights, toy, trainer
 
 CONFIG = TrainConfig(max_steps=12, batch_size=8, micro_batch_size=2, warmup_steps=3, ema_decay=0.9, log_every=1, eval_every=6,

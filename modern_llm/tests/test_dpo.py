@@ -11,16 +11,19 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm import dpo, synth
-from modern_llm.chat import encode_chat, end_id
-from modern_llm.config import DataConfig, DPOConfig, ModelConfig
-from modern_llm.dpo import PairBatches, alarms, dpo_loss, pair_log_probs, preference_loss
-from modern_llm.models import ModernDecoderLM
-from modern_llm.optim import IGNORED
-from modern_llm.pairs import Pair, dialogue_pair, encode_pair, encode_pairs, pair_batch, preference_pairs
-from modern_llm.tokens import train_tokenizer
-from modern_llm.train_step import micro_batches
-from modern_llm.trainer import Trainer
+from modern_llm.data import synth
+from modern_llm.training import dpo
+from modern_llm.data.chat import encode_chat, end_id
+from modern_llm.config import DPOConfig, DataConfig, ModelConfig
+from modern_llm.training.dpo import PairBatches, alarms, dpo_loss, pair_log_probs, preference_loss
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.data.packing import IGNORED
+from modern_llm.data.pairs import (
+    Pair, dialogue_pair, encode_pair, encode_pairs, pair_batch, preference_pairs,
+)
+from modern_llm.data.tokens import train_tokenizer
+from modern_llm.training.train_step import micro_batches
+from modern_llm.training.trainer import Trainer
 
 ROW = {"chosen": "\n\nHuman: Hello.\n\nAssistant: Hi.", "rejected": "\n\nHuman: Hello.\n\nAssistant: Go on."}
 

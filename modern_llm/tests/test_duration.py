@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from modern_llm.cli import main
 from modern_llm.config import ConfigError
-from modern_llm.duration import clock, minutes_of
+from modern_llm.cluster.duration import clock, minutes_of
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 NUMBER = st.integers(0, 500)

@@ -9,20 +9,24 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm import synth
-from modern_llm.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id, speaks_chat
+from modern_llm.data import synth
+from modern_llm.data.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id, speaks_chat
 from modern_llm.config import ConfigError, ModelConfig
-from modern_llm.evals import (Subject, ask, baselines, document_pair, mark_problems, perplexity_rows, piece, preference_piece, problem_items,
-                              problem_piece, protocol_measures, protocol_piece, same_settings, sample_items, score_examples, separator_ids,
-                              verifier_mistakes)
-from modern_llm.ledger import (STAGES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows, read_ledger,
-                               stage_gains, stage_ledger, write_derived, write_ledger)
-from modern_llm.models import ModernDecoderLM, save_model
-from modern_llm.overrides import override
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.scoring import proportion_interval
-from modern_llm.tasks import sentences, solve, word_problems
-from modern_llm.tokens import end_of_text_id, save_tokenizer, train_tokenizer
+from modern_llm.evaluation.evals import (
+    Subject, ask, baselines, document_pair, mark_problems, perplexity_rows, piece,
+    preference_piece, problem_items, problem_piece, protocol_measures, protocol_piece,
+    same_settings, sample_items, score_examples, separator_ids, verifier_mistakes,
+)
+from modern_llm.evaluation.ledger import (
+    STAGES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows,
+    read_ledger, stage_gains, stage_ledger, write_derived, write_ledger,
+)
+from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.config import override
+from modern_llm.config import get_pipeline_preset
+from modern_llm.statistics import proportion_interval
+from modern_llm.data.tasks import sentences, solve, word_problems
+from modern_llm.data.tokens import end_of_text_id, save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

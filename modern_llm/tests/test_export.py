@@ -14,18 +14,21 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from modern_llm import export, hub, synth
-from modern_llm.chat import CHAT_TEMPLATE, encode_chat, end_id, speaks_chat
+from modern_llm.data import synth
+from modern_llm.interchange import export, hub
+from modern_llm.data.chat import CHAT_TEMPLATE, encode_chat, end_id, speaks_chat
 from modern_llm.cli import main
 from modern_llm.config import ModelConfig
-from modern_llm.export import ExportError, export_model, shards
+from modern_llm.interchange.export import ExportError, shards
+from modern_llm.report import card
+from modern_llm.report.card import export_with_card
 from modern_llm.files import DamagedFolder, atomic_folder, check_folder, read_json, write_json
-from modern_llm.generation import generate
-from modern_llm.inputs import sections
-from modern_llm.models import ModernDecoderLM, save_model
-from modern_llm.presets import get_pipeline_preset
+from modern_llm.models.generation import generate
+from modern_llm.runs.spec import sections
+from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.config import get_pipeline_preset
 from modern_llm.tests.test_report import make_run
-from modern_llm.tokens import end_of_text_id, load_tokenizer, save_tokenizer, train_tokenizer
+from modern_llm.data.tokens import end_of_text_id, load_tokenizer, save_tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="it has to open what we write: pip install 'modern_llm[hub]'")
 CFG = ModelConfig(vocab_size=320, context_length=96, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=64, use_qk_norm=False)
@@ -81,7 +84,7 @@ def test_a_checkpoint_folder_is_a_hugging_face_folder(name, changes, tokenizer, 
     theirs, _ = opened(tmp_path / "checkpoint")
     assert type(theirs).__name__ == name.split(",")[0]
     assert_same(model, tokenizer, tmp_path / "checkpoint")
-    export_model(tmp_path / "checkpoint", tmp_path / "exported", shard_gb=3e-5)
+    export_with_card(tmp_path / "checkpoint", tmp_path / "exported", shard_gb=3e-5)
     index = read_json(tmp_path / "exported" / "model.safetensors.index.json")
     files = sorted(path.name for path in (tmp_path / "exported").glob("*.safetensors"))
     assert len(files) > 3 and sorted(set(index["weight_map"].values())) == files and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -91,7 +94,7 @@ def test_a_checkpoint_folder_is_a_hugging_face_folder(name, changes, tokenizer, 
 
 def test_half_precision_and_what_transformers_takes_from_the_files(tokenizer, tmp_path):
     model = saved(tmp_path / "checkpoint", tokenizer)
-    export_model(tmp_path / "checkpoint", tmp_path / "half", dtype="bf16")
+    export_with_card(tmp_path / "checkpoint", tmp_path / "half", dtype="bf16")
     theirs, their_tokenizer = opened(tmp_path / "half")
     assert theirs.dtype == torch.bfloat16 and torch.equal(theirs.model.norm.weight, model.norm.weight.bfloat16())
     assert [path.name for path in (tmp_path / "half").glob("*.safetensors*")] == ["model.safetensors"]
@@ -106,17 +109,17 @@ def test_half_precision_and_what_transformers_takes_from_the_files(tokenizer, tm
 def test_what_has_no_counterpart_is_refused_by_its_flag(tokenizer, tmp_path):
     saved(tmp_path / "sinks", tokenizer, replace(CFG, use_attention_sinks=True))
     with pytest.raises(ExportError, match="model.use_attention_sinks=true has no counterpart"):
-        export_model(tmp_path / "sinks", tmp_path / "out")
+        export_with_card(tmp_path / "sinks", tmp_path / "out")
     assert read_json(tmp_path / "sinks" / "config.json")["model_type"] == "modern_llm"
     with pytest.raises(ValueError, match="modern_llm"):  # it does not pass for a Llama either
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sinks")
     saved(tmp_path / "verifier", tokenizer)
     (tmp_path / "verifier" / "verifier.json").write_text("{}")
     with pytest.raises(ExportError, match="is a verifier: its score comes from a head"):
-        export_model(tmp_path / "verifier", tmp_path / "out")
+        export_with_card(tmp_path / "verifier", tmp_path / "out")
     for options, message in (({"dtype": "bf61"}, "dtype='bf61' is unknown; did you mean 'bf16'"), ({"shard_gb": 0.0}, "shard_gb=0.0")):
         with pytest.raises(ExportError, match=message):
-            export_model(tmp_path / "verifier", tmp_path / "out", **options)
+            export_with_card(tmp_path / "verifier", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -125,16 +128,16 @@ def test_nothing_is_overwritten_and_nothing_half_written(tokenizer, tmp_path, mo
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(ExportError, match="mine' is there already and is never overwritten"):
-        export_model(tmp_path / "checkpoint", tmp_path / "mine")
-    monkeypatch.setattr(export, "model_card", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        export_with_card(tmp_path / "checkpoint", tmp_path / "mine")
+    monkeypatch.setattr(card, "model_card", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(ValueError, match="No space left on device"):
-        export_model(tmp_path / "checkpoint", tmp_path / "out")
+        export_with_card(tmp_path / "checkpoint", tmp_path / "out")
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "mine"] and len(list((tmp_path / "mine").iterdir())) == 1
     weights = tmp_path / "checkpoint" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedFolder, match="model.safetensors is truncated or changed"):
-        export_model(tmp_path / "checkpoint", tmp_path / "out")
+        export_with_card(tmp_path / "checkpoint", tmp_path / "out")
 
 
 def with_weight(folder, value, name="model.norm.weight", everywhere=False):
@@ -174,7 +177,7 @@ def test_a_weight_that_the_dtype_cannot_hold_is_refused_before_anything_is_writt
 def test_weights_that_become_0_are_counted(tokenizer, tmp_path, capsys):
     saved(tmp_path / "checkpoint", tokenizer)
     with_weight(tmp_path / "checkpoint", 1e-9)
-    export_model(tmp_path / "checkpoint", tmp_path / "out", dtype="fp16")
+    export_with_card(tmp_path / "checkpoint", tmp_path / "out", dtype="fp16")
     assert re.search(r"1 of [\d,]+ weights are smaller than float16 can hold and become 0", capsys.readouterr().err)
 
 
@@ -229,7 +232,8 @@ def test_a_disk_that_fails_leaves_nothing_and_is_not_blamed_on_the_cache(step, n
     def fails(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(f"modern_llm.export.{step}", fails)
+    place = "report.card" if step == "model_card" else "interchange.export"
+    monkeypatch.setattr(f"modern_llm.{place}.{step}", fails)
     result = CliRunner().invoke(main, ["export", "--checkpoint", str(tmp_path / "checkpoint"), "--to", str(tmp_path / "out")])
     assert result.exit_code == 2 and os.strerror(number) in result.output and f"--to '{tmp_path}/out'" in result.output
     assert "MODERN_LLM_CACHE" not in result.output and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -255,7 +259,7 @@ def test_where_the_figures_of_a_check_go_is_known_before_it_runs(target, tokeniz
     saved(tmp_path / "checkpoint", tokenizer)
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("modern_llm.inference.check_inference", lambda *_, **__: pytest.fail("the work was done first"))
+    monkeypatch.setattr("modern_llm.evaluation.inference.check_inference", lambda *_, **__: pytest.fail("the work was done first"))
     result = CliRunner().invoke(main, ["check-inference", "--checkpoint", "checkpoint", "--to", target])
     assert result.exit_code == 2 and "cannot be written" in result.output and "--to" in result.output
 
@@ -285,7 +289,7 @@ def run(tokenizer, tmp_path):
 
 
 def test_the_model_card_is_written_from_the_files_of_the_run(run, tmp_path):
-    export_model(run / "sft" / "checkpoint", tmp_path / "out" / "tiny-chat")
+    export_with_card(run / "sft" / "checkpoint", tmp_path / "out" / "tiny-chat")
     text = (tmp_path / "out" / "tiny-chat" / "README.md").read_text()
     parts = sections_of(text)
     assert text.startswith("---\nlibrary_name: transformers") and "base_model: someone/tiny" in text.split("\n---\n")[0]
@@ -304,13 +308,13 @@ def test_a_card_names_alarms_and_real_data_and_admits_what_it_does_not_know(run,
     params["config"]["dpo"] |= {"sources": ["hh-rlhf", "my-own.jsonl"], "replay_weight": 0.0}
     write_json(run / "dpo" / "params.json", params)
     (run / "eval" / "ledger.csv").unlink()
-    export_model(run / "dpo" / "checkpoint", tmp_path / "out")
+    export_with_card(run / "dpo" / "checkpoint", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "datasets:\n- Anthropic/hh-rlhf\n" in text and "| hh-rlhf | dpo | Anthropic/hh-rlhf | MIT |" in text
     assert "| my-own.jsonl | dpo |  | unknown |" in text and "alarm: stuck at log 2 at step 7 (0.693)" in text
     assert "| held out in the dpo stage | preference accuracy, after, synthetic | 0.600 [0.500, 0.700] | 40 | 40 held-out \\| things |" in text
     saved(tmp_path / "alone", tokenizer)
-    export_model(tmp_path / "alone", tmp_path / "alone-out")
+    export_with_card(tmp_path / "alone", tmp_path / "alone-out")
     text = (tmp_path / "alone-out" / "README.md").read_text()
     assert "None were measured." in text and "knows no results" in text and "Not known to this card." in text
 
@@ -322,13 +326,13 @@ def test_the_command(run, tmp_path):
     again = ask("--to", tmp_path / "out")
     assert again.exit_code == 2 and "never overwritten" in again.output and len(again.output.splitlines()) == 1
     assert "no language model" in ask("--stage", "eval", "--to", tmp_path / "other").output
-    code = "import sys, modern_llm.export; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    code = "import sys, modern_llm.interchange.export; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_an_export_still_speaks_chat_when_it_comes_back(run, tmp_path, monkeypatch):
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
-    export_model(run / "sft" / "checkpoint", tmp_path / "out", shard_gb=1e-4)
+    export_with_card(run / "sft" / "checkpoint", tmp_path / "out", shard_gb=1e-4)
     folder = hub.imported(tmp_path / "out")
     assert speaks_chat(folder, load_tokenizer(folder)) and json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
 
@@ -340,7 +344,7 @@ def test_an_export_still_speaks_chat_when_it_comes_back(run, tmp_path, monkeypat
     ("sft/results.json", "{\"a\"", "results.json is no JSON"), ("dpo/params.json", "\0", "dpo/params.json holds nothing but zeros")])
 def test_a_damaged_record_costs_the_card_not_the_export(run, name, text, said, tmp_path, capsys):
     (run / name).unlink() if text is None else (run / name).write_text(text)
-    export_model(run / "sft" / "checkpoint", tmp_path / "out")
+    export_with_card(run / "sft" / "checkpoint", tmp_path / "out")
     assert said in capsys.readouterr().err and "knows no results of it" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -349,5 +353,5 @@ def test_a_base_model_with_a_template_is_no_chat_model(tokenizer, tmp_path):
     with atomic_folder(tmp_path / "base", {}) as temporary:
         save_model(temporary, ModernDecoderLM(CFG), eos_id=end_of_text_id(tokenizer))
         save_tokenizer(tokenizer, temporary, chat_template=CHAT_TEMPLATE)
-    export_model(tmp_path / "base", tmp_path / "out")
+    export_with_card(tmp_path / "base", tmp_path / "out")
     assert "It continues text" in (tmp_path / "out" / "README.md").read_text()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from modern_llm import faults
-from modern_llm.disturb import CannotInject, Row, build_library, prepared
+from modern_llm.tests.faults import table
+from modern_llm.tests.faults.disturb import CannotInject, Row, build_library, prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def inject(times: int, *names: str) -> dict[str, dict]:
     """What scenarios gave, in one prepared process."""
     try:
-        done = prepared("modern_llm.faults", "--times", str(times), "--only", *names, capture_output=True, text=True, timeout=500)
+        done = prepared("modern_llm.tests.faults", "--times", str(times), "--only", *names, capture_output=True, text=True, timeout=500)
     except CannotInject as error:
         pytest.skip(str(error))
     assert done.returncode == 0, done.stderr
@@ -61,12 +61,12 @@ def test_the_payload_would_have_run(tmp_path):
     """The pickle of the test above is a real one."""
     import pickle
 
-    pickle.loads(pickle.dumps(faults.Payload(tmp_path / "it ran")))
+    pickle.loads(pickle.dumps(table.Payload(tmp_path / "it ran")))
     assert (tmp_path / "it ran").is_dir()
 
 
 def test_the_table_is_written_and_says_how_it_was_made(tmp_path):
-    faults.write_table([Row("a fault", 3, 2, 1, "somehow, loudly")], tmp_path, "the command", 4.0)
+    table.write_table([Row("a fault", 3, 2, 1, "somehow, loudly")], tmp_path, "the command", 4.0)
     rows = list(csv.DictReader((tmp_path / "results" / "faults.csv").open()))
     assert [list(row.values()) for row in rows] == [["a fault", "3", "2", "1", "somehow, loudly"]]
     assert "steps lost beyond the last checkpoint" in rows[0]
@@ -74,13 +74,13 @@ def test_the_table_is_written_and_says_how_it_was_made(tmp_path):
     assert "3 faults were injected and 2 survived" in text and "`the command`" in text and "| a fault | 3 | 2 | 1 | somehow, loudly |" in text
     assert "Found by people" not in text
     (tmp_path / "results" / "fault_cases.csv").write_text('kind,places found,cases,what happens now\nmarking,"here, there",12,read whole\n')
-    text = faults.write_page(tmp_path).read_text()
+    text = table.write_page(tmp_path).read_text()
     assert "12 cases are tests" in text and "| marking | here, there | 12 | read whole |" in text and "3 faults were injected" in text
 
 
 def test_the_published_page_is_what_its_files_say(tmp_path):
     shutil.copytree(ROOT / "report" / "results", tmp_path / "results", ignore=lambda folder, names: [n for n in names if not n.startswith("fault")])
-    assert faults.write_page(tmp_path).read_text() == (ROOT / "report" / "faults.md").read_text()
+    assert table.write_page(tmp_path).read_text() == (ROOT / "report" / "faults.md").read_text()
 
 
 def test_the_published_table_counts_the_cases(request):
@@ -90,7 +90,7 @@ def test_the_published_table_counts_the_cases(request):
     if config.option.keyword or config.option.markexpr or not marked <= {item.path for item in request.session.items}:
         pytest.skip("some tests are not collected here: python scripts/fault_cases.py --check")
     collected = Counter(kind for item in request.session.items for mark in item.iter_markers("fault") for kind in mark.args)
-    rows, _ = faults.table_of(ROOT / "report" / "results" / "fault_cases.csv")
+    rows, _ = table.table_of(ROOT / "report" / "results" / "fault_cases.csv")
     assert {row["kind"]: int(row["cases"]) for row in rows} == collected, "python scripts/fault_cases.py"
 
 

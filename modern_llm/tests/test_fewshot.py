@@ -9,16 +9,18 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm import synth
+from modern_llm.data import synth
 from modern_llm.config import ModelConfig
-from modern_llm.fewshot import (METHODS, Scorer, accuracy_rows, best_order, candidate_orders, collapse_table, confusion_table,
-                                draw_demonstrations, encode_prompts, fitted_prompts, label_log_probs, method_scores,
-                                order_entropies, prompt_prefix, prompt_suffix, sentiment_items)
-from modern_llm.models import ModernDecoderLM
-from modern_llm.prefix import shared_length, tail_log_probs, word_log_probs
-from modern_llm.synth import LABELS, Review
-from modern_llm.tasks import sentences
-from modern_llm.tokens import end_of_text_id, train_tokenizer
+from modern_llm.evaluation.fewshot import (
+    METHODS, Scorer, accuracy_rows, best_order, candidate_orders, collapse_table, confusion_table,
+    draw_demonstrations, encode_prompts, fitted_prompts, label_log_probs, method_scores,
+    order_entropies, prompt_prefix, prompt_suffix, sentiment_items,
+)
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.prefix import shared_length, tail_log_probs, word_log_probs
+from modern_llm.data.synth import LABELS, Review
+from modern_llm.data.tasks import sentences
+from modern_llm.data.tokens import end_of_text_id, train_tokenizer
 
 VARIANTS = {
     "plain": {}, "gqa": {"num_heads": 4, "num_kv_heads": 2}, "window": {"sliding_window": 7}, "sinks": {"use_attention_sinks": True},

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from modern_llm import reading, sft
-from modern_llm.pairs import preference_pairs
-from modern_llm.sources import DataError
-from modern_llm.tasks import sentences, word_problems
+from modern_llm.data import reading
+from modern_llm.training import sft
+from modern_llm.data.pairs import preference_pairs
+from modern_llm.data.sources import DataError
+from modern_llm.data.tasks import sentences, word_problems
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +211,7 @@ def test_an_optional_field_may_be_absent(row, tmp_path):
 
 @pytest.mark.fault("tables")
 def test_rows_without_a_request_or_an_answer_are_counted():
-    from modern_llm import tokens
+    from modern_llm.data import tokens
 
     examples = [sft.Example(instruction, output=output) for instruction, output in (("", "Yes."), ("Ask.", " "), ("Ask.", "Yes."))]
     _, counts = sft.encode_examples(tokens.train_tokenizer(["Ask. Yes."], 280), examples, 64)

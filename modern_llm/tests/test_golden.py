@@ -32,20 +32,22 @@ import numpy as np
 import pytest
 import torch
 
-from modern_llm import chat
-from modern_llm.checkpoints import STATE_FILE, read_checkpoint
+from modern_llm.data import chat
+from modern_llm.training.checkpoints import STATE_FILE, read_checkpoint
 from modern_llm.config import TrainConfig
 from modern_llm.files import read_json, write_json
-from modern_llm.inputs import NOTEBOOKS, notebooks_folder, own_inputs
-from modern_llm.models import load_model
-from modern_llm.optim import lm_loss
-from modern_llm.outcomes import runs_table
-from modern_llm.overrides import override
-from modern_llm.pipeline import Plan
-from modern_llm.tasks import Problem
-from modern_llm.tokens import load_tokenizer
-from modern_llm.trainer import Trainer
-from modern_llm.verifier import load_verifier, read_answers, score
+from modern_llm.runs.lineage import own_inputs
+from modern_llm.runs.spec import NOTEBOOKS, notebooks_folder
+from modern_llm.models.decoder import load_model
+from modern_llm.training.optim import lm_loss
+from modern_llm.runs.outcomes import runs_table
+from modern_llm.config import override
+from modern_llm.runs.pipeline import Plan
+from modern_llm.data.tasks import Problem
+from modern_llm.data.tokens import load_tokenizer
+from modern_llm.training.trainer import Trainer
+from modern_llm.models.verifier import load_verifier
+from modern_llm.training.verifier import read_answers, score
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAJECTORIES = GOLDEN / "trajectories.json"

@@ -13,23 +13,27 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modern_llm import distributed
-from modern_llm.checkpoints import TrainingState, pick_device
+from modern_llm.training import distributed
+from modern_llm.training.checkpoints import TrainingState, pick_device
 from modern_llm.cli import main
-from modern_llm.config import ConfigError, DPOConfig, HardwareConfig, ModelConfig, PipelineConfig, TrainConfig, VerifierConfig
-from modern_llm.distributed import World, on_ranks, refuse_a_shared_gpu
-from modern_llm.dpo import dpo_loss
-from modern_llm.inputs import StageError
-from modern_llm.models import ModernDecoderLM, save_model
-from modern_llm.optim import lm_loss
-from modern_llm.parameters import resolve
-from modern_llm.preflight import preflight
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.ranks import own_gpu
-from modern_llm.tokens import make_tokenizer, save_tokenizer
-from modern_llm.train_step import micro_batches, optimizer_step
-from modern_llm.trainer import Trainer, peak_flops
-from modern_llm.verifier import VerifierModel, small_encoder, verifier_loss
+from modern_llm.config import (
+    ConfigError, DPOConfig, HardwareConfig, ModelConfig, PipelineConfig, TrainConfig,
+    VerifierConfig,
+)
+from modern_llm.training.distributed import World, on_ranks, refuse_a_shared_gpu
+from modern_llm.training.dpo import dpo_loss
+from modern_llm.messages import StageError
+from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.training.optim import lm_loss
+from modern_llm.runs.parameters import resolve
+from modern_llm.runs.preflight import preflight
+from modern_llm.config import get_pipeline_preset
+from modern_llm.training.ranks import own_gpu
+from modern_llm.data.tokens import make_tokenizer, save_tokenizer
+from modern_llm.training.train_step import micro_batches, optimizer_step
+from modern_llm.training.trainer import Trainer, peak_flops
+from modern_llm.models.verifier import VerifierModel, small_encoder
+from modern_llm.training.verifier import verifier_loss
 
 NO_NAMES = ["tpu", "CPU", "gpu", "GPU", "meta", "cuda:-1", "cuda:", "cuda:x", "cuda:1.0", "cuda:01", "cuda:99999999999999999999", "cuda0", "cpu:1", "mps:1",
             "auto:0", " cpu", "cpu ", "cpu\n", "", "xpu", "cuda:\u0661", "/dev/nvidia0", "device", "None"]
@@ -343,7 +347,7 @@ def mfu_of(world: World, folder, ranks_peak: float = 1e9) -> list[dict]:
     """The rows of four steps on a device whose peak seems to be known."""
     module, loss, batches, train = stage_of("pretrain", MODEL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modern_llm.trainer.peak_flops", lambda name, dtype: ranks_peak)
+        patch.setattr("modern_llm.training.trainer.peak_flops", lambda name, dtype: ranks_peak)
         run = Trainer(module, loss, batches, replace(train, max_steps=4, log_every=1), folder, device="cpu", world=world, progress_bar=False, flops_per_token=1e6)
         return run.fit().history
 

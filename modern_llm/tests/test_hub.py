@@ -14,16 +14,19 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from modern_llm import hub, inputs
-from modern_llm.chat import CHATML, document_prompt, encode_chat, encode_prompt, speaks_chat
+from modern_llm import messages
+from modern_llm.interchange import hub
+from modern_llm.data.chat import CHATML, document_prompt, encode_chat, encode_prompt, speaks_chat
 from modern_llm.cli import main
 from modern_llm.files import DamagedFolder, read_json, write_json
-from modern_llm.foreign import TransformersLM
-from modern_llm.generation import generate
-from modern_llm.llama_layout import CannotImport, model_config
-from modern_llm.models import ModernDecoderLM, load_model
-from modern_llm.scoring import completion_log_probs, document_nats
-from modern_llm.tokens import END_OF_TEXT, encode_documents, end_of_text_id, load_tokenizer, train_tokenizer
+from modern_llm.interchange.foreign import TransformersLM
+from modern_llm.models.generation import generate
+from modern_llm.interchange.llama_layout import CannotImport, model_config
+from modern_llm.models.decoder import ModernDecoderLM, load_model
+from modern_llm.models.likelihoods import completion_log_probs, document_nats
+from modern_llm.data.tokens import (
+    END_OF_TEXT, encode_documents, end_of_text_id, load_tokenizer, train_tokenizer,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers writes the models that are imported here")
 TEXT = "Anna has 3 apples and 12 pears. She gives 2 apples to Ben, who lives in Bonn."
@@ -100,7 +103,7 @@ def token_ids(rows: int = 2, length: int = 20) -> torch.Tensor:
 
 
 def test_import_needs_neither_torch_nor_transformers():
-    code = "import sys, modern_llm.hub; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    code = "import sys, modern_llm.interchange.hub; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -271,14 +274,14 @@ def test_load_imports_once_and_find_checkpoint_uses_it(llama, tmp_path, monkeypa
     assert capsys.readouterr().err == "" and len(list((tmp_path / "cache" / "imported").glob("[!.]*"))) == 1
     monkeypatch.undo()
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
-    checkpoint = inputs.find_checkpoint(folder)
+    checkpoint = hub.find_checkpoint(folder)
     assert checkpoint.parent == tmp_path / "cache" / "imported" and "importing" in capsys.readouterr().err
-    assert encode_prompt(load_tokenizer(checkpoint), "Hi") and inputs.find_checkpoint(checkpoint) == checkpoint
+    assert encode_prompt(load_tokenizer(checkpoint), "Hi") and hub.find_checkpoint(checkpoint) == checkpoint
     ours, _ = hub.load(checkpoint)  # a checkpoint of ours is just opened
     assert isinstance(ours, ModernDecoderLM) and capsys.readouterr().err == ""
     write_json(tmp_path / "copy" / "config.json", read_json(folder / "config.json") | {"attention_bias": True})
-    with pytest.raises(inputs.StageError, match="checkpoint=.*attention_bias=True adds biases"):
-        inputs.find_checkpoint(tmp_path / "copy")
+    with pytest.raises(messages.StageError, match="checkpoint=.*attention_bias=True adds biases"):
+        hub.find_checkpoint(tmp_path / "copy")
 
 
 def test_an_unknown_name_says_what_was_tried(tmp_path, monkeypatch):
@@ -313,8 +316,8 @@ def test_gpt2_keeps_its_code_and_answers_the_same(gpt2, capsys):
     assert isinstance(model, TransformersLM) and not model.training and "LayerNorm, learned positions" in capsys.readouterr().err
     assert (model.cfg.context_length, model.cfg.vocab_size, model.cfg.width) == (48, 320, 32) and end_of_text_id(tokenizer) == 2
     assert torch.equal(model(token_ids()), theirs(token_ids()).logits)
-    with pytest.raises(inputs.StageError, match="GPT2LMHeadModel"):
-        inputs.find_checkpoint(folder)
+    with pytest.raises(messages.StageError, match="GPT2LMHeadModel"):
+        hub.find_checkpoint(folder)
 
 
 def test_generation_with_left_padding_equals_their_greedy_answers(gpt2):
@@ -544,8 +547,8 @@ def test_weights_that_are_not_what_they_are_called_are_refused(said, tmp_path, m
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "source").mkdir()
     NAMED_WRONGLY[said](tmp_path / "source")
-    with pytest.raises((inputs.StageError, DamagedFolder), match=said):
-        inputs.find_checkpoint(tmp_path / "source")
+    with pytest.raises((messages.StageError, DamagedFolder), match=said):
+        hub.find_checkpoint(tmp_path / "source")
     assert not [path for path in (tmp_path / "cache").glob("imported/*") if path.is_dir()]
 
 
@@ -575,7 +578,7 @@ def test_the_checkpoint_of_a_name(place, ours, tmp_path, monkeypatch):
             (tmp_path / name).symlink_to(ours)
     monkeypatch.chdir(home)
     monkeypatch.setenv("HOME", str(ours.parent))
-    assert inputs.find_checkpoint(place.format(ours)) == (ours / PLACES[place] / "checkpoint").resolve()
+    assert hub.find_checkpoint(place.format(ours)) == (ours / PLACES[place] / "checkpoint").resolve()
 
 
 NOT_PLACES = {"": "names nothing", " ": "names nothing", "{}/verifier": "is a verifier, .* Give a generator: dpo, sft, pretrain",
@@ -591,8 +594,8 @@ def test_what_is_no_checkpoint_is_said_on_one_line(place, ours):
         (ours / "loop").symlink_to("loop")
     result = CliRunner().invoke(main, ["sample", "--checkpoint", place.format(ours) or " "])
     assert result.exit_code == 2 and "Traceback" not in result.output
-    with pytest.raises(inputs.StageError, match=NOT_PLACES[place]):
-        inputs.find_checkpoint(place.format(ours))
+    with pytest.raises(messages.StageError, match=NOT_PLACES[place]):
+        hub.find_checkpoint(place.format(ours))
 
 
 @pytest.mark.fault("names")
@@ -611,12 +614,12 @@ def test_a_link_as_in_the_hubs_cache_is_followed(llama, tmp_path, monkeypatch):
     for number, file in enumerate(sorted(llama[0].iterdir())):
         shutil.copy(file, blobs / f"{number:064}")
         (snapshot / file.name).symlink_to(f"../../blobs/{number:064}")
-    folder = inputs.find_checkpoint(snapshot)
+    folder = hub.find_checkpoint(snapshot)
     assert read_json(folder / "meta.json")["imported"]["source"] == "someone/tiny"
     (snapshot / "Tiny.GGUF").symlink_to("../../blobs/" + "0" * 64)
     kept = []
     monkeypatch.setattr(hub, "imported", lambda place, **_: kept.append(place) or folder)
-    assert inputs.find_checkpoint(snapshot / "Tiny.GGUF") == folder and kept == [snapshot / "Tiny.GGUF"]
+    assert hub.find_checkpoint(snapshot / "Tiny.GGUF") == folder and kept == [snapshot / "Tiny.GGUF"]
 
 
 @pytest.mark.fault("names")
@@ -630,7 +633,7 @@ def test_several_gguf_files_are_a_question(tmp_path):
 @pytest.mark.fault("names")
 @pytest.mark.parametrize("name", ["", " ", "empty", "file.txt", "someone/tiny", "cut"])
 def test_a_baseline_that_is_none_is_absent_and_takes_nothing_down(name, tmp_path, monkeypatch):
-    from modern_llm.evals import baselines
+    from modern_llm.evaluation.evals import baselines
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)

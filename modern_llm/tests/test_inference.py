@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from modern_llm import synth
-from modern_llm.chat import CHAT_TEMPLATE, end_id
+from modern_llm.data import synth
+from modern_llm.data.chat import CHAT_TEMPLATE, end_id
 from modern_llm.config import ModelConfig
 from modern_llm.files import atomic_folder, read_json
-from modern_llm.inference import check_inference, forget_peak, peak_resident, resident
-from modern_llm.inputs import StageError
-from modern_llm.models import ModernDecoderLM, save_model
-from modern_llm.tokens import save_tokenizer, train_tokenizer
+from modern_llm.evaluation.inference import check_inference, forget_peak, peak_resident, resident
+from modern_llm.messages import StageError
+from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.data.tokens import save_tokenizer, train_tokenizer
 
 SMALL = ModelConfig(vocab_size=512, context_length=256, width=32, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=64)
 LARGE = ModelConfig(vocab_size=512, context_length=512, width=768, num_layers=8, num_heads=12, num_kv_heads=4, ffn_width=2048)  # 50M

@@ -10,8 +10,8 @@ import nbformat
 import pytest
 
 import modern_llm
-from modern_llm import pipeline
-from modern_llm.launch import KERNEL_DIED, SAME_PACKAGE, stage_environment, start_papermill
+from modern_llm.runs import pipeline
+from modern_llm.runs.launch import KERNEL_DIED, SAME_PACKAGE, stage_environment, start_papermill
 
 pytestmark = pytest.mark.fault("kernel")
 SHADOWS = ("random", "datasets", "torch", "json", "token", "numpy", "papermill", "ipykernel", "logging", "modern_llm")
@@ -132,11 +132,12 @@ def test_other_interpreters_run_this_very_package_too(tmp_path):
 
 
 def test_the_report_draws_into_files(monkeypatch):
-    from modern_llm import pipeline, report
+    from modern_llm.report import write
+    from modern_llm.runs import pipeline
 
     monkeypatch.setenv("MPLBACKEND", "Qt5Agg")
     seen = []
-    monkeypatch.setattr(report, "write_report", lambda *_, **__: seen.append(os.environ["MPLBACKEND"]) or Path("page"))
+    monkeypatch.setattr(write, "write_report", lambda *_, **__: seen.append(os.environ["MPLBACKEND"]) or Path("page"))
     monkeypatch.setattr(pipeline, "read_json", lambda path: {})
     monkeypatch.setattr(pipeline, "write_json", lambda path, value: None)
     pipeline.write_the_report(pipeline.Step("report", Path("/no/run"), {}, "run"))
@@ -145,7 +146,7 @@ def test_the_report_draws_into_files(monkeypatch):
 
 def test_a_terminal_that_knows_no_accents_shows_the_rest():
     code = ("from modern_llm.cli import main; main(['presets'], standalone_mode=False)\n"
-            "from modern_llm.pipeline import show; show(['é ▸\\n'.encode(), b'after'])")
+            "from modern_llm.runs.pipeline import show; show(['é ▸\\n'.encode(), b'after'])")
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert done.stdout.endswith("\n\\xe9 \\u25b8\nafter\n") and done.returncode == 0, done
 
@@ -156,7 +157,7 @@ FAILED = [RULE, 'Exception encountered at "In [4]":', RULE, "{name}    Traceback
 
 
 @pytest.mark.fault("messages")
-@pytest.mark.parametrize("name, short", [("StageError", True), ("modern_llm.sources.DataError", True), ("TypeError", False)])
+@pytest.mark.parametrize("name, short", [("StageError", True), ("modern_llm.data.sources.DataError", True), ("TypeError", False)])
 def test_what_its_user_can_mend_is_said_without_a_traceback(name, short, capsys):
     lines = [f"{RULE}\n", "a table\n", *(line.format(name=name) + "\n" for line in FAILED)]
     pipeline.show(line.encode() for line in lines)

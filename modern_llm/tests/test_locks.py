@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from modern_llm import locks
-from modern_llm.inputs import StageError
-from modern_llm.locks import STAGE_LOCK, RunLock, is_alive, owner_of, this_process
+from modern_llm.runs import locks
+from modern_llm.messages import StageError
+from modern_llm.runs.locks import STAGE_LOCK, RunLock, is_alive, owner_of, this_process
 from modern_llm.tests.test_stage import begin
 
-TAKE = "import sys, time; from modern_llm.locks import RunLock; RunLock(sys.argv[1], 'stage sft').take(); print('taken', flush=True); time.sleep(60)"
+TAKE = "import sys, time; from modern_llm.runs.locks import RunLock; RunLock(sys.argv[1], 'stage sft').take(); print('taken', flush=True); time.sleep(60)"
 ROUNDS = 100
 TWO = """
 import multiprocessing, os, sys
 from pathlib import Path
-from modern_llm.inputs import StageError
-from modern_llm.locks import RunLock
+from modern_llm.messages import StageError
+from modern_llm.runs.locks import RunLock
 
 def contend(number, barrier, wins, folder, rounds):
     for i in range(rounds):

@@ -16,15 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modern_llm import synth
-from modern_llm.answer_pairs import perturb
-from modern_llm.chat import Answer
-from modern_llm.evals import error_kind, mark_problems
+from modern_llm.data import synth
+from modern_llm.data.answer_pairs import perturb
+from modern_llm.data.chat import Answer
+from modern_llm.evaluation.evals import error_kind, mark_problems
 from modern_llm.files import kept_frame
-from modern_llm.sft import Example, is_right, parses
-from modern_llm.synth import Problem
-from modern_llm.tasks import Calculator, flexible_answer, mark, rerank, strict_answer, word_problems
-from modern_llm.tokens import encode_documents, train_tokenizer
+from modern_llm.training.sft import Example, is_right, parses
+from modern_llm.data.synth import Problem
+from modern_llm.data.tasks import (
+    Calculator, flexible_answer, mark, rerank, strict_answer, word_problems,
+)
+from modern_llm.data.tokens import encode_documents, train_tokenizer
 
 pytestmark = pytest.mark.fault("marking")
 MILLION = 10**6

@@ -8,11 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modern_llm.checkpoints import TrainingState
+from modern_llm.training.checkpoints import TrainingState
 from modern_llm.config import ModelConfig
-from modern_llm.counts import parameter_count, training_memory
+from modern_llm.models.counts import parameter_count, training_memory
 from modern_llm.tests.test_hardware import stage_of
-from modern_llm.train_step import optimizer_step
+from modern_llm.training.train_step import optimizer_step
 
 
 class LiveBytes(TorchDispatchMode):

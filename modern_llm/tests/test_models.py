@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modern_llm import counts
+from modern_llm.models import counts
 from modern_llm.config import ConfigError, ModelConfig, TrainConfig
 from modern_llm.files import DamagedFolder, atomic_folder
-from modern_llm.generation import Sampling, generate, next_token_probabilities, stream
-from modern_llm.models import ModernDecoderLM, load_model, save_model
-from modern_llm.presets import PRESETS
+from modern_llm.models.generation import Sampling, generate, next_token_probabilities, stream
+from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
+from modern_llm.config import PRESETS
 
 CFG = ModelConfig(vocab_size=64, context_length=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=64,
                   zero_init_outputs=False, init_std=0.3)
@@ -44,7 +44,7 @@ def checkpoint(model, tmp_path):
 
 
 def test_counts_and_generation_import_alone():
-    code = "import sys, modern_llm.counts; assert 'torch' not in sys.modules; import modern_llm.generation"
+    code = "import sys, modern_llm.models.counts; assert 'torch' not in sys.modules; import modern_llm.models.generation"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

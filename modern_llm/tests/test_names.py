@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from modern_llm import cli, data, inputs, reading, sources, tokens
+from modern_llm.runs import data_files
+from modern_llm.data import packing
+from modern_llm import cli
+from modern_llm.data import reading, sources, tokens
 from modern_llm.config import ConfigError
-from modern_llm.overrides import override, parse_overrides
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.sources import DatasetNotFound
+from modern_llm.config import override, parse_overrides
+from modern_llm.config import get_pipeline_preset
+from modern_llm.data.sources import DatasetNotFound
 
 
 @pytest.fixture(autouse=True)
@@ -65,15 +68,15 @@ def test_a_name_is_taken_literally(name, tmp_path):
     plain = put("plain" + "".join(Path(name.lower()).suffixes[-2:] if name.lower().endswith(".gz") else Path(name.lower()).suffixes[-1:]))
     assert is_right(name) and read(name) == read(Path(name).absolute()) == read(plain)
     config = override(get_pipeline_preset("local-smoke"), parse_overrides("data.sources=" + shlex.quote(json.dumps([name]))))
-    assert inputs.data_names(config, "pretrain") == [name] and not inputs.missing_data(config, ["pretrain"])
-    assert [entry["path"] for entry in inputs.data_files(config, "pretrain").values()] == [str(Path(name).absolute())]
+    assert data_files.data_names(config, "pretrain") == [name] and not data_files.missing_data(config, ["pretrain"])
+    assert [entry["path"] for entry in data_files.data_files(config, "pretrain").values()] == [str(Path(name).absolute())]
 
 
 @pytest.mark.fault("names")
 @pytest.mark.parametrize("name", ["x" * 240 + ".txt", ".hidden.txt", "a b, [1]|#.jsonl", "..txt"])
 def test_a_token_cache_is_made_of_any_name(name, tmp_path):
     put(name)
-    cache = data.build_token_cache(name, "train", tokens.train_tokenizer(["The right one 1."], 280), cache_dir=tmp_path / "cache", progress=False)
+    cache = packing.build_token_cache(name, "train", tokens.train_tokenizer(["The right one 1."], 280), cache_dir=tmp_path / "cache", progress=False)
     made = [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert len(cache) and len(made) == 1 and made[0][0] != "." and "-train-" in made[0]
 
@@ -224,6 +227,6 @@ def test_one_source_by_two_names_is_refused(first, second):
     for name in ("a.txt", "b.txt", "sub/c.txt"):
         put(name)
     os.symlink("a.txt", "link.txt")
-    found = inputs.missing_data(override(get_pipeline_preset("local-smoke"), {"data": {"sources": [first, second]}}), ["pretrain"])
-    twice = f"data: data.sources names the same source twice: {first!r} and {second!r}"
+    found = data_files.missing_data(override(get_pipeline_preset("local-smoke"), {"data": {"sources": [first, second]}}), ["pretrain"])
+    twice = f"data: packing.sources names the same source twice: {first!r} and {second!r}"
     assert (twice in found) == (second != "b.txt")

@@ -6,16 +6,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modern_llm.config import ModelConfig, VerifierConfig
-from modern_llm.dpo import pair_log_probs
-from modern_llm.models import ModernDecoderLM
-from modern_llm.pairs import encode_pairs, preference_pairs
-from modern_llm.prefix import tail_log_probs, word_log_probs
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.scoring import document_nats
-from modern_llm.tasks import word_problems
+from modern_llm.training.dpo import pair_log_probs
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.data.pairs import encode_pairs, preference_pairs
+from modern_llm.models.prefix import tail_log_probs, word_log_probs
+from modern_llm.config import get_pipeline_preset
+from modern_llm.models.likelihoods import document_nats
+from modern_llm.data.tasks import word_problems
 from modern_llm.tests.test_hardware import MODEL, rows_of, stage_of
-from modern_llm.tokens import make_tokenizer
-from modern_llm.verifier import VerifierModel, score_answers, start_from_surprise
+from modern_llm.data.tokens import make_tokenizer
+from modern_llm.models.verifier import VerifierModel
+from modern_llm.training.verifier import score_answers, start_from_surprise
 
 CONFIG = ModelConfig(width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=16)
 

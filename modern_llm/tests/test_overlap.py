@@ -10,13 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from modern_llm import synth
-from modern_llm.overlap import (SAME_MIX, NgramIndex, clean_rows, find_overlap, item_subsets, ngram_hashes, overlap_summary,
-                                run_overlap, training_sources, training_texts, word_batches, word_hashes, words)
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.reading import documents, rows
-from modern_llm.scoring import items_interval, mcnemar, mean_interval, paired_difference, proportion_interval, ratio_interval
-from modern_llm.sources import DatasetNotFound, find_source
+from modern_llm.data import synth
+from modern_llm.evaluation.overlap import (
+    SAME_MIX, NgramIndex, clean_rows, find_overlap, item_subsets, ngram_hashes, overlap_summary,
+    run_overlap, training_sources, training_texts, word_batches, word_hashes, words,
+)
+from modern_llm.config import get_pipeline_preset
+from modern_llm.data.reading import documents, rows
+from modern_llm.statistics import (
+    items_interval, mcnemar, mean_interval, paired_difference, proportion_interval, ratio_interval,
+)
+from modern_llm.data.sources import DatasetNotFound, find_source
 
 
 def slow_overlap(texts, training, n, shortest):
@@ -110,7 +114,7 @@ def test_memory_is_bounded():
 
 
 def test_hashes_are_the_same_in_every_process():
-    code = "from modern_llm.overlap import ngram_hashes; print(ngram_hashes(['a', 'naïve', '\\ud800', 'case'], 2).tolist())"
+    code = "from modern_llm.evaluation.overlap import ngram_hashes; print(ngram_hashes(['a', 'naïve', '\\ud800', 'case'], 2).tolist())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            env={"PYTHONHASHSEED": "7"}).stdout
     assert other.strip() == str(ngram_hashes(["a", "naïve", "\ud800", "case"], 2).tolist())
@@ -157,9 +161,9 @@ def test_training_sources_of_every_preset():
 
 
 def test_built_in_texts_are_those_the_stages_read():
-    from modern_llm.pairs import preference_pairs
-    from modern_llm.sft import instructions
-    from modern_llm.tasks import word_problems
+    from modern_llm.data.pairs import preference_pairs
+    from modern_llm.training.sft import instructions
+    from modern_llm.data.tasks import word_problems
 
     take = lambda kind, limit: list(training_texts("synthetic", kind, limit))
     assert take("text", 30) == list(islice(documents("synthetic", "train"), 30))

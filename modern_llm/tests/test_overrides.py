@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 
 from modern_llm.cli import main
-from modern_llm.cli_run import _key_values
+from modern_llm.cli.run_commands import _key_values
 from modern_llm.config import ConfigError, PipelineConfig
-from modern_llm.inputs import StageError, setting
-from modern_llm.overrides import override, parse_overrides, to_dict
-from modern_llm.parameters import choose_folder, resolve
-from modern_llm.presets import get_pipeline_preset
+from modern_llm.messages import StageError
+from modern_llm.runs.spec import setting
+from modern_llm.config import override, parse_overrides, to_dict
+from modern_llm.runs.parameters import choose_folder, resolve
+from modern_llm.config import get_pipeline_preset
 
 NUMBERLIKE = ["a,b", "2024", "true", "null", "1e3", "[1]", "a b", "é ▸", "it's", 'a"b', "x=y", "-", "{a}"]
 
@@ -169,9 +170,9 @@ def test_any_parameters_make_a_config_or_a_config_error(values):
 @pytest.mark.fault("promises")
 @pytest.mark.parametrize("line, torch", [
     ("from modern_llm.config import get_pipeline_preset; assert get_pipeline_preset('local-smoke').name == 'local-smoke'", False),
-    ("import modern_llm.config as c; assert c.get_pipeline_preset is __import__('modern_llm.presets').presets.get_pipeline_preset", False),
+    ("import modern_llm.config as c; assert c.get_pipeline_preset is __import__('modern_llm.config.presets').config.presets.get_pipeline_preset", False),
     ("from modern_llm.config import *; from modern_llm.config import PipelineConfig; assert not hasattr(__import__('modern_llm.config').config, 'nothing')", False),
-    ("from modern_llm.presets import *; from modern_llm.config import get_pipeline_preset", False),
+    ("from modern_llm.config import *; from modern_llm.config import get_pipeline_preset", False),
     ("from modern_llm.models import ModernDecoderLM", True),
 ], ids=["config", "same", "star", "circle", "models"])
 def test_the_names_of_the_front_page_can_be_imported(line, torch):

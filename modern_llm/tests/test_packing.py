@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from modern_llm.data import packing
 
-from modern_llm import data
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 lengths_of = st.lists(st.integers(1, 40), min_size=1, max_size=60)
@@ -19,7 +19,7 @@ def cache_of(lengths, start=0, tokenizer="t", nats=None):
     """A token cache in memory whose tokens are all different."""
     offsets = np.cumsum([0, *lengths])
     tokens = np.arange(start, start + offsets[-1] + 1)
-    return data.TokenCache(Path("nowhere"), {"tokenizer": tokenizer}, tokens, offsets, np.asarray(lengths) * 3, nats)
+    return packing.TokenCache(Path("nowhere"), {"tokenizer": tokenizer}, tokens, offsets, np.asarray(lengths) * 3, nats)
 
 
 def naive_best_fit(lengths, capacity):
@@ -37,7 +37,7 @@ def naive_best_fit(lengths, capacity):
 @quick
 @given(lengths_of, st.integers(40, 100))
 def test_best_fit_leaves_the_room_that_a_slow_search_leaves(lengths, capacity):
-    row = data.best_fit_rows(lengths, capacity)
+    row = packing.best_fit_rows(lengths, capacity)
     fill = np.bincount(row, weights=lengths)
     assert sorted(capacity - fill) == sorted(naive_best_fit(lengths, capacity))
 
@@ -48,7 +48,7 @@ def test_packed_documents_fit_and_the_order_of_equals_changes_no_count(lengths, 
     order = list(range(len(lengths)))
     random.shuffle(order)
     fills = []
-    for found in (data.pack_documents(lengths, capacity), data.pack_documents(lengths, capacity, np.array(order))):
+    for found in (packing.pack_documents(lengths, capacity), packing.pack_documents(lengths, capacity, np.array(order))):
         fill = np.bincount(found, weights=lengths)
         assert fill.max() <= capacity and fill.min() > 0 and len(found) == len(lengths)
         assert math.ceil(sum(lengths) / capacity) <= len(fill) <= 2 * sum(lengths) / capacity + 1
@@ -60,7 +60,7 @@ def test_packed_documents_fit_and_the_order_of_equals_changes_no_count(lengths, 
 @given(lengths_of, st.integers(40, 64), st.floats(0, 1))
 def test_a_row_pattern_places_every_token_once(lengths, capacity, min_density):
     lengths = np.sort(lengths)[::-1]
-    parts = data.row_pattern(lengths, capacity, min_density)
+    parts = packing.row_pattern(lengths, capacity, min_density)
     fill = np.bincount(parts["row"], weights=parts["length"])
     assert fill.max() <= capacity and fill.min() > 0
     for document, length in enumerate(lengths):
@@ -87,7 +87,7 @@ def spans(batch):
 def test_an_epoch_scores_every_token_of_every_cache_once(corpora, context, batch_size, min_density, seed):
     starts = np.cumsum([0, *(sum(lengths) + 1 for lengths in corpora)])
     caches = [cache_of(lengths, start) for lengths, start in zip(corpora, starts)]
-    batches = data.PackedBatches(caches, context, batch_size, seed, min_density=min_density)
+    batches = packing.PackedBatches(caches, context, batch_size, seed, min_density=min_density)
     steps = math.ceil(2 * batches.rows_per_epoch / batch_size)
     rows = [row for step in range(steps) for row in zip(*(value.tolist() for value in batches(step).values()))]
     for epoch in range(2):
@@ -104,7 +104,7 @@ def test_an_epoch_scores_every_token_of_every_cache_once(corpora, context, batch
 def test_validation_scores_every_token_of_the_head_once_and_knows_its_document(lengths, context, batch_size, limit):
     cache = cache_of(lengths)
     head = cache.head(limit)
-    found = list(data.validation_batches(cache, context, batch_size, limit))
+    found = list(packing.validation_batches(cache, context, batch_size, limit))
     labels = [(label, document) for batch in found for row, owners in zip(batch["labels"].tolist(), batch["document_ids"].tolist())
               for label, document in zip(row, owners) if label != -100]
     owner = np.repeat(range(len(head)), np.diff(head.offsets))
@@ -116,7 +116,7 @@ def test_validation_scores_every_token_of_the_head_once_and_knows_its_document(l
 @quick
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 30))
 def test_documents_longer_than_a_row_are_cut_into_pieces(first, second, context):
-    pieces = data.Pieces.of([cache_of([first, second])], context)
+    pieces = packing.Pieces.of([cache_of([first, second])], context)
     assert pieces.length.sum() == first + second and 1 <= pieces.length.min() and pieces.length.max() <= context
     assert len(pieces.length) == math.ceil(first / context) + math.ceil(second / context)
 
@@ -129,9 +129,9 @@ def test_a_data_card_has_no_number_that_json_lacks(floors, tmp_path):
     from modern_llm.files import write_json
 
     meta = {"tokenizer": "t", "source": "s", "split": "train", "where": "file", "licence": "", "fingerprint": "f"}
-    caches = [data.TokenCache(tmp_path, meta, *(cache.tokens, cache.offsets, cache.bytes), cache.nats)
+    caches = [packing.TokenCache(tmp_path, meta, *(cache.tokens, cache.offsets, cache.bytes), cache.nats)
               for floor in floors for cache in [cache_of([4, 5], nats=None if floor is None else np.full(2, floor))]]
-    rows = data.data_card(caches).to_dict("records")
+    rows = packing.data_card(caches).to_dict("records")
     assert [row["floor bits per byte"] is None for row in rows] == [floor is None for floor in floors]
     assert json.loads(json.dumps(rows, allow_nan=False)) == json.loads(write_json(tmp_path / "card.json", rows).read_text())
 
@@ -140,5 +140,5 @@ def test_a_data_card_has_no_number_that_json_lacks(floors, tmp_path):
 @given(lengths_of)
 def test_caches_of_different_tokenizers_are_not_mixed(lengths):
     assume(len(lengths) > 1)
-    with pytest.raises(data.DataError, match="different tokenizers"):
-        data.Pieces.of([cache_of(lengths), cache_of(lengths, tokenizer="other")], 8)
+    with pytest.raises(packing.DataError, match="different tokenizers"):
+        packing.Pieces.of([cache_of(lengths), cache_of(lengths, tokenizer="other")], 8)

@@ -11,16 +11,21 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm import perplexity
+from modern_llm.evaluation import perplexity
 from modern_llm.config import ModelConfig
 from modern_llm.files import write_json
-from modern_llm.held_out import blank_lines, cut_texts, detokenise, held_out_pages, joined_tokens, scored_split, wikitext_pages
-from modern_llm.models import ModernDecoderLM
-from modern_llm.perplexity import (perplexity_tables, protocol_rows, score_documents, score_joined, score_lines, sequence_nats, token_nats,
-                                   windows)
-from modern_llm.reading import documents
-from modern_llm.scoring import held_out_measures, perplexity_ratio
-from modern_llm.tokens import end_of_text_id, train_tokenizer
+from modern_llm.evaluation.held_out import (
+    blank_lines, cut_texts, detokenise, held_out_pages, joined_tokens, scored_split,
+    wikitext_pages,
+)
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.evaluation.perplexity import (
+    perplexity_tables, protocol_rows, score_documents, score_joined, score_lines, sequence_nats,
+    token_nats, windows,
+)
+from modern_llm.data.reading import documents
+from modern_llm.statistics import held_out_measures, perplexity_ratio
+from modern_llm.data.tokens import end_of_text_id, train_tokenizer
 
 VOCAB = 400
 HAS_DATA = bool(os.environ.get("MODERN_LLM_DATA"))
@@ -263,7 +268,7 @@ def test_wikitext_from_a_mirror(tmp_path, monkeypatch, tokenizer):
 @pytest.mark.skipif(not HAS_DATA, reason="MODERN_LLM_DATA is not set: no WikiText here")
 def test_wikitext_is_the_published_text():
     """60 articles and, with GPT-2's tokenizer, the token count that every user of this test set knows."""
-    from modern_llm.tokens import gpt2_tokenizer
+    from modern_llm.data.tokens import gpt2_tokenizer
 
     pages = list(held_out_pages("wikitext-2", scored_split("wikitext-2")))
     ids, owners = joined_tokens(gpt2_tokenizer(), pages, wikitext=True)

@@ -15,13 +15,15 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from modern_llm import inputs, pipeline
+from modern_llm.interchange import hub
+from modern_llm.runs import pipeline
 from modern_llm.cli import main
-from modern_llm.cli_run import _key_values
+from modern_llm.cli.run_commands import _key_values
 from modern_llm.config import ConfigError
 from modern_llm.files import read_json, write_json
-from modern_llm.inputs import NOTEBOOKS, StageError
-from modern_llm.outcomes import runs_table
+from modern_llm.messages import StageError
+from modern_llm.runs.spec import NOTEBOOKS
+from modern_llm.runs.outcomes import runs_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=6 pretrain.eval_every=6 "
@@ -169,14 +171,14 @@ def test_parameters_go_to_the_stages_that_declare_them(tuned):
 
 def test_checkpoints_are_found_by_folder_stage_and_run(tuned, tmp_path):
     stage = tuned / "it" / "pretrain"
-    assert inputs.find_checkpoint(stage / "checkpoint") == inputs.find_checkpoint(stage) == stage / "checkpoint"
-    assert inputs.find_checkpoint(tuned / "it") == tuned / "it" / "sft" / "checkpoint"
+    assert hub.find_checkpoint(stage / "checkpoint") == hub.find_checkpoint(stage) == stage / "checkpoint"
+    assert hub.find_checkpoint(tuned / "it") == tuned / "it" / "sft" / "checkpoint"
     with pytest.raises(StageError, match="Tried .*/nothing, .*/nothing/checkpoint, .*/nothing/dpo/checkpoint"):
-        inputs.find_checkpoint(tmp_path / "nothing")
+        hub.find_checkpoint(tmp_path / "nothing")
     shutil.copytree(stage, tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoint.previous", ignore_errors=True)
     os.rename(tmp_path / "killed" / "checkpoint", tmp_path / "killed" / "checkpoint.previous")
-    assert inputs.find_checkpoint(tmp_path / "killed").name == "checkpoint.previous"
+    assert hub.find_checkpoint(tmp_path / "killed").name == "checkpoint.previous"
 
 
 def test_nothing_to_start_from_names_the_remedies(tmp_path):
@@ -296,7 +298,7 @@ def test_chat_and_sample(tuned):
 
 
 def test_a_long_conversation_forgets_its_beginning(tuned):
-    from modern_llm.talk import Chat, open_model
+    from modern_llm.cli.talk import Chat, open_model
 
     model, tokenizer, _ = open_model("it", "sft", None, str(tuned))
     talk = Chat(model, tokenizer, max_new_tokens=8, temperature=0)
@@ -310,9 +312,9 @@ def test_a_long_conversation_forgets_its_beginning(tuned):
 @torch.no_grad()
 def test_a_run_is_opened_by_transformers_as_it_stands_and_exported(tuned, tmp_path):
     transformers = pytest.importorskip("transformers", reason="it has to open what the stages wrote: pip install 'modern_llm[baselines]'")
-    from modern_llm.chat import encode_prompt, end_id
-    from modern_llm.generation import generate
-    from modern_llm.talk import open_model
+    from modern_llm.data.chat import encode_prompt, end_id
+    from modern_llm.models.generation import generate
+    from modern_llm.cli.talk import open_model
 
     code, text = ask("export", "--run", "it", "--output-dir", tuned, "--stage", "sft", "--to", tmp_path / "it-sft", "--shard-gb", 4e-4)
     assert code == 0 and len(list((tmp_path / "it-sft").glob("model-*.safetensors"))) > 1, text

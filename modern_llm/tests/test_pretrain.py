@@ -12,10 +12,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from modern_llm import pipeline
+from modern_llm.runs import pipeline
 from modern_llm.files import write_json
-from modern_llm.inputs import StageError, sections
-from modern_llm.presets import get_pipeline_preset
+from modern_llm.messages import StageError
+from modern_llm.runs.spec import sections
+from modern_llm.config import get_pipeline_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"preset": "lesson", "max_steps": 12, "overrides": "pretrain.checkpoint_every=4 pretrain.eval_every=6"}

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,77 +16,14 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "modern_llm"
 
-# What each module may import of the package. A module that is not listed may import nothing of it.
-ALLOWED = {
-    "ranks": {"config", "files", "distributed", "launch"}, "launch": {"inputs"}, "distributed": {"checkpoints", "config", "optim", "ranks"},
-    "config": {"presets"},  # looked up when asked for
-    "overrides": {"config"}, "presets": {"config", "overrides"}, "files": set(), "figures": set(), "marking": set(),
-    "synth_problems": {"marking"}, "synth_world": {"synth_problems"}, "synth": {"marking", "synth_problems", "synth_world"},
-    "layers": set(),
-    "attention": {"layers", "config"},
-    "counts": {"config"},
-    "generation": {"attention", "config", "models"},  # the model as a type only
-    "models": {"layers", "attention", "config", "files", "overrides"},
-    "scoring": set(),
-    "held_out": {"reading", "sources", "splits", "tokens"},
-    "perplexity": {"generation", "held_out", "scoring", "sources", "tokens"},
-    "overlap": {"config", "reading", "scoring", "sources", "synth"},
-    "sources": {"config"},
-    "splits": {"config", "sources"},
-    "formats": {"sources"},
-    "reading": {"config", "files", "formats", "sources", "splits", "synth"},
-    "tokens": {"config", "files", "sources", "reading", "templates"},
-    "data": {"config", "files", "sources", "reading", "tokens", "synth"},
-    "optim": {"config"},
-    "checkpoints": {"config", "files", "optim"},
-    "templates": {"files"},
-    "chat": {"data", "files", "generation", "models", "templates", "tokens"},  # the model as a type only
-    "tasks": {"chat", "config", "marking", "models", "reading", "scoring", "synth", "tokens"},
-    "pairs": {"chat", "config", "optim", "reading", "synth", "tokens"},
-    "dpo": {"chat", "config", "files", "generation", "models", "optim", "pairs", "reading", "scoring", "synth", "tasks", "tokens"},
-    "prefix": {"generation"},
-    "fewshot": {"prefix", "scoring", "synth", "tokens"},
-    "train_step": {"checkpoints", "config", "distributed", "optim"},
-    "trainer": {"checkpoints", "config", "distributed", "optim", "train_step"},
-    "ledger": {"files", "scoring"},
-    "evals": {"chat", "data", "fewshot", "files", "hub", "ledger", "perplexity", "prefix", "scoring", "tasks", "tokens"},
-    "sft": {"chat", "config", "data", "models", "reading", "scoring", "sources", "synth", "tasks", "tokens"},
-    "inputs": {"config", "files", "hub", "overrides", "reading", "sources", "tokens"},
-    "foreign": {"attention"}, "llama_layout": {"config", "files", "models"},
-    "hub": {"chat", "files", "foreign", "inputs", "llama_layout", "models", "sources", "templates", "tokens"},
-    "export": {"chat", "config", "counts", "files", "inputs", "models", "report_eval", "report_page", "sources", "tokens"},
-    "inference": {"chat", "checkpoints", "config", "counts", "files", "generation", "inputs", "models", "scoring", "tasks", "tokens"},
-    "attention_viz": {"attention", "figures", "models", "synth_world"},  # the model as a type only
-    "report_figures": {"figures"}, "report_page": {"config", "files"}, "report_seeds": {"report_page"},
-    "report": {"config", "counts", "files", "overrides", "report_eval", "report_figures", "report_page", "report_seeds"},
-    "report_eval": {"report_figures", "report_page"},
-    "bases": {"config", "files", "inputs", "launch", "tokens"}, "locks": {"inputs", "scheduler"}, "scheduler": {"inputs"},
-    "parameters": {"config", "inputs", "locks", "overrides", "presets", "resume"}, "resume": {"config", "inputs"},
-    "preflight": {"checkpoints", "config", "counts", "inputs"},
-    "record": {"config", "files", "inputs", "locks", "overrides", "parameters", "preflight", "ranks"},
-    "stage": {"bases", "checkpoints", "config", "counts", "distributed", "files", "inputs", "locks", "models", "overrides", "parameters", "preflight",
-              "ranks", "record", "resume"},
-    "answer_pairs": {"chat", "config", "tasks", "tokens"},
-    "verifier": {"answer_pairs", "chat", "config", "files", "generation", "models", "optim", "scoring", "tasks", "tokens"},
-    "pipeline": {"config", "files", "inputs", "launch", "locks", "overrides", "parameters", "presets", "record", "report", "resume", "scheduler"},
-    "outcomes": {"files", "inputs", "locks", "pipeline"},
-    "talk": {"chat", "checkpoints", "config", "files", "generation", "inputs", "models", "parameters", "tokens"},
-    "duration": {"config", "counts"},
-    "submit": {"config", "duration", "files", "inputs", "outcomes", "pipeline", "record", "scheduler", "sources"},
-    "disturb": {"checkpoints", "config", "files", "models", "optim", "trainer"},
-    "faults_run": {"checkpoints", "disturb"},
-    "faults": {"config", "data", "disturb", "faults_run", "files", "inputs", "locks", "models", "stage", "tokens"},
-    "cli": {"cli_data", "cli_models", "cli_run"}, "cli_common": {"files", "inputs"},
-    "cli_run": {"cli_common", "config", "inputs", "outcomes", "overrides", "parameters", "pipeline", "presets", "ranks", "submit"},
-    "cli_models": {"cli_common", "config", "export", "inference", "talk"},
-    "cli_data": {"cli_common", "config", "hub", "inputs", "overrides", "presets", "reading", "sources", "tokens"},
-}
-NO_TORCH = {"config", "overrides", "presets", "files", "figures", "marking", "synth", "synth_world", "synth_problems", "counts", "sources", "formats",
-            "splits", "reading",
-            "launch", "parameters", "preflight", "record", "resume", "stage", "inputs", "bases", "locks", "pipeline", "outcomes", "ranks", "duration", "scheduler", "submit",
-            "cli",
-            "cli_common", "cli_run", "cli_models", "cli_data", "report", "overlap", "report_eval", "report_figures", "report_page", "report_seeds",
-            "hub", "llama_layout", "export", "templates"}
+# The folders of the package in one direction: each imports only what stands before it, and its own modules without a circle.
+GROUND = ("files", "statistics", "figures", "messages")
+DIRECTION = (GROUND, ("config",), ("models",), ("data",), ("interchange", "training"), ("evaluation",), ("report",), ("runs",), ("cluster",), ("cli",))
+LEVEL = {folder: level for level, folders in enumerate(DIRECTION) for folder in folders}
+WITHOUT_TORCH = {"files", "statistics", "figures", "messages", "config", "report", "runs", "cluster", "cli"}  # until it is needed
+ALSO_WITHOUT_TORCH = {f"data.{name}" for name in ("sources", "formats", "splits", "reading", "marking", "templates", "synth", "synth_world",
+                                                  "synth_problems")} | {
+    "models", "models.counts", "evaluation.overlap", "interchange.hub", "interchange.importing", "interchange.llama_layout", "interchange.export"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -95,43 +33,54 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ("modern_llm." if node.level else "") + (node.module or "")
+            around = path.relative_to(ROOT).parts[:-node.level] if node.level else ()
+            module = ".".join([*around, *filter(None, [node.module])])
             found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
     return found
 
 
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+def module_name(path: Path) -> str:
+    """`models.layers` for modern_llm/models/layers.py, `models` for its folder's face."""
+    return ".".join(part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))
+           if "tests" not in path.parts and path.name != "_modidx.py" and path != PACKAGE / "__init__.py"}
+
+
+def used_by(module: str) -> set[str]:
+    """The modules of the package that a module imports, anywhere in its code."""
+    names = {name.removeprefix("modern_llm.") for name in imports(MODULES[module]) if name.startswith("modern_llm.")}
+    return {name for name in names if name in MODULES} - {module}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_import_rule(module):
-    used = {name.split(".")[1] for name in imports(PACKAGE / f"{module}.py")
-            if name.startswith("modern_llm.") and name.split(".")[1] in MODULES}
-    assert used <= ALLOWED[module], f"{module} imports {used - ALLOWED[module]}"
-    if module in NO_TORCH:
-        top = imports(PACKAGE / f"{module}.py", top_level_only=True)
+def test_imports_run_in_one_direction(module):
+    folder = module.split(".")[0]
+    for used in used_by(module):
+        other = used.split(".")[0]
+        assert other == folder or other in GROUND or LEVEL[other] < LEVEL[folder], f"{module} imports {used}, which stands behind it or beside it"
+    if folder in WITHOUT_TORCH or module in ALSO_WITHOUT_TORCH:
+        top = imports(MODULES[module], top_level_only=True)
         assert not any(name.split(".")[0] in ("torch", "datasets", "transformers") for name in top)
 
 
-def chapters() -> dict[str, tuple[float, str]]:
-    """Module -> (order in the book, notebook) for every chapter that exports."""
-    found = {}
-    for path in (ROOT / "nbs").glob("*.ipynb"):
-        sources = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
-        order = next((float(line[8:]) for line in sources[0].splitlines() if line.startswith("- order:")), None)
-        module = next((s.split()[2] for s in sources if s.startswith("#| default_exp")), None)
-        if module:
-            found[module] = order, path.stem
-    return found
+def test_no_folder_imports_in_a_circle():
+    graph = {module: used_by(module) - {module.split(".")[0]} for module in MODULES}  # a folder's face is no part of a circle
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-def test_a_chapter_imports_earlier_chapters_only():
-    book = chapters()
-    assert {"layers", "attention", "models", "data", "trainer"} <= book.keys()
-    for module, (order, notebook) in book.items():
-        for name in imports(PACKAGE / f"{module}.py"):
-            other = name.split(".")[1] if name.startswith("modern_llm.") else ""
-            assert other not in book or book[other][0] < order, f"{notebook} comes before {book[other][1]}, which it imports"
+SPINE = ("00_layers", "01_attention", "02_model", "02a_data", "02b_optim", "03_trainer", "03_pretrain", "04_sft", "05_dpo", "06_verifier", "07_eval",
+         "08_attention_viz")
+
+
+def test_every_chapter_has_its_place():
+    """The spine is twelve chapters in their order; every other chapter stands on the shelf that its number names, and says so."""
+    orders = {path.stem: float(re.search(r"^- order: (\S+)", "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]), re.M)[1])
+              for path in (ROOT / "nbs").glob("*.ipynb") if path.stem != "index"}
+    book = sorted(orders, key=orders.get)
+    assert tuple(book[:12]) == SPINE and len(set(orders.values())) == len(orders)
+    assert all(re.match(r"[1-5]\d_", stem) and orders[stem] == int(stem[:2]) for stem in book[12:])
 
 
 @pytest.fixture(scope="module")

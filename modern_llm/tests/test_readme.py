@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from modern_llm import synth
+from modern_llm.data import synth
 from modern_llm.tests.slurm import loopback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,11 +89,11 @@ CASES = {
         settings(TINY, "data.tokenizer_vocab_size=300"), ("perplexity, tinystories", "perplexity, wikitext-2-raw-v1")),
     "modern-llm run --preset local-cpu --stage eval --run other --checkpoint /path/to/SmolLM2-135M-Instruct": Case(
         settings(FEW, BUILT_IN, "eval.protocol_sources=tinystories"), ("eval: finished",), ("runs/other/eval/ledger.csv",), lane="run"),
-    "papermill nbs/09a_eval_speed.ipynb labels.ipynb -p checkpoint /path/to/SmolLM2-135M-Instruct -p rounds 2 -p sentiment sst2 "
+    "papermill nbs/50_eval_speed.ipynb labels.ipynb -p checkpoint /path/to/SmolLM2-135M-Instruct -p rounds 2 -p sentiment sst2 "
     "-p sentences 872 -p problems 0": Elsewhere("test_notebooks.py"),
-    "papermill nbs/09a_eval_speed.ipynb answers.ipynb -p checkpoint /path/to/SmolLM2-135M-Instruct -p sentences 0 -p word_problems gsm8k "
+    "papermill nbs/50_eval_speed.ipynb answers.ipynb -p checkpoint /path/to/SmolLM2-135M-Instruct -p sentences 0 -p word_problems gsm8k "
     "-p problems 64 -p samples 16 -p new_tokens 128": Elsewhere("test_notebooks.py"),
-    "python -m modern_llm.faults": Case("--help", ("usage: python -m modern_llm.faults", "--only")),  # with faults: test_faults.py
+    "python -m modern_llm.tests.faults": Case("--help", ("usage: python -m modern_llm.tests.faults", "--only")),  # with faults: test_faults.py
     "python scripts/figures.py": Case("", leaves=("report/figures/pipeline.svg", "report/figures/overview.svg")),
     "make export": Elsewhere("test_project.py", "nbdev_export"),
     "modern-llm export --run local-smoke --stage dpo --to my-model --dtype bf16": Case(

@@ -10,14 +10,14 @@ import sys
 import pandas as pd
 import pytest
 
-from modern_llm.outcomes import headline, summary
-from modern_llm.overrides import to_dict
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.pipeline import Step
-from modern_llm.report import write_report
-from modern_llm.report_eval import main_rows
-from modern_llm.report_page import STAGES, ReportError, Run, interval, markdown_table, number
-from modern_llm.report_seeds import summarise_seeds
+from modern_llm.runs.outcomes import headline, summary
+from modern_llm.config import to_dict
+from modern_llm.config import get_pipeline_preset
+from modern_llm.runs.pipeline import Step
+from modern_llm.report.write import write_report
+from modern_llm.report.evaluation import main_rows
+from modern_llm.report.page import STAGES, ReportError, Run, interval, markdown_table, number
+from modern_llm.report.seeds import summarise_seeds
 
 MEASURE = {"low": 0.5, "high": 0.7, "n": 40, "protocol": "40 held-out | things"}
 LEDGER = """stage,task,metric,value,low,high,n,protocol,seconds

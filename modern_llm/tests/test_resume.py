@@ -15,15 +15,16 @@ from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from modern_llm import pipeline
+from modern_llm.runs import pipeline
 from modern_llm.cli import main
 from modern_llm.config import ConfigError, TrainConfig
 from modern_llm.files import atomic_folder, read_json, write_json, write_text
-from modern_llm.inputs import MAY_CHANGE, StageError
-from modern_llm.optim import LossOutput
-from modern_llm.parameters import resolve
+from modern_llm.messages import StageError
+from modern_llm.runs.spec import MAY_CHANGE
+from modern_llm.training.optim import LossOutput
+from modern_llm.runs.parameters import resolve
 from modern_llm.tests.test_stage import begin, finished
-from modern_llm.trainer import Trainer
+from modern_llm.training.trainer import Trainer
 
 pytestmark = pytest.mark.fault("record")
 
@@ -150,7 +151,7 @@ def test_a_finished_stage_that_is_trained_on_has_no_results_until_it_has_new_one
 def test_a_finished_stage_stays_finished_when_repeating_it_fails(tmp_path):
     from IPython.core.interactiveshell import InteractiveShell
 
-    from modern_llm.stage import begin as begin_stage
+    from modern_llm.runs.stage import begin as begin_stage
     from modern_llm.tests.test_stage import DECLARED
 
     stage_at(tmp_path, steps=8, done=True)
@@ -260,12 +261,12 @@ def test_a_later_stage_that_is_refused_stops_the_pipeline_at_its_start(tmp_path)
 
 
 def test_the_model_card_says_what_was_changed_under_way(tmp_path):
-    from modern_llm.export import model_card
-    from modern_llm.models import read_config
+    from modern_llm.report.card import model_card
+    from modern_llm.models.decoder import read_config
 
     checkpoint = finished(tmp_path, "pretrain", run="mine")
     record = resolve("pretrain", {"preset": "lesson"})
-    from modern_llm.inputs import sections
+    from modern_llm.runs.spec import sections
 
     write_json(tmp_path / "mine" / "run.json", {"stages": {"pretrain": {"status": "finished", "seconds": 1}}})
     write_json(tmp_path / "mine" / "pretrain" / "params.json", {
@@ -273,7 +274,7 @@ def test_the_model_card_says_what_was_changed_under_way(tmp_path):
         "changed_under_way": [{"from_step": 6, "settings": ["pretrain.lr: 0.003 -> 0.001"]}]})
     for name, value in (("tokenizer_config.json", {}),):
         write_json(checkpoint / name, value)
-    from modern_llm.tokens import make_tokenizer, save_tokenizer
+    from modern_llm.data.tokens import make_tokenizer, save_tokenizer
 
     save_tokenizer(make_tokenizer(record.data), checkpoint)
     card = model_card(checkpoint, read_config(checkpoint), "LlamaForCausalLM", "float32", 1, "mine")

@@ -12,17 +12,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from modern_llm import hub, pipeline, synth
-from modern_llm.chat import answer, encode_prompt, speaks_chat
+from modern_llm.data import synth
+from modern_llm.interchange import hub
+from modern_llm.runs import pipeline
+from modern_llm.data.chat import answer, encode_prompt, speaks_chat
 from modern_llm.cli import main
 from modern_llm.files import read_json, write_json
-from modern_llm.generation import generate
-from modern_llm.inputs import StageError, find_checkpoint
-from modern_llm.models import load_model
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.stage import with_model_of
+from modern_llm.models.generation import generate
+from modern_llm.interchange.hub import find_checkpoint
+from modern_llm.messages import StageError
+from modern_llm.models.decoder import load_model
+from modern_llm.config import get_pipeline_preset
+from modern_llm.runs.stage import with_model_of
 from modern_llm.tests.test_hub import other_tokenizer, token_ids, written
-from modern_llm.tokens import load_tokenizer
+from modern_llm.data.tokens import load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers writes and reads the models here")
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from modern_llm import locks, scheduler, submit
+from modern_llm.cluster import submit
+from modern_llm.runs import locks, scheduler
 from modern_llm.cli import main
-from modern_llm.outcomes import runs_table
-from modern_llm.scheduler import MARK, Said, is_shown_as, job_states
+from modern_llm.runs.outcomes import runs_table
+from modern_llm.runs.scheduler import MARK, Said, is_shown_as, job_states
 
 ROOT = Path(__file__).resolve().parents[2]
 fault = pytest.mark.fault("scheduler")
@@ -207,8 +208,8 @@ def test_a_job_reads_what_was_named_here(elsewhere, words):
 
 @fault
 def test_start_and_baselines_are_absolute_too(elsewhere):
-    from modern_llm.overrides import override, parse_overrides
-    from modern_llm.presets import get_pipeline_preset
+    from modern_llm.config import override, parse_overrides
+    from modern_llm.config import get_pipeline_preset
 
     here, _ = elsewhere
     (here / "base").mkdir()

@@ -13,18 +13,19 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm import pairs, sft, synth
-from modern_llm.chat import CHAT_TEMPLATE, Answer, end_id, padded_batch
+from modern_llm.data import pairs, synth
+from modern_llm.training import sft
+from modern_llm.data.chat import CHAT_TEMPLATE, Answer, end_id, padded_batch
 from modern_llm.config import PAIR_SOURCES, SFT_SOURCES, ConfigError, ModelConfig, SFTConfig
-from modern_llm.data import build_token_cache
-from modern_llm.models import ModernDecoderLM, load_model, save_model
-from modern_llm.optim import lm_loss
-from modern_llm.overrides import override
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.scoring import perplexity_ratio
-from modern_llm.sft import Example
-from modern_llm.sources import DataError
-from modern_llm.tokens import load_tokenizer, save_tokenizer, train_tokenizer
+from modern_llm.data.packing import build_token_cache
+from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
+from modern_llm.training.optim import lm_loss
+from modern_llm.config import override
+from modern_llm.config import get_pipeline_preset
+from modern_llm.statistics import perplexity_ratio
+from modern_llm.training.sft import Example
+from modern_llm.data.sources import DataError
+from modern_llm.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [document.text for document in islice(synth.documents(), 300)]

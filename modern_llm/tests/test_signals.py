@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modern_llm.checkpoints import read_metrics
+from modern_llm.training.checkpoints import read_metrics
 from modern_llm.files import read_json
-from modern_llm.locks import STAGE_LOCK, owner_of
-from modern_llm.pipeline import EXIT_PREEMPTED
+from modern_llm.runs.locks import STAGE_LOCK, owner_of
+from modern_llm.runs.pipeline import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=80 pretrain.eval_every=80 pretrain.batch_size=4 "

@@ -16,11 +16,11 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from modern_llm import duration, submit
+from modern_llm.cluster import duration, submit
 from modern_llm.cli import main
 from modern_llm.files import read_json, sha256
-from modern_llm.inputs import NOTEBOOKS
-from modern_llm.presets import get_pipeline_preset
+from modern_llm.runs.spec import NOTEBOOKS
+from modern_llm.config import get_pipeline_preset
 from modern_llm.tests.slurm import loopback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def ask(*words: object) -> tuple[int, str]:
 
 
 def test_gpus_are_those_of_the_trainer():
-    from modern_llm.trainer import PEAK_FLOPS
+    from modern_llm.training.trainer import PEAK_FLOPS
 
     assert {name: peak for name, peak in duration.PEAK_FLOPS.items() if "CPU" not in name} == PEAK_FLOPS
     assert {nodes.gpu for nodes in submit.PARTITIONS.values()} <= set(PEAK_FLOPS)

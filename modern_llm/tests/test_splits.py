@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modern_llm import data, dpo, inputs, pairs, reading, sft, splits, tasks, tokens
+from modern_llm.runs import data_files
+from modern_llm.data import packing
+from modern_llm.data import pairs, reading, splits, tasks, tokens
+from modern_llm.training import dpo, sft
 from modern_llm.config import DataConfig
-from modern_llm.overrides import override
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.sources import DataError
+from modern_llm.config import override
+from modern_llm.config import get_pipeline_preset
+from modern_llm.data.sources import DataError
 
 TRAIN_ONLY, TEST_ONLY = splits.cut_splits(["train"], "train"), splits.cut_splits(["test"], "test")
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -97,12 +100,12 @@ def test_what_is_split_can_be_packed_and_scored(name, tmp_path):
     path.write_bytes(BROUGHT[name].encode())
     config = DataConfig(sources=(str(path),), tokenizer_vocab_size=2048)  # more than the text gives
     tokenizer = tokens.make_tokenizer(config, tmp_path)
-    train, held = data.load_corpus(config, tokenizer, tmp_path, progress=False)
+    train, held = packing.load_corpus(config, tokenizer, tmp_path, progress=False)
     assert 261 <= tokenizer.get_vocab_size() <= 2048
-    assert data.PackedBatches(train, 512, 8)(3)["input_ids"].shape == (8, 512)  # also of a text shorter than a row
-    scored = sum(int((batch["labels"] >= 0).sum()) for batch in data.validation_batches(held[str(path)], 512, 8))
+    assert packing.PackedBatches(train, 512, 8)(3)["input_ids"].shape == (8, 512)  # also of a text shorter than a row
+    scored = sum(int((batch["labels"] >= 0).sum()) for batch in packing.validation_batches(held[str(path)], 512, 8))
     assert scored == held[str(path)].num_tokens
-    assert data.data_card(train).note[0] == reading.how_split(str(path)) != ""
+    assert packing.data_card(train).note[0] == reading.how_split(str(path)) != ""
 
 
 TOO_SMALL = {
@@ -123,7 +126,7 @@ def test_what_is_too_small_is_told_the_size_that_is_needed(name, tmp_path):
             next(reading.documents(str(path), split))
         assert str(path) in str(caught.value)
     config = override(get_pipeline_preset("lesson"), {"data": {"sources": [str(path)]}})
-    said, problems = inputs.cut_data(config, "pretrain")  # a stage asks before it begins
+    said, problems = data_files.cut_data(config, "pretrain")  # a stage asks before it begins
     assert said == [] and message in problems[0]
 
 

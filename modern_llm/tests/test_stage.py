@@ -8,12 +8,13 @@ import pytest
 
 from modern_llm.config import ConfigError
 from modern_llm.files import atomic_folder, read_json, write_json
-from modern_llm.inputs import WARNINGS, StageError
-from modern_llm.overrides import parse_overrides
-from modern_llm.parameters import report_folder, resolve
-from modern_llm.preflight import fit_micro_batch
-from modern_llm.record import machine
-from modern_llm.stage import begin as begin_stage, config_table
+from modern_llm.messages import StageError
+from modern_llm.runs.scheduler import WARNINGS
+from modern_llm.config import parse_overrides
+from modern_llm.runs.parameters import report_folder, resolve
+from modern_llm.runs.preflight import fit_micro_batch
+from modern_llm.runs.record import machine
+from modern_llm.runs.stage import begin as begin_stage, config_table
 
 DECLARED = ["preset", "run", "seed", "max_steps", "max_minutes", "device", "overrides", "output_dir", "resume", "force"]
 
@@ -143,7 +144,7 @@ def finished(runs: Path, stage: str, seed: int = 0, run: str = "lesson", width: 
     import torch
 
     from modern_llm.config import ModelConfig
-    from modern_llm.models import ModernDecoderLM, save_model
+    from modern_llm.models.decoder import ModernDecoderLM, save_model
 
     torch.manual_seed(seed)
     folder = runs / run / stage
@@ -241,7 +242,7 @@ def test_the_lesson_preset_makes_its_small_base_once(tmp_path, monkeypatch, caps
     second = begin(tmp_path / "runs", stage="attention", overrides=small + " sft.lr=1e-4")
     assert "made before" in capsys.readouterr().err and second.inputs == first.inputs
     other = resolve("sft", {"preset": "lesson", "overrides": small, "seed": 5})
-    from modern_llm.bases import base_name
+    from modern_llm.runs.bases import base_name
 
     names = {base_name(("pretrain",), config, "cpu") for config in (first.config, second.config, other)}
     assert len(names) == 2, "another seed makes another base, another learning rate of SFT does not"
@@ -299,7 +300,7 @@ def test_a_disk_that_fills_up_is_named_and_costs_no_result(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("modern_llm.record.write_json", full)
+        patch.setattr("modern_llm.runs.record.write_json", full)
         with pytest.raises(StageError, match="cannot write to .*mine.pretrain: No space left on device; make room .* resume=True"):
             run.finish({"table": []})
     assert not (run.folder / "results.json").exists() and begin(tmp_path, run="mine", resume=True).resume

@@ -18,16 +18,21 @@ from sklearn.metrics import accuracy_score, confusion_matrix, roc_auc_score
 from statsmodels.stats import contingency_tables
 from statsmodels.stats.proportion import proportion_confint
 
-from modern_llm import synth
-from modern_llm.attention_viz import row_measures
-from modern_llm.evals import sample_items
-from modern_llm.fewshot import accuracy_rows, confusion_table, order_entropies
-from modern_llm.ledger import difference_row, is_significant, item_rows, ledger_rows, measure_rows, problem_analysis, stage_gains, write_ledger
-from modern_llm.overlap import SAME_MIX, clean_rows
-from modern_llm.scoring import (auc, held_out_measures, items_interval, mcnemar, mean_interval, paired_difference, perplexity_ratio, proportion_interval,
-                                ratio_interval, within_group_auc)
-from modern_llm.tasks import RERANKERS, choice_weights, pass_at_k, rerank
-from modern_llm.verifier import calibration_error, judgements, logistic_fit, reliability
+from modern_llm.data import synth
+from modern_llm.evaluation.attention import row_measures
+from modern_llm.evaluation.evals import sample_items
+from modern_llm.evaluation.fewshot import accuracy_rows, confusion_table, order_entropies
+from modern_llm.evaluation.ledger import (
+    difference_row, is_significant, item_rows, ledger_rows, measure_rows, problem_analysis,
+    stage_gains, write_ledger,
+)
+from modern_llm.evaluation.overlap import SAME_MIX, clean_rows
+from modern_llm.statistics import (
+    auc, held_out_measures, items_interval, mcnemar, mean_interval, paired_difference,
+    perplexity_ratio, proportion_interval, ratio_interval, within_group_auc,
+)
+from modern_llm.data.tasks import RERANKERS, choice_weights, pass_at_k, rerank
+from modern_llm.training.verifier import calibration_error, judgements, logistic_fit, reliability
 
 quickly = settings(max_examples=25, deadline=None, derandomize=True)
 INTERVAL = ("value", "low", "high")

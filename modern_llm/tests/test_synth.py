@@ -7,8 +7,8 @@ from itertools import islice
 
 import pytest
 
-from modern_llm import marking, synth, synth_problems, synth_world
-from modern_llm.synth_problems import Choices, write_problem
+from modern_llm.data import marking, synth, synth_problems, synth_world
+from modern_llm.data.synth_problems import Choices, write_problem
 
 
 class Scripted(Choices):
@@ -352,4 +352,4 @@ def test_leaves_need_the_standard_library_only():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert name.startswith(("modern_llm.synth_", "modern_llm.marking")) or name.split(".")[0] in sys.stdlib_module_names
+                assert name.startswith(("modern_llm.data.synth_", "modern_llm.data.marking")) or name.split(".")[0] in sys.stdlib_module_names

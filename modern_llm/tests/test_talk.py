@@ -10,14 +10,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from modern_llm import talk
+from modern_llm.cli import talk
 from modern_llm.cli import main
 from modern_llm.config import ModelConfig
-from modern_llm.generation import Sampling, next_token_probabilities
-from modern_llm.inputs import StageError, find_checkpoint
-from modern_llm.talk import Chat, open_model, samples
+from modern_llm.models.generation import Sampling, next_token_probabilities
+from modern_llm.interchange.hub import find_checkpoint
+from modern_llm.messages import StageError
+from modern_llm.cli.talk import Chat, open_model, samples
 from modern_llm.tests.test_inference import SMALL, saved
-from modern_llm.tokens import encode_documents
+from modern_llm.data.tokens import encode_documents
 
 fault = pytest.mark.fault("conversation")
 

@@ -8,19 +8,23 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 
-from modern_llm import hub, inputs
-from modern_llm.answer_pairs import encode_candidate
-from modern_llm.chat import answer, chat_format, encode_chat, encode_example, encode_prompt, end_id, other_ends, speaks_chat
+from modern_llm import messages
+from modern_llm.interchange import hub
+from modern_llm.data.answer_pairs import encode_candidate
+from modern_llm.data.chat import (
+    answer, chat_format, encode_chat, encode_example, encode_prompt, end_id, other_ends,
+    speaks_chat,
+)
 from modern_llm.config import ModelConfig
-from modern_llm.export import export_model
+from modern_llm.report.card import export_with_card
 from modern_llm.files import read_json, write_json
-from modern_llm.models import ModernDecoderLM, save_model
-from modern_llm.pairs import Pair, encode_pair
-from modern_llm.sft import Example, encode_examples
-from modern_llm.talk import Chat, open_model, samples
-from modern_llm.tasks import word_problems
-from modern_llm.templates import TemplateError
-from modern_llm.tokens import load_tokenizer, save_tokenizer, train_tokenizer
+from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.data.pairs import Pair, encode_pair
+from modern_llm.training.sft import Example, encode_examples
+from modern_llm.cli.talk import Chat, open_model, samples
+from modern_llm.data.tasks import word_problems
+from modern_llm.data.templates import TemplateError
+from modern_llm.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="its rendering is what ours is held against")
 TEXTS = ["system user assistant model You are a helpful assistant. What is 2 + 3? It is 5. Be brief. Today Date: 26 Jul 2024"] * 3
@@ -212,7 +216,7 @@ def test_every_place_that_writes_a_conversation_runs_the_template(brought, tmp_p
     (tmp_path / "tuned").mkdir()
     save_model(tmp_path / "tuned", model, eos_id=end_id(tokenizer))
     save_tokenizer(tokenizer, tmp_path / "tuned", chat_format(tokenizer).template)  # as the stages save one
-    export_model(tmp_path / "tuned", tmp_path / "out")
+    export_with_card(tmp_path / "tuned", tmp_path / "out")
     assert theirs(tmp_path / "out", TALK[:1], True) == prompt == encode_prompt(load_tokenizer(tmp_path / "tuned"), request)
     ends = read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"]
     assert end_id(tokenizer) in (ends if isinstance(ends, list) else [ends])
@@ -261,8 +265,8 @@ def test_a_template_that_cannot_be_used_is_named_with_its_line(template, tmp_pat
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "source").mkdir()
     a_model(tmp_path / "source", "chatml", template, "file")
-    with pytest.raises(inputs.StageError, match=BROKEN[template]) as error:
-        inputs.find_checkpoint(tmp_path / "source")
+    with pytest.raises(messages.StageError, match=BROKEN[template]) as error:
+        hub.find_checkpoint(tmp_path / "source")
     assert "chat_template.jinja" in str(error.value)
     assert hub.load(tmp_path / "source")[0].cfg.vocab_size == 400  # whoever asks it nothing in a chat can evaluate it
 

@@ -16,14 +16,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modern_llm.checkpoints import CheckpointError, load_checkpoint, read_metrics
+from modern_llm.training.checkpoints import CheckpointError, load_checkpoint, read_metrics
 from modern_llm.config import DataConfig, ModelConfig, TrainConfig
-from modern_llm.data import PackedBatches, load_corpus
+from modern_llm.data.packing import PackedBatches, load_corpus
 from modern_llm.files import DamagedFolder, read_json, sha256, write_json
-from modern_llm.models import ModernDecoderLM
-from modern_llm.optim import LossOutput, Muon, chunked_cross_entropy, lm_loss, make_optimizers
-from modern_llm.tokens import make_tokenizer
-from modern_llm.trainer import Trainer, TrainingDiverged
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.training.optim import (
+    LossOutput, Muon, chunked_cross_entropy, lm_loss, make_optimizers,
+)
+from modern_llm.data.tokens import make_tokenizer
+from modern_llm.training.trainer import Trainer, TrainingDiverged
 
 CONFIG = TrainConfig(max_steps=14, batch_size=8, micro_batch_size=4, warmup_steps=3, ema_decay=0.9, log_every=3,
                      eval_every=4, checkpoint_every=5, lr=0.01)
@@ -245,7 +247,7 @@ def test_full_disk_while_logging_names_the_file_and_leaves_it_readable(tmp_path,
         raise OSError(28, "No space left on device")
 
     full = [False]
-    monkeypatch.setattr("modern_llm.checkpoints.open", half, raising=False)
+    monkeypatch.setattr("modern_llm.training.checkpoints.open", half, raising=False)
     run = trainer(toy(), tmp_path, data=lambda step: (full.__setitem__(0, step >= 8), batches(step))[1])
     with pytest.raises(CheckpointError, match=r"cannot write .*metrics.jsonl: No space left.*resume=True"):
         run.fit()

@@ -11,20 +11,24 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm import synth
-from modern_llm.answer_pairs import AnswerBatches, encode_candidate, fork_of, perturb
+from modern_llm.data import synth
+from modern_llm.data.answer_pairs import AnswerBatches, encode_candidate, fork_of, perturb
 from modern_llm.config import ConfigError, ModelConfig, VerifierConfig
 from modern_llm.files import atomic_folder
-from modern_llm.models import ModernDecoderLM, load_model, save_model
-from modern_llm.overrides import override
-from modern_llm.presets import get_pipeline_preset
-from modern_llm.tasks import word_problems
-from modern_llm.tokens import train_tokenizer
-from modern_llm.train_step import micro_batches
-from modern_llm.trainer import Trainer
-from modern_llm.verifier import (
-    VerifierModel, calibrate, calibration_error, judgements, load_verifier, read_answers, reliability, rerank_differences, running_surprise,
-    sampling_plan, save_verifier, score, score_answers, small_encoder, start_from_surprise, token_log_probs, token_scores, verifier_loss,
+from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
+from modern_llm.config import override
+from modern_llm.config import get_pipeline_preset
+from modern_llm.data.tasks import word_problems
+from modern_llm.data.tokens import train_tokenizer
+from modern_llm.training.train_step import micro_batches
+from modern_llm.training.trainer import Trainer
+from modern_llm.models.verifier import (
+    VerifierModel, load_verifier, running_surprise, small_encoder, token_log_probs,
+)
+from modern_llm.training.verifier import (
+    calibrate, calibration_error, judgements, read_answers, reliability, rerank_differences,
+    sampling_plan, save_verifier, score, score_answers, start_from_surprise, token_scores,
+    verifier_loss,
 )
 
 CONTEXT = 160

@@ -1,0 +1,1 @@
+"""Stages as SLURM jobs: how long they take, and the lines for sbatch."""

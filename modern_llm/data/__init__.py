@@ -1,0 +1,1 @@
+"""Text and its tokens: sources, readers, tokenizers, packed rows, chats, pairs, problems, and the built-in world."""

@@ -1,0 +1,1 @@
+"""What a stage is, what it starts from, and how it is run, recorded and resumed."""

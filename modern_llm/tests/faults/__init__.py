@@ -1,0 +1,1 @@
+"""Faults injected into real training processes, and the table of what became of them."""

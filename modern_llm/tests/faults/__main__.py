@@ -1,0 +1,3 @@
+from modern_llm.tests.faults.table import main
+
+main()
