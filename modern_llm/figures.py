@@ -80,7 +80,7 @@ def training_curves(metrics, floor: float | None = None, window: int = 1):
 
 @contextlib.contextmanager
 def live_curves(metrics_file: Path, seconds: float = 2.0, **options) -> Iterator[None]:
-    """Inside, a notebook open in Jupyter shows the curves of a training run, drawn anew every `seconds` while `metrics_file` grows.
+    """Inside, a notebook open in Jupyter shows the curves of a training run, redrawn every `seconds` while `metrics_file` grows.
 
     Anywhere else (papermill, a script, a test) nothing is drawn: there the trainer's bar tells how far it is, in lines of text.
 
@@ -121,7 +121,7 @@ def live_curves(metrics_file: Path, seconds: float = 2.0, **options) -> Iterator
 
 
 def sample_sheet(samples: dict[str, list[str]], width: int = 100):
-    """Generated texts as Markdown, prompt by prompt: `samples` maps a heading (a step, a stage) to one text a prompt."""
+    """Generated texts as Markdown, prompt by prompt: `samples` maps a heading (a step, a stage) to one text per prompt."""
     from IPython.display import Markdown
 
     parts = []

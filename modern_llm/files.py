@@ -57,21 +57,21 @@ def write_text(path: str | Path, text: str) -> Path:
     return path
 
 
-def known(value: object) -> object:
+def nan_to_none(value: object) -> object:
     """The value with None in place of every number in it that is not finite: JSON has no NaN, and what is not known is null."""
     if isinstance(value, dict):
-        return {name: known(part) for name, part in value.items()}
+        return {name: nan_to_none(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [known(part) for part in value]
+        return [nan_to_none(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | Path, value: object) -> Path:
-    """`write_text` of readable JSON; numbers that are not finite become null, see `known`."""
-    return write_text(path, json.dumps(known(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_text` of readable JSON; numbers that are not finite become null, see `nan_to_none`."""
+    return write_text(path, json.dumps(nan_to_none(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-class NoObject(ValueError):
+class InvalidJson(ValueError):
     """A file without a JSON object; `what` says why, to be read behind the file's name: "is empty"."""
 
     def __init__(self, path: Path, what: str):
@@ -80,27 +80,27 @@ class NoObject(ValueError):
 
 
 def read_json(path: str | Path) -> dict:
-    """The JSON object in a file. Raises OSError or NoObject."""
+    """The JSON object in a file. Raises OSError or InvalidJson."""
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):
-        raise NoObject(path, "is no file" + (" but a folder" if path.is_dir() else ""))
+        raise InvalidJson(path, "is not a file" + (" but a folder" if path.is_dir() else ""))
     data = path.read_bytes()
     if not data.strip(b"\0 \r\n\t"):
-        raise NoObject(path, "is empty" if not data else "holds nothing but zeros and spaces")
+        raise InvalidJson(path, "is empty" if not data else "holds nothing but zeros and spaces")
     try:
         value = json.loads(data.decode("utf-8"))
     except RecursionError:
-        raise NoObject(path, "is nested too deeply") from None
+        raise InvalidJson(path, "is nested too deeply") from None
     except UnicodeDecodeError as error:
-        raise NoObject(path, f"is no text in UTF-8, at byte {error.start}") from None
+        raise InvalidJson(path, f"is not UTF-8 text, at byte {error.start}") from None
     except ValueError as error:
-        raise NoObject(path, f"is no JSON: {error}") from None
+        raise InvalidJson(path, f"is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise NoObject(path, f"holds {json.dumps(value)[:40]}, not a JSON object")
+        raise InvalidJson(path, f"holds {json.dumps(value)[:40]}, not a JSON object")
     return value
 
 
-def kept_frame(path: str | Path, make: Callable[[], object]):
+def cached_frame(path: str | Path, make: Callable[[], object]):
     """The pandas table kept in `path` (JSON lines); if there is none, what `make()` returns, kept there for the next time.
 
     For work that a resumed stage must not repeat. The table that is returned is always the one read from the file.
@@ -116,7 +116,7 @@ def kept_frame(path: str | Path, make: Callable[[], object]):
     try:
         table = pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False, precise_float=True)
     except ValueError as error:
-        raise DamagedFolder(f"{path} is no table of JSON lines ({error}): delete it, and it is made again") from error
+        raise DamagedFolder(f"{path} is not a table of JSON lines ({error}): delete it, and it is made again") from error
     return table.astype(dict.fromkeys((name for name in table if table[name].isna().all()), float))  # nothing but null: NaN
 
 
@@ -142,7 +142,7 @@ def atomic_folder(folder: str | Path, meta: dict | None = None, keep_previous: b
     try:
         yield temporary
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        meta = {**known(meta or {}), "sha256": {str(p.relative_to(temporary)): sha256(p) for p in files}}
+        meta = {**nan_to_none(meta or {}), "sha256": {str(p.relative_to(temporary)): sha256(p) for p in files}}
         meta["sha256"]["meta.json"] = _digest(meta)
         write_json(temporary / "meta.json", meta)
         for path in files:

@@ -1,4 +1,4 @@
-"""Count the tests that are a case of a fault into report/results/fault_cases.csv, and write report/faults.md anew. `--check` only compares."""
+"""Count the tests that are a case of a fault into report/results/fault_cases.csv, and write report/faults.md again. `--check` only compares."""
 
 import csv
 import sys

@@ -5,8 +5,8 @@
 # TACC sets TACC_SYSTEM. torch's wheels bring their own CUDA; Python must be the one that made .venv, 3.10 or newer
 # (`module spider python3` lists what there is; scripts/environment.sh makes .venv).
 case "${TACC_SYSTEM:-}" in
-  ls6) module load gcc cuda python3 ;;     # Lonestar6: partitions gpu-a100 (3 A100 a node), gpu-h100 (2 H100 a node)
-  vista) module load gcc cuda python3 ;;   # Vista: partition gh (one GH200 a node)
+  ls6) module load gcc cuda python3 ;;     # Lonestar6: partitions gpu-a100 (3 A100 per node), gpu-h100 (2 H100 per node)
+  vista) module load gcc cuda python3 ;;   # Vista: partition gh (one GH200 per node)
 esac
 export PATH="${MODERN_LLM_VENV:-$PWD/.venv}/bin:$PATH"
 

@@ -32,7 +32,7 @@ open_log() {
 
 # run_or_requeue WORDS…: `modern-llm run WORDS…`; stopped by the scheduler, it goes back into the queue and, the next time,
 # on from its checkpoint. Several tasks (nodes × tasks per node, one for each GPU) train together: srun starts one rank a task,
-# or, with MODERN_LLM_LAUNCHER=torchrun, one command a node, which becomes torchrun for the ranks of its node.
+# or, with MODERN_LLM_LAUNCHER=torchrun, one command per node, which becomes torchrun for the ranks of its node.
 run_or_requeue() {
   local code ranks="${SLURM_NTASKS:-1}" tasks=()
   if [ "${MODERN_LLM_LAUNCHER:-srun}" = torchrun ]; then

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from modern_llm.cli.common import said_in_one_line
+from modern_llm.cli.common import one_line_errors
 from modern_llm.config import nearest
 
 
@@ -17,12 +17,12 @@ class Finite(click.FloatRange):
 
     def convert(self, value, param, ctx) -> float:
         number = super().convert(value, param, ctx)
-        return number if math.isfinite(number) else self.fail(f"{value} is no finite number", param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value} is not a finite number", param, ctx)
 
 
 WHICH_MODEL = (
     click.option("--run", "run_name", metavar="NAME", help="A run: its folder under runs/."),
-    click.option("--stage", metavar="STAGE", help="Whose weights: pretrain, sft or dpo; the last that is there unless told."),
+    click.option("--stage", metavar="STAGE", help="Whose weights: pretrain, sft or dpo; default: the last that is there."),
     click.option("--checkpoint", metavar="PATH", help="A checkpoint, stage or run folder, instead of --run."),
     click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS)."),
 )
@@ -62,7 +62,7 @@ def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, s
     """
     from modern_llm.cli.talk import Chat, open_model
 
-    with said_in_one_line():
+    with one_line_errors():
         model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device, purpose="chat")
     talk = Chat(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, note=_note)
     _note(f"{folder}; /new forgets the conversation, /quit ends")
@@ -88,7 +88,7 @@ def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, s
         if request == "/new":
             talk.history = []
         elif line.startswith("/") and request[1:].isalpha():
-            _note(f"{request} is no command{nearest(request.lower(), ('/new', '/quit'))}; with a space in front of it, it is a message")
+            _note(f"{request} is not a command{nearest(request.lower(), ('/new', '/quit'))}; with a space in front of it, it is a message")
         elif request:
             _answer(talk, request)
 
@@ -99,14 +99,14 @@ def _note(text: str) -> None:
 
 
 def _line(stream) -> str:
-    """The next line of a stream of text, "" at its end. Bytes that are no UTF-8 are read in the stream's own encoding, else as U+FFFD."""
+    """The next line of a stream of text, "" at its end. Bytes that are not UTF-8 are read in the stream's own encoding, else as U+FFFD."""
     data = stream.buffer.readline()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         own = (stream.encoding or "utf-8").lower().replace("_", "-")
         if own in ("utf-8", "ascii", "us-ascii", "ansi-x3.4-1968"):
-            _note(f"(byte {error.start + 1} of this message is no UTF-8: it is read as \ufffd)")
+            _note(f"(byte {error.start + 1} of this message is not UTF-8: it is read as \ufffd)")
             own = "utf-8"
         return data.decode(own, "replace")
 
@@ -143,11 +143,11 @@ def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens,
     """
     from modern_llm.cli.talk import open_model, readable, samples
 
-    with said_in_one_line():
+    with one_line_errors():
         model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device, purpose="sample")
         click.echo(str(folder), err=True)
         if readable(prompt) != prompt:
-            _note("(bytes of the prompt are no UTF-8: they are read as \ufffd)")
+            _note("(bytes of the prompt are not UTF-8: they are read as \ufffd)")
         for text in samples(model, tokenizer, folder, prompt, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
             click.echo(f"--- {text}")
 
@@ -155,7 +155,7 @@ def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens,
 @click.command()
 @which_model
 @click.option("--to", "folder", required=True, metavar="DIR", help="Where; it must not exist yet.")
-@click.option("--dtype", metavar="fp32|bf16|fp16", help="Of the written weights; as they are unless told.")
+@click.option("--dtype", metavar="fp32|bf16|fp16", help="Of the written weights; default: as they are.")
 @click.option("--shard-gb", type=float, default=5.0, show_default=True, help="Cut larger weights into files of so many gigabytes.")
 def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> None:
     """Write a model as a Hugging Face folder with a model card made from the run's own files.
@@ -171,7 +171,7 @@ def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> 
     from modern_llm.report.card import export_with_card
     from modern_llm.cli.talk import choose_model
 
-    with said_in_one_line():
+    with one_line_errors():
         source = choose_model(run_name, stage, checkpoint, output_dir)
         click.echo(f"{source} -> {export_with_card(source, folder, dtype=dtype, shard_gb=shard_gb)}")
 
@@ -179,7 +179,7 @@ def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> 
 @click.command("check-inference")
 @which_model
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or the best there is.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the weights in memory; as they are on disk unless told.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the weights in memory; default: as on disk.")
 @click.option("--limit-gb", type=Finite(min=0, min_open=True), default=12.0, show_default=True,
               help="What the process may take, in 10^9 bytes.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Problems answered at once.")
@@ -190,7 +190,7 @@ def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> 
 def check_inference(run_name, stage, checkpoint, output_dir, target, **options) -> None:
     """Load a model, let it answer word problems, and hold the memory it took against a limit; exit code 1 if it is too much.
 
-    The figures go into inference_ok.json beside the checkpoint (for a model from elsewhere: here), the closed-form estimate of
+    The figures go into inference_ok.json beside the checkpoint (for a third-party model: here), the closed-form estimate of
     the same batch next to what was measured.
 
     \b
@@ -200,7 +200,7 @@ def check_inference(run_name, stage, checkpoint, output_dir, target, **options) 
     from modern_llm.evaluation.inference import write_check
     from modern_llm.cli.talk import choose_model
 
-    with said_in_one_line():
+    with one_line_errors():
         found, path = write_check(choose_model(run_name, stage, checkpoint, output_dir), None if target is None else Path(target), **options)
     click.echo(f"{'ok' if found['ok'] else 'not ok'}: peak {found['peak_gb']:.2f} of {found['limit_gb']:g} GB; the model added "
                f"{found['added_gb']:.2f}, {found['added_over_estimate']:.2f} of the estimate; {path}")

@@ -23,7 +23,7 @@ STAGES = "pretrain, sft, dpo, verifier, eval, attention, report, or all"
 @click.option("--preset", "--config", default="local-smoke", show_default=True, metavar="NAME|FILE.json",
               help="What to run; `modern-llm presets` lists the names.")
 @click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{STAGES}.")
-@click.option("--run", "run_name", metavar="NAME", help="Folder under runs/; the preset's name unless told.")
+@click.option("--run", "run_name", metavar="NAME", help="Folder under runs/; default: the preset's name.")
 @click.option("--checkpoint", metavar="PATH",
               help="Start from these weights: a checkpoint, stage or run folder. With --stage all, pretraining is left out.")
 @click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
@@ -33,7 +33,7 @@ STAGES = "pretrain, sft, dpo, verifier, eval, attention, report, or all"
                    "or a setting of the preset: model.num_experts=4, sft.weights=0.6,0.4. As often as needed.")
 @click.option("--resume", is_flag=True,
               help="Go on with a stage that was begun, also with another length or learning rate (done by itself if nothing changed).")
-@click.option("--force", is_flag=True, help="Delete what a stage left and begin anew; with --stage all, only where something changed.")
+@click.option("--force", is_flag=True, help="Delete what a stage left and start over; with --stage all, only where something changed.")
 @click.option("--no-overwrite", is_flag=True, help="Skip every stage that has results, whatever its settings were.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resume, force, no_overwrite, dry_run) -> None:
@@ -52,7 +52,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     modern-llm run --preset local-cpu -p max_minutes=6 --run six-minutes  six minutes for each stage that trains
     modern-llm run --stage dpo --checkpoint runs/local-smoke/sft --run other-dpo -p dpo.loss=ipo
     modern-llm run -p sft.lr=1e-3 --force                                 redo SFT and what follows, keep pretraining
-    modern-llm run --preset local-cpu --stage eval --run other --checkpoint SmolLM2/   a model from elsewhere
+    modern-llm run --preset local-cpu --stage eval --run other --checkpoint SmolLM2/   a third-party model
     modern-llm run -p hardware.ranks=2 --run together                     two processes that train together (torchrun)
     srun modern-llm run -p hardware.ranks=8 --preset tacc-h100            a rank for each of 8 tasks of a SLURM job
     srun --ntasks-per-node=1 modern-llm run -p hardware.ranks=8           on two nodes: torchrun on each, for four ranks
@@ -62,7 +62,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     from modern_llm.messages import Preempted
     from modern_llm.runs.outcomes import runs_table
     from modern_llm.messages import StageError
-    from modern_llm.runs.torchrun import gathered
+    from modern_llm.runs.torchrun import launch_ranks
     from modern_llm.cluster.submit import note_this_job
 
     parameters = {"preset": preset, **_key_values(extra)}
@@ -81,8 +81,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
             if plan.start:
                 click.echo(f"pretrain: left out, the run starts from {plan.parameters[plan.stages[0]].get('checkpoint') or plan.start}")
             plan.check_data()
-        with gathered(max(config.hardware.ranks for config in plan.configs.values())):
-            pipeline.end_on_warnings()
+        with launch_ranks(max(config.hardware.ranks for config in plan.configs.values())):
+            pipeline.raise_on_preemption()
             with pipeline.lock_for(plan.run_folder, plan.stages):
                 for _ in planned(plan):  # what a later stage refuses is said before an earlier one runs for hours
                     pass
@@ -127,7 +127,7 @@ def _run_step(step) -> None:
         else:
             where = (f"the notebook with its error is {page}" if shown else f"what it said stands above, and {step.folder} is as it was"
                      if former else "what it said stands above; it got no notebook")
-            click.echo(f"{step.stage}: failed; {where}. When the cause is mended, the same command goes on there", err=True)
+            click.echo(f"{step.stage}: failed; {where}. When the cause is fixed, the same command goes on there", err=True)
         sys.exit(code)
     click.echo(summary(step))
 
@@ -156,10 +156,10 @@ def _key_values(items: tuple[str, ...]) -> dict:
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True, metavar="NAME|FILE.json", help="What to run.")
 @click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{STAGES}.")
-@click.option("--run", "run_name", metavar="NAME", help="Folder under runs/; the preset's name unless told.")
+@click.option("--run", "run_name", metavar="NAME", help="Folder under runs/; default: the preset's name.")
 @click.option("--account", metavar="PROJECT", help="Your allocation, where the cluster asks for one.")
-@click.option("--partition", metavar="NAME", help="Where to queue; TACC's for the preset's GPU unless told.")
-@click.option("--time", "limit", metavar="HH:MM:SS", help="Limit of each job; from the estimate unless told.")
+@click.option("--partition", metavar="NAME", help="Where to queue; default: TACC's for the preset's GPU.")
+@click.option("--time", "limit", metavar="HH:MM:SS", help="Limit of each job; default: from the estimate.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Of each job that trains.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Of each node, with a rank on each.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many optimizer steps, in every stage that trains.")

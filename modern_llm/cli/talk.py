@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.data.chat import OURS, chat_format, encode_chat, end_id, other_ends, speaks_chat
+from modern_llm.data.chat import DEFAULT_FORMAT, chat_format, encode_chat, end_id, is_chat_model, stop_sequences
 from modern_llm.training.checkpoints import pick_device
 from modern_llm.config import nearest
 from modern_llm.models.generation import generate, stream
@@ -52,7 +52,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def readable(text: str) -> str:
-    """Text that any tokenizer takes: what stands for a byte that is no UTF-8, and half of a character, is U+FFFD."""
+    """Text that any tokenizer takes: what stands for a byte that is not UTF-8, and half of a character, is U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -61,8 +61,8 @@ def open_model(run: str | None, stage: str | None, checkpoint: str | None, outpu
     """A model, its tokenizer and the folder they came from."""
     folder = choose_model(run, stage, checkpoint, output_dir)
     model, tokenizer = load_model(folder, device=pick_device(device)), load_tokenizer(folder)
-    if purpose == "chat" and not speaks_chat(folder, tokenizer):
-        if chat_format(tokenizer) is not OURS:
+    if purpose == "chat" and not is_chat_model(folder, tokenizer):
+        if chat_format(tokenizer) is not DEFAULT_FORMAT:
             end_id(tokenizer)  # a template that cannot be used says so itself
         raise StageError(f"{folder} is a base model: it was never taught to answer. Use `modern-llm sample` with it, or run the sft stage")
     return model, tokenizer, folder
@@ -105,7 +105,7 @@ class Chat:
         ids = self.prompt(request)
         try:
             for token in stream(self.model, ids, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-                                seed=self.seed + len(self.history), eos_id=(end := end_id(self.tokenizer)), stop=other_ends(self.tokenizer, end)):
+                                seed=self.seed + len(self.history), eos_id=(end := end_id(self.tokenizer)), stop=stop_sequences(self.tokenizer, end)):
                 tokens.append(token)
                 text = self.tokenizer.decode(tokens)
                 if text.endswith("\ufffd"):  # half of a character
@@ -131,7 +131,7 @@ def samples(model: ModernDecoderLM, tokenizer: Tokenizer, folder: Path, prompt: 
             temperature: float = 0.7, seed: int = 0) -> Iterator[str]:
     """`count` texts: continuations of the prompt by a base model, answers to it by a model that chats. Nothing in the prompt is special."""
     prompt = readable(prompt)
-    if speaks_chat(folder, tokenizer) and prompt:
+    if is_chat_model(folder, tokenizer) and prompt:
         ids, ending = encode_chat(tokenizer, [{"role": "user", "content": prompt}], generation_prompt=True), end_id(tokenizer)
         opening = ""
     else:
@@ -140,5 +140,5 @@ def samples(model: ModernDecoderLM, tokenizer: Tokenizer, folder: Path, prompt: 
     for first in range(0, count, SAMPLES_AT_ONCE):
         numbers = range(first, min(count, first + SAMPLES_AT_ONCE))  # each text has a stream of draws of its own
         for tokens in generate(model, [ids], samples=len(numbers), streams=numbers, max_new_tokens=max_new_tokens, temperature=temperature,
-                               seed=seed, eos_id=ending, stop=other_ends(tokenizer, ending)):
+                               seed=seed, eos_id=ending, stop=stop_sequences(tokenizer, ending)):
             yield opening + tokenizer.decode(tokens)

@@ -1,4 +1,4 @@
-"""How long a stage will take, before and while it runs: steps × seconds a step, measured or assumed; times as SLURM writes them.
+"""How long a stage will take, before and while it runs: steps × seconds per step, measured or assumed; times as SLURM writes them.
 
 Imports no torch.
 """
@@ -60,7 +60,7 @@ def decoded_steps(config: PipelineConfig, stage: str) -> int:
 
 
 def measured_seconds(folder: Path) -> tuple[int, float, float] | None:
-    """Steps done, seconds a step and tokens a second, as the stage's `metrics.jsonl` has them; None if there are too few."""
+    """Steps done, seconds per step and tokens per second, as the stage's `metrics.jsonl` has them; None if there are too few."""
     path, rows = folder / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -76,7 +76,7 @@ def measured_seconds(folder: Path) -> tuple[int, float, float] | None:
 
 
 def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None, gpus: int = 1) -> Estimate:
-    """How long a stage takes: steps × seconds a step, measured or assumed, sampling, and the start.
+    """How long a stage takes: steps × seconds per step, measured or assumed, sampling, and the start.
 
     Args:
         config: the settings of the run.
@@ -135,7 +135,7 @@ def minutes_of(time: str) -> int | None:
     elif found := NO_DAYS.fullmatch(text):
         days, (hours, minutes, seconds) = 0, (int(part or 0) for part in found.groups())
     else:
-        raise ConfigError(f"{time!r} is no time as SLURM writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+        raise ConfigError(f"{time!r} is not a time as SLURM writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
                           "days-hours:minutes, days-hours:minutes:seconds, or UNLIMITED")
     return (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60) or None
 

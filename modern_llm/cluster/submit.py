@@ -24,7 +24,7 @@ from modern_llm.runs.spec import DATA, setting
 from modern_llm.runs.outcomes import DAMAGED, folders, reason, record_in
 from modern_llm.runs.pipeline import Plan, trains
 from modern_llm.runs.record import writes_to
-from modern_llm.runs.scheduler import MARK, ask, is_queued, job_states, submitted, this_job
+from modern_llm.runs.scheduler import MARK, is_queued, job_states, slurm_command, submitted, this_job
 
 ONLY_THE_NUMBER = r"sed -nE 's/^([0-9]+)(;.*)?$/\1/p' | tail -n 1"  # greetings come first, the name of a cluster behind
 TOGETHER = ("eval", "attention", "report")  # one job, slurm/eval.slurm, when all of them are wanted
@@ -58,7 +58,7 @@ def partition_of(config: PipelineConfig) -> str | None:
 
 def partitions() -> tuple[dict[str, int | None], str | None]:
     """This cluster's partitions with the longest job in minutes (None = no limit) of each, and the default one; none without SLURM."""
-    said = ask("sinfo", "-h", "-o", MARK + "%P|%l")
+    said = slurm_command("sinfo", "-h", "-o", MARK + "%P|%l")
     found, default = {}, None
     for name, limit in said.rows(2) if said else []:
         default = name.rstrip("*") if name.endswith("*") else default
@@ -72,7 +72,7 @@ def partitions() -> tuple[dict[str, int | None], str | None]:
 
 
 def note_job(run_folder: Path, job: str, stages: list[str], command: str) -> Path:
-    """Write `jobs/<id>.json` of a run: a file a job, so that a job under way and a submission never overwrite each other."""
+    """Write `jobs/<id>.json` of a run: a file per job, so that a job under way and a submission never overwrite each other."""
     (run_folder / "jobs").mkdir(parents=True, exist_ok=True)
     submitted = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return write_json(run_folder / "jobs" / f"{job}.json", {"id": job, "stages": stages, "submitted": submitted, "command": command})
@@ -242,7 +242,7 @@ class Chain:
         return Job(stages, words, known, limit, self.longest)
 
     def table(self) -> list[dict]:
-        """A row a stage: steps to do, speed, hours, the limit of its job, where that is from."""
+        """A row per stage: steps to do, speed, hours, the limit of its job, where that is from."""
         rows = []
         for job in self.jobs:
             wanted = sum(each.minutes for each in job.estimates.values()) * MARGIN
@@ -279,10 +279,10 @@ class Chain:
         done: list[tuple[Job, str]] = []
         for job in self.jobs:
             line = job.line(done[-1][1] if done else None)
-            said = ask(*line, seconds=120, cwd=CHECKOUT, env=os.environ | self.environment())
+            said = slurm_command(*line, seconds=120, cwd=CHECKOUT, env=os.environ | self.environment())
             number = submitted(said) if said and not said.code else None
             if number is None:
-                left = [number for _, number in done if not ((gone := ask("scancel", number)) and not gone.code)]
+                left = [number for _, number in done if not ((gone := slurm_command("scancel", number)) and not gone.code)]
                 words = f"{said.out}\n{said.err}".strip() if said else "no answer; squeue --me shows whether it came through"
                 raise StageError(f"sbatch {'refused' if said and said.code else 'gave no job number for'} {_shown(line)}\n{words}\n"
                                  + (f"Still in the queue: scancel {' '.join(left)}. " if left else "Nothing is left in the queue. " * bool(said))

@@ -29,7 +29,7 @@ def override(config: typing.Any, values: dict, place: str = "") -> typing.Any:
     changed = {}
     for key, value in values.items():
         where = f"{place}: {key}" if place and ":" not in place else f"{place}.{key}" if place else key
-        require(key in hints, f"{where} is no setting of {type(config).__name__}{nearest(str(key), hints)}")
+        require(key in hints, f"{where} is not a setting of {type(config).__name__}{nearest(str(key), hints)}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
             require(isinstance(value, dict), f"{where}={value!r} must be a JSON object of {type(current).__name__}")

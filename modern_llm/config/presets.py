@@ -259,7 +259,7 @@ def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
     require(isinstance(values, dict), f"preset file {str(path)!r} must hold a JSON object")
     base = values.pop("base", None)
     require(base is None or isinstance(base, str) and ALIASES.get(base, base) in PRESETS,
-            f"{path}: base={base!r} is no preset{nearest(str(base), PRESETS)}")
+            f"{path}: base={base!r} is not a preset{nearest(str(base), PRESETS)}")
     start = replace(get_pipeline_preset(base) if base else PipelineConfig(), name=path.stem)  # not the base's: its run is another one
     return override(start, values, place=str(path))
 

@@ -43,7 +43,7 @@ def require(claim: bool, message: str) -> None:
 
 
 def device_parts(place: str, name: str) -> tuple[str, int | None]:
-    """What a device is called, taken apart: kind and number, None where it has none. ConfigError if it is no name of a device."""
+    """What a device is called, taken apart: kind and number, None where it has none. ConfigError if it is not a name of a device."""
     found = re.fullmatch(r"(auto|cpu|mps|cuda)|(cpu|mps):(0)|(cuda):(0|[1-9][0-9]{0,3})", name)
     require(found is not None, f"{place}={name!r} is unknown: say auto (the best there is), cpu, mps (Apple silicon), cuda "
                                "(an NVIDIA or AMD GPU), or cuda:1 for the second of several GPUs")
@@ -92,7 +92,7 @@ class ModelConfig:
     rope_trained_context: int = 8192  # tokens
     norm_eps: float = 1e-5
     use_qk_norm: bool = True  # RMSNorm on queries and keys before the rotation
-    use_attention_sinks: bool = False  # one learned logit a head that takes softmax mass
+    use_attention_sinks: bool = False  # one learned logit per head that takes softmax mass
     sliding_window: int | None = None  # keys visible to a query, itself included; None = all before it
     num_experts: int = 0  # 0 = dense SwiGLU, else a mixture of experts in every layer
     experts_per_token: int = 2
@@ -335,8 +335,8 @@ class HardwareConfig:
     device: str = "auto"  # "auto" = cuda, else mps, else cpu
     min_gpu_memory_gb: float = 0.0  # 0 = a CPU will do
     needs_bf16: bool = False
-    ranks: int = 1  # processes that train together, one a GPU where there are GPUs; each takes an equal share of every batch
-    strategy: str = "ddp"  # "ddp" = the whole model on every rank; "fsdp" = weights, gradients and optimizer states divided
+    ranks: int = 1  # processes that train together, one per GPU where there are GPUs; each takes an equal share of every batch
+    strategy: str = "ddp"  # "ddp" = the whole model on every rank; "fsdp" = weights, gradients and optimizer states sharded
 
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"hardware.ranks={self.ranks} must be at least 1")
@@ -361,7 +361,7 @@ class PipelineConfig:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    start_from: str = ""  # a model from elsewhere instead of pretraining: a folder, a GGUF file, or a name in the hub's local cache
+    start_from: str = ""  # a third-party model instead of pretraining: a folder, a GGUF file, or a name in the hub's local cache
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -20,13 +20,13 @@ from ..config import VerifierConfig
 from .tasks import Problem, problem_request
 
 # %% auto #0
-__all__ = ['Coded', 'encode_candidate', 'perturb', 'fork_of', 'best_fit', 'fill_rows', 'AnswerBatches']
+__all__ = ['EncodedAnswer', 'encode_candidate', 'perturb', 'fork_of', 'best_fit', 'fill_rows', 'AnswerBatches']
 
 # %% ../../nbs/28_answer_pairs.ipynb #encode-candidate
-Coded = tuple[list[int], int]  # the ids of request and answer, and the position of the answer's first token
+EncodedAnswer = tuple[list[int], int]  # the ids of request and answer, and the position of the answer's first token
 
 
-def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> Coded:
+def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> EncodedAnswer:
     """The ids of request, answer and end of answer, and the position of the answer's first token."""
     ids, labels = encode_example(tokenizer, [{"role": "user", "content": problem_request(problem)}, {"role": "assistant", "content": text}])
     return [*ids, labels[-1]], 1 + next(i for i, label in enumerate(labels) if label >= 0)
@@ -63,7 +63,7 @@ def best_fit(room: Sequence[int], lengths: Sequence[int]) -> list[int] | None:
     return places
 
 # %% ../../nbs/28_answer_pairs.ipynb #fill-rows
-def fill_rows(pairs: Iterable[tuple[Coded, Coded]], rows: int, length: int, gold: Iterable[Coded] = (), gold_rows: int = 0,
+def fill_rows(pairs: Iterable[tuple[EncodedAnswer, EncodedAnswer]], rows: int, length: int, gold: Iterable[EncodedAnswer] = (), gold_rows: int = 0,
               ) -> dict[str, Tensor]:
     """Pack pairs of a right and a wrong answer, each answer by `best_fit`, until the third pair finds no room.
 
@@ -76,7 +76,7 @@ def fill_rows(pairs: Iterable[tuple[Coded, Coded]], rows: int, length: int, gold
     batch |= {name: torch.zeros(rows, length) for name in ("targets", "answers", "weights")}
     filled, held = [0] * rows, [0] * rows
 
-    def put(answers: list[tuple[Coded, int, float]], among: range) -> bool:
+    def put(answers: list[tuple[EncodedAnswer, int, float]], among: range) -> bool:
         """Put all the answers (ids and start, fork, label) into rows `among`, or none if there is no room."""
         places = best_fit([length - filled[r] if r in among else 0 for r in range(rows)], [len(ids) for (ids, _), _, _ in answers])
         for row, ((ids, start), fork, right) in zip(places or (), answers):
@@ -143,13 +143,13 @@ class AnswerBatches:
         chosen = draw.choice(right) if right else problem.answer
         return problem, chosen, draw.choice(wrong) if wrong else perturb(chosen, draw)
 
-    def coded_gold(self, draw: random.Random) -> Iterator[Coded]:
+    def encoded_gold(self, draw: random.Random) -> Iterator[EncodedAnswer]:
         """Endless encoded gold answers."""
         while True:
             problem = draw.choice(self.gold)
             yield encode_candidate(self.tokenizer, problem, problem.answer)
 
-    def coded_pairs(self, draw: random.Random) -> Iterator[tuple[Coded, Coded]]:
+    def encoded_pairs(self, draw: random.Random) -> Iterator[tuple[EncodedAnswer, EncodedAnswer]]:
         """Endless encoded pairs that fit a row."""
         while True:
             problem, right, wrong = self.pair(draw)
@@ -161,4 +161,4 @@ class AnswerBatches:
         rows = self.cfg.batch_size
         gold_rows = 0 if self.cfg.kind == "encoder" else min(rows - 1, round(self.cfg.gold_fraction * rows))
         pairs, gold = (random.Random(f"{name}/{self.seed}/{step}") for name in ("answers", "gold"))
-        return fill_rows(self.coded_pairs(pairs), rows, self.context_length, self.coded_gold(gold), gold_rows)
+        return fill_rows(self.encoded_pairs(pairs), rows, self.context_length, self.encoded_gold(gold), gold_rows)

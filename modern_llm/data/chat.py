@@ -21,7 +21,7 @@ from .packing import pack_documents
 from ..files import read_json
 from ..models.generation import generate
 from modern_llm.data.templates import (
-    ChatFormat, TemplateError, as_typed, brought, closing_token, typed_places,
+    ChatFormat, TemplateError, as_typed, bundled_format, closing_token, typed_places,
 )
 from .tokens import CHAT_TOKENS, END_OF_TEXT, encode_documents, end_of_text_id
 
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
     from modern_llm.models.decoder import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['ROLES', 'Message', 'Example', 'CHAT_TEMPLATE', 'OURS', 'CHATML', 'chat_format', 'special_id', 'end_id', 'other_ends',
-           'encode_chat', 'encode_prompt', 'encode_example', 'example_rows', 'padded_batch', 'PackedExamples', 'Answer',
-           'continuations', 'answer', 'document_prompt', 'speaks_chat']
+__all__ = ['ROLES', 'Message', 'EncodedExample', 'CHAT_TEMPLATE', 'DEFAULT_FORMAT', 'CHATML', 'chat_format', 'special_id',
+           'end_id', 'stop_sequences', 'encode_chat', 'encode_prompt', 'encode_example', 'example_rows', 'padded_batch',
+           'PackedExamples', 'Answer', 'continuations', 'answer', 'document_prompt', 'is_chat_model']
 
 # %% ../../nbs/25_chat.ipynb #template
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]  # "role": one of ROLES, "content": text
-Example = tuple[list[int], list[int]]  # input ids, and labels that are shifted by one and -100 where nothing is trained
+EncodedExample = tuple[list[int], list[int]]  # input ids, and labels that are shifted by one and -100 where nothing is trained
 
 CHAT_TEMPLATE = (
     "<|endoftext|>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-OURS = ChatFormat(CHAT_TEMPLATE, "<|end|>")
+DEFAULT_FORMAT = ChatFormat(CHAT_TEMPLATE, "<|end|>")
 CHATML = ChatFormat(
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "<|im_end|>")
 
 # %% ../../nbs/25_chat.ipynb #special-ids
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """The format a tokenizer brings; else ChatML for one that has its two tokens and not our <|end|>, and ours for every other."""
+    """The format a tokenizer brings; else ChatML for one that has its two tokens and not <|end|>, and DEFAULT_FORMAT for every other."""
     has = lambda token: tokenizer.token_to_id(token) is not None
-    return brought(getattr(tokenizer, "settings", {})) or (
-        CHATML if has("<|im_start|>") and has(CHATML.closing) and not has(OURS.closing) else OURS)
+    return bundled_format(getattr(tokenizer, "settings", {})) or (
+        CHATML if has("<|im_start|>") and has(CHATML.closing) and not has(DEFAULT_FORMAT.closing) else DEFAULT_FORMAT)
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
@@ -79,7 +79,7 @@ def end_id(tokenizer: Tokenizer) -> int:
     return special_id(tokenizer, closing_token(chat_format(tokenizer), _added(tokenizer, special=False)))
 
 
-def other_ends(tokenizer: Tokenizer, ending: int) -> list[list[int]]:
+def stop_sequences(tokenizer: Tokenizer, ending: int) -> list[list[int]]:
     """Further tokens that end an answer, each as a stop sequence, where `ending` is the one that closes it."""
     names = getattr(tokenizer, "settings", {}).get("modern_llm", {}).get("end_tokens", [])
     return [[i] for name in names if (i := tokenizer.token_to_id(name)) not in (None, ending)] if names and ending == tokenizer.token_to_id(_closing(tokenizer) or "") else []
@@ -88,7 +88,7 @@ def other_ends(tokenizer: Tokenizer, ending: int) -> list[list[int]]:
 def _written(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
     """The conversation as text in which typed special tokens are marked."""
     form, specials = chat_format(tokenizer), {*_added(tokenizer, special=True)}
-    if form is OURS:
+    if form is DEFAULT_FORMAT:
         specials |= {token for token in (END_OF_TEXT, *CHAT_TOKENS) if special_id(tokenizer, token) is not None}
     specials.add(closing_token(form, _added(tokenizer, special=False)))
     for message in messages:
@@ -124,7 +124,7 @@ def encode_prompt(tokenizer: Tokenizer, request: str) -> list[int]:
     return encode_chat(tokenizer, [{"role": "user", "content": request}], generation_prompt=True)
 
 # %% ../../nbs/25_chat.ipynb #encode-example
-def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only: bool = False) -> Example:
+def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only: bool = False) -> EncodedExample:
     """Input ids and labels of a conversation: only what the assistant says, and the token that closes it, has labels.
 
     With `last_only` that is the last answer. An earlier one that the template writes or closes otherwise once the talk goes on, such as
@@ -161,7 +161,7 @@ def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only:
     return ids[:end - 1], labels[1:end]
 
 # %% ../../nbs/25_chat.ipynb #batches
-def example_rows(examples: Sequence[Example], rows: Sequence[Sequence[int]], length: int, pad_id: int = 0) -> dict[str, Tensor]:
+def example_rows(examples: Sequence[EncodedExample], rows: Sequence[Sequence[int]], length: int, pad_id: int = 0) -> dict[str, Tensor]:
     """input_ids, labels (-100 = not trained) and segment_ids (0 = padding), (rows, length), of examples listed by row."""
     inputs, labels, segments = (np.full((len(rows), length), fill, dtype=np.int64) for fill in (pad_id, -100, 0))
     for r, row in enumerate(rows):
@@ -174,8 +174,8 @@ def example_rows(examples: Sequence[Example], rows: Sequence[Sequence[int]], len
     return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels), "segment_ids": torch.from_numpy(segments)}
 
 
-def padded_batch(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Tensor]:
-    """input_ids and labels, one example a row, padded on the right to the longest."""
+def padded_batch(examples: Sequence[EncodedExample], pad_id: int = 0) -> dict[str, Tensor]:
+    """input_ids and labels, one example per row, padded on the right to the longest."""
     batch = example_rows(examples, [[i] for i in range(len(examples))], max(len(ids) for ids, _ in examples), pad_id)
     return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
 
@@ -191,7 +191,7 @@ class PackedExamples:
         ValueError: there is no example, or one is too long.
     """
 
-    def __init__(self, examples: Sequence[Example], context_length: int, batch_size: int, seed: int = 0, pad_id: int = 0):
+    def __init__(self, examples: Sequence[EncodedExample], context_length: int, batch_size: int, seed: int = 0, pad_id: int = 0):
         self.examples, self.context_length, self.batch_size = examples, context_length, batch_size
         self.seed, self.pad_id = seed, pad_id
         self.lengths = np.array([len(ids) for ids, _ in examples], dtype=np.int64)
@@ -251,7 +251,7 @@ def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequenc
             part, log_probs = fitting[start:start + size], []
             found = generate(model, [prompts[i] for i in part], samples=samples, max_new_tokens=max_new_tokens, log_probs=log_probs,
                              temperature=temperature, seed=seed, streams=[i * samples + k for i in part for k in range(samples)],
-                             eos_id=ending, force=force, stop=[*stop, *other_ends(tokenizer, ending)])
+                             eos_id=ending, force=force, stop=[*stop, *stop_sequences(tokenizer, ending)])
             for j, (tokens, logs) in enumerate(zip(found, log_probs)):
                 row = part[j // samples] * samples + j % samples
                 answers[row] = Answer(tokenizer.decode(tokens), tokens, logs, len(logs) > len(tokens))
@@ -268,7 +268,7 @@ def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str,
     """Token ids of `opening` behind as many of the `examples` as fit into `room` tokens with it, the first one nearest.
 
     They are separated by <|endoftext|>, as documents are in the rows a base model was trained on here, or by the text
-    `separator`, as in the texts that models from elsewhere have seen.
+    `separator`, as in the texts that third-party models have seen.
     """
     if separator is not None:
         kept = list(examples)
@@ -284,7 +284,7 @@ def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str,
     return ids
 
 # %% ../../nbs/25_chat.ipynb #speaks-chat
-def speaks_chat(folder: str | Path, tokenizer: Tokenizer) -> bool:
+def is_chat_model(folder: str | Path, tokenizer: Tokenizer) -> bool:
     """Whether a checkpoint was tuned for chat: its answers end with the token that closes a message, which its config.json says."""
     eos = read_json(Path(folder) / "config.json").get("eos_token_id")
     return eos is not None and eos == tokenizer.token_to_id(_closing(tokenizer) or "")

@@ -1,6 +1,6 @@
 """Numbers as people write them: the one place that reads a number out of a text.
 
-Every mark, vote and label that depends on a number reads it here, whole or not at all: `12.50` is 12.5, and `2:30`, which is no number, is
+Every mark, vote and label that depends on a number reads it here, whole or not at all: `12.50` is 12.5, and `2:30`, which is not a number, is
 nothing (rather than 2). What is read: a sign (+, -, −) and a currency before the number, in either order, a currency or a unit behind
 it; thousands in groups (`1,234`, `1 234`, `1'234`, `12,34,567`, `1.234.567`), decimals (`12.50`, `.5`, `5.`; a comma where it cannot be one
 of thousands: `12,5`, `0,125`, `1.234,56`), fractions (`1/2`, `1 1/2`, `½`), powers of ten (`1.5e6`, `1.5 × 10^6`, `2 million`, `5k`), and

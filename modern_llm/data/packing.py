@@ -27,7 +27,7 @@ from ..files import DamagedFolder, atomic_folder, check_folder, find_folder, rea
 from .reading import content_id, documents, how_split
 from .sources import DataError, find_source
 from modern_llm.data.tokens import (
-    cache_root, disk_errors, encoded, end_of_text_id, one_builder, tokenizer_digest,
+    build_lock, cache_root, disk_errors, encoded, end_of_text_id, tokenizer_digest,
 )
 
 # %% auto #0
@@ -163,7 +163,7 @@ def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: i
     own = re.sub(r"[^a-zA-Z0-9_.-]", "-", Path(source.info.name).stem).strip(".")[:60]  # a file may be called anything
     short = (own or "own") if source.where == "file" else source.info.name
     folder = Path(cache_dir or cache_root()) / f"{short}-{split}-{fingerprint}"
-    with one_builder(folder):
+    with build_lock(folder):
         try:
             return TokenCache.open(folder, verify)
         except FileNotFoundError:
@@ -245,7 +245,7 @@ def row_pattern(lengths: np.ndarray, capacity: int, min_density: float = 0.97) -
     fill = np.bincount(row, weights=lengths).astype(np.int64)
     keep = min(len(fill), max(-(-total // capacity), int(total / capacity / max(min_density, 1e-9))))
     fullest = np.argsort(-fill, kind="stable")
-    row, room = np.argsort(fullest)[row], capacity - fill[fullest]  # rows are numbered anew, the fullest first
+    row, room = np.argsort(fullest)[row], capacity - fill[fullest]  # rows are renumbered, the fullest first
     parts = [(document, 0, lengths[document], row[document]) for document in np.flatnonzero(row < keep)]
     at, used = keep - 1, 0
     for document in np.flatnonzero(row >= keep):
@@ -389,7 +389,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path 
 
 
 def data_card(caches: Iterable[TokenCache]) -> pd.DataFrame:
-    """One row a cache: what it holds, where it is from, what to know about it, and the fingerprint that names it."""
+    """One row per cache: what it holds, where it is from, what to know about it, and the fingerprint that names it."""
     card = pd.DataFrame([{
         "source": cache.meta["source"], "split": cache.meta["split"], "documents": len(cache),
         "tokens": cache.num_tokens, "bytes": cache.num_bytes,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import synth
-from .chat import Example, Message, encode_chat, encode_example, padded_batch
+from .chat import EncodedExample, Message, encode_chat, encode_example, padded_batch
 from ..config import nearest
 from .packing import IGNORED
 from .reading import rows
@@ -139,8 +139,8 @@ def fitting_turns(tokenizer: Tokenizer, messages: Sequence[Message], room: int) 
 class EncodedPair:
     """A pair as tokens. Only the last answer is labelled: it is what the two have not in common."""
 
-    chosen: Example
-    rejected: Example
+    chosen: EncodedExample
+    rejected: EncodedExample
     pair: Pair
 
     @property

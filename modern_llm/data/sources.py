@@ -105,7 +105,7 @@ DATASET_REGISTRY: dict[str, DatasetInfo] = {info.name: info for info in (
 # %% ../../nbs/20_sources.ipynb #dataset-info-lookup
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
 FILE_TYPES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".tsv", ".csv", ".parquet")
-_NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are no UTF-8
+_NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
 
 
 def plain_suffix(path: str | Path) -> str:
@@ -266,7 +266,7 @@ def find_source(name: str) -> Source:
 def missing_reason(info: DatasetInfo) -> str:
     """What a look-up tried in vain."""
     root = mirror_root()
-    here = f"no files in {root / info.name}" if root and root.is_dir() else f"MODERN_LLM_DATA={root} is no folder"
+    here = f"no files in {root / info.name}" if root and root.is_dir() else f"MODERN_LLM_DATA={root} is not a folder"
     mirror = here if root else "MODERN_LLM_DATA is not set"
     return f"the mirror: {mirror}; the hub ({info.hub}): {hub_state(info)}"
 
@@ -278,7 +278,7 @@ def remedy(name: str = "NAME") -> str:
 
 # %% ../../nbs/20_sources.ipynb #check-sources
 def check_sources(names: Iterable[str] | None = None) -> list[dict]:
-    """Where each source is: one row a source, without loading or downloading anything.
+    """Where each source is: one row per source, without loading or downloading anything.
 
     Returns:
         Dictionaries name, status ("found" or "missing"), where, splits, bytes (of the files here), licence and note: what to

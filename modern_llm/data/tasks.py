@@ -139,7 +139,7 @@ def problem_request(problem: Problem) -> str:
 
 
 def mark(problems: Sequence[Problem], answers: Sequence[Answer], samples: int = 1) -> pd.DataFrame:
-    """One row an answer: problem, sample, level, text, value, number, right, ended, tokens, log_prob (mean), consistent.
+    """One row per answer: problem, sample, level, text, value, number, right, ended, tokens, log_prob (mean), consistent.
 
     `number` is the value as text, exactly ("" where there is none), since a float cannot tell apart whole numbers beyond 2^53.
     """

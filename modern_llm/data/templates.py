@@ -80,7 +80,7 @@ class Generation(Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja for templates of others: nothing but text can be reached, and no text becomes endless."""
+    """Jinja for third-party templates: nothing but text can be reached, and no text becomes endless."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -103,13 +103,13 @@ def _json(value: object, ensure_ascii: bool = False, indent: int | None = None, 
 
 @functools.lru_cache(maxsize=64)
 def compiled(template: str, place: str) -> jinja2.Template:
-    """The template as transformers compiles it. TemplateError names the line that is no Jinja."""
+    """The template as transformers compiles it. TemplateError names the line that is not Jinja."""
     jinja = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     jinja.filters["tojson"], jinja.globals["raise_exception"] = _json, _refuse
     try:
         return jinja.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(f"{place}, line {error.lineno} of the chat template: {error.message}; mend it, or take it away") from error
+        raise TemplateError(f"{place}, line {error.lineno} of the chat template: {error.message}; fix it, or remove it") from error
 
 
 def _numbers():
@@ -141,7 +141,7 @@ class ChatFormat:
         try:
             return template.render(messages=[dict(message) for message in messages], add_generation_prompt=generation_prompt, tools=None,
                                    documents=None, strftime_now=day.strftime, range=_numbers(), **dict(self.named))
-        except Exception as error:  # whatever a program of others runs into
+        except Exception as error:  # whatever a third-party template runs into
             line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
             raise TemplateError(f"{self.place}{f', line {line[-1]} of the chat template' if line else ''}: it refuses a conversation of "
                                 f"{', '.join(message['role'] for message in messages) or 'no message'}: {error}") from error
@@ -162,7 +162,7 @@ def closing_token(form: ChatFormat, tokens: tuple[str, ...]) -> str:
                         "write eos_token there")
 
 
-def brought(settings: dict) -> ChatFormat | None:
+def bundled_format(settings: dict) -> ChatFormat | None:
     """The format that came with a tokenizer, by its settings; None if it came without."""
     own = settings.get("modern_llm", {})
     named = tuple((name, settings[name]) for name in NAMED if isinstance(settings.get(name), str))

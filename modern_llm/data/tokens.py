@@ -25,7 +25,7 @@ from .templates import read_settings
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'CHAT_TOKENS', 'TOKENIZER_CHARS', 'end_of_text_id', 'train_tokenizer', 'encode_documents',
            'bytes_per_token', 'encoded', 'save_tokenizer', 'load_tokenizer', 'tokenizer_digest', 'gpt2_tokenizer',
-           'disk_errors', 'one_builder', 'cache_root', 'make_tokenizer']
+           'disk_errors', 'build_lock', 'cache_root', 'make_tokenizer']
 
 # %% ../../nbs/24_tokens.ipynb #special-tokens
 END_OF_TEXT = "<|endoftext|>"
@@ -109,7 +109,7 @@ def encoded(items: Iterable[tuple[str, float]], tokenizer: Tokenizer, batch_char
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, chat_template: str | None = None) -> None:
     """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads, into an existing folder.
 
-    Tokens that a tokenizer from elsewhere calls its own begin and end, which its chat template may ask for, keep those names; one it
+    Tokens that a third-party tokenizer calls its own begin and end, which its chat template may ask for, keep those names; one it
     has not, it still has not.
     """
     folder = Path(folder)
@@ -185,7 +185,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_builder(folder: Path) -> Iterator[None]:
+def build_lock(folder: Path) -> Iterator[None]:
     """Let one process at a time build `folder`; the others wait and then find it. Without file locks, all build."""
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def make_tokenizer(config: DataConfig, cache_dir: str | Path | None = None) -> T
     ids = [content_id(name, "train", config.world_seed) for name in config.sources]
     key = hashlib.sha256(json.dumps([2, TOKENIZER_CHARS, config.tokenizer_vocab_size, ids]).encode()).hexdigest()[:16]
     folder = Path(cache_dir or cache_root()) / f"tokenizer-{key}"
-    with one_builder(folder):
+    with build_lock(folder):
         try:
             check_folder(find_folder(folder))
             return load_tokenizer(find_folder(folder))

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from modern_llm.models.decoder import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['ROLES', 'checked_weights', 'attention_maps', 'Example', 'examples', 'EncodedExample', 'tokenise_example',
-           'row_measures', 'planted_repetition', 'induction_attention', 'repetition_gain', 'head_role', 'head_table',
-           'heads_figure', 'maps_figure', 'without_head', 'key_table', 'head_figure', 'observations']
+__all__ = ['ROLES', 'checked_weights', 'attention_maps', 'AttentionExample', 'examples', 'EncodedAttentionExample',
+           'tokenise_example', 'row_measures', 'planted_repetition', 'induction_attention', 'repetition_gain',
+           'head_role', 'head_table', 'heads_figure', 'maps_figure', 'without_head', 'key_table', 'head_figure',
+           'observations']
 
 # %% ../../nbs/08_attention_viz.ipynb #rebuilt
 def checked_weights(
@@ -81,7 +82,7 @@ def attention_maps(model: ModernDecoderLM, input_ids: Int[Tensor, "b t"]) -> Flo
 
 # %% ../../nbs/08_attention_viz.ipynb #example-class
 @dataclass(frozen=True)
-class Example:
+class AttentionExample:
     """A text that breaks off before its answer, and the words in it that the answer depends on."""
 
     name: str
@@ -90,7 +91,7 @@ class Example:
     keys: tuple[str, ...]  # words that decide it; the last occurrence of each counts
 
 # %% ../../nbs/08_attention_viz.ipynb #examples
-def examples(built_in: bool, world_seed: int = 0) -> list[Example]:
+def examples(built_in: bool, world_seed: int = 0) -> list[AttentionExample]:
     """Sentiment positive and negative, an entity, a step of arithmetic: in the built-in world's words, or in plain English."""
     if built_in:
         review = ("Review: Leo ran to the bridge last week. The fruit was quite {}, and the soup was very {}. "
@@ -98,33 +99,33 @@ def examples(built_in: bool, world_seed: int = 0) -> list[Example]:
         opinions = {" positive": ("lovely", "good", "fine"), " negative": ("awful", "bad", "dirty")}
         name = "Rose"
         facts, his = world(world_seed).facts[name], PRONOUNS[PEOPLE[name]][1].capitalize()
-        entity = Example("entity", f"{state(name, 'job', facts['job'])} {state(name, 'food', facts['food'], pronoun=True)} "
-                         f"{his} home is the", f" {facts['home']}", (name,))
+        entity = AttentionExample("entity", f"{state(name, 'job', facts['job'])} {state(name, 'food', facts['food'], pronoun=True)} "
+                                  f"{his} home is the", f" {facts['home']}", (name,))
         step = ("Question: Mia has 6 balls. Then she finds 3 more balls. How many balls does Mia have now?\n"
                 "Answer: Mia has 6+3=<<6+3=")
-        sum_of = Example("arithmetic", step, "9", ("6", "3"))
+        sum_of = AttentionExample("arithmetic", step, "9", ("6", "3"))
     else:
         review = "Review: The story was {}, the acting was {}, and I {} the ending.\nSentiment:"
         opinions = {" positive": ("lovely", "great", "loved"), " negative": ("awful", "bad", "hated")}
-        entity = Example("entity", "Lily had a red ball. Tom had a blue car. Lily was happy, because she had the red", " ball",
-                         ("ball", "Lily"))
-        sum_of = Example("arithmetic", "Tom has 2 apples. He buys 3 more apples. Now he has 2+3=", "5", ("2", "3"))
-    reviews = [Example(f"sentiment,{answer}", review.format(*words), answer, words) for answer, words in opinions.items()]
+        entity = AttentionExample("entity", "Lily had a red ball. Tom had a blue car. Lily was happy, because she had the red", " ball",
+                                  ("ball", "Lily"))
+        sum_of = AttentionExample("arithmetic", "Tom has 2 apples. He buys 3 more apples. Now he has 2+3=", "5", ("2", "3"))
+    reviews = [AttentionExample(f"sentiment,{answer}", review.format(*words), answer, words) for answer, words in opinions.items()]
     return [*reviews, entity, sum_of]
 
 # %% ../../nbs/08_attention_viz.ipynb #encode
 @dataclass(frozen=True)
-class EncodedExample:
+class EncodedAttentionExample:
     """An example in tokens."""
 
-    example: Example
+    example: AttentionExample
     input_ids: Int[Tensor, "1 t"]
     labels: list[str]  # a printable name of every token
     keys: list[int]  # positions of the tokens of the key words
     answer_id: int  # first token of the answer
 
 
-def tokenise_example(tokenizer: Tokenizer, example: Example, start_id: int) -> EncodedExample:
+def tokenise_example(tokenizer: Tokenizer, example: AttentionExample, start_id: int) -> EncodedAttentionExample:
     """Tokens, their labels and the positions of the key words; a start token stands in front.
 
     Raises:
@@ -141,7 +142,7 @@ def tokenise_example(tokenizer: Tokenizer, example: Example, start_id: int) -> E
     shown = {"\n": "⏎", " ": "·", "$": r"\$"}
     labels = ["".join(shown.get(c, c) for c in tokenizer.decode([i], skip_special_tokens=False)) for i in encoding.ids]
     ids = torch.tensor([[start_id, *encoding.ids]])
-    return EncodedExample(example, ids, ["start", *labels], sorted(positions), answer_id)
+    return EncodedAttentionExample(example, ids, ["start", *labels], sorted(positions), answer_id)
 
 # %% ../../nbs/08_attention_viz.ipynb #measures
 def row_measures(weights: Float[Tensor, "l h t s"]) -> dict[str, Float[Tensor, "l h rows"]]:
@@ -197,7 +198,7 @@ def induction_attention(maps: Float[Tensor, "l b h t s"]) -> Float[Tensor, "l b 
 # %% ../../nbs/08_attention_viz.ipynb #repeat-gain
 @torch.inference_mode()
 def repetition_gain(model: ModernDecoderLM, planted: Int[Tensor, "b t"], control: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
-    """Nats a token of the second half that the model saves because it repeats the first: control minus planted.
+    """Nats per token of the second half that the model saves because it repeats the first: control minus planted.
 
     The first token of the half is left out: nobody can know that the repetition begins.
     """
@@ -223,7 +224,7 @@ def head_role(measures: pd.Series) -> str:
 def head_table(
     texts: Sequence[Tensor], planted: Float[Tensor, "l b h t s"], control: Float[Tensor, "l b h t s"]
 ) -> pd.DataFrame:
-    """One row a head: the mean of every measure, and the role.
+    """One row per head: the mean of every measure, and the role.
 
     Args:
         texts: maps (l h t s) of ordinary texts, from which all but induction is read; every query counts the same.
@@ -289,8 +290,8 @@ def without_head(model: ModernDecoderLM, layer: int, head: int) -> Iterator[Mode
 
 # %% ../../nbs/08_attention_viz.ipynb #key-table
 @torch.inference_mode()
-def key_table(model: ModernDecoderLM, item: EncodedExample, weights: Float[Tensor, "l h t s"]) -> pd.DataFrame:
-    """One row a head: its weight on the key tokens from the last position, and the answer's probability without it.
+def key_table(model: ModernDecoderLM, item: EncodedAttentionExample, weights: Float[Tensor, "l h t s"]) -> pd.DataFrame:
+    """One row per head: its weight on the key tokens from the last position, and the answer's probability without it.
 
     `attrs` hold the probability with all heads (`answer`) and the weight of an even head (`even`).
     """
@@ -311,7 +312,7 @@ def key_table(model: ModernDecoderLM, item: EncodedExample, weights: Float[Tenso
     return table
 
 # %% ../../nbs/08_attention_viz.ipynb #head-figure-def
-def head_figure(weights: Float[Tensor, "t s"], item: EncodedExample, title: str = "") -> Figure:
+def head_figure(weights: Float[Tensor, "t s"], item: EncodedAttentionExample, title: str = "") -> Figure:
     """One head's map of one example with the tokens written out; key tokens are marked with an arrow."""
     t = len(item.labels)
     side = 1.2 + 0.14 * t
@@ -343,7 +344,7 @@ def observations(heads: pd.DataFrame, gain: dict[str, float], even: float, keys:
     best, found = heads.induction.idxmax(), int((heads.role == "induction").sum())
     told.append(f"On a planted repetition head {name(best)} puts {heads.induction[best]:.2f} more weight on the token to continue with "
                 f"than without one (an even head has {even:.2f} in all). Heads that reach the threshold of induction: {found}. "
-                f"Nats a token that the model saves by the repetition: {gain['value']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
+                f"Nats per token that the model saves by the repetition: {gain['value']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
                 f"{', not told apart from 0' if gain['low'] <= 0 <= gain['high'] else ''}.")
     for example, table in keys.items():
         on, without = table["on keys"], table["answer without it"]

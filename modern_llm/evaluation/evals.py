@@ -19,13 +19,13 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from ..data.chat import Answer, Example, answer, continuations, document_prompt
+from ..data.chat import Answer, EncodedExample, answer, continuations, document_prompt
 from ..data.packing import TokenCache, validation_batches
 from .fewshot import sentiment_items
-from ..files import DamagedFolder, kept_frame, read_json, write_json
+from ..files import DamagedFolder, cached_frame, read_json, write_json
 from .ledger import STAGES, item_rows
 from .perplexity import perplexity_tables, protocol_rows
-from ..models.prefix import tail_log_probs
+from ..models.prefix import continuation_log_probs
 from ..models.likelihoods import document_nats
 from ..statistics import held_out_measures, perplexity_ratio
 from modern_llm.data.tasks import (
@@ -84,7 +84,7 @@ def separator_ids(tokenizer: Tokenizer, separator: str) -> list[list[int]]:
 
 # %% ../../nbs/07_eval.ipynb #baselines
 def baselines(names: Iterable[str], device: str) -> tuple[dict[str, Subject], dict[str, str]]:
-    """Models from elsewhere by name, asked by documents with blank lines between them, and why the others are not here.
+    """Third-party models by name, asked by documents with blank lines between them, and why the others are not here.
 
     A model is called by the last part of its name or path. ValueError if that is the name of a stage or of another baseline.
     """
@@ -112,7 +112,7 @@ def piece(folder: str | Path, stage: str, task: str, make: Callable[[], pd.DataF
         return make().assign(seconds=lambda _: round(time.perf_counter() - start, 2))
 
     (Path(folder) / "pieces").mkdir(parents=True, exist_ok=True)
-    return kept_frame(Path(folder) / "pieces" / f"{stage}-{task.replace(', ', '-')}.jsonl", timed)
+    return cached_frame(Path(folder) / "pieces" / f"{stage}-{task.replace(', ', '-')}.jsonl", timed)
 
 # %% ../../nbs/07_eval.ipynb #same-settings
 def same_settings(folder: str | Path, settings: dict) -> None:
@@ -121,7 +121,7 @@ def same_settings(folder: str | Path, settings: dict) -> None:
     former = read_json(path) if path.exists() else settings
     if changed := [f"{name}: {former.get(name)} -> {settings.get(name)}" for name in {**former, **settings}
                    if former.get(name) != settings.get(name)]:
-        raise ValueError(f"{path.parent} holds what was measured with other settings ({'; '.join(changed)}); begin anew with force=True")
+        raise ValueError(f"{path.parent} holds what was measured with other settings ({'; '.join(changed)}); start over with force=True")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
@@ -172,7 +172,7 @@ def protocol_measures(stage: str, piece: pd.DataFrame) -> list[dict]:
             for row in protocol_rows(dict(list(of.groupby("protocol", sort=False))), source)]
 
 # %% ../../nbs/07_eval.ipynb #score-examples
-def score_examples(model: nn.Module, examples: Sequence[Example], batch_rows: int = 64, progress: str = "") -> np.ndarray:
+def score_examples(model: nn.Module, examples: Sequence[EncodedExample], batch_rows: int = 64, progress: str = "") -> np.ndarray:
     """Log-probability of the answer that each example ends with; -inf where it exceeds the context.
 
     Args:
@@ -182,17 +182,17 @@ def score_examples(model: nn.Module, examples: Sequence[Example], batch_rows: in
     rows = [[*examples[i][0], examples[i][1][-1]] for i in fitting]
     begins = [1 + next(place for place, label in enumerate(examples[i][1]) if label != -100) for i in fitting]
     sums = np.full(len(examples), -np.inf)
-    sums[fitting] = tail_log_probs(model, rows, begins, batch_rows, progress=progress)
+    sums[fitting] = continuation_log_probs(model, rows, begins, batch_rows, progress=progress)
     return sums
 
 # %% ../../nbs/07_eval.ipynb #continuation-example
-def continuation_example(tokenizer: Tokenizer, prompt: Sequence[int], text: str, closed: bool = False) -> Example:
+def continuation_example(tokenizer: Tokenizer, prompt: Sequence[int], text: str, closed: bool = False) -> EncodedExample:
     """An example that counts `text` behind an encoded prompt and nothing else, with <|endoftext|> behind it if `closed`."""
     tail = encode_documents(tokenizer, [text])[0] + [end_of_text_id(tokenizer)] * closed
     return [*prompt, *tail][:-1], [-100] * (len(prompt) - 1) + tail
 
 # %% ../../nbs/07_eval.ipynb #document-pair
-def document_pair(tokenizer: Tokenizer, request: str, answers: Sequence[str], context_length: int) -> list[Example]:
+def document_pair(tokenizer: Tokenizer, request: str, answers: Sequence[str], context_length: int) -> list[EncodedExample]:
     """For a base model: each of some answers behind 'Question: … Answer:', closed by <|endoftext|>, cut at the context's end."""
     longest = max(map(len, encode_documents(tokenizer, [f" {text}" for text in answers]))) + 1
     first, *rest = document_prompt(tokenizer, [], f"Question: {request}\nAnswer:", context_length)
@@ -201,7 +201,7 @@ def document_pair(tokenizer: Tokenizer, request: str, answers: Sequence[str], co
     return [(ids[:context_length], labels[:context_length]) for ids, labels in found]
 
 # %% ../../nbs/07_eval.ipynb #preference-piece
-def preference_piece(subject: Subject, pairs: Sequence[tuple[Example, Example]]) -> pd.DataFrame:
+def preference_piece(subject: Subject, pairs: Sequence[tuple[EncodedExample, EncodedExample]]) -> pd.DataFrame:
     """item, log-probabilities of the chosen and the rejected answer, and right: whether the chosen one is likelier."""
     sums = score_examples(subject.model, [side for pair in pairs for side in pair], progress=f"{subject.stage}: preferences").reshape(-1, 2)
     return pd.DataFrame({"item": range(len(pairs)), "chosen": sums[:, 0], "rejected": sums[:, 1], "right": sums[:, 0] > sums[:, 1]})

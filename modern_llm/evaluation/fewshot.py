@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from ..models.prefix import tail_log_probs, word_log_probs
+from ..models.prefix import continuation_log_probs, word_log_probs
 from ..statistics import mean_interval, paired_difference, proportion_interval
 from ..data.synth import LABELS, Review
 from ..data.tokens import encode_documents, end_of_text_id
@@ -46,7 +46,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Sequence[str]], separ
     """Token ids of prompts, each given as its documents, of which the last breaks off.
 
     Args:
-        separator: the text between documents, as "\n\n" for models of others; None puts <|endoftext|> before each.
+        separator: the text between documents, as "\n\n" for third-party models; None puts <|endoftext|> before each.
     """
     if separator is not None:
         return encode_documents(tokenizer, [separator.join(parts) for parts in prompts])
@@ -141,7 +141,7 @@ class Scorer:
             raise ValueError(f"labels {list(self.labels)} are not all different words; use other label words")
         return words
 
-    def behind(self, demonstrations: Sequence[Review], suffixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def direct(self, demonstrations: Sequence[Review], suffixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """log p of every label behind every suffix (n, labels), and how many demonstrations were shown (n,)."""
         words = self.words()
         room = self.model.cfg.context_length + 1 - max(map(len, words))
@@ -158,15 +158,15 @@ class Scorer:
             rows, shown = fitted_prompts(self.tokenizer, prompt_prefix(demonstrations, channel=True), whole, room, self.separator)
             fitting = np.flatnonzero(shown >= 0)
             column = np.full(len(texts), np.nan)
-            column[fitting] = tail_log_probs(self.model, [rows[i] for i in fitting], [len(rows[i]) - len(tails[i]) for i in fitting],
-                                             self.batch_rows, shown[fitting].tolist(), progress=self.progress)
+            column[fitting] = continuation_log_probs(self.model, [rows[i] for i in fitting], [len(rows[i]) - len(tails[i]) for i in fitting],
+                                                     self.batch_rows, shown[fitting].tolist(), progress=self.progress)
             columns.append(column)
             counts.append(shown)
         return np.stack(columns, axis=1), np.min(counts, axis=0)
 
     def prior(self, demonstrations: Sequence[Review], method: str) -> np.ndarray:
         """log of how likely each label is (labels,) before any sentence; by which method, see PRIORS."""
-        scores = self.behind(demonstrations, PRIORS[method])[0]
+        scores = self.direct(demonstrations, PRIORS[method])[0]
         return np.logaddexp.reduce(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)) - math.log(len(scores))
 
 # %% ../../nbs/43_fewshot.ipynb #label-log-probs
@@ -174,7 +174,7 @@ def label_log_probs(model: nn.Module, tokenizer: Tokenizer, demonstrations: Sequ
                     labels: Sequence[str] = LABELS, separator: str | None = None, batch_rows: int = 32, progress: str = "") -> np.ndarray:
     """(texts, labels): log p of every label word behind every text's prompt, in nats; NaN where the text alone exceeds the context."""
     scorer = Scorer(model, tokenizer, labels, separator, batch_rows, progress)
-    return scorer.behind(demonstrations, [prompt_suffix(text) for text in texts])[0]
+    return scorer.direct(demonstrations, [prompt_suffix(text) for text in texts])[0]
 
 # %% ../../nbs/43_fewshot.ipynb #order
 def candidate_orders(shots: int, count: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -199,7 +199,7 @@ def order_entropies(scorer: Scorer, demonstrations: Sequence[Review], probes: Se
     """
     rows = []
     for order in orders:
-        scores, _ = scorer.behind([demonstrations[i] for i in order], [prompt_suffix(text) for text in probes])
+        scores, _ = scorer.direct([demonstrations[i] for i in order], [prompt_suffix(text) for text in probes])
         logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
         share = np.bincount(logs.argmax(1), minlength=logs.shape[1]) / len(logs)
         rows.append({"order": tuple(order), "global_entropy": -sum(p * math.log(p) for p in share if p),
@@ -227,7 +227,7 @@ def method_scores(scorer: Scorer, demonstrations: Sequence[Review], texts: Seque
     """
     suffixes, found = [prompt_suffix(text) for text in texts], {}
     if {"direct", *PRIORS} & set(methods):
-        scores, shown = scorer.behind(demonstrations, suffixes)
+        scores, shown = scorer.direct(demonstrations, suffixes)
         found["direct"] = scores, shown
         for method in PRIORS:
             if method in methods:
@@ -238,7 +238,7 @@ def method_scores(scorer: Scorer, demonstrations: Sequence[Review], texts: Seque
         found["channel"] = scorer.channel(demonstrations, texts)
     if "ordered" in methods and len(demonstrations) > 1:
         order = best_order(order_entropies(scorer, demonstrations, probes, candidate_orders(len(demonstrations), orders)))
-        found["ordered"] = scorer.behind([demonstrations[i] for i in order], suffixes)
+        found["ordered"] = scorer.direct([demonstrations[i] for i in order], suffixes)
     return {method: found[method] for method in methods if method in found}
 
 # %% ../../nbs/43_fewshot.ipynb #sentiment-items

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from modern_llm.data.chat import continuations, document_prompt, encode_prompt, end_id, speaks_chat
+from modern_llm.data.chat import continuations, document_prompt, encode_prompt, end_id, is_chat_model
 from modern_llm.training.checkpoints import pick_device
 from modern_llm.config import ModelConfig
 from modern_llm.models.counts import inference_memory, parameter_count
@@ -33,15 +33,15 @@ LIMIT_GB = 12.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resident() -> int:
+def current_rss() -> int:
     """Bytes of main memory that this process holds now."""
     import psutil
 
     return psutil.Process().memory_info().rss
 
 
-def peak_resident() -> int:
-    """The most bytes of main memory this process ever held, or held since `forget_peak` where the system can forget."""
+def peak_rss() -> int:
+    """The most bytes of main memory this process ever held, or held since `reset_peak_rss` where the system can forget."""
     try:  # the kernel's mark of this program; the one of getrusage may be the parent's, from before the program was loaded
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     except (OSError, TypeError):
@@ -50,7 +50,7 @@ def peak_resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def forget_peak() -> None:
+def reset_peak_rss() -> None:
     """Set the high-water mark back to what is held now (Linux; elsewhere it stays)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -91,10 +91,10 @@ def check_inference(folder: Path, *, device: str = "auto", dtype: str | None = N
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(where)
-    forget_peak()
-    before = torch.cuda.memory_reserved(where) if gpu else resident()
+    reset_peak_rss()
+    before = torch.cuda.memory_reserved(where) if gpu else current_rss()
     model, tokenizer = load_model(folder, where, DTYPES.get(dtype)).eval(), load_tokenizer(folder)
-    asked, chat = word_problems(problems, "test", count), speaks_chat(folder, tokenizer)
+    asked, chat = word_problems(problems, "test", count), is_chat_model(folder, tokenizer)
     room = model.cfg.context_length - 1
     prompts = [encode_prompt(tokenizer, problem_request(problem)) if chat else
                document_prompt(tokenizer, [], f"Question: {problem.question}\nAnswer:", room) for problem in asked]
@@ -105,7 +105,7 @@ def check_inference(folder: Path, *, device: str = "auto", dtype: str | None = N
     asked, prompts = [asked[i] for i in kept], [prompts[i] for i in kept]
     answers = continuations(model, tokenizer, prompts, end_id(tokenizer) if chat else end_of_text_id(tokenizer),
                             max_new_tokens=max_new_tokens, batch_rows=batch)
-    peak = torch.cuda.max_memory_reserved(where) if gpu else peak_resident()
+    peak = torch.cuda.max_memory_reserved(where) if gpu else peak_rss()
     marked, bytes_per_value = mark(asked, answers), model.embed_tokens.weight.element_size()
     longest = max(map(len, prompts))
     written = min(longest + max_new_tokens, model.cfg.context_length)

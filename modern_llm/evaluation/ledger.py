@@ -34,7 +34,7 @@ def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterabl
 # %% ../../nbs/44_ledger.ipynb #ledger-columns
 COLUMNS = ["stage", "task", "metric", "value", "low", "high", "n", "protocol", "seconds"]
 INTERVAL = ["value", "low", "high"]
-STAGES = ("base", "sft", "dpo", "verifier", "checkpoint")  # in the order of the pipeline; models from elsewhere come behind
+STAGES = ("base", "sft", "dpo", "verifier", "checkpoint")  # in the order of the pipeline; third-party models come behind
 
 
 def in_order(stages: Iterable[str]) -> list[str]:

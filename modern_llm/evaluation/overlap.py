@@ -293,7 +293,7 @@ def clean_rows(items: pd.DataFrame, overlap: pd.DataFrame, set_of: Mapping[str |
     """Every score on all items and on those of each subset, as rows like a ledger's.
 
     Args:
-        items: stage, task, metric, item, value, weight and perhaps group (a level, a kind), one row an item.
+        items: stage, task, metric, item, value, weight and perhaps group (a level, a kind), one row per item.
         overlap: what `find_overlap` or `run_overlap` found; `item` there is the item's number here.
         set_of: the set of a (task, metric) or of a task. By default a task's set is named like it, up to a comma. Tasks without
             a set are left out.

@@ -107,7 +107,7 @@ def writing_errors(folder: str | Path) -> Iterator[None]:
 
 
 def target_folder(folder: str | Path, checkpoint: Path) -> Path:
-    """The absolute path of a folder to be made. ExportError if it is no name, is there already, or lies in the checkpoint."""
+    """The absolute path of a folder to be made. ExportError if it is not a name, is there already, or lies in the checkpoint."""
     if not str(folder).strip() or "\0" in str(folder):
         raise ExportError(f"--to {str(folder)!r} names no folder")
     place = Path(os.path.abspath(os.path.expanduser(folder)))

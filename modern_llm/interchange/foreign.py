@@ -1,4 +1,4 @@
-"""A model of another program, called as ours is: what generation and the evaluation functions need of `ModernDecoderLM`."""
+"""A third-party model, adapted to the interface of `ModernDecoderLM` that generation and the evaluation functions use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_LIMIT = 2048  # context of a model that states none, because its positions ha
 
 
 @dataclass(frozen=True)
-class ForeignConfig:
+class AdapterConfig:
     """What the functions here ask of `model.cfg`."""
 
     architecture: str
@@ -28,7 +28,7 @@ class ForeignConfig:
     width: int
 
 
-class ForeignCache:
+class AdapterCache:
     """transformers' own cache with the counting of `KVCache`: rows are padded at the left and all end at the same index.
 
     Args:
@@ -57,7 +57,7 @@ class ForeignCache:
         """
         end = self.length + t
         if end > self.max_length:
-            raise ValueError(f"ForeignCache: {end} tokens do not fit max_length={self.max_length}; allocate a longer cache")
+            raise ValueError(f"AdapterCache: {end} tokens do not fit max_length={self.max_length}; allocate a longer cache")
         return (torch.arange(end, device=self.pad_lengths.device) >= self.pad_lengths[:, None]).long()
 
     def advance(self, t: int) -> None:
@@ -84,7 +84,7 @@ class TransformersLM(nn.Module):
         super().__init__()
         self.model, config = model, model.config.get_text_config()
         context = next((value for name in CONTEXT_NAMES if isinstance(value := getattr(config, name, None), int)), NO_LIMIT)
-        self.cfg = ForeignConfig(type(model).__name__, context, *self.lm_head.weight.shape)
+        self.cfg = AdapterConfig(type(model).__name__, context, *self.lm_head.weight.shape)
         self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
         self.packs = self.takes_positions and not windowed  # whether documents in one row can be kept apart
@@ -100,7 +100,7 @@ class TransformersLM(nn.Module):
         return self.model.get_output_embeddings()
 
     def hidden(self, input_ids: Int[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None = None,
-               cache: ForeignCache | None = None) -> tuple[Float[Tensor, "b t c"], Float[Tensor, ""]]:
+               cache: AdapterCache | None = None) -> tuple[Float[Tensor, "b t c"], Float[Tensor, ""]]:
         """What the head reads, and 0 for the loss of routers.
 
         With `segment_ids` every document is read alone, from position 0. New keys and values go to the `cache`.
@@ -127,7 +127,7 @@ class TransformersLM(nn.Module):
         """The mask (0 = may read, else very negative) and the positions of rows in which each document is read alone."""
         if not self.packs:
             raise ValueError(f"{self.cfg.architecture} cannot keep packed documents apart (a sliding window, or positions that "
-                             "cannot be set): score its documents one a row")
+                             "cannot be set): score its documents one per row")
         t, kind = segment_ids.shape[1], self.embed_tokens.weight.dtype
         allowed = attention_mask(t, t, segment_ids=segment_ids, device=segment_ids.device)
         index = torch.arange(t, device=segment_ids.device).expand_as(segment_ids)
@@ -138,15 +138,15 @@ class TransformersLM(nn.Module):
         return mask, index - starts
 
     def forward(self, input_ids: Int[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None = None,
-                cache: ForeignCache | None = None) -> Float[Tensor, "b t v"]:
+                cache: AdapterCache | None = None) -> Float[Tensor, "b t v"]:
         """Logits of the token that follows each position."""
         return self.lm_head(self.hidden(input_ids, segment_ids, cache)[0])
 
-    def new_cache(self, batch: int, max_length: int, pad_lengths: Int[Tensor, "b"] | None = None) -> ForeignCache:
+    def new_cache(self, batch: int, max_length: int, pad_lengths: Int[Tensor, "b"] | None = None) -> AdapterCache:
         """An empty cache of `max_length` tokens for `batch` rows."""
         device = self.embed_tokens.weight.device
         padding = torch.zeros(batch, dtype=torch.long, device=device) if pad_lengths is None else pad_lengths.to(device)
-        return ForeignCache(self.model.config, batch, max_length, padding)
+        return AdapterCache(self.model.config, batch, max_length, padding)
 
     @torch.inference_mode()
     def check(self) -> None:
@@ -162,7 +162,7 @@ class TransformersLM(nn.Module):
             rows = torch.stack([torch.cat([ids[:2] * 0, ids[:4]]), ids])
             cache = self.new_cache(2, 6, torch.tensor([2, 0], device=device))
             self.hidden(rows[:, :4], cache=cache)
-            same = agree(self(rows[:, 4:], cache=cache)[:, -1], wanted)
+            same = logits_agree(self(rows[:, 4:], cache=cache)[:, -1], wanted)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{self.cfg.architecture} cannot be called with a cache and left padding ({type(error).__name__}: "
                              f"{str(error)[:200]}); it cannot be evaluated here") from error
@@ -171,12 +171,12 @@ class TransformersLM(nn.Module):
                              "itself: it is not causal, or changes its logits after the head; it cannot be evaluated here")
         try:
             packed = self(ids[None], torch.tensor([[1, 1, 2, 2, 2, 2]], device=device))[:, -1]
-            self.packs = agree(packed, self.model(ids[None, 2:], use_cache=False).logits[:, -1])
+            self.packs = logits_agree(packed, self.model(ids[None, 2:], use_cache=False).logits[:, -1])
         except (RuntimeError, TypeError, ValueError):  # such as positions made from a mask of one row
             self.packs = False
 
 
-def agree(found: Tensor, wanted: Tensor) -> bool:
+def logits_agree(found: Tensor, wanted: Tensor) -> bool:
     """Whether logits are the same but for rounding: 0.1% of their range in float32, 3% in half precision."""
     limit = (1e-3 if wanted.dtype == torch.float32 else 0.03) * (wanted.amax() - wanted.amin() + 1e-6).float()
     return bool((found.float() - wanted.float()).abs().max() <= limit)

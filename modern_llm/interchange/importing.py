@@ -1,4 +1,4 @@
-"""A model folder or GGUF file of another program becomes a checkpoint folder of ours, or says why it cannot.
+"""A third-party model folder or GGUF file becomes a checkpoint folder of this package, or says why it cannot.
 
 Safetensors are read without transformers, and nothing is ever unpickled. Imports neither torch nor transformers before it must.
 """
@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from modern_llm.files import atomic_folder, read_json, write_json
 from modern_llm.interchange.llama_layout import (
-    CannotImport, model_config, own_model, read_weights, weight_files,
+    CannotImport, build_model, model_config, read_weights, weight_files,
 )
 from modern_llm.data.templates import NAMED, read_settings
 from modern_llm.data.tokens import CHAT_TOKENS, END_OF_TEXT, disk_errors, load_tokenizer, save_tokenizer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 IMPORT_VERSION = 5  # raise it when the same files are imported differently
-ENDINGS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # names of the token between documents, the best known first
 
 
 def gguf_file(place: Path) -> Path | None:
@@ -38,7 +38,7 @@ def gguf_file(place: Path) -> Path | None:
     return found[0] if found else None
 
 
-def is_foreign(place: Path) -> bool:
+def is_third_party(place: Path) -> bool:
     """Whether another program wrote the model there: a config.json without our key, or a GGUF file."""
     if (place / "config.json").is_file():
         try:
@@ -49,7 +49,7 @@ def is_foreign(place: Path) -> bool:
 
 
 def with_transformers(place: Path, dtype: torch.dtype | str = "auto"):
-    """The model as transformers opens it, from local files and without code of others. CannotImport says what is missing."""
+    """The model as transformers opens it, from local files and without third-party code. CannotImport says what is missing."""
     gguf = gguf_file(place)
     try:
         import transformers
@@ -124,7 +124,7 @@ def with_end_of_text(tokenizer: Tokenizer, said: dict, config: dict) -> tuple[To
     begin-of-text token. CannotImport if there is none.
     """
     text = lambda token: token.get("content") if isinstance(token, dict) else token
-    named = [*ENDINGS, *(text(said.get(f"{kind}_token")) for kind in ("eos", "bos"))]
+    named = [*END_OF_TEXT_NAMES, *(text(said.get(f"{kind}_token")) for kind in ("eos", "bos"))]
     ids = [index for kind in ("eos", "bos") for index in token_ids(config.get(f"{kind}_token_id"))]
     named += [tokenizer.id_to_token(index) for index in ids if 0 <= index < tokenizer.get_vocab_size()]
     old = next((token for token in named if token and tokenizer.token_to_id(token) is not None), None)
@@ -159,7 +159,7 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, place: Path) -> None:
 
 def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float32", context_length: int | None = None,
                  chat_tokens: bool = False) -> Path:
-    """Write a Llama-layout model of another program as a checkpoint folder of ours; its logits stay the same.
+    """Write a third-party model in Llama's layout as a checkpoint folder of this package; its logits stay the same.
 
     Args:
         source: a folder with config.json, safetensors (in shards, too) and tokenizer.json, or a GGUF file, or a folder with one.
@@ -167,7 +167,7 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
         dtype: of the written weights; the stages train in float32.
         context_length: a shorter context than the source's, for stages that shall fit into memory.
         chat_tokens: give the tokenizer the tokens that stages after pretraining need, unless it has those of ChatML; unused rows of
-            the embedding take them, and where there are none, it grows by their mean (`own_model`).
+            the embedding take them, and where there are none, it grows by their mean (`build_model`).
 
     Returns:
         `folder`.
@@ -179,7 +179,7 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
     """
     import torch
 
-    from modern_llm.data.chat import OURS, chat_format, end_id
+    from modern_llm.data.chat import DEFAULT_FORMAT, chat_format, end_id
     from modern_llm.models.decoder import save_model
 
     place, folder = Path(source).expanduser(), Path(folder)
@@ -202,10 +202,10 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
     ends = sorted({*token_ids(config.get("eos_token_id")), *token_ids(generation_settings(place).get("eos_token_id")),
                    *token_ids(tokenizer.token_to_id(END_OF_TEXT if said.get("eos_token") == former else said.get("eos_token") or ""))})
     tokenizer = with_settings(tokenizer, said, former, ends)
-    added = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is None] if chat_tokens and chat_format(tokenizer) is OURS else []
+    added = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is None] if chat_tokens and chat_format(tokenizer) is DEFAULT_FORMAT else []
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     new_rows = max(0, max(tokenizer.get_vocab().values()) + 1 - cfg.vocab_size)
-    model = own_model(tensors, cfg, place, getattr(torch, dtype), new_rows)
+    model = build_model(tensors, cfg, place, getattr(torch, dtype), new_rows)
     end, closing = tokenizer.token_to_id(END_OF_TEXT), None
     with contextlib.nullcontext() if chat_tokens else contextlib.suppress(ValueError):  # whoever asks no chat needs no template
         closing = end_id(tokenizer)

@@ -66,9 +66,9 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
         CannotImport: the model computes something that `ModernDecoderLM` does not; the message names the field.
     """
     if not isinstance(source, dict) or not isinstance(source.get("architectures") or [], list):
-        raise CannotImport("config.json is no object with a list of architectures: is it the model's own file?")
+        raise CannotImport("config.json is not an object with a list of architectures: is it the model's own file?")
     if odd := [key for key in ("rope_scaling", "rope_parameters", "quantization_config") if not isinstance(source.get(key) or {}, dict)]:
-        raise CannotImport(f"{odd[0]}={source[odd[0]]!r} in config.json is no object: is it the model's own file?")
+        raise CannotImport(f"{odd[0]}={source[odd[0]]!r} in config.json is not an object: is it the model's own file?")
     name = (source.get("architectures") or [f"model_type {source.get('model_type')!r}"])[0]
     if name not in LAYOUTS:
         why = f" has {MISFITS[name]}" if name in MISFITS else f" is not one of {', '.join(LAYOUTS)}"
@@ -131,7 +131,7 @@ def weight_map(index: Path) -> dict[str, str]:
         names = sorted(set(files.values()))
         outside = [name for name in names if not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFolder(f"{index} is no index of weights ({type(error).__name__}: {error}): copy it again") from error
+        raise DamagedFolder(f"{index} is not an index of weights ({type(error).__name__}: {error}): copy it again") from error
     if outside or not names:
         raise CannotImport(f"{index}: weight_map names {outside[0]!r}, which is not in its folder, and nothing else is read" if outside else
                            f"{index}: weight_map names no file")
@@ -178,8 +178,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def own_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path, dtype: torch.dtype,
-              new_rows: int = 0) -> ModernDecoderLM:
+def build_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path, dtype: torch.dtype,
+                new_rows: int = 0) -> ModernDecoderLM:
     """A `ModernDecoderLM` of these tensors, whose names are Hugging Face's.
 
     `new_rows` tokens are added, each with the mean embedding: that takes at most log(1 + new_rows/vocab_size) nats from the

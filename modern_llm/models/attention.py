@@ -35,7 +35,7 @@ def attention_weights(
         q: queries, the last t of the s positions.
         k: keys; head h reads group h // (h/g).
         mask: True where a query may read; None is plain causal.
-        sinks: one logit a head that joins every softmax; rows then sum to less than 1.
+        sinks: one logit per head that joins every softmax; rows then sum to less than 1.
     """
     t, s = q.shape[-2], k.shape[-2]
     if mask is None:
@@ -51,7 +51,7 @@ def attention_weights(
 def rotary_frequencies(
     head_width: int, theta: float = 10_000.0, device: torch.device | str | None = None, factor: float = 1.0, trained_context: int = 8192
 ) -> Float[Tensor, "pairs"]:
-    """Angular speeds of the d/2 channel pairs, in radians a token, from 1 down to almost 1/theta.
+    """Angular speeds of the d/2 channel pairs, in radians per token, from 1 down to almost 1/theta.
 
     Source: Su et al. 2021 (2104.09864), section 3.2.2. With a `factor` over 1, pairs that turn less than once in
     `trained_context` tokens are so many times slower, those that turn over four times are not, and the others lie between:
@@ -170,7 +170,7 @@ def attend(
         k: keys of g groups.
         v: values of g groups.
         mask: from `attention_mask`; None means causal, with t = s or t = 1.
-        sinks: one logit a head that joins every softmax.
+        sinks: one logit per head that joins every softmax.
 
     Raises:
         ValueError: there is no mask although 1 < t < s.
@@ -293,7 +293,7 @@ class CausalSelfAttention(nn.Module):
             rotary: `rotary_tables` of the positions of x.
             segment_ids: document of every token in packed rows; not together with a cache.
             cache: extended in place; the caller advances it after the last layer.
-            layer: which layer of the cache is ours.
+            layer: the index of this layer in the cache.
 
         Raises:
             ValueError: segment_ids together with a cache.

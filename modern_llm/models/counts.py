@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..config import DPOConfig, ModelConfig, TrainConfig, VerifierConfig
 
 # %% auto #0
-__all__ = ['parameter_count', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory', 'reading_bytes',
+__all__ = ['parameter_count', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory', 'prefill_bytes',
            'inference_memory']
 
 # %% ../../nbs/11_counts.ipynb #parameter-count
@@ -37,7 +37,7 @@ def parameter_count(cfg: ModelConfig) -> dict[str, int]:
 def forward_flops(cfg: ModelConfig, context: int | None = None) -> dict[str, int]:
     """Floating-point operations of one token's forward pass by part: matrix products only, 2 for each multiply-add.
 
-    Attention over s keys costs 4·s·heads·head_width a layer (scores and mixture), with s = `context`, or the sliding window if
+    Attention over s keys costs 4·s·heads·head_width per layer (scores and mixture), with s = `context`, or the sliding window if
     that is shorter: like PaLM (Chowdhery et al. 2022, 2204.02311, appendix B) this does not halve for the causal mask.
 
     Args:
@@ -92,7 +92,7 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1, strate
     over the vocabulary stay until the backward pass. A VerifierConfig compares the tokens of a row with each other.
 
     Weights and gradients are float32, with a low-precision copy of the weights under autocast, which
-    `precision="auto"` is taken to mean. AdamW keeps two float32 values a parameter, Muon one. Not counted: dropout masks,
+    `precision="auto"` is taken to mean. AdamW keeps two float32 values per parameter, Muon one. Not counted: dropout masks,
     learned sinks, what the allocator wastes, and about half a gigabyte that CUDA takes for itself.
     """
     count = parameter_count(cfg)
@@ -105,7 +105,7 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1, strate
         rows, kept = rows * (2 + bool(train.replay_weight)), 4 * cfg.vocab_size
     tokens = rows * cfg.context_length
     logits = min(tokens, 8 * cfg.context_length if kept else train.loss_chunk_tokens)  # tokens whose logits are in hand
-    share = ranks if strategy == "fsdp" else 1  # of weights, gradients, averages; a block, the embedding and the head are put together
+    share = ranks if strategy == "fsdp" else 1  # of weights, gradients, averages; a block, the embedding and the head are gathered
     whole = 4 * (count["total"] - block_matrices + block_matrices // cfg.num_layers) if share > 1 else 0
     layers = tokens * activation_bytes(cfg, value_bytes) * (1 if train.gradient_checkpointing else cfg.num_layers)
     block_inputs = cfg.num_layers * tokens * 4 * cfg.width if train.gradient_checkpointing else 0
@@ -123,8 +123,8 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1, strate
     return {**parts, "total": sum(parts.values())}
 
 # %% ../../nbs/11_counts.ipynb #reading-bytes
-def reading_bytes(cfg: ModelConfig, value_bytes: int) -> int:
-    """Bytes that a token of a prompt holds at once while one layer reads it, without gradients.
+def prefill_bytes(cfg: ModelConfig, value_bytes: int) -> int:
+    """Bytes that a token of a prompt holds at once in one layer of the prefill, without gradients.
 
     Experts are taken as evenly chosen.
 
@@ -158,7 +158,7 @@ def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = Non
     context = context or cfg.context_length
     weights = parameter_count(cfg)["total"] * bytes_per_value
     cache = 2 * cfg.num_layers * batch * context * cfg.num_kv_heads * cfg.head_width * bytes_per_value
-    reading = batch * (prompt or context) * reading_bytes(cfg, bytes_per_value)
+    reading = batch * (prompt or context) * prefill_bytes(cfg, bytes_per_value)
     drawing = batch * cfg.vocab_size * 20  # logits, their log-softmax, and what a token is drawn from
     leaving = cache // 2 if batch > 1 else 0  # the rows that stay, copied
     work = max(reading, drawing, leaving)

@@ -137,7 +137,7 @@ def init_weights(model: nn.Module, cfg: ModelConfig) -> None:
 
 # %% ../../nbs/02_model.ipynb #hugging-face-layout
 def hugging_face_layout(cfg: ModelConfig) -> tuple[str, str, list[tuple[str, str]]]:
-    """The Hugging Face architecture and model type that compute what this model does, and (our name, its name) pairs.
+    """The Hugging Face architecture and model type that compute what this model does, and (name here, name there) pairs.
 
     Learned sinks beside plain attention exist in none of them: such a model keeps its own name, `ModernDecoderLM`.
     """
@@ -164,8 +164,8 @@ def disk_names(model: ModernDecoderLM) -> dict[str, str]:
         if name == "lm_head.weight" and model.cfg.tie_embeddings:
             continue
         on_disk = name if name.startswith("lm_head.") else f"model.{name}"
-        for ours, theirs in renames:
-            on_disk = on_disk.replace(ours, theirs)
+        for here, there in renames:
+            on_disk = on_disk.replace(here, there)
         names[on_disk] = name
     return names
 
@@ -292,7 +292,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: to
     Raises:
         FileNotFoundError: no model there; the message lists the paths tried.
         DamagedFolder: a file is truncated or changed.
-        ValueError: a model of another program, weights that do not fit the config, or that `dtype` cannot hold.
+        ValueError: a third-party model, weights that do not fit the config, or that `dtype` cannot hold.
     """
     folder = Path(folder)
     previous = folder.with_name(folder.name + ".previous")

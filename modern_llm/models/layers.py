@@ -136,7 +136,7 @@ def dispatch(
 
 # %% ../../nbs/00_layers.ipynb #moe
 class MixtureOfExperts(nn.Module):
-    """Many SwiGLU experts, of which each token visits k: more parameters at the same cost a token.
+    """Many SwiGLU experts, of which each token visits k: more parameters at the same cost per token.
 
     The (token, expert) pairs are sorted by expert, so each expert computes its own tokens and no others.
 

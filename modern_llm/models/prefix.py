@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 # %% auto #0
-__all__ = ['shared_length', 'read_rows', 'tail_log_probs', 'word_log_probs']
+__all__ = ['shared_length', 'read_rows', 'continuation_log_probs', 'word_log_probs']
 
 # %% ../../nbs/13_prefix.ipynb #shared-length
 def shared_length(rows: Sequence[Sequence[int]]) -> int:
@@ -80,8 +80,8 @@ def _log_softmax(model: nn.Module, hidden: Float[Tensor, "n c"]) -> Float[Tensor
 
 
 @torch.inference_mode()
-def tail_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequence[int], batch_rows: int = 32,
-                   groups: Sequence[int] | None = None, share: bool = True, progress: str = "", chunk: int = 512) -> np.ndarray:
+def continuation_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequence[int], batch_rows: int = 32,
+                           groups: Sequence[int] | None = None, share: bool = True, progress: str = "", chunk: int = 512) -> np.ndarray:
     """log p of the tokens rows[i][begins[i]:] given those before, summed, in nats; begins[i] is at least 1."""
     found, inputs = np.zeros(len(rows)), [row[:-1] for row in rows]
     for part, hidden in read_rows(model, inputs, [begin - 1 for begin in begins], batch_rows, groups, share, progress):
@@ -106,5 +106,5 @@ def word_log_probs(model: nn.Module, prompts: Sequence[Sequence[int]], words: Se
         tails = [[*row, *word] for row in rows for word in words]
         begins = [len(row) for row in rows for _ in words]
         of_tail = np.repeat(of_row, len(words)).tolist()
-        found[present] = tail_log_probs(model, tails, begins, batch_rows, of_tail, share, progress).reshape(len(rows), len(words))
+        found[present] = continuation_log_probs(model, tails, begins, batch_rows, of_tail, share, progress).reshape(len(rows), len(words))
     return found

@@ -73,7 +73,7 @@ def small_encoder(cfg: ModelConfig, seed: int = 0) -> ModernDecoderLM:
 class VerifierModel(nn.Module):
     """A language model with a second head: at every token of an answer, the logit of "this answer is right".
 
-    Source: Cobbe et al. 2021 (2110.14168), section 4.2 and appendix E; the surprise is ours.
+    Source: Cobbe et al. 2021 (2110.14168), section 4.2 and appendix E; the surprise is an addition of this project.
 
     Args:
         model: the body, changed by training: a copy of the generator, or of `small_encoder` for kind="encoder".

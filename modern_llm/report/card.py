@@ -18,7 +18,7 @@ LEDGER_NAMES = {"pretrain": "base"}  # how the evaluation calls a stage, where i
 
 
 def origin(checkpoint: Path) -> tuple[Run | None, list[str], str]:
-    """The run that made a checkpoint, its stages up to there, and the model from elsewhere that the first of them started from."""
+    """The run that made a checkpoint, its stages up to there, and the third-party model that the first of them started from."""
     imported = lambda folder: read_json(folder / "meta.json").get("imported", {}).get("source", "") if (folder / "meta.json").is_file() else ""
     place = next((parent for parent in checkpoint.resolve().parents[:2] if parent.name in GENERATORS
                   and (parent.parent / "run.json").is_file()), None)
@@ -123,11 +123,11 @@ TEXT_IDS = """ids = tokenizer("<|endoftext|>One day", return_tensors="pt")"""
 
 def model_card(checkpoint: Path, cfg: ModelConfig, architecture: str, dtype: str, size: int, name: str) -> str:
     """README.md of an export: what it is, how to use it, how it was made, from which data, what was measured, what to beware of."""
-    from modern_llm.data.chat import speaks_chat
+    from modern_llm.data.chat import is_chat_model
 
     run, stages, base = origin(checkpoint)
     count, rows, tokenizer = parameter_count(cfg), data_rows(run, stages) if run else [], load_tokenizer(checkpoint)
-    chats = speaks_chat(checkpoint, tokenizer)  # a base model may have a template all the same
+    chats = is_chat_model(checkpoint, tokenizer)  # a base model may have a template all the same
     closing = tokenizer.id_to_token(read_json(checkpoint / "config.json").get("eos_token_id") or 0)
     made = f"stage `{stages[-1]}` of the run `{run.folder.name}`" if run else "a checkpoint"
     active = f", {count['active']:,} of them active for a token" if count["active"] != count["total"] else ""
@@ -138,7 +138,7 @@ def model_card(checkpoint: Path, cfg: ModelConfig, architecture: str, dtype: str
              f"It answers in its chat template and closes an answer with `{closing}`." if chats else
              "It continues text; documents begin and end with `<|endoftext|>`.", "## How it was made"]
     if base:
-        parts.append(f"It started from {base}, a model from elsewhere: that model's licence and limits hold here too.")
+        parts.append(f"It started from {base}, a third-party model: that model's licence and limits hold here too.")
     if run:
         parts.append(markdown_table([{"stage": stage, "steps": (found := run.results.get(stage, {})).get("steps"), "tokens": found.get("tokens"),
                                       "minutes": run.stages.get(stage, {}).get("seconds", 0) / 60, "ended by": found.get("ended_by")}

@@ -189,7 +189,7 @@ def contamination(page: Page) -> None:
 
 
 def baselines(page: Page) -> None:
-    page.add("## Beside models from elsewhere")
+    page.add("## Beside third-party models")
     if page.missing("eval"):
         return
     found = page.run.json("eval/baseline_comparison.json")

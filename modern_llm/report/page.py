@@ -29,7 +29,7 @@ class ReportError(ValueError):
 
 
 def number(value: object) -> str:
-    """Three decimals, fewer of large numbers, thousands apart; what is no number, as it is; nothing for None."""
+    """Three decimals, fewer of large numbers, thousands apart; what is not a number, as it is; nothing for None."""
     if value is None or value != value:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -34,7 +34,7 @@ def parameters(parts: dict[str, int], path: Path) -> Path:
 
 
 def cost(minutes: dict[str, float], path: Path) -> Path:
-    """One bar a stage: how long it took."""
+    """One bar per stage: how long it took."""
     fig, ax = figure(6, 0.6 + 0.25 * len(minutes))
     ax.barh(list(minutes), list(minutes.values()), color=COLOURS[0])
     for place, value in enumerate(minutes.values()):
@@ -73,7 +73,7 @@ def preference_curves(metrics: pd.DataFrame, path: Path) -> Path | None:
 
 
 def stage_results(table: pd.DataFrame, path: Path) -> Path:
-    """One panel a measure, one point a stage with its interval: columns panel, stage, value, low, high."""
+    """One panel per measure, one point per stage with its interval: columns panel, stage, value, low, high."""
     panels = list(dict.fromkeys(table.panel))
     rows = -(-len(panels) // 4)
     fig, axes = figure(8.5, 2.2 * rows, columns=min(4, len(panels)), rows=rows, squeeze=False)
@@ -130,7 +130,7 @@ def calibration(table: pd.DataFrame, path: Path) -> Path:
 
 
 def sentiment(table: pd.DataFrame, majority: float, path: Path) -> Path:
-    """Accuracy against the number of demonstrations, one panel a model, one line a method."""
+    """Accuracy against the number of demonstrations, one panel per model, one line per method."""
     stages = list(dict.fromkeys(table.stage))
     fig, axes = plt.subplots(1, len(stages), figsize=(2.4 * len(stages) + 0.8, 2.8), sharey=True, squeeze=False)
     for ax, stage in zip(axes[0], stages):
@@ -146,7 +146,7 @@ def sentiment(table: pd.DataFrame, majority: float, path: Path) -> Path:
 
 
 def levels(table: pd.DataFrame, path: Path) -> Path:
-    """Share of word problems right against their level, one line a stage: columns stage, level, value, low, high."""
+    """Share of word problems right against their level, one line per stage: columns stage, level, value, low, high."""
     fig, ax = figure(4.6, 3)
     for stage, line in table.groupby("stage", sort=False):
         ax.errorbar(line.level, line.value, [line.value - line.low, line.high - line.value], fmt="o-", ms=4, capsize=2,

@@ -19,7 +19,7 @@ def summarise_seeds(runs: list[Path]) -> pd.DataFrame:
     """Median and range of every measure over runs that differ in their seed.
 
     Returns:
-        stage, task, metric, median, low, high, runs (how many have it), values (one a run).
+        stage, task, metric, median, low, high, runs (how many have it), values (one per run).
 
     Raises:
         ReportError: fewer than two runs, two of the same seed, different presets, or other settings that differ.

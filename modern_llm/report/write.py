@@ -101,7 +101,7 @@ def architecture(page: Page) -> None:
         "vocabulary": f"{cfg.vocab_size:,}, embedding {'tied to' if cfg.tie_embeddings else 'apart from'} the head",
         "context": f"{cfg.context_length:,} tokens",
         "parameters": f"{counts['total']:,}, {counts['active']:,} of them work on a token",
-        "training FLOPs a token": f"{flops_per_token(cfg):.2e}",
+        "training FLOPs per token": f"{flops_per_token(cfg):.2e}",
     }.items()]))
     parts = {name: count for name, count in counts.items() if name not in ("total", "active")}
     page.picture("parameters.png", report_figures.parameters, parts, caption="Where the parameters are.")
@@ -244,7 +244,7 @@ def cost(page: Page) -> None:
     rows.append({"stage": "all", **{name: sum(row[name] or 0 for row in rows) for name in summed}})
     for row in rows:
         row["training FLOPs"] = row["training FLOPs"] and f"{row['training FLOPs']:.2e}"
-    page.add(markdown_table(rows), "FLOPs are the closed form of chapter 11, 3 × the forward pass a token.")
+    page.add(markdown_table(rows), "FLOPs are the closed form of chapter 11, 3 × the forward pass per token.")
 
 
 def provenance(page: Page) -> None:

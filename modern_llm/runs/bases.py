@@ -60,14 +60,14 @@ def make_bases(stage: str, config: PipelineConfig, parameters: dict, device: str
 
     Another process that wants the same base waits for the first. One line says what was made, what reused, and where.
     """
-    from modern_llm.data.tokens import cache_root, one_builder
+    from modern_llm.data.tokens import build_lock, cache_root
 
     root, chain = cache_root() / "bases", BASES[stage]
     made: dict[str, Path] = {}
     how = []
     for count, earlier in enumerate(chain, 1):
         folder = root / base_name(chain[:count], config, device)
-        with one_builder(folder):
+        with build_lock(folder):
             began, ready = time.time(), own_checkpoint(folder, earlier)
             if ready is None:
                 say(f"{stage}: nothing to start from in this run: making a small base, stage {earlier}, once …")

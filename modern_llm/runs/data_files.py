@@ -57,7 +57,7 @@ def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
     return problems
 
 
-def cut_data(config: PipelineConfig, stage: str) -> tuple[list[str], list[str]]:
+def check_splits(config: PipelineConfig, stage: str) -> tuple[list[str], list[str]]:
     """Of the plain files that a stage reads: how those are split that came without a held-out part, and why others cannot be used."""
     from modern_llm.data.reading import how_split
     from modern_llm.data.sources import DataError, DatasetNotFound, find_source

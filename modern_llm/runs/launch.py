@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 from modern_llm.files import CHECKOUT
-from modern_llm.runs.scheduler import WARNINGS
+from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
 
 # Of the user's, and not for a stage: what runs before it, what leaves its assertions out, what stops it to ask, what its figures look like.
-LEFT_OUT = ("PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONINSPECT", "PYTHONWARNINGS", "MATPLOTLIBRC")
-OWN = {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+DROPPED_VARIABLES = ("PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONINSPECT", "PYTHONWARNINGS", "MATPLOTLIBRC")
+STAGE_VARIABLES = {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 # jsonschema, when it finds this package, builds 39 grammars for a format that no notebook uses: two seconds of every start.
 SLOW_AND_UNUSED = "rfc3987_syntax"
 KERNEL_DIED = 138  # exit code, as of papermill's own command
@@ -40,7 +40,7 @@ _PAPERMILL = SAME_PACKAGE + "from modern_llm.runs.launch import execute\nexecute
 # A scheduler's warnings, which may be sent to every process of a job, are for the kernel: papermill would die and take it along.
 _WITH_ITS_PARENT = f"""
 import os, signal, sys
-for number in {[int(number) for number in WARNINGS]}:
+for number in {[int(number) for number in PREEMPTION_SIGNALS]}:
     signal.signal(number, signal.SIG_IGN)
 if sys.platform == "linux":
     import ctypes
@@ -53,7 +53,7 @@ os.execv(sys.executable, [sys.executable, "-c", {_PAPERMILL!r}, *sys.argv[2:]])
 
 def stage_environment(**more: str) -> dict[str, str]:
     """This process's environment as a stage gets it, and `more`."""
-    return {name: value for name, value in os.environ.items() if name not in LEFT_OUT} | OWN | more
+    return {name: value for name, value in os.environ.items() if name not in DROPPED_VARIABLES} | STAGE_VARIABLES | more
 
 
 def start_papermill(notebook: Path, output: Path, parameters: dict, **environment: str) -> subprocess.Popen:

@@ -37,7 +37,7 @@ def own_inputs(stage: str, run_folder: Path) -> dict[str, Path]:
 
 
 def found_inputs(stage: str, run_folder: Path, config: PipelineConfig) -> dict[str, Path]:
-    """`own_inputs`, or the model from elsewhere that the preset starts from. StageError says how to get that."""
+    """`own_inputs`, or the third-party model that the preset starts from. StageError says how to get that."""
     own = own_inputs(stage, run_folder)
     if own or stage == "pretrain" or not config.start_from:
         return own

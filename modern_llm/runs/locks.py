@@ -18,7 +18,7 @@ from modern_llm.messages import StageError, say
 from modern_llm.runs.scheduler import job_runs
 
 STAGE_LOCK, COMMAND_LOCK = ".lock", ".command.lock"  # of the kernel that runs a stage, of `modern-llm run`
-BEAT, SILENCE = 15.0, 120.0  # seconds between two signs of life; without one for so long, an owner on another host is gone
+HEARTBEAT, HEARTBEAT_TIMEOUT = 15.0, 120.0  # seconds between two heartbeats; without one for so long, an owner on another host is gone
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # a file system without file locks
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -73,14 +73,14 @@ def read_owner(handle: int) -> dict:
     return owner if isinstance(owner, dict) and all(isinstance(owner.get(name), kind) for name, kind in OWNER.items()) else {}
 
 
-def elsewhere(owner: dict, silent: float) -> str:
-    """Why an owner on another host counts as alive; "" if it is gone. `silent` is the time since its last sign of life."""
+def alive_on_other_host(owner: dict, silent: float) -> str:
+    """Why an owner on another host counts as alive; "" if it is gone. `silent` is the time since its last heartbeat."""
     job, attempt = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     if owner.get("job") and owner["job"] == job and attempt > owner["attempt"]:
         return ""  # an earlier attempt of this very job
     if owner.get("job") and job_runs(owner["job"]) is False:
         return ""
-    return f"last sign of life {silent:.0f} s ago (after {SILENCE:.0f} s without one it counts as gone)" if silent < SILENCE else ""
+    return f"last heartbeat {silent:.0f} s ago (after {HEARTBEAT_TIMEOUT:.0f} s without one it counts as dead)" if silent < HEARTBEAT_TIMEOUT else ""
 
 
 def owner_of(folder: Path, name: str = STAGE_LOCK) -> dict | None:
@@ -94,7 +94,7 @@ def owner_of(folder: Path, name: str = STAGE_LOCK) -> dict | None:
     if not owner or (owner["pid"] == os.getpid() and owner["host"] == platform.node()):
         return owner or None
     here = owner["host"] == platform.node()
-    return owner if (is_alive(owner) if here else elsewhere(owner, silent)) else None
+    return owner if (is_alive(owner) if here else alive_on_other_host(owner, silent)) else None
 
 
 def named(owner: dict) -> str:
@@ -151,7 +151,7 @@ class RunLock:
             time.sleep(0.1)
         self.held[self.path], self.process = self, os.getpid()
         atexit.register(self.release)
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        threading.Thread(target=self._heartbeat, name="lock", daemon=True).start()
         return self
 
     def _try(self, last: bool) -> bool:
@@ -187,7 +187,7 @@ class RunLock:
         if not owner:
             return ("a process that has not said yet who it is" if locked is False else ""), True
         if owner["host"] != platform.node():
-            alive = elsewhere(owner, time.time() - os.fstat(self.handle).st_mtime) or ("it holds the lock" if locked is False else "")
+            alive = alive_on_other_host(owner, time.time() - os.fstat(self.handle).st_mtime) or ("it holds the lock" if locked is False else "")
             return (f"{named(owner)}, {alive}" if alive else ""), False
         if locked or (locked is None and not is_alive(owner)):
             return "", False
@@ -214,9 +214,9 @@ class RunLock:
         os.ftruncate(self.handle, 0)
         os.pwrite(self.handle, text, 0)
 
-    def _beat(self) -> None:
-        while not self.done.wait(BEAT):
-            with contextlib.suppress(OSError):  # a disk that is away for a moment; the next sign of life will do
+    def _heartbeat(self) -> None:
+        while not self.done.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):  # a disk that is away for a moment; the next heartbeat will do
                 os.utime(self.path)
 
     def _close(self) -> bool:

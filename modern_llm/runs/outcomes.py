@@ -74,7 +74,7 @@ def checked(value: object, place: str, **wanted: type | tuple[type, ...]) -> dic
 
 
 def runs_table(root: Path, only: str | None = None) -> list[dict]:
-    """One row a stage of every run in a folder, as the files tell it: run, stage, status, minutes, headline.
+    """One row per stage of every run in a folder, as the files tell it: run, stage, status, minutes, headline.
 
     What cannot be read is a row of its run whose status begins with `DAMAGED`; it hides nothing else.
     """

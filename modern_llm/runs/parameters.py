@@ -73,7 +73,7 @@ def runs_folder() -> Path:
         try:
             return Path(chosen).expanduser()
         except RuntimeError as error:
-            raise ConfigError(f"MODERN_LLM_RUNS={chosen!r} is no folder: {error}") from error
+            raise ConfigError(f"MODERN_LLM_RUNS={chosen!r} is not a folder: {error}") from error
     return (CHECKOUT if (CHECKOUT / "settings.ini").is_file() else Path.cwd()) / "runs"
 
 
@@ -99,7 +99,7 @@ def choose_folder(stage: str, parameters: dict, wanted: PipelineConfig | None = 
     given = parameters.get("run")
     name = Path(parameters["preset"]).stem if given in (None, "") else str(given)
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?", name) or RESERVED.fullmatch(name):
-        raise ConfigError(f"run={name!r:.80} is no folder name everywhere: use letters, digits, '.', '_' and '-', begin with one of the first two, do "
+        raise ConfigError(f"run={name!r:.80} is not a folder name everywhere: use letters, digits, '.', '_' and '-', begin with one of the first two, do "
                           "not end with a dot, and leave out what Windows reserves (con, nul, …)")
     if len(name) > LONGEST_NAME:
         raise ConfigError(f"run={name[:20]!r}… has {len(name)} letters, and files are named after it: use at most {LONGEST_NAME}")
@@ -111,7 +111,7 @@ def choose_folder(stage: str, parameters: dict, wanted: PipelineConfig | None = 
         params_of(folder)  # whose error is the better one
         how = "is finished" if (folder / "results.json").exists() else "was begun"
         raise StageError(f"run {name!r} exists: stage {stage} {how} in {folder}; say resume=True to go on, "
-                         "force=True to delete it and begin anew, or choose another run name")
+                         "force=True to delete it and start over, or choose another run name")
     if not (named or resume or force) and (there or is_in_use(root / name)):
         name += datetime.datetime.now().strftime("-%Y%m%d-%H%M%S")
         folder = root / name / stage

@@ -22,9 +22,9 @@ from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, nearest
 from modern_llm.files import read_json, write_json
 from modern_llm.interchange.hub import find_checkpoint
 from modern_llm.messages import Preempted, StageError
-from modern_llm.runs.data_files import changed_data, cut_data, missing_data
+from modern_llm.runs.data_files import changed_data, check_splits, missing_data
 from modern_llm.runs.lineage import described, found_inputs, no_inputs
-from modern_llm.runs.scheduler import WARNINGS
+from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
 from modern_llm.runs.spec import NOTEBOOKS, changes, notebooks_folder
 from modern_llm.runs.launch import start_papermill
 from modern_llm.runs.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
@@ -32,14 +32,14 @@ from modern_llm.config import override, parse_overrides
 from modern_llm.runs.parameters import choose_folder, refuse_unknown, report_folder, resolve
 from modern_llm.config import get_pipeline_preset
 from modern_llm.runs.record import writes_to
-from modern_llm.runs.resume import begun, changed_settings, params_of, run_record, standing_against
+from modern_llm.runs.resume import begun, changed_settings, params_of, resume_blocker, run_record
 from modern_llm.runs.scheduler import this_job
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
 # Errors whose message says what to do; a reader of any other wants its traceback.
-MENDABLE = ("StageError", "ConfigError", "DataError", "DatasetNotFound", "CheckpointError", "DamagedFolder", "CannotImport", "TemplateError",
-            "TrainingDiverged", "Preempted")
+USER_ERRORS = ("StageError", "ConfigError", "DataError", "DatasetNotFound", "CheckpointError", "DamagedFolder", "CannotImport", "TemplateError",
+               "TrainingDiverged", "Preempted")
 EXIT_PREEMPTED = 75  # of `modern-llm run`, EX_TEMPFAIL of sysexits.h: start it again, and it goes on
 
 
@@ -128,12 +128,12 @@ class Plan:
             return Step(stage, folder, given, "run")
         try:
             settings, inputs = self._changed(stage, folder, pending)
-            against = standing_against(folder, self.configs[stage], settings)
+            against = resume_blocker(folder, self.configs[stage], settings)
         except StageError as error:  # nobody knows what it was begun with
             settings, inputs, against = [], [str(error)], ""
         changed = settings + inputs
         if given.get("force") and (self.alone or changed) and not (not changed and begun_by_this_job(folder)):
-            return Step(stage, folder, given, "run", "begun anew" + (f": {'; '.join(changed)}" if changed else ""))
+            return Step(stage, folder, given, "run", "started over" + (f": {'; '.join(changed)}" if changed else ""))
         kept = {name: value for name, value in given.items() if name != "force"}
         if not changed:
             if pending:
@@ -144,7 +144,7 @@ class Plan:
             return Step(stage, folder, {**kept, "resume": True}, "resume", "; ".join(settings))
         raise StageError(
             f"stage {stage} {'is finished' if done else 'was begun'} in {folder}, and since then this has changed:\n  - "
-            + "\n  - ".join(changed) + "\n" + f"To go on with that cannot be: {against}. " * bool(against) + "Say --force to delete it and begin anew"
+            + "\n  - ".join(changed) + "\n" + f"To go on with that cannot be: {against}. " * bool(against) + "Say --force to delete it and start over"
             + (" (with --stage all: only what has changed)" if not self.alone else "")
             + ", or --run NAME for another run" + (", or --resume to go on with the new settings" if not inputs and not against else "")
             + (", or --no-overwrite to keep it" if done else "") + ".")
@@ -185,7 +185,7 @@ class Plan:
         """StageError naming every data set that the stages still to run will want and that is not here, or cannot be split."""
         steps = [name for name in self.stages if name != "report" and not (self.run_folder / name / "results.json").is_file()]
         problems = missing_data(self.configs[steps[0]], steps) if steps else []
-        problems += dict.fromkeys(problem for name in steps for problem in cut_data(self.configs[name], name)[1])
+        problems += dict.fromkeys(problem for name in steps for problem in check_splits(self.configs[name], name)[1])
         if problems:
             raise StageError(f"preset {self.configs[steps[0]].name!r} cannot run here:\n  - " + "\n  - ".join(problems))
 
@@ -206,14 +206,14 @@ def results_digest(run_folder: Path) -> str:
 # ---- doing it --------------------------------------------------------------------------------------------------------
 
 
-def end_on_warnings() -> None:
+def raise_on_preemption() -> None:
     """From now on SIGTERM or SIGUSR1, the first of them, raises Preempted in this process."""
     def end(number: int, frame) -> None:
-        for other in WARNINGS:
+        for other in PREEMPTION_SIGNALS:
             signal.signal(other, signal.SIG_IGN)
         raise Preempted(signal.Signals(number).name)
 
-    for number in WARNINGS:
+    for number in PREEMPTION_SIGNALS:
         signal.signal(number, end)
 
 
@@ -227,7 +227,7 @@ def execute(step: Step) -> int:
     """Run one stage with its output shown live; returns the exit code.
 
     Ctrl-C asks a stage that trains to stop: it finishes its optimizer step, writes a checkpoint and ends. A second one
-    kills it; a stage that does not train is killed at once and begins anew, or where its kept work ends. A scheduler's warning
+    kills it; a stage that does not train is killed at once and starts over, or where its kept work ends. A scheduler's warning
     is passed on to the stage, which ends in the same way; then, and when the stage was preempted by itself, Preempted is raised.
     """
     if step.stage == "report":
@@ -343,7 +343,7 @@ def show(stream) -> None:
 
 
 def _show(stream) -> None:
-    """Text and tables as they are, progress bars on one line, papermill's own messages left out, a cell's error last (`told`)."""
+    """Text and tables as they are, progress bars on one line, papermill's own messages left out, a cell's error last (`user_message`)."""
     bar, due, held, error = False, 0.0, None, []
     for raw in stream:
         line = raw.decode("utf-8", "replace").rstrip("\n")
@@ -371,13 +371,13 @@ def _show(stream) -> None:
         elif not line.startswith(NOISE):
             print(line, flush=True)
     if held or error:
-        print("\n".join(told(error) + (held or [])), flush=True)
+        print("\n".join(user_message(error) + (held or [])), flush=True)
 
 
-def told(error: list[str]) -> list[str]:
-    """What to show of the lines with a cell's traceback: of an error that its user can mend only the message, of others everything."""
+def user_message(error: list[str]) -> list[str]:
+    """What to show of the lines with a cell's traceback: of an error that its user can fix only the message, of others everything."""
     names = [line.split()[0] for line in error if line.endswith("Traceback (most recent call last)")]
-    if names and names[-1].rpartition(".")[2] in MENDABLE:
+    if names and names[-1].rpartition(".")[2] in USER_ERRORS:
         begin = max((i for i, line in enumerate(error) if line.startswith(f"{names[-1]}: ")), default=0)
         return [error[begin].removeprefix(f"{names[-1]}: "), *error[begin + 1:]] if begin else error
     return error

@@ -11,7 +11,7 @@ import os
 from modern_llm.models import counts
 from modern_llm.config import PipelineConfig, TrainConfig
 from modern_llm.messages import StageError
-from modern_llm.runs.data_files import cut_data, missing_data
+from modern_llm.runs.data_files import check_splits, missing_data
 from modern_llm.runs.spec import DATA
 
 GIB = 2**30
@@ -103,7 +103,7 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
         raise StageError(f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: "
                          + "preset=local-cpu (real text on a CPU) or " * (config.name != "local-cpu")
                          + "preset=local-smoke (built-in data, needs nothing)." + _forced(config, stage))
-    if unusable := cut_data(config, stage)[1]:
+    if unusable := check_splits(config, stage)[1]:
         raise StageError("\n".join(unusable))
     return fitted, device
 

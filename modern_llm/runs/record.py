@@ -21,7 +21,7 @@ from modern_llm.config import PipelineConfig, TrainConfig
 from modern_llm.files import read_json, write_json
 from modern_llm.messages import StageError
 from modern_llm.runs.lineage import described, start_of
-from modern_llm.runs.scheduler import WARNINGS
+from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
 from modern_llm.runs.spec import sections
 from modern_llm.runs.locks import RunLock, this_process
 from modern_llm.config import to_dict
@@ -54,7 +54,7 @@ class StageRun:
     started: float
     inputs: dict[str, Path] = dataclasses.field(default_factory=dict)  # checkpoints, by the stage that made them
     world: object = None  # the ranks that train together (distributed.World); None where nothing is trained
-    earlier_seconds: float = 0.0  # of the sittings before this one
+    earlier_seconds: float = 0.0  # of the sessions before this one
     lock: RunLock | None = None  # on the run's folder, until the stage is finished or the process ends
 
     @property
@@ -68,11 +68,11 @@ class StageRun:
         return report_folder(self.folder.parent)
 
     def finish(self, results: dict) -> dict:
-        """Write `results.json`, mark the stage finished in `run.json`, let go of the run, and return the results."""
+        """Write `results.json`, mark the stage finished in `run.json`, release the run's lock, and return the results."""
         with writes_to(self.folder, "then run again with resume=True: nothing that was kept is lost"):
             write_json(self.folder / "results.json", results)
             self.mark("finished")
-        for number in WARNINGS if threading.current_thread() is threading.main_thread() else ():
+        for number in PREEMPTION_SIGNALS if threading.current_thread() is threading.main_thread() else ():
             if getattr(signal.getsignal(number), "stage", None) is self:
                 signal.signal(number, signal.SIG_DFL)
         if self.lock:
@@ -86,7 +86,7 @@ class StageRun:
         """
         if self.world:
             self.world.leave()
-            if not self.world.main:
+            if not self.world.is_main_process:
                 raise TrainingEnded(stopped)
         if stopped not in ("finished", "max_minutes"):
             self.mark(stopped)

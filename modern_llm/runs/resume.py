@@ -50,7 +50,7 @@ def params_of(folder: Path) -> dict:
         checked(path, record, "data_files", source=str, path=str, sha256=str)
     except StageError as error:
         raise StageError(f"{error}, so nobody knows what stage {folder.name} was begun with: put a whole copy there, or delete the stage and "
-                         "begin anew (force=True, --force), or choose another run name") from error
+                         "start over (force=True, --force), or choose another run name") from error
     return record
 
 
@@ -75,11 +75,11 @@ def trained(folder: Path) -> tuple[float, float]:
 def _number(path: Path, name: str) -> float | None:
     value = read_record(path).get(name)
     if not isinstance(value, (int, float, type(None))):
-        raise StageError(f"{path} is damaged ({name!r} is no number)")
+        raise StageError(f"{path} is damaged ({name!r} is not a number)")
     return value
 
 
-def standing_against(folder: Path, config: PipelineConfig, changed: list[str]) -> str:
+def resume_blocker(folder: Path, config: PipelineConfig, changed: list[str]) -> str:
     """Why the stage in `folder` cannot go on with the `changed` settings; "" if it can."""
     stage = folder.name
     may = {f"{stage}.{name}" for name in MAY_CHANGE}
@@ -95,7 +95,7 @@ def standing_against(folder: Path, config: PipelineConfig, changed: list[str]) -
     return ""
 
 
-def set_aside(folder: Path) -> None:
+def archive_results(folder: Path) -> None:
     """Take what was found out about a stage's model, which is now trained further, out of the way; the results stay, as `results.previous.json`."""
     if (folder / "results.json").is_file():
         os.replace(folder / "results.json", folder / "results.previous.json")

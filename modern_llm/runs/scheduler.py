@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from modern_llm.messages import say
 
 MARK = "modern_llm|"
-WARNINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # signals of a scheduler
+PREEMPTION_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # signals of a scheduler
 PATIENCE = 20.0  # seconds that a command may take
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
          "TIMEOUT")
@@ -25,8 +25,8 @@ _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
-class Said:
-    """The exit code of a command and what it printed; bytes that are no UTF-8 are U+FFFD."""
+class CommandOutput:
+    """The exit code of a command and what it printed; bytes that are not UTF-8 are U+FFFD."""
 
     code: int
     out: str
@@ -42,7 +42,7 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in _COLOUR.sub("", text).split("\n")]
 
 
-def ask(*words: str, seconds: float = PATIENCE, **options) -> Said | None:
+def slurm_command(*words: str, seconds: float = PATIENCE, **options) -> CommandOutput | None:
     """What a command of SLURM says; None if it is not here, cannot be started, or does not answer in time, which a line says.
 
     `options` are those of Popen. A user's filters and formats (SQUEUE_USERS, SACCT_FORMAT, …) are left out.
@@ -66,7 +66,7 @@ def ask(*words: str, seconds: float = PATIENCE, **options) -> Said | None:
             raise
         say(f"{words[0]} has not answered within {seconds:g} s: what it knows is left out")
         return None
-    return Said(process.returncode, out, err)
+    return CommandOutput(process.returncode, out, err)
 
 
 def is_shown_as(job: str, number: str, shown: str, state: str) -> bool:
@@ -91,7 +91,7 @@ def is_shown_as(job: str, number: str, shown: str, state: str) -> bool:
 def job_states(ids: list[str]) -> dict[str, str]:
     """The state of each job, such as `RUNNING` or `PENDING (Dependency)`; jobs that nobody remembers are left out."""
     found: dict[str, str] = {}
-    queue = ask("squeue", "--me", "-h", "-t", "all", "-o", MARK + "%A|%i|%T|%r") if ids else None
+    queue = slurm_command("squeue", "--me", "-h", "-t", "all", "-o", MARK + "%A|%i|%T|%r") if ids else None
     rows = queue.rows(4) if queue else []
     if queue and queue.code and not rows:
         say(f"squeue: {(_lines(queue.err.strip() or queue.out.strip()) or [''])[-1] or f'exit code {queue.code}'}")
@@ -100,7 +100,7 @@ def job_states(ids: list[str]) -> dict[str, str]:
             if is_shown_as(job, number, shown, state):
                 found[job] = state + (f" ({reason})" if state == "PENDING" and reason not in ("", "None") else "")
     if gone := [job for job in ids if job not in found]:  # squeue forgets after minutes; a cluster with accounting does not
-        known = ask("sacct", "-n", "-X", "-P", "-j", ",".join(gone), "-o", "JobIDRaw,JobID,State")
+        known = slurm_command("sacct", "-n", "-X", "-P", "-j", ",".join(gone), "-o", "JobIDRaw,JobID,State")
         for line in _lines(known.out) if known else []:
             *names, state = line.split("|")
             if re.fullmatch(r"[A-Z_]+\+?( by \S+)?", state):
@@ -115,7 +115,7 @@ def is_queued(state: str) -> bool:
 
 def job_runs(job: str) -> bool | None:
     """Whether SLURM has a job on its nodes now; None where nobody can say."""
-    queue = ask("squeue", "--noheader", "--jobs", job, "--format", MARK + "%A|%i|%T")
+    queue = slurm_command("squeue", "--noheader", "--jobs", job, "--format", MARK + "%A|%i|%T")
     if queue is None:
         return None
     if queue.code and not queue.rows(3):
@@ -129,7 +129,7 @@ def this_job() -> str:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
 
-def submitted(said: Said) -> str | None:
+def submitted(said: CommandOutput) -> str | None:
     """The number of the job in what `sbatch --parsable` printed: 123, or 123;cluster; None if there is none."""
     numbers = [found[1] for line in _lines(said.out) if (found := re.fullmatch(r"(\d+)(;\S*)?", line))]
     return numbers[-1] if numbers else None

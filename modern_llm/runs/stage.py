@@ -22,19 +22,19 @@ from modern_llm.config import GPT2_VOCAB_SIZE, PipelineConfig, TrainConfig
 from modern_llm.files import read_json
 from modern_llm.interchange.hub import find_checkpoint, is_model
 from modern_llm.messages import Preempted, StageError, say
-from modern_llm.runs.data_files import changed_data, cut_data, data_files
+from modern_llm.runs.data_files import changed_data, check_splits, data_files
 from modern_llm.runs.launch import SLOW_AND_UNUSED
 from modern_llm.runs.lineage import described, found_inputs, no_inputs, own_inputs, start_of
-from modern_llm.runs.scheduler import WARNINGS
+from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
 from modern_llm.runs.spec import DATA, NOTEBOOKS, changes, notebooks_folder, setting
 from modern_llm.runs.locks import RunLock
 from modern_llm.config import override, to_dict
 from modern_llm.runs.parameters import choose_folder, injected_parameters, refuse_unknown, resolve
 from modern_llm.runs.preflight import GIB, memory_needed, preflight, settings_of
-from modern_llm.training.ranks import launched
+from modern_llm.training.ranks import rank_info
 from modern_llm.runs.record import StageRun, write_record, writes_to
 from modern_llm.runs.resume import (
-    changed_settings, history, params_of, run_record, set_aside, standing_against,
+    archive_results, changed_settings, history, params_of, resume_blocker, run_record,
 )
 
 
@@ -49,7 +49,7 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     parameters = {name: namespace[name] for name in declared}
     config = resolve(stage, parameters)
     if task := namespace.get("TASK"):
-        return follow_stage(stage, config, task)
+        return begin_on_worker(stage, config, task)
     name, folder, _ = choose_folder(stage, parameters, config)
     lock = None
     try:
@@ -71,10 +71,10 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, 
     """The checks of `begin`, and the stage's record, once nobody else works on the run."""
     config, former = resolved, params_of(folder) if resume else {}
     changed = changed_settings(former, stage, config) if resume else []
-    if against := standing_against(folder, config, changed):
+    if against := resume_blocker(folder, config, changed):
         raise StageError(f"stage {stage} {'is finished' if (folder / 'results.json').exists() else 'was begun'} in {folder} and cannot go on with "
                          "other settings:\n  - " + "\n  - ".join(changed) + f"\n{against[0].upper()}{against[1:]}. Ask for the former settings, or "
-                         "say force=True to delete the stage and begin anew, or choose another run name")
+                         "say force=True to delete the stage and start over, or choose another run name")
     if resume and not parameters.get("resume"):
         say(f"{stage}: was preempted, goes on")
     inputs = choose_inputs(stage, config, parameters, folder, former)
@@ -83,13 +83,13 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, 
     if resume and isinstance(settings_of(config, stage), TrainConfig):  # another micro-batch would round differently
         config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     config, device = preflight(config, stage)
-    for line in cut_data(config, stage)[0]:
+    for line in check_splits(config, stage)[0]:
         say(f"{stage}: {line}")
     if other := changed_data(config, stage, former.get("data_files", {})):
         raise StageError(f"stage {stage} was begun with other data: {'; '.join(other)}. Put the former file back, or say force=True to "
-                         "delete the stage and begin anew, or choose another run name")
+                         "delete the stage and start over, or choose another run name")
     stage_run = StageRun(stage, name, config, device, folder, resume, time.time(), inputs, lock=lock)
-    stage_run.world = first_rank(stage_run, parameters)
+    stage_run.world = rank_zero_world(stage_run, parameters)
     record_so_far = run_record(folder.parent)
     data, under_way = data_files(config, stage, former.get("data_files")), history(folder, former, changed)
     with writes_to(folder, "or choose another place with output_dir=…"):
@@ -97,7 +97,7 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, 
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if changed:  # it trains on: what was found out about the model as it was is no result of the one to come
-            set_aside(folder)
+            archive_results(folder)
         write_record(stage_run, parameters, resolved, record_so_far, data, under_way)
     return stage_run
 
@@ -105,7 +105,7 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, 
 # ---- the ranks -------------------------------------------------------------------------------------------------------
 
 
-def first_rank(run: StageRun, parameters: dict):
+def rank_zero_world(run: StageRun, parameters: dict):
     """The ranks that will train with this process (hardware.ranks), and what they have to run for it; None if nothing is trained.
 
     StageError if they were not started.
@@ -114,7 +114,7 @@ def first_rank(run: StageRun, parameters: dict):
         return None
     from modern_llm.training.distributed import World
 
-    hardware, (_, size, _) = run.config.hardware, launched()
+    hardware, (_, size, _) = run.config.hardware, rank_info()
     if hardware.ranks > 1 and size != hardware.ranks:
         raise StageError(f"hardware.ranks={hardware.ranks}, but {size} process{'es were' if size > 1 else ' was'} started: run "
                          f"`modern-llm run --stage {run.stage} -p hardware.ranks={hardware.ranks} …`, or set hardware.ranks={size}")
@@ -123,7 +123,7 @@ def first_rank(run: StageRun, parameters: dict):
     return World(0, hardware.ranks, hardware.strategy, task)
 
 
-def follow_stage(stage: str, config: PipelineConfig, task: dict) -> StageRun:
+def begin_on_worker(stage: str, config: PipelineConfig, task: dict) -> StageRun:
     """The stage as rank 0 began it, for another rank; nothing is written."""
     from modern_llm.training.checkpoints import pick_device
     from modern_llm.training.distributed import World
@@ -133,12 +133,12 @@ def follow_stage(stage: str, config: PipelineConfig, task: dict) -> StageRun:
     if start := start_of(inputs):
         config = with_model_of(config, start)
     config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
-    world = World(launched()[0], config.hardware.ranks, config.hardware.strategy)
+    world = World(rank_info()[0], config.hardware.ranks, config.hardware.strategy)
     return StageRun(stage, task["run"], config, str(pick_device(config.hardware.device)), folder, task["resume"], time.time(), inputs, world)
 
 
 def former_micro_batch(folder: Path, stage: str) -> int | None:
-    """The micro-batch that an earlier sitting of the stage was fitted to."""
+    """The micro-batch that an earlier session of the stage was fitted to."""
     record = read_json(folder / "params.json").get("config") or read_json(folder.parent / "run.json")["config"]
     return record[stage]["micro_batch_size"]
 
@@ -164,7 +164,7 @@ def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: 
     now = described(inputs)
     if changed := changes(*({n: e["sha256"][:12] for n, e in side.items()} for side in (former.get("inputs", now), now))):
         raise StageError(f"stage {stage} was begun from other weights ({'; '.join(changed)}): say force=True to delete it and "
-                         "begin anew, or choose another run name")
+                         "start over, or choose another run name")
     say(f"{stage}: starts from {start_of(inputs)}" + (f"; uses {', '.join(inputs)}" if len(inputs) > 1 else ""))
     return inputs
 
@@ -207,7 +207,7 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
         stage.mark("finished" if (stage.folder / "results.json").is_file() else "failed")  # a finished stage stays one
 
     def end(number: int, frame) -> None:
-        for other in WARNINGS:
+        for other in PREEMPTION_SIGNALS:
             signal.signal(other, signal.SIG_IGN)  # once is enough
         stage.mark("preempted")
         name = signal.Signals(number).name
@@ -222,7 +222,7 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
     shell.events.register("post_run_cell", after_cell)
     if type(shell).__name__ == "ZMQInteractiveShell" and threading.current_thread() is threading.main_thread():  # a kernel of its own
         end.stage = stage
-        for number in WARNINGS:
+        for number in PREEMPTION_SIGNALS:
             signal.signal(number, end)
 
 

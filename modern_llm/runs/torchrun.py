@@ -19,14 +19,15 @@ from modern_llm.config import ConfigError
 from modern_llm.files import read_json
 from modern_llm.runs.launch import SAME_PACKAGE
 from modern_llm.training.ranks import (
-    TrainingEnded, address, announce, awaited, launched, next_training, open_store, own_gpu,
+    TrainingEnded, address, broadcast_task, local_gpu, next_training, open_store, rank_info,
+    wait_for_task,
 )
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
-def gathered(wanted: int):
+def launch_ranks(wanted: int):
     """Around the stages of `modern-llm run`: inside there is rank 0 only, with the others (`hardware.ranks=wanted` in all) behind it.
 
     Started alone, the process becomes torchrun for `wanted` copies of itself; started once on each node of a SLURM job, it
@@ -34,7 +35,7 @@ def gathered(wanted: int):
     """
     if wanted > 1:  # before torch is imported: DDP's advice, and every rank's sockets telling at length that another one died
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    rank, size, _ = launched()
+    rank, size, _ = rank_info()
     if size == 1 and wanted > 1:
         sys.exit(torchrun(wanted))
     if wanted > size and wanted % size == 0 and "RANK" not in os.environ and os.environ.get("SLURM_NNODES") == str(size):
@@ -45,13 +46,13 @@ def gathered(wanted: int):
         yield
         return
     if rank:
-        follow()
+        worker_loop()
         sys.exit()
     open_store()
     try:
         yield
     finally:
-        announce(next_training(), None)
+        broadcast_task(next_training(), None)
 
 
 def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
@@ -96,20 +97,20 @@ def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
     return 0
 
 
-def follow() -> None:
+def worker_loop() -> None:
     """What every rank but the first does, until rank 0 has finished all stages."""
-    rank = launched()[0]
-    for number in (signal.SIGINT, signal.SIGUSR1):  # only while it trains does a rank heed them; rank 0 sends it home
+    rank = rank_info()[0]
+    for number in (signal.SIGINT, signal.SIGUSR1):  # only while it trains does a rank handle them; rank 0 ends it
         signal.signal(number, signal.SIG_IGN)
     os.environ["MPLBACKEND"] = "Agg"
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
+        torch.cuda.set_device(local_gpu(torch.cuda.device_count()))
     from modern_llm.training.distributed import RankFailed
 
     for number in itertools.count():
-        if (task := awaited(number)) is None:
+        if (task := wait_for_task(number)) is None:
             return
         try:
             run_cells(task)
@@ -118,7 +119,7 @@ def follow() -> None:
         except RankFailed as error:
             sys.exit(f"rank {rank}: {str(error).splitlines()[0]}")
         except Exception as error:
-            if getattr(error, "told", False):  # rank 0 shows the traceback
+            if getattr(error, "reported", False):  # rank 0 shows the traceback
                 sys.exit(f"rank {rank}: {type(error).__name__}: {error}")
             raise
 

@@ -24,7 +24,7 @@ from modern_llm.evaluation.held_out import cut_texts, detokenise, held_out_pages
 from modern_llm.interchange.hub import load
 from modern_llm.models.decoder import ModernDecoderLM, save_model
 from modern_llm.evaluation.perplexity import protocol_rows, score_documents
-from modern_llm.models.prefix import tail_log_probs
+from modern_llm.models.prefix import continuation_log_probs
 from modern_llm.data.synth import LABELS
 from modern_llm.data.tasks import sentences
 from modern_llm.data.tokens import (
@@ -173,9 +173,9 @@ def test_sentences_behind_labels(both, tokenizer):
     tails, opening = encode_documents(tokenizer, [f" {text}" for text in texts]), end_of_text_id(tokenizer)
     for context, label in zip(contexts, LABELS):
         start = [opening, *encode_documents(tokenizer, [channel_suffix(label)])[0]]
-        ours = tail_log_probs(model, [[*start, *tail] for tail in tails], [len(start)] * len(tails), batch_rows=5)
+        ours = continuation_log_probs(model, [[*start, *tail] for tail in tails], [len(start)] * len(tails), batch_rows=5)
         np.testing.assert_allclose(ours, peer.log_likelihoods([(context, f" {text}") for text in texts]), **CLOSE)
-    alone = tail_log_probs(model, [[opening, *ids] for ids in encode_documents(tokenizer, texts)], [1] * len(texts))
+    alone = continuation_log_probs(model, [[opening, *ids] for ids in encode_documents(tokenizer, texts)], [1] * len(texts))
     np.testing.assert_allclose(alone, peer.log_likelihoods([("", text) for text in texts]), **CLOSE)
 
 

@@ -41,7 +41,7 @@ def test_json_preset_starts_from_a_base(tmp_path):
     ({"pretrain": {"optimizer": "adam"}}, r"optimizer='adam' is unknown; did you mean 'adamw'"),
     ({"pretrain": {"micro_batch_size": 5}}, r"micro_batch_size=5 does not divide"),
     ({"data": {"tokenizer": "gpt2"}}, r"vocab_size=512 is under"),
-    ({"base": "local-smok"}, r"base='local-smok' is no preset; did you mean 'local-smoke'"),
+    ({"base": "local-smok"}, r"base='local-smok' is not a preset; did you mean 'local-smoke'"),
 ])
 def test_bad_json_names_place_and_remedy(values, message, tmp_path):
     path = tmp_path / "bad.json"

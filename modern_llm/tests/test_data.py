@@ -408,11 +408,11 @@ def test_batches_are_a_pure_function(cache):
 
 @pytest.mark.fault("promises")
 def test_ranks_are_shared_out_in_one_place(cache):
-    """`World.rows` cuts a batch for the ranks; the batches themselves know nothing of them."""
+    """`World.shard` cuts a batch for the ranks; the batches themselves know nothing of them."""
     parameters = inspect.signature(packing.PackedBatches).parameters
     assert list(parameters) == ["caches", "context_length", "batch_size", "seed", "min_density"]
     batch = packing.PackedBatches([cache], 64, 8, seed=3)(1)
-    shares = [World(rank, 4).rows(batch) for rank in range(4)]
+    shares = [World(rank, 4).shard(batch) for rank in range(4)]
     assert all(torch.equal(torch.cat([share[name] for share in shares]), batch[name]) for name in batch)
 
 

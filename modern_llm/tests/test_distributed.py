@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from modern_llm.training.checkpoints import load_checkpoint
 from modern_llm.config import ConfigError, HardwareConfig, PipelineConfig, TrainConfig
-from modern_llm.training.distributed import RankFailed, SpreadLoss, World, on_ranks
-from modern_llm.training.ranks import address, launched
+from modern_llm.training.distributed import DataParallelLoss, RankFailed, World, on_ranks
+from modern_llm.training.ranks import address, rank_info
 from modern_llm.tests.test_trainer import any_number, batches, lm_loss, save_weights, toy, trainer
 
 CONFIG = TrainConfig(max_steps=12, batch_size=8, micro_batch_size=2, warmup_steps=3, ema_decay=0.9, log_every=1, eval_every=6,
@@ -115,7 +115,7 @@ def failing(folder, number: int):
             trainer(toy(), folder, CONFIG, data=data, world=world).fit()
         except (ValueError, RankFailed) as error:
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # the launcher's word must not make of this failure a preemption
-            return type(error).__name__, str(error), getattr(error, "told", None)
+            return type(error).__name__, str(error), getattr(error, "reported", None)
 
     return train
 
@@ -148,7 +148,7 @@ def test_gradients_are_exchanged_after_the_last_micro_batch_only(tmp_path):
     def count(world: World):
         exchanged = []
         run_ = trainer(toy(), tmp_path / "run", dataclasses.replace(CONFIG, max_steps=3), world=world)
-        assert isinstance(run_.loss_fn, SpreadLoss)
+        assert isinstance(run_.loss_fn, DataParallelLoss)
 
         def hook(state, bucket):
             exchanged.append(0)
@@ -157,7 +157,7 @@ def test_gradients_are_exchanged_after_the_last_micro_batch_only(tmp_path):
             future.set_result(bucket.buffer() / world.size)
             return future
 
-        run_.loss_fn.watched.register_comm_hook(None, hook)
+        run_.loss_fn.wrapped.register_comm_hook(None, hook)
         run_.fit()
         return len(exchanged)
 
@@ -172,8 +172,8 @@ def test_a_used_folder_and_a_wrong_batch_are_refused_on_all_ranks(tmp_path):
 
 
 def test_who_was_launched():
-    assert launched({"RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == (1, 2, 0)
-    assert launched({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, 0), "a batch script"
+    assert rank_info({"RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == (1, 2, 0)
+    assert rank_info({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, 0), "a batch script"
     assert address({"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_JOB_ID": "20003"}) == ("10.0.0.1", 20_003)
     assert address({"MASTER_ADDR": "n1", "MASTER_PORT": "29500", "SLURM_JOB_ID": "3"}) == ("n1", 29_500)
 

@@ -93,7 +93,7 @@ def test_every_link_leads_somewhere(site, pages):
             place = os.path.relpath(target, site)
             checked += 1
             if not target.is_file():
-                broken.append(f"{name}: {address} is no file")
+                broken.append(f"{name}: {address} is not a file")
             elif url.fragment and place in pages and unquote(url.fragment) not in pages[place].ids:
                 broken.append(f"{name}: {address} has no such anchor")
     assert broken == [] and checked > 5_000

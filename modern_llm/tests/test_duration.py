@@ -34,7 +34,7 @@ def test_times_as_slurm_writes_them(text, minutes):
 @pytest.mark.parametrize("text", ["", " ", "-5", "1-", "-", "1--2", "1-2-3", "1:2:3:4", "1-2:3:4:5", ":30", "30:", "1.5", "1e3", "two", "1h", "1-12h", "+5", "0x10",
                                   "1 - 12", "1: 30", "\u0661\u0662", "infinite-", "-infinite", "INVALID", "none", "Partition_Limit"])
 def test_what_is_no_time_is_named(text):
-    with pytest.raises(ConfigError, match=re.escape(repr(text)) + " is no time as SLURM writes it: .*days-hours:minutes:seconds"):
+    with pytest.raises(ConfigError, match=re.escape(repr(text)) + " is not a time as SLURM writes it: .*days-hours:minutes:seconds"):
         minutes_of(text)
 
 
@@ -77,4 +77,4 @@ def test_a_time_that_is_none_is_refused_before_sbatch(limit, code, tmp_path, mon
     monkeypatch.setenv("MODERN_LLM_RUNS", str(tmp_path))
     result = CliRunner().invoke(main, ["submit", "--preset", "local-smoke", "--dry-run", f"--time={limit}"])
     assert result.exit_code == code, result.output
-    assert (f"--time={limit} " if code == 0 else "is no time as SLURM writes it") in result.output
+    assert (f"--time={limit} " if code == 0 else "is not a time as SLURM writes it") in result.output

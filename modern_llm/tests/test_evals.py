@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modern_llm.data import synth
-from modern_llm.data.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id, speaks_chat
+from modern_llm.data.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id, is_chat_model
 from modern_llm.config import ConfigError, ModelConfig
 from modern_llm.evaluation.evals import (
     Subject, ask, baselines, document_pair, mark_problems, perplexity_rows, piece,
@@ -124,7 +124,7 @@ def test_a_prompt_longer_than_the_context_is_an_unended_answer(model, tokenizer)
 def test_speaks_chat(model, tokenizer, tmp_path, chat):
     save_model(tmp_path, model, eos_id=end_id(tokenizer) if chat else end_of_text_id(tokenizer))
     save_tokenizer(tokenizer, tmp_path, CHAT_TEMPLATE)
-    assert speaks_chat(tmp_path, tokenizer) is chat
+    assert is_chat_model(tmp_path, tokenizer) is chat
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------------------

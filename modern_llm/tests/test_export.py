@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from modern_llm.data import synth
 from modern_llm.interchange import export, hub
-from modern_llm.data.chat import CHAT_TEMPLATE, encode_chat, end_id, speaks_chat
+from modern_llm.data.chat import CHAT_TEMPLATE, encode_chat, end_id, is_chat_model
 from modern_llm.cli import main
 from modern_llm.config import ModelConfig
 from modern_llm.interchange.export import ExportError, shards
@@ -275,7 +275,7 @@ def sections_of(text):
 
 @pytest.fixture
 def run(tokenizer, tmp_path):
-    """A run whose stages left what they leave, with a model that can be opened; it began with a model from elsewhere."""
+    """A run whose stages left what they leave, with a model that can be opened; it began with a third-party model."""
     folder = make_run(tmp_path / "runs", "it")
     preset = get_pipeline_preset("lesson")
     chain = {"sft": {"checkpoint": {"path": str(tmp_path / "base"), "sha256": "a" * 64}}, "dpo": {"sft": {"path": "x", "sha256": "b" * 64}}}
@@ -334,14 +334,14 @@ def test_an_export_still_speaks_chat_when_it_comes_back(run, tmp_path, monkeypat
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
     export_with_card(run / "sft" / "checkpoint", tmp_path / "out", shard_gb=1e-4)
     folder = hub.imported(tmp_path / "out")
-    assert speaks_chat(folder, load_tokenizer(folder)) and json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    assert is_chat_model(folder, load_tokenizer(folder)) and json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
 
 
 @pytest.mark.fault("promises")
 @pytest.mark.parametrize("name, text, said", [
-    ("sft/params.json", None, "sft/params.json is absent or has no config"), ("sft/params.json", "{", "sft/params.json is no JSON"),
+    ("sft/params.json", None, "sft/params.json is absent or has no config"), ("sft/params.json", "{", "sft/params.json is not JSON"),
     ("sft/params.json", "{}", "is absent or has no config"), ("sft/params.json", "[1]", "holds [1], not a JSON object"), ("run.json", "", "run.json is empty"),
-    ("sft/results.json", "{\"a\"", "results.json is no JSON"), ("dpo/params.json", "\0", "dpo/params.json holds nothing but zeros")])
+    ("sft/results.json", "{\"a\"", "results.json is not JSON"), ("dpo/params.json", "\0", "dpo/params.json holds nothing but zeros")])
 def test_a_damaged_record_costs_the_card_not_the_export(run, name, text, said, tmp_path, capsys):
     (run / name).unlink() if text is None else (run / name).write_text(text)
     export_with_card(run / "sft" / "checkpoint", tmp_path / "out")

@@ -17,7 +17,7 @@ from modern_llm.evaluation.fewshot import (
     order_entropies, prompt_prefix, prompt_suffix, sentiment_items,
 )
 from modern_llm.models.decoder import ModernDecoderLM
-from modern_llm.models.prefix import shared_length, tail_log_probs, word_log_probs
+from modern_llm.models.prefix import continuation_log_probs, shared_length, word_log_probs
 from modern_llm.data.synth import LABELS, Review
 from modern_llm.data.tasks import sentences
 from modern_llm.data.tokens import end_of_text_id, train_tokenizer
@@ -90,7 +90,7 @@ def test_long_label_words_and_channel_equal_the_full_forward(model, tokenizer, r
             logs = model.eval()(torch.tensor([ids + tail]))[0].log_softmax(-1)
         return sum(logs[len(ids) - 1 + j, token].item() for j, token in enumerate(tail))
 
-    direct, shown = scorer.behind(demonstrations, [prompt_suffix(text) for text in texts])
+    direct, shown = scorer.direct(demonstrations, [prompt_suffix(text) for text in texts])
     expected = [[whole([*prompt_prefix(demonstrations), prompt_suffix(text)], f" {label}") for label in labels] for text in texts]
     assert np.allclose(direct, expected, atol=1e-4) and (shown == 2).all()
     channel, shown = scorer.channel(demonstrations, texts)
@@ -112,10 +112,10 @@ def test_a_score_depends_on_nothing_else_in_the_batch(model, tokenizer, reviews,
 
 def test_rows_that_share_nothing_and_rows_that_are_equal(model):
     rows = [[1, 2, 3, 4], [5, 6, 7], [1, 2, 3, 4]]
-    shared, plain = (tail_log_probs(model, rows, [2, 1, 3], share=share) for share in (True, False))
+    shared, plain = (continuation_log_probs(model, rows, [2, 1, 3], share=share) for share in (True, False))
     assert shared_length(rows) == 0 and np.allclose(shared, plain)
     same = [[1, 2, 3, 4]] * 3
-    assert np.allclose(*(tail_log_probs(model, same, [3, 3, 3], share=share) for share in (True, False)), atol=1e-5)
+    assert np.allclose(*(continuation_log_probs(model, same, [3, 3, 3], share=share) for share in (True, False)), atol=1e-5)
 
 
 def test_joined_prompts_are_tokenised_as_one_text(model, tokenizer, reviews, pool):
@@ -149,7 +149,7 @@ def test_sentences_with_fewer_demonstrations_share_among_themselves(tokenizer, r
     model, demonstrations = make_model(context_length=150), draw_demonstrations(pool, 4, 1)[0]
     suffixes = [prompt_suffix(r.text) for r in reviews] + [prompt_suffix("It was very fine. " * 14)]
     scorer = Scorer(model, tokenizer, batch_rows=5)
-    found, shown = scorer.behind(demonstrations, suffixes)
+    found, shown = scorer.direct(demonstrations, suffixes)
     prompts, _ = fitted_prompts(tokenizer, prompt_prefix(demonstrations), suffixes, 150)
     assert len(set(shown.tolist())) > 1
     assert np.allclose(found, word_log_probs(model, prompts, scorer.words(), batch_rows=1, share=False), atol=1e-4)

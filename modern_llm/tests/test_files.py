@@ -167,7 +167,7 @@ def test_kept_frame_makes_a_table_once(tmp_path):
         made.append(1)
         return pd.DataFrame({"value": [1.5, None], "text": ["12", "a\nb"], "nothing": [None, None], "right": [True, False]})
 
-    first, again = (files.kept_frame(tmp_path / "deep" / "table.jsonl", make) for _ in range(2))
+    first, again = (files.cached_frame(tmp_path / "deep" / "table.jsonl", make) for _ in range(2))
     assert made == [1] and first.equals(again)
     assert first.text.tolist() == ["12", "a\nb"] and first.right.tolist() == [True, False]
     assert first.nothing.dtype == float and first.nothing.isna().all()

@@ -205,7 +205,7 @@ def test_every_stage_gets_what_a_data_set_promises(name, change, message, tmp_pa
 @pytest.mark.parametrize("row", [{}, {"input": None}, {"input": ""}])
 def test_an_optional_field_may_be_absent(row, tmp_path):
     mirror(tmp_path, "alpaca", {"instruction": "Say hello.", "output": "Hello.", **row})
-    assert READ["alpaca"]() == [sft.Example("Say hello.", output="Hello.")]
+    assert READ["alpaca"]() == [sft.InstructionExample("Say hello.", output="Hello.")]
     assert list(reading.documents("alpaca")) == ["Say hello.\nHello."]
 
 
@@ -213,7 +213,7 @@ def test_an_optional_field_may_be_absent(row, tmp_path):
 def test_rows_without_a_request_or_an_answer_are_counted():
     from modern_llm.data import tokens
 
-    examples = [sft.Example(instruction, output=output) for instruction, output in (("", "Yes."), ("Ask.", " "), ("Ask.", "Yes."))]
+    examples = [sft.InstructionExample(instruction, output=output) for instruction, output in (("", "Yes."), ("Ask.", " "), ("Ask.", "Yes."))]
     _, counts = sft.encode_examples(tokens.train_tokenizer(["Ask. Yes."], 280), examples, 64)
     assert (counts["read"], counts["no text"], counts["kept"]) == (3, 2, 1)
 

@@ -20,7 +20,7 @@ from modern_llm.config import (
     ConfigError, DPOConfig, HardwareConfig, ModelConfig, PipelineConfig, TrainConfig,
     VerifierConfig,
 )
-from modern_llm.training.distributed import World, on_ranks, refuse_a_shared_gpu
+from modern_llm.training.distributed import World, check_one_gpu_per_rank, on_ranks
 from modern_llm.training.dpo import dpo_loss
 from modern_llm.messages import StageError
 from modern_llm.models.decoder import ModernDecoderLM, save_model
@@ -28,7 +28,7 @@ from modern_llm.training.optim import lm_loss
 from modern_llm.runs.parameters import resolve
 from modern_llm.runs.preflight import preflight
 from modern_llm.config import get_pipeline_preset
-from modern_llm.training.ranks import own_gpu
+from modern_llm.training.ranks import local_gpu
 from modern_llm.data.tokens import make_tokenizer, save_tokenizer
 from modern_llm.training.train_step import micro_batches, optimizer_step
 from modern_llm.training.trainer import Trainer, peak_flops
@@ -162,7 +162,7 @@ def trained(name: str, model: str, folder, world: World) -> dict[str, torch.Tens
     run = Trainer(module, loss, batches, train, folder, device="cpu", world=world, progress_bar=False,
                   save_model=lambda m, place: torch.save(m.state_dict(), place / "weights.pt"), evaluate=lambda m: {"loss": 0.0})
     run.fit()
-    world.agreed(0)
+    world.all_reduce_max(0)
     return torch.load(folder / "checkpoint" / "weights.pt")
 
 
@@ -248,7 +248,7 @@ def test_which_gpu_is_a_ranks_own(fake_gpus, monkeypatch, environment, gpus, own
         if name in environment:
             monkeypatch.setenv(name, environment[name])
     chosen = fake_gpus(gpus)
-    assert own_gpu(gpus) == own
+    assert local_gpu(gpus) == own
     assert World(3, 4).place(torch.device("cuda")) == torch.device("cuda", own) and chosen == [own]
     assert World().place(torch.device("cuda:2")) == torch.device("cuda:2") and chosen == [own]
     assert World(3, 4).place(torch.device("cpu")) == torch.device("cpu") and chosen == [own]
@@ -276,7 +276,7 @@ def test_a_gpu_of_two_ranks_is_named_on_all_of_them(gpus, message):
 
     def meet(rank: int) -> str:
         try:
-            refuse_a_shared_gpu(store, rank, len(gpus), gpus[rank])
+            check_one_gpu_per_rank(store, rank, len(gpus), gpus[rank])
         except ConfigError as error:
             return str(error)
 

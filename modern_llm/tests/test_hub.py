@@ -1,4 +1,4 @@
-"""Models of other programs: the same logits after import, refusals that name the field, and the adapter for the rest."""
+"""Third-party models: the same logits after import, refusals that name the field, and the adapter for the rest."""
 
 import copy
 import importlib.util
@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from modern_llm import messages
 from modern_llm.interchange import hub
-from modern_llm.data.chat import CHATML, document_prompt, encode_chat, encode_prompt, speaks_chat
+from modern_llm.data.chat import CHATML, document_prompt, encode_chat, encode_prompt, is_chat_model
 from modern_llm.cli import main
 from modern_llm.files import DamagedFolder, read_json, write_json
 from modern_llm.interchange.foreign import TransformersLM
@@ -254,7 +254,7 @@ def test_a_model_made_for_chatml_keeps_it(tmp_path, eos):
     folder = hub.import_model(tmp_path / "source", tmp_path / "ours", chat_tokens=True)
     ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     assert load_model(folder).cfg.vocab_size == 320 and len(theirs) == tokenizer.get_vocab_size()
-    assert speaks_chat(folder, ours) is (eos == "<|im_end|>")
+    assert is_chat_model(folder, ours) is (eos == "<|im_end|>")
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3?"}]
     for cue in (False, True):
         assert encode_chat(ours, talk, cue) == list(theirs.apply_chat_template(talk, add_generation_prompt=cue, return_dict=False))
@@ -277,7 +277,7 @@ def test_load_imports_once_and_find_checkpoint_uses_it(llama, tmp_path, monkeypa
     checkpoint = hub.find_checkpoint(folder)
     assert checkpoint.parent == tmp_path / "cache" / "imported" and "importing" in capsys.readouterr().err
     assert encode_prompt(load_tokenizer(checkpoint), "Hi") and hub.find_checkpoint(checkpoint) == checkpoint
-    ours, _ = hub.load(checkpoint)  # a checkpoint of ours is just opened
+    ours, _ = hub.load(checkpoint)  # a checkpoint of this package is just opened
     assert isinstance(ours, ModernDecoderLM) and capsys.readouterr().err == ""
     write_json(tmp_path / "copy" / "config.json", read_json(folder / "config.json") | {"attention_bias": True})
     with pytest.raises(messages.StageError, match="checkpoint=.*attention_bias=True adds biases"):
@@ -520,8 +520,8 @@ NAMED_WRONGLY = {
     "weight_map names ''": lambda folder: outside(folder, ""),
     "has no gone.safetensors: the copy is incomplete": lambda folder: outside(folder, "gone.safetensors"),
     "has no sub/x.safetensors: the copy is incomplete": lambda folder: outside(folder, "sub/x.safetensors"),
-    "is no index of weights": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {"weight_map": ["a"]})),
-    "is no index of weights .KeyError": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {})),
+    "is not an index of weights": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {"weight_map": ["a"]})),
+    "is not an index of weights .KeyError": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {})),
     "weight_map names no file": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {"weight_map": {}})),
     "says that tensor .* is in .*, and it is not": swapped,
     "two models. Take away": two_models,
@@ -536,7 +536,7 @@ NAMED_WRONGLY = {
     "stored as int8, which means something only with": rewritten(spoilt(0, torch.int8)),
     "stored as float8_e4m3fn": rewritten(spoilt(0, torch.float8_e4m3fn)),
     "rope_scaling='yarn' stretches": config_with(rope_parameters=None, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-    "rope_scaling='yarn' in config.json is no object": config_with(rope_scaling="yarn"),
+    "rope_scaling='yarn' in config.json is not an object": config_with(rope_scaling="yarn"),
     "no object with a list of architectures": config_with(architectures="LlamaForCausalLM"),
 }
 
@@ -554,7 +554,7 @@ def test_weights_that_are_not_what_they_are_called_are_refused(said, tmp_path, m
 
 @pytest.fixture(scope="module")
 def ours(llama, tmp_path_factory):
-    """A checkpoint of ours with its stage's and run's folders, and one of a verifier beside it."""
+    """A checkpoint of this package with its stage's and run's folders, and one of a verifier beside it."""
     run = tmp_path_factory.mktemp("runs") / "it"
     for stage in ("pretrain", "sft", "verifier"):
         hub.import_model(llama[0], run / stage / "checkpoint", chat_tokens=True)

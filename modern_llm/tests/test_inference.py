@@ -13,7 +13,7 @@ from modern_llm.data import synth
 from modern_llm.data.chat import CHAT_TEMPLATE, end_id
 from modern_llm.config import ModelConfig
 from modern_llm.files import atomic_folder, read_json
-from modern_llm.evaluation.inference import check_inference, forget_peak, peak_resident, resident
+from modern_llm.evaluation.inference import check_inference, current_rss, peak_rss, reset_peak_rss
 from modern_llm.messages import StageError
 from modern_llm.models.decoder import ModernDecoderLM, save_model
 from modern_llm.data.tokens import save_tokenizer, train_tokenizer
@@ -69,12 +69,12 @@ def test_base_models_and_short_contexts(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's account of a process's memory")
 def test_the_high_water_mark_sees_what_is_gone_again():
-    forget_peak()
-    before = resident()
-    assert peak_resident() < before + 20e6
+    reset_peak_rss()
+    before = current_rss()
+    assert peak_rss() < before + 20e6
     with mmap.mmap(-1, 100_000_000) as pages:  # of the system: an allocator might hand out what it has kept from other tests
         for start in range(0, len(pages), mmap.PAGESIZE):
             pages[start] = 1
-    assert peak_resident() > before + 95e6 and resident() < before + 20e6
-    forget_peak()
-    assert peak_resident() < before + 20e6
+    assert peak_rss() > before + 95e6 and current_rss() < before + 20e6
+    reset_peak_rss()
+    assert peak_rss() < before + 20e6

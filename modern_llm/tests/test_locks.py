@@ -112,7 +112,7 @@ def write_owner(folder: Path, seconds_ago: float, **entry) -> None:
 
 @pytest.mark.parametrize("seconds_ago, entry, environment, free", [
     (3, {}, {}, False),
-    (locks.SILENCE + 5, {}, {}, True),
+    (locks.HEARTBEAT_TIMEOUT + 5, {}, {}, True),
     (3, {"job": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),  # requeued
     (3, {"job": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}, False),  # another task of the same attempt
     (3, {"job": "8"}, {"SAYS": "RUNNING"}, False),
@@ -120,7 +120,7 @@ def write_owner(folder: Path, seconds_ago: float, **entry) -> None:
     (3, {"job": "8"}, {"SAYS": ""}, True),
 ])
 def test_an_owner_on_another_host(tmp_path, monkeypatch, seconds_ago, entry, environment, free):
-    """By its last sign of life, or by what SLURM's `squeue` says (played here by a script)."""
+    """By its last heartbeat, or by what SLURM's `squeue` says (played here by a script)."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     row = "sys.argv[-1].replace('%A', sys.argv[3]).replace('%i', sys.argv[3]).replace('%T', os.environ.get('SAYS', 'RUNNING'))"
@@ -133,7 +133,7 @@ def test_an_owner_on_another_host(tmp_path, monkeypatch, seconds_ago, entry, env
     if free:
         lock.take().release()
     else:
-        with pytest.raises(StageError, match="on c301-001.*last sign of life 3 s ago"):
+        with pytest.raises(StageError, match="on c301-001.*last heartbeat 3 s ago"):
             lock.take()
 
 

@@ -20,8 +20,8 @@ from modern_llm.data import synth
 from modern_llm.data.answer_pairs import perturb
 from modern_llm.data.chat import Answer
 from modern_llm.evaluation.evals import error_kind, mark_problems
-from modern_llm.files import kept_frame
-from modern_llm.training.sft import Example, is_right, parses
+from modern_llm.files import cached_frame
+from modern_llm.training.sft import InstructionExample, is_right, parses
 from modern_llm.data.synth import Problem
 from modern_llm.data.tasks import (
     Calculator, flexible_answer, mark, rerank, strict_answer, word_problems,
@@ -168,7 +168,7 @@ def test_no_text_is_too_strange(anything, digits):
 
 def test_right_votes_labels_and_levels_follow_the_number(tmp_path):
     answers = [said(text) for text in ("#### 12.50", "#### $12.5", "#### 12", "#### 25/2 dollars", "#### 12:30", "#### 12.5e0")]
-    table = kept_frame(tmp_path / "samples.jsonl", lambda: mark_problems([of(12.5)], answers, samples=6))
+    table = cached_frame(tmp_path / "samples.jsonl", lambda: mark_problems([of(12.5)], answers, samples=6))
     assert table.right.tolist() == [True, True, False, True, False, True] and table.flexible.tolist() == [True, True, False, True, False, True]
     assert table.value.tolist()[:4] == [12.5, 12.5, 12, 12.5] and table.number.tolist() == ["12.5", "12.5", "12", "12.5", "", "12.5"]
     assert rerank(table, 6, "majority").tolist() == [1.0], "equal numbers vote together, however they are written"
@@ -177,7 +177,7 @@ def test_right_votes_labels_and_levels_follow_the_number(tmp_path):
 def test_whole_numbers_beyond_a_floats_reach_are_told_apart(tmp_path):
     large = 2**53
     answers = [said(f"#### {value}") for value in (large, large, large + 1, large + 1, large + 1)]
-    table = kept_frame(tmp_path / "samples.jsonl", lambda: mark([of(large + 1)], answers, samples=5))
+    table = cached_frame(tmp_path / "samples.jsonl", lambda: mark([of(large + 1)], answers, samples=5))
     assert table.right.tolist() == [False, False, True, True, True] and rerank(table, 5, "majority").tolist() == [1.0]
     assert rerank(table.drop(columns="number"), 5, "majority").tolist() == [pytest.approx(0.6)], "their floats are equal"
 
@@ -191,7 +191,7 @@ def test_samples_with_values_alone_vote_by_value():
 @pytest.mark.parametrize("gold, text, right", [("#### 2.5", "#### 2", False), ("#### 2.5", "#### 2.50", True), ("#### 3", "#### 3.0", True),
                                                ("#### 3", "#### 3-4", False), ("#### 0.1", "#### 1/10", True), ("#### 1,000", "#### 1 000", True)])
 def test_instruction_tuning_judges_alike(gold, text, right):
-    example = Example("How many?", output=gold, kind="problem")
+    example = InstructionExample("How many?", output=gold, kind="problem")
     assert is_right(example, text) is right and parses(example, text) is (text != "#### 3-4")
 
 

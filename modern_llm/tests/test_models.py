@@ -130,7 +130,7 @@ def test_missing_weights_and_bad_config(checkpoint):
     with pytest.raises(FileNotFoundError, match="no model.safetensors"):
         load_model(checkpoint)
     (checkpoint / "config.json").write_text("{")
-    with pytest.raises(DamagedFolder, match="config.json is no JSON"):
+    with pytest.raises(DamagedFolder, match="config.json is not JSON"):
         load_model(checkpoint)
     (checkpoint / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
     with pytest.raises(ValueError, match="GPT2LMHeadModel"):

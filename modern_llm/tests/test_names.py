@@ -163,7 +163,7 @@ def test_the_mirror_is_the_folder_that_is_named(value, folder, monkeypatch, tmp_
 
 
 @pytest.mark.fault("names")
-@pytest.mark.parametrize("value, message", [("/nowhere", "MODERN_LLM_DATA=/nowhere is no folder"), ("a.txt", "is no folder"), ("~nobody-here/x", "is no folder"),
+@pytest.mark.parametrize("value, message", [("/nowhere", "MODERN_LLM_DATA=/nowhere is not a folder"), ("a.txt", "is not a folder"), ("~nobody-here/x", "is not a folder"),
                                             ("", "is not set"), ("  ", "is not set"), (".", "no files in tinystories")])
 def test_a_mirror_that_is_none_is_named(value, message, monkeypatch):
     put("a.txt")

@@ -9,7 +9,7 @@ from modern_llm.config import ModelConfig, VerifierConfig
 from modern_llm.training.dpo import pair_log_probs
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.data.pairs import encode_pairs, preference_pairs
-from modern_llm.models.prefix import tail_log_probs, word_log_probs
+from modern_llm.models.prefix import continuation_log_probs, word_log_probs
 from modern_llm.config import get_pipeline_preset
 from modern_llm.models.likelihoods import document_nats
 from modern_llm.data.tasks import word_problems
@@ -74,7 +74,7 @@ def documents() -> None:
 
 
 def answers() -> None:
-    tail_log_probs(ModernDecoderLM(CONFIG), [[1, 2, 3, 4], [1, 2, 5]], [2, 2])
+    continuation_log_probs(ModernDecoderLM(CONFIG), [[1, 2, 3, 4], [1, 2, 5]], [2, 2])
     word_log_probs(ModernDecoderLM(CONFIG), [[1, 2], [1, 3]], [[4], [5, 6]])
 
 

@@ -128,7 +128,7 @@ def test_every_section_is_filled(written):
     titles = re.findall(r"^## (.*)$", text, flags=re.M)
     assert titles == ["Pipeline", "Results", "Stage gains", "What the verifier is worth", "Across seeds",
                       "Perplexity in four protocols", "Sentiment by demonstrations", "Was it in the training text?",
-                      "Beside models from elsewhere", "Training curves and what each stage measured", "Samples", "Attention", "Architecture", "Data", "Cost",
+                      "Beside third-party models", "Training curves and what each stage measured", "Samples", "Attention", "Architecture", "Data", "Cost",
                       "Commands", "Hardware, versions, seed", "Made from"]
     assert "not run" not in text.replace(section(text, "Across seeds"), "")
     assert "180,864 parameters" in text and "6.0 minutes in all, begun 2026-11-21" in text
@@ -139,7 +139,7 @@ def test_every_section_is_filled(written):
     assert "| perplexity T1, synthetic | 2.900 [2.800, 3.000] |" in section(text, "Perplexity in four protocols")
     assert "a constant answer" in section(text, "Sentiment by demonstrations") and "0.550 … 0.650" in text
     assert "0.500 [0.400, 0.600] (n = 250) | 0.400 [0.300, 0.500] (n = 241) |" in section(text, "Was it in the training text?")
-    assert "gpt2 | not available here: no folder" in section(text, "Beside models from elsewhere")
+    assert "gpt2 | not available here: no folder" in section(text, "Beside third-party models")
     assert "How many?" in section(text, "What the verifier is worth") and "minutes" not in section(text, "Results").split("<details>")[0]
     assert "| yes | 0.00012 |" in section(text, "Stage gains") and "| no |  |" in section(text, "Stage gains")
     assert "yes |" in section(text, "Stage gains") and "no |" in section(text, "Stage gains")
@@ -283,7 +283,7 @@ def test_errors_name_the_place_and_the_remedy(tmp_path):
     with pytest.raises(ReportError, match="'smal'.*small"):
         write_report("smal", tmp_path / "runs", tmp_path / "out")
     (folder / "pretrain/results.json").write_text("{")
-    with pytest.raises(ReportError, match="results.json is no JSON.*again"):
+    with pytest.raises(ReportError, match="results.json is not JSON.*again"):
         write_report("small", tmp_path / "runs", tmp_path / "out")
 
 

@@ -281,7 +281,7 @@ def test_the_model_card_says_what_was_changed_under_way(tmp_path):
     assert "* From step 6 of pretrain on: pretrain.lr: 0.003 -> 0.001." in card
 
 
-# ---- any split into sittings -----------------------------------------------------------------------------------------
+# ---- any split into sessions -----------------------------------------------------------------------------------------
 
 
 def tiny_run(folder, steps, stops):
@@ -364,7 +364,7 @@ def test_a_report_that_the_record_misnames_is_written_anew(tmp_path, report):
 def test_a_report_of_damaged_results_says_which(tmp_path):
     run, _ = stage_at(tmp_path, done=True)
     (run.folder / "results.json").write_text("{")
-    with pytest.raises(StageError, match="pretrain/results.json is no JSON.*delete it and run that stage again"):
+    with pytest.raises(StageError, match="pretrain/results.json is not JSON.*delete it and run that stage again"):
         pipeline.write_the_report(pipeline.Plan("report", preset="lesson", run="mine", output_dir=str(tmp_path)).step("report"))
 
 

@@ -1,4 +1,4 @@
-"""A model from elsewhere goes through a stage and back: imported, tuned with its own long context, exported, opened by transformers."""
+"""A third-party model goes through a stage and back: imported, tuned with its own long context, exported, opened by transformers."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from modern_llm.data import synth
 from modern_llm.interchange import hub
 from modern_llm.runs import pipeline
-from modern_llm.data.chat import answer, encode_prompt, speaks_chat
+from modern_llm.data.chat import answer, encode_prompt, is_chat_model
 from modern_llm.cli import main
 from modern_llm.files import read_json, write_json
 from modern_llm.models.generation import generate
@@ -43,7 +43,7 @@ def finish(*command: object) -> str:
 
 @torch.no_grad()
 def assert_same_in_transformers(checkpoint: Path, folder: Path, prompt: str, tokens: int) -> str:
-    """Logits and greedy answer of a checkpoint of ours and of a folder in transformers are the same; the answer."""
+    """Logits and greedy answer of a checkpoint of this package and of a folder in transformers are the same; the answer."""
     model, tokenizer = load_model(checkpoint).eval(), load_tokenizer(checkpoint)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     their_tokenizer, ids = transformers.AutoTokenizer.from_pretrained(folder), encode_prompt(tokenizer, prompt)
@@ -106,7 +106,7 @@ def test_a_llama_is_tuned_and_comes_back(preset, tmp_path):
     assert result.exit_code == 0, result.output
     assert_same_in_transformers(checkpoint, tmp_path / "out", "What is 2 + 3?", 12)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "It started from llama, a model from elsewhere" in card and "| synthetic | sft |" in card
+    assert "It started from llama, a third-party model" in card and "| synthetic | sft |" in card
 
 
 @pytest.mark.skipif(not os.environ.get("MODERN_LLM_SLOW_TESTS"), reason="takes a minute: set MODERN_LLM_SLOW_TESTS=1")
@@ -152,7 +152,7 @@ def test_smollm2_from_its_package_and_back(tmp_path, monkeypatch, capsys):
 
     checkpoint = find_checkpoint("HuggingFaceTB/SmolLM2-135M-Instruct")
     model, tokenizer, apples = load_model(checkpoint), load_tokenizer(checkpoint), "Tom has 5 apples and buys 7 more. How many apples does he have?"
-    assert model.cfg.context_length == 8192 and model.cfg.vocab_size == 49_152 and speaks_chat(checkpoint, tokenizer)
+    assert model.cfg.context_length == 8192 and model.cfg.vocab_size == 49_152 and is_chat_model(checkpoint, tokenizer)
     said = answer(model, tokenizer, [apples], max_new_tokens=60)[0]
     assert said.ended and "12" in said.text, said.text  # in its own template, which is ChatML
     lap("imported, asked")

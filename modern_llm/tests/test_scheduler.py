@@ -14,7 +14,7 @@ from modern_llm.cluster import submit
 from modern_llm.runs import locks, scheduler
 from modern_llm.cli import main
 from modern_llm.runs.outcomes import runs_table
-from modern_llm.runs.scheduler import MARK, Said, is_shown_as, job_states
+from modern_llm.runs.scheduler import MARK, CommandOutput, is_shown_as, job_states
 
 ROOT = Path(__file__).resolve().parents[2]
 fault = pytest.mark.fault("scheduler")
@@ -140,10 +140,10 @@ def test_a_command_that_hangs_is_left(play, capfd):
     """Also where a shell waits for a child that holds the pipe open."""
     path = play("squeue").with_name("squeue")
     path.write_text("#!/bin/sh\necho hello\nsleep 60\n")
-    assert scheduler.ask("squeue", seconds=0.2) is None and "squeue has not answered within 0.2 s" in capfd.readouterr().err
+    assert scheduler.slurm_command("squeue", seconds=0.2) is None and "squeue has not answered within 0.2 s" in capfd.readouterr().err
     path.write_text("no program")
-    assert scheduler.ask("squeue") is None and "squeue cannot be started" in capfd.readouterr().err
-    assert scheduler.ask("sacct") is None
+    assert scheduler.slurm_command("squeue") is None and "squeue cannot be started" in capfd.readouterr().err
+    assert scheduler.slurm_command("sacct") is None
 
 
 @fault
@@ -157,7 +157,7 @@ def test_a_users_own_filters_do_not_count(play, monkeypatch):
 @pytest.mark.parametrize("printed, number", [("123\n", "123"), ("123;cluster2\n", "123"), ("Welcome\nProject quota: 40\n\n123;c\nBye\n", "123"),
                                              ("\x1b[32m123\x1b[0m\r\n", "123"), ("", None), ("sbatch: error\n", None), ("Submitted batch job\n", None)])
 def test_the_number_in_what_sbatch_says(printed, number):
-    assert scheduler.submitted(Said(0, printed, "")) == number
+    assert scheduler.submitted(CommandOutput(0, printed, "")) == number
 
 
 @fault
@@ -245,7 +245,7 @@ def test_what_sbatch_takes_is_taken(elsewhere, play, words, code, wanted):
 
 @pytest.mark.fault("messages")
 @pytest.mark.parametrize("words", [["status"], ["run", "--dry-run"], ["submit", "--dry-run"], ["sample", "--run", "x", "--prompt", "a"]])
-@pytest.mark.parametrize("place, wanted", [("~nobody-is-called-so/runs", "MODERN_LLM_RUNS='~nobody-is-called-so/runs' is no folder"),
+@pytest.mark.parametrize("place, wanted", [("~nobody-is-called-so/runs", "MODERN_LLM_RUNS='~nobody-is-called-so/runs' is not a folder"),
                                            ("/dev/null", "/dev/null")])
 def test_a_place_for_runs_that_is_none(monkeypatch, words, place, wanted):
     monkeypatch.setenv("MODERN_LLM_RUNS", place)
@@ -265,11 +265,11 @@ def changed(**values) -> bytes:
 
 @fault
 @pytest.mark.parametrize("content, why", [
-    (b"", "is empty"), (b"\0" * 100, "zeros"), (b"{", "is no JSON"), (b"\xff\xfe{}", "no text in UTF-8"), (b"[]", "not a JSON object"), (b"null", "JSON object"),
+    (b"", "is empty"), (b"\0" * 100, "zeros"), (b"{", "is not JSON"), (b"\xff\xfe{}", "no text in UTF-8"), (b"[]", "not a JSON object"), (b"null", "JSON object"),
     (b"{}", "lacks 'stages'"), (b'{"stages": 5}', "stages=5"), (b'{"stages": {"pretrain": []}}', "pretrain holds []"),
     (b'{"stages": {"pretrain": {}}}', "lacks 'status'"), (changed(started=None), "started=null"), (changed(seconds="long"), "seconds="),
     (changed(status=["a"]), "status="), (b'{"stages": {}, "report": "x"}', "report holds"), (b'{"stages": {}, "report": {"path": 5}}', "path=5"),
-    (b"[" * 100_000, "nested too deeply"), ("folder", "but a folder"), ("pipe", "is no file"), ("link", "No such file"), ("socket", "is no file")])
+    (b"[" * 100_000, "nested too deeply"), ("folder", "but a folder"), ("pipe", "is not a file"), ("link", "No such file"), ("socket", "is not a file")])
 def test_a_damaged_run_hides_no_other(tmp_path, content, why):
     for name in ("one", "two", "zoo"):
         (tmp_path / name).mkdir()
@@ -294,7 +294,7 @@ def test_a_damaged_run_hides_no_other(tmp_path, content, why):
 @pytest.mark.parametrize("place, content, why", [
     ("pretrain/results.json", b"", "is empty"), ("pretrain/results.json", b'{"table": 5}', "no table of figures"),
     ("pretrain/results.json", b'{"table": [{"metric": "x", "value": "y"}]}', "results.json"), ("pretrain/results.json", b"[1]", "not a JSON object"),
-    ("pretrain/results.json", b'{"table": [{"value": 1}]}', "no table of figures"), ("jobs/17.json", b"{", "jobs/17.json: is no JSON"),
+    ("pretrain/results.json", b'{"table": [{"value": 1}]}', "no table of figures"), ("jobs/17.json", b"{", "jobs/17.json: is not JSON"),
     ("jobs/17.json", b'{"id": 5}', "id=5"), ("jobs/17.json", b'{"id": "5", "stages": "x"}', "stages=")])
 def test_a_damaged_part_is_named_and_the_rest_shown(tmp_path, place, content, why):
     for name in ("one", "two"):
@@ -308,7 +308,7 @@ def test_a_damaged_part_is_named_and_the_rest_shown(tmp_path, place, content, wh
 
 @fault
 def test_odd_names_files_and_figures(tmp_path):
-    """A file among the runs, a name with a new line, one that is no UTF-8, a link to nowhere, a NaN among the results, a lock of garbage."""
+    """A file among the runs, a name with a new line, one that is not UTF-8, a link to nowhere, a NaN among the results, a lock of garbage."""
     (tmp_path / "a file").write_text("hello")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     for name in (b"new\nline", b"caf\xe9", b"running", b"\x1b[31mred"):
@@ -336,5 +336,5 @@ def test_a_lock_of_garbage_is_nobodys(tmp_path, content):
 
 @fault
 def test_a_mark_is_what_only_our_rows_have():
-    assert Said(0, f"x\n{MARK}a|b\n\x1b[0m{MARK}c|d|e\n{MARK}f\n", "").rows(2) == [["a", "b"], ["c", "d|e"]]
+    assert CommandOutput(0, f"x\n{MARK}a|b\n\x1b[0m{MARK}c|d|e\n{MARK}f\n", "").rows(2) == [["a", "b"], ["c", "d|e"]]
     assert runs_table(Path("/nowhere/at/all")) == []

@@ -23,7 +23,7 @@ from modern_llm.training.optim import lm_loss
 from modern_llm.config import override
 from modern_llm.config import get_pipeline_preset
 from modern_llm.statistics import perplexity_ratio
-from modern_llm.training.sft import Example
+from modern_llm.training.sft import InstructionExample
 from modern_llm.data.sources import DataError
 from modern_llm.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -85,15 +85,15 @@ def test_message_trees_become_their_best_path(tmp_path, monkeypatch):
     write(tmp_path, "oasst1/validation.jsonl", TREES[:2])
     monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path))
     found = sft.instructions("oasst1", "train", 10)
-    assert found == [Example("Why?", output="Because.", history=(("Hello?", "best"),)), Example("Nobody there?")]
+    assert found == [InstructionExample("Why?", output="Because.", history=(("Hello?", "best"),)), InstructionExample("Nobody there?")]
     assert [m["role"] for m in found[0].messages] == ["user", "assistant"] * 2
-    assert sft.instructions("oasst1", "validation", 10) == [Example("Hello?", output="worst")]
-    assert list(sft.best_paths(TREES, languages=("de",))) == [Example("Niemand?", output="Doch.")]
+    assert sft.instructions("oasst1", "validation", 10) == [InstructionExample("Hello?", output="worst")]
+    assert list(sft.best_paths(TREES, languages=("de",))) == [InstructionExample("Niemand?", output="Doch.")]
 
 
 @pytest.mark.fault("tables")
 @pytest.mark.parametrize("more, wanted", [
-    ([message("13", "", "prompter", "A root?"), message("14", "13", "assistant", "Yes.")], [Example("A root?", output="Yes.")]),
+    ([message("13", "", "prompter", "A root?"), message("14", "13", "assistant", "Yes.")], [InstructionExample("A root?", output="Yes.")]),
     ([message("13", "1", "assistant", " ", -1)], []), ([message("13", "13", "prompter", "Round"), message("14", "15", "assistant", "and"),
                                                         message("15", "14", "prompter", "round")], []),
     ([message("13", None, "user", "Hello?")], "role 'user' is not 'prompter' or 'assistant'"),
@@ -125,8 +125,8 @@ def test_every_source_has_one_form(tmp_path, monkeypatch):
     assert 0 < len(held_out) < 20 and len(train) + len(held_out) == 300 and not set(train) & set(held_out)
     problem = sft.instructions("gsm8k", "train", 1)[0]
     assert (problem.request, problem.kind) == ("0 and 1?", "problem") and "<<0+1=1>>" in problem.output
-    assert sft.instructions("sst2", "train", 9) == [Example(sft.SENTIMENT_REQUEST, "all good", "positive", "sentiment"),
-                                                    Example(sft.SENTIMENT_REQUEST, "all bad", "negative", "sentiment")]
+    assert sft.instructions("sst2", "train", 9) == [InstructionExample(sft.SENTIMENT_REQUEST, "all good", "positive", "sentiment"),
+                                                    InstructionExample(sft.SENTIMENT_REQUEST, "all bad", "negative", "sentiment")]
 
 
 def test_built_in_sources_keep_their_splits_apart():
@@ -149,7 +149,7 @@ def test_an_unknown_source_is_named():
 
 def test_what_cannot_be_trained_is_counted(tokenizer):
     long = " ".join(["word"] * 200)
-    examples = [Example("Hi.", output="Ho."), Example("Hi.", output="  "), Example(long, output="Ho."), Example("Hi.", output=long)]
+    examples = [InstructionExample("Hi.", output="Ho."), InstructionExample("Hi.", output="  "), InstructionExample(long, output="Ho."), InstructionExample("Hi.", output=long)]
     encoded, counts = sft.encode_examples(tokenizer, examples, 64)
     assert counts == {"read": 4, "no text": 1, "fully masked": 1, "truncated": 1, "kept": 2, "tokens": sum(len(i) for i, _ in encoded),
                       "trained tokens": sum(y != -100 for _, labels in encoded for y in labels)}
@@ -158,7 +158,7 @@ def test_what_cannot_be_trained_is_counted(tokenizer):
 
 
 def test_all_answers_of_a_conversation_are_trained(tokenizer):
-    [(ids, labels)], _ = sft.encode_examples(tokenizer, [Example("b?", output="B", history=(("a?", "A"),))], 64)
+    [(ids, labels)], _ = sft.encode_examples(tokenizer, [InstructionExample("b?", output="B", history=(("a?", "A"),))], 64)
     assert tokenizer.decode([y for y in labels if y >= 0], skip_special_tokens=False) == "A<|end|>B<|end|>"
 
 
@@ -249,16 +249,16 @@ def test_nats_of_examples_keep_their_order(model, tokenizer):
 
 
 def test_judging_follows_the_kind():
-    problem = Example("q", output="#### 1,200", kind="problem")
+    problem = InstructionExample("q", output="#### 1,200", kind="problem")
     assert sft.is_right(problem, "so\n#### 1200") and not sft.is_right(problem, "1200") and not sft.parses(problem, "1200")
-    unknown = Example("q", output="no number", kind="problem")
+    unknown = InstructionExample("q", output="no number", kind="problem")
     assert sft.is_right(unknown, "nor here") is False  # two missing numbers are not equal
-    review = Example("q", "r", "negative", "sentiment")
+    review = InstructionExample("q", "r", "negative", "sentiment")
     assert sft.parses(review, " Positive.") and not sft.parses(review, "positive I think") and sft.is_right(review, "Negative")
-    fact = Example("q", output="Anna lives in the city.", kind="fact")
+    fact = InstructionExample("q", output="Anna lives in the city.", kind="fact")
     assert sft.parses(fact, "yes") and not sft.parses(fact, "yes\nno") and not sft.parses(fact, " ")
-    assert sft.parses(Example("q", output="a"), "yes\nno") and sft.is_right(Example("q", output="a"), "a") is None
-    table = sft.judged([fact, Example("q", output="a")], [Answer("x", [], [], True), Answer("a", [], [], False)])
+    assert sft.parses(InstructionExample("q", output="a"), "yes\nno") and sft.is_right(InstructionExample("q", output="a"), "a") is None
+    table = sft.judge_answers([fact, InstructionExample("q", output="a")], [Answer("x", [], [], True), Answer("a", [], [], False)])
     assert sft.shares(table, "right") | {"low": 0} == {"value": 0.0, "low": 0, "high": sft.shares(table, "right")["high"], "n": 1}
 
 
@@ -266,7 +266,7 @@ def test_demonstrations_fit_into_the_context(model, tokenizer):
     items = sft.instructions("synthetic", "validation", 12)
     short = sft.few_shot_quality(model, tokenizer, items, sft.instructions("synthetic", "train", 40), 8)
     assert len(short) == 12 and not short.text.str.contains("\n").any()
-    long = Example(" ".join(["word"] * 200), output="x")
+    long = InstructionExample(" ".join(["word"] * 200), output="x")
     table = sft.few_shot_quality(model, tokenizer, [long], [long], 8)
     assert table.text.tolist() == [""] and table.ended.tolist() == [False]
     assert sft.answer_quality(model, tokenizer, [long], 8).ended.tolist() == [False]

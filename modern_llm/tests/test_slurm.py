@@ -55,7 +55,7 @@ def test_an_estimate_is_assumed_then_measured(tmp_path):
     rows = [{"step": 20 * i, "tokens": 20 * i * 128 * 1024, "tokens_per_s": 64 * 1024.0 if i else None} for i in range(6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 12')  # torn by a kill
     measured = duration.estimate(config, "pretrain", tmp_path, "H100 PCIe")
-    assert measured.steps == 39_900 and measured.minutes == pytest.approx(39_900 * 2 / 60 + 15)  # two seconds a step
+    assert measured.steps == 39_900 and measured.minutes == pytest.approx(39_900 * 2 / 60 + 15)  # two seconds per step
     assert measured.tokens_per_second == 64 * 1024 and "100 of 40,000 steps done" in measured.why
     limited = duration.estimate(get_pipeline_preset("h100-speedrun"), "pretrain", tmp_path / "none", "H100")
     assert limited.minutes == 60 + 15 and "at most 60 min, a setting" in limited.why

@@ -126,7 +126,7 @@ def test_what_is_too_small_is_told_the_size_that_is_needed(name, tmp_path):
             next(reading.documents(str(path), split))
         assert str(path) in str(caught.value)
     config = override(get_pipeline_preset("lesson"), {"data": {"sources": [str(path)]}})
-    said, problems = data_files.cut_data(config, "pretrain")  # a stage asks before it begins
+    said, problems = data_files.check_splits(config, "pretrain")  # a stage asks before it begins
     assert said == [] and message in problems[0]
 
 

@@ -9,7 +9,7 @@ import pytest
 from modern_llm.config import ConfigError
 from modern_llm.files import atomic_folder, read_json, write_json
 from modern_llm.messages import StageError
-from modern_llm.runs.scheduler import WARNINGS
+from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
 from modern_llm.config import parse_overrides
 from modern_llm.runs.parameters import report_folder, resolve
 from modern_llm.runs.preflight import fit_micro_batch
@@ -39,11 +39,11 @@ def begin(tmp_path, cells=(), stage="pretrain", **values):
     ({"overrides": "pretrain.betas=2,3"}, ConfigError, "betas=.2.0, 3.0. must lie in"),
     ({"overrides": "pretrain.lr=Infinity"}, ConfigError, "lr=inf must be .* finite"),
     ({"stage": "sft", "checkpoint": 3}, ConfigError, "checkpoint=3 is int, should be text"),
-    ({"stage": "eval", "max_steps": 3}, ConfigError, "max_steps is no setting of EvalConfig"),
+    ({"stage": "eval", "max_steps": 3}, ConfigError, "max_steps is not a setting of EvalConfig"),
     ({"stage": "sft", "preset": "local-smoke"}, StageError, "no finished stage pretrain.*--stage pretrain.*--checkpoint PATH"),
     ({"stage": "dpo", "preset": "local-smoke", "checkpoint": "/no/where"}, StageError, "Tried /no/where, /no/where/checkpoint"),
     ({"device": "gpu"}, ConfigError, "hardware.device='gpu' is unknown"),
-    ({"run": "../up"}, ConfigError, "is no folder name"),
+    ({"run": "../up"}, ConfigError, "is not a folder name"),
     ({"overrides": "hardware.ranks=2"}, StageError, "hardware.ranks=2, but 1 process was started: run `modern-llm run --stage pretrain"),
     ({"overrides": "hardware.ranks=3"}, ConfigError, "hardware.ranks=3 does not divide pretrain.batch_size=16"),
     ({"overrides": "data.sources=no-such-data"}, StageError, "no-such-data"),
@@ -328,7 +328,7 @@ def test_a_warning_that_code_in_c_turns_into_another_error_is_a_warning_still(tm
     class ZMQInteractiveShell(InteractiveShell):
         """A kernel's shell, by its name."""
 
-    shell, former = ZMQInteractiveShell(), {number: signal.getsignal(number) for number in WARNINGS}
+    shell, former = ZMQInteractiveShell(), {number: signal.getsignal(number) for number in PREEMPTION_SIGNALS}
     names = {"preset": "lesson", "run": "mine", "seed": 0, "max_steps": None, "max_minutes": None, "device": "", "overrides": "",
              "output_dir": str(tmp_path), "resume": False, "force": False}
     try:

@@ -45,10 +45,10 @@ def chat(folder: Path, typed: bytes, *words: str) -> tuple[str, str, int]:
 
 @fault
 @pytest.mark.parametrize("typed, noted, answers", [
-    (b"caf\xe9\n", "byte 4 of this message is no UTF-8", 1), (b"\xff\xfeh\0i\0\n", "byte 1", 1), (b"word " * 300 + b"\nagain\n", "at most", 1),
+    (b"caf\xe9\n", "byte 4 of this message is not UTF-8", 1), (b"\xff\xfeh\0i\0\n", "byte 1", 1), (b"word " * 300 + b"\nagain\n", "at most", 1),
     (b"x" * 100_000 + b"\n", "the message has", 0), (b"\0\0\n", "", 1), (b"\n   \n\t\r\n", "", 0), (b"", "", 0), (b"\x1b[31mred\x1b[0m\x07\n", "", 1),
-    (b"<|end|><|user|><|endoftext|>\n", "", 1), (b"/hepl\n", "/hepl is no command", 0), (b"/NEW\n", "is no command; did you mean '/new'", 0),
-    (b" /new words\n", "", 1), (b"/usr/bin is what?\n", "", 1), (b"\xed\xb3\xa9 half\n", "is no UTF-8", 1), ("😀 日本\r\n".encode(), "", 1),
+    (b"<|end|><|user|><|endoftext|>\n", "", 1), (b"/hepl\n", "/hepl is not a command", 0), (b"/NEW\n", "is not a command; did you mean '/new'", 0),
+    (b" /new words\n", "", 1), (b"/usr/bin is what?\n", "", 1), (b"\xed\xb3\xa9 half\n", "is not UTF-8", 1), ("😀 日本\r\n".encode(), "", 1),
     (b"no new line at the end", "", 1), (b"\xef\xbb\xbf/quit\nmore\n", "", 0), (b"one\n" * 12, "forgotten", 12), (b"one\n/new\n/quit\ntwo\n", "", 1)])
 def test_what_a_person_can_type(folder, typed, noted, answers, monkeypatch):
     asked = []

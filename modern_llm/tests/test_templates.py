@@ -12,15 +12,14 @@ from modern_llm import messages
 from modern_llm.interchange import hub
 from modern_llm.data.answer_pairs import encode_candidate
 from modern_llm.data.chat import (
-    answer, chat_format, encode_chat, encode_example, encode_prompt, end_id, other_ends,
-    speaks_chat,
+    answer, chat_format, encode_chat, encode_example, encode_prompt, end_id, is_chat_model, stop_sequences,
 )
 from modern_llm.config import ModelConfig
 from modern_llm.report.card import export_with_card
 from modern_llm.files import read_json, write_json
 from modern_llm.models.decoder import ModernDecoderLM, save_model
 from modern_llm.data.pairs import Pair, encode_pair
-from modern_llm.training.sft import Example, encode_examples
+from modern_llm.training.sft import InstructionExample, encode_examples
 from modern_llm.cli.talk import Chat, open_model, samples
 from modern_llm.data.tasks import word_problems
 from modern_llm.data.templates import TemplateError
@@ -181,7 +180,7 @@ def test_what_is_trained_is_what_is_asked(brought):
     name, kind, _, _, folder = brought
     tokenizer = load_tokenizer(folder)
     end = tokenizer.token_to_id("<|endoftext|>" if ENDS[kind] == "</s>" else ENDS[kind])
-    assert end_id(tokenizer) == end and speaks_chat(folder, tokenizer)
+    assert end_id(tokenizer) == end and is_chat_model(folder, tokenizer)
     ids, labels = encode_example(tokenizer, TALK)
     said = [i for i in labels if i >= 0]
     assert len(ids) == len(labels) and labels[-1] == end and said.count(end) == (1 if name.startswith("thoughts") else 2)
@@ -201,7 +200,7 @@ def test_every_place_that_writes_a_conversation_runs_the_template(brought, tmp_p
     tokenizer, request = load_tokenizer(folder), "What is 2 + 3?"
     prompt = theirs(source, TALK[:1], True)
     assert encode_prompt(tokenizer, request) == prompt
-    (ids, labels), = encode_examples(tokenizer, [Example(request, output="It is 5.")], 400)[0]
+    (ids, labels), = encode_examples(tokenizer, [InstructionExample(request, output="It is 5.")], 400)[0]
     assert ids[:len(prompt)] == prompt and [*ids, labels[-1]] == theirs(source, TALK[:2], False)[:len(ids) + 1]
     pair, cut = encode_pair(tokenizer, Pair((TALK[0],), "It is 5.", "It is 6."), 400)
     assert pair.chosen == (ids, labels) and not cut and pair.rejected[0][:len(prompt)] == prompt
@@ -336,7 +335,7 @@ def test_an_answer_ends_at_every_end_of_its_model(tmp_path):
     source.mkdir()
     a_model(source, "llama3", LLAMA)
     tokenizer = load_tokenizer(hub.import_model(source, tmp_path / "ours", chat_tokens=True))
-    assert other_ends(tokenizer, end_id(tokenizer)) == [[tokenizer.token_to_id("<|eom_id|>")]]
+    assert stop_sequences(tokenizer, end_id(tokenizer)) == [[tokenizer.token_to_id("<|eom_id|>")]]
     model = ModernDecoderLM(ModelConfig(vocab_size=400, context_length=400, width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=32))
     other = tokenizer.token_to_id("<|eom_id|>")
     with torch.no_grad():  # a model that always says <|eom_id|>
@@ -378,7 +377,7 @@ def test_no_word_of_a_user_is_trained_where_only_the_last_answer_is_closed(name,
 def test_a_model_that_only_continues_text_needs_no_template(template, tmp_path):
     _, folder = imported(tmp_path, "mistral", template, chat_tokens=False)
     model, tokenizer, _ = open_model(None, None, str(folder), None, "cpu")
-    assert not speaks_chat(folder, tokenizer) and len(list(samples(model, tokenizer, folder, "What is", 2, max_new_tokens=3))) == 2
+    assert not is_chat_model(folder, tokenizer) and len(list(samples(model, tokenizer, folder, "What is", 2, max_new_tokens=3))) == 2
     with pytest.raises(TemplateError):  # which says more than that it was never taught to answer
         open_model(None, None, str(folder), None, "cpu", purpose="chat")
 

@@ -24,11 +24,11 @@ from ..config import ConfigError, TrainConfig, device_parts
 from modern_llm.files import (
     DamagedFolder, atomic_folder, check_folder, find_folder, previous_of, write_text,
 )
-from .optim import divided_like, make_optimizers, undivided
+from .optim import gather_tensor, make_optimizers, shard_like
 
 # %% auto #0
 __all__ = ['STATE_FILE', 'COUNTERS', 'pick_device', 'compute_dtype', 'seed_everything', 'random_states', 'restore_random_states',
-           'WeightAverage', 'put_together', 'judged', 'load_moments', 'whole_values', 'CheckpointError',
+           'WeightEMA', 'gathered_module', 'eval_context', 'load_moments', 'gather_state', 'CheckpointError',
            'TrainingState', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'whole_lines', 'append_row',
            'read_metrics', 'cut_metrics', 'newest_checkpoint', 'RunFolder']
 
@@ -81,8 +81,8 @@ def restore_random_states(states: dict) -> None:
         torch.cuda.set_rng_state(state)
 
 # %% ../../nbs/31_checkpoints.ipynb #weight-average
-class WeightAverage:
-    """Exponential moving average of the trained weights: average += (1 - decay) · (weights - average).
+class WeightEMA:
+    """Exponential moving average (EMA) of the trained weights: average += (1 - decay) · (weights - average).
 
     Early on the decay is (1 + step) / (10 + step), so that the random start is forgotten.
     """
@@ -113,14 +113,14 @@ class WeightAverage:
 
 # %% ../../nbs/31_checkpoints.ipynb #put-together
 @contextlib.contextmanager
-def put_together(module: nn.Module, average: dict[str, torch.Tensor], whole: nn.Module) -> Iterator[None]:
-    """Inside, `whole` is on the module's device and holds its weights (or those of the average), put together from all ranks.
+def gathered_module(module: nn.Module, average: dict[str, torch.Tensor], whole: nn.Module) -> Iterator[None]:
+    """Inside, `whole` is on the module's device and holds its weights (or those of the average), gathered from all ranks.
 
     Outside it waits on the CPU. All ranks must enter at once.
     """
     weights, targets = {**dict(module.named_parameters()), **average}, dict(whole.named_parameters())
     for name, weight in weights.items():
-        targets[name].copy_(undivided(weight))
+        targets[name].copy_(gather_tensor(weight))
     for target, value in zip(whole.buffers(), module.buffers()):
         target.copy_(value)
     whole.to(next(module.parameters()).device)
@@ -131,14 +131,14 @@ def put_together(module: nn.Module, average: dict[str, torch.Tensor], whole: nn.
 
 # %% ../../nbs/31_checkpoints.ipynb #judged
 @contextlib.contextmanager
-def judged(module: nn.Module, average: WeightAverage | None = None, whole: nn.Module | None = None) -> Iterator[nn.Module]:
+def eval_context(module: nn.Module, average: WeightEMA | None = None, whole: nn.Module | None = None) -> Iterator[nn.Module]:
     """Yield what is validated and saved: averaged weights, eval mode, no gradients; afterwards all is as before.
 
-    `whole` is a copy of a module whose weights are divided among ranks; it is filled and yielded in its place.
+    `whole` is a copy of a module whose weights are sharded over ranks; it is filled and yielded in its place.
     """
     states, weights = random_states(), contextlib.nullcontext()
     if whole:
-        weights = put_together(module, average.weights if average else {}, whole)
+        weights = gathered_module(module, average.weights if average else {}, whole)
     elif average:
         weights = average.swapped_in(module)
     with torch.no_grad(), weights:
@@ -155,23 +155,23 @@ COUNTERS = ("step", "tokens", "seconds", "kept")
 
 # %% ../../nbs/31_checkpoints.ipynb #load-moments
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load an optimizer's state but keep its settings: a resumed run obeys the learning rate it is given now."""
+    """Load an optimizer's state but keep its settings: a resumed run uses the learning rate it is given now."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {name: divided_like(parameters[i], value) if getattr(value, "shape", None) == parameters[i].shape else value
+    state = {i: {name: shard_like(parameters[i], value) if getattr(value, "shape", None) == parameters[i].shape else value
                  for name, value in values.items()} for i, values in saved["state"].items() if i < len(parameters)}
     optimizer.load_state_dict({**saved, "state": state})
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)
 
 # %% ../../nbs/31_checkpoints.ipynb #whole-values
-def whole_values(value: object) -> object:
-    """The same nested dicts and lists, with every tensor that is divided among ranks put together, on the CPU."""
+def gather_state(value: object) -> object:
+    """The same nested dicts and lists, with every tensor that is sharded over ranks gathered, on the CPU."""
     if isinstance(value, dict):
-        return {name: whole_values(inner) for name, inner in value.items()}
+        return {name: gather_state(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole_values(inner) for inner in value)
-    return undivided(value).cpu() if hasattr(value, "full_tensor") else value
+        return type(value)(gather_state(inner) for inner in value)
+    return gather_tensor(value).cpu() if hasattr(value, "full_tensor") else value
 
 # %% ../../nbs/31_checkpoints.ipynb #training-state
 class CheckpointError(RuntimeError):
@@ -181,7 +181,7 @@ class CheckpointError(RuntimeError):
 class TrainingState:
     """Everything an optimizer step changes, and nothing else: what a checkpoint must hold.
 
-    Where the module's weights are divided among ranks, `whole` is a copy made before that, to be judged and saved.
+    Where the module's weights are sharded over ranks, `whole` is a copy made before that, to be evaluated and saved.
     """
 
     def __init__(self, module: nn.Module, cfg: TrainConfig, device: torch.device, whole: nn.Module | None = None):
@@ -189,7 +189,7 @@ class TrainingState:
         self.dtype = compute_dtype(cfg.precision, device)
         self.optimizers = make_optimizers(module, cfg)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
-        self.average = WeightAverage(module, cfg.ema_decay) if cfg.ema_decay else None
+        self.average = WeightEMA(module, cfg.ema_decay) if cfg.ema_decay else None
         self.step, self.tokens, self.seconds, self.kept = 0, 0, 0.0, 0
         self.random = random_states()  # as of the last step; the generators belong to others between two calls of fit
 
@@ -197,9 +197,9 @@ class TrainingState:
         """The context of forward passes."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
-    def as_product(self) -> contextlib.AbstractContextManager[nn.Module]:
-        """A context that yields what is validated and saved; see `judged`."""
-        return judged(self.module, self.average, self.whole)
+    def eval_context(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """A context that yields what is validated and saved; see `eval_context`."""
+        return eval_context(self.module, self.average, self.whole)
 
     def abandon_step(self) -> None:
         """Go back to the end of the last whole step, from a point before its weights were touched."""
@@ -209,7 +209,7 @@ class TrainingState:
 
     def state_dict(self) -> dict:
         """Tensors and plain values only, so that it loads without running anyone's code."""
-        return whole_values({
+        return gather_state({
             "module": dict(self.module.state_dict()), "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(), "average": self.average.weights if self.average else {},
             "random": random_states(), **{name: getattr(self, name) for name in COUNTERS},
@@ -219,12 +219,12 @@ class TrainingState:
         """Continue where `state` was taken. CheckpointError if it belongs to another model or optimizer."""
         try:
             parts = self.module.state_dict()
-            parts = {name: divided_like(parts[name], value) if name in parts else value for name, value in state["module"].items()}
+            parts = {name: shard_like(parts[name], value) if name in parts else value for name, value in state["module"].items()}
             self.module.load_state_dict(parts)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 load_moments(optimizer, saved)
             if self.average:
-                self.average.weights = {name: divided_like(weight, state["average"][name].to(self.device))
+                self.average.weights = {name: shard_like(weight, state["average"][name].to(self.device))
                                         for name, weight in self.average.weights.items()}
             if state["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
@@ -252,7 +252,7 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"step {meta.get('step')}: cannot write the checkpoint {folder}: {error}. What was there before is whole; "
-            "make room (or make the folder writable) and call fit() again, or start anew with resume=True."
+            "make room (or make the folder writable) and call fit() again, or start over with resume=True."
         ) from error
     return Path(folder)
 
@@ -339,7 +339,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict, dict] | None:
         return candidate, state, meta
     if problems:
         raise DamagedFolder(f"{'; '.join(problems)}. No checkpoint of this run is whole, and nothing was changed: put a whole "
-                            f"copy at {folder}, or begin anew in another folder (a stage: force=True)")
+                            f"copy at {folder}, or start over in another folder (a stage: force=True)")
     return None
 
 # %% ../../nbs/31_checkpoints.ipynb #run-folder
@@ -383,7 +383,7 @@ class RunFolder:
             self._write(self.folder / "checkpoints" / f"step-{state.step:06d}", state, None)
 
     def _write(self, folder: Path, state: TrainingState, everything: dict | None) -> None:
-        with state.as_product() as module:
+        with state.eval_context() as module:
             files = (lambda temporary: self.save_model(module, temporary)) if self.save_model else None
             if self.writes:
                 save_checkpoint(folder, everything, {"step": state.step, "tokens": state.tokens}, files, everything is not None)

@@ -27,15 +27,15 @@ from .checkpoints import random_states, restore_random_states, seed_everything
 from ..config import ConfigError
 from .optim import LossOutput
 from modern_llm.training.ranks import (
-    PATIENCE, announce, awaited, next_training, open_store, own_gpu,
+    PATIENCE, broadcast_task, local_gpu, next_training, open_store, wait_for_task,
 )
 
 # %% auto #0
-__all__ = ['refuse_a_shared_gpu', 'World', 'on_ranks', 'own_random_numbers', 'WholeLoss', 'blocks_of', 'SpreadLoss', 'spread',
-           'synced', 'left_behind', 'RankFailed', 'failing_together']
+__all__ = ['check_one_gpu_per_rank', 'World', 'on_ranks', 'per_rank_rng', 'LossModule', 'blocks_of', 'DataParallelLoss',
+           'data_parallel', 'gradient_sync', 'first_failure', 'RankFailed', 'propagate_failures']
 
 # %% ../../nbs/32_distributed.ipynb #shared-gpu
-def refuse_a_shared_gpu(store: dist.Store, rank: int, size: int, mine: str) -> None:
+def check_one_gpu_per_rank(store: dist.Store, rank: int, size: int, mine: str) -> None:
     """ConfigError on all ranks, naming two, if this rank's GPU is another's too; each tells the others, through the store, its GPU's identity."""
     names = [f"gpu/{other}" for other in range(size)]
     store.set(names[rank], f"{socket.gethostname()}, GPU {mine}")
@@ -54,17 +54,17 @@ class World:
 
     rank: int = 0
     size: int = 1
-    strategy: str = "ddp"  # "ddp" = the whole model on every rank; "fsdp" = weights, gradients, optimizer states divided
-    task: dict | None = None  # what rank 0 announces when it is about to train; see ranks.follow
+    strategy: str = "ddp"  # "ddp" = the whole model on every rank; "fsdp" = weights, gradients, optimizer states sharded
+    task: dict | None = None  # what rank 0 broadcasts when it is about to train; see ranks.worker_loop
     trainings = 0  # of this process so far
 
     @property
-    def main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is rank 0: the only one that writes, validates and shows a bar."""
         return self.rank == 0
 
     def place(self, device: torch.device) -> torch.device:
-        """Where this rank trains: alone on `device`, of several each on a GPU of its own (see ranks.own_gpu), or all on the CPU.
+        """Where this rank trains: alone on `device`, of several each on a GPU of its own (see ranks.local_gpu), or all on the CPU.
 
         ConfigError for several ranks on a device of which there is one.
         """
@@ -72,7 +72,7 @@ class World:
             return device
         if device.type != "cuda" or device.index is not None:
             raise ConfigError(f"{self.size} ranks need a GPU each, or device=cpu; device={str(device)!r} is a single one")
-        own = own_gpu(torch.cuda.device_count())
+        own = local_gpu(torch.cuda.device_count())
         torch.cuda.set_device(own)
         return torch.device("cuda", own)
 
@@ -83,12 +83,12 @@ class World:
         """
         if self.size == 1 or dist.is_initialized():
             return
-        number = next_training() if self.main else World.trainings
-        announce(number, self.task) if self.main else awaited(number)
+        number = next_training() if self.is_main_process else World.trainings
+        broadcast_task(number, self.task) if self.is_main_process else wait_for_task(number)
         World.trainings += 1
         self.store = dist.PrefixStore(f"training {number}", open_store())
         if device.type == "cuda":
-            refuse_a_shared_gpu(self.store, self.rank, self.size, str(getattr(torch.cuda.get_device_properties(device), "uuid", device)))
+            check_one_gpu_per_rank(self.store, self.rank, self.size, str(getattr(torch.cuda.get_device_properties(device), "uuid", device)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
                                 world_size=self.size, timeout=PATIENCE)
 
@@ -98,28 +98,28 @@ class World:
             dist.destroy_process_group()
         self.size = 1
 
-    def rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's equal share of a batch (views)."""
+    def shard(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's shard of a batch, an equal share of its rows (views)."""
         return {name: value.tensor_split(self.size)[self.rank] for name, value in batch.items()} if self.size > 1 else batch
 
-    def summed(self, out: LossOutput) -> LossOutput:
-        """The sums over all ranks."""
+    def all_reduce(self, out: LossOutput) -> LossOutput:
+        """The sums over all ranks (all-reduce)."""
         if self.size == 1:
             return out
         values = torch.stack([out.total, out.count, *out.metrics.values()])
         dist.all_reduce(values)
         return LossOutput(values[0], values[1], dict(zip(out.metrics, values[2:])))
 
-    def agreed(self, *values: float) -> list[float]:
-        """Of each value the largest that any rank gives: the same on all of them."""
+    def all_reduce_max(self, *values: float) -> list[float]:
+        """The largest of each value over the ranks (all-reduce with max): the same on all of them."""
         if self.size == 1:
             return list(values)
         largest = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
-    def told(self, value: object) -> object:
-        """What rank 0 gives."""
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value, broadcast to all."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, 0)
@@ -164,7 +164,7 @@ def on_ranks(function: Callable[[World], object], size: int = 2, strategy: str =
 
 # %% ../../nbs/32_distributed.ipynb #own-random
 @contextlib.contextmanager
-def own_random_numbers(world: World) -> Iterator[None]:
+def per_rank_rng(world: World) -> Iterator[None]:
     """Inside, every rank draws other numbers; outside, the generators of all ranks stay alike."""
     if world.size == 1:
         yield
@@ -178,7 +178,7 @@ def own_random_numbers(world: World) -> Iterator[None]:
         restore_random_states(states)
 
 # %% ../../nbs/32_distributed.ipynb #whole-loss
-class WholeLoss(nn.Module):
+class LossModule(nn.Module):
     """A module and its loss function as one forward pass, which DDP and FSDP can watch."""
 
     def __init__(self, module: nn.Module, loss_fn: Callable):
@@ -196,13 +196,13 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
                               for block in part.layers))
 
 
-class SpreadLoss:
+class DataParallelLoss:
     """A loss function as before, (module, batch) -> LossOutput, whose gradients become their mean over the ranks."""
 
     def __init__(self, module: nn.Module, loss_fn: Callable, world: World, device: torch.device):
         for value in [*module.parameters(), *module.buffers()]:
             dist.broadcast(value.data, 0)  # whatever made them, the ranks begin with the same weights
-        whole = WholeLoss(module, loss_fn)
+        whole = LossModule(module, loss_fn)
         if world.strategy == "fsdp":
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -210,41 +210,41 @@ class SpreadLoss:
             mesh = init_device_mesh(device.type, (world.size,))
             for block in blocks_of(module):
                 fully_shard(block, mesh=mesh)
-            self.watched = fully_shard(whole, mesh=mesh)
+            self.wrapped = fully_shard(whole, mesh=mesh)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have a longer name for broadcast_buffers
-                self.watched = DistributedDataParallel(whole, broadcast_buffers=False, gradient_as_bucket_view=True,
+                self.wrapped = DistributedDataParallel(whole, broadcast_buffers=False, gradient_as_bucket_view=True,
                                                        find_unused_parameters=device.type == "cpu")  # buckets stay: see below
 
     def __call__(self, module: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
-        return LossOutput(*self.watched(batch))
+        return LossOutput(*self.wrapped(batch))
 
     @contextlib.contextmanager
-    def synced(self, last: bool) -> Iterator[None]:
+    def gradient_sync(self, last: bool) -> Iterator[None]:
         """Around forward and backward pass of a micro-batch: only after the last one do the ranks exchange gradients."""
-        if isinstance(self.watched, DistributedDataParallel):
-            with contextlib.nullcontext() if last else self.watched.no_sync():
+        if isinstance(self.wrapped, DistributedDataParallel):
+            with contextlib.nullcontext() if last else self.wrapped.no_sync():
                 yield
         else:
-            self.watched.set_requires_gradient_sync(last)
+            self.wrapped.set_requires_gradient_sync(last)
             yield
 
 
-def spread(module: nn.Module, loss_fn: Callable, world: World, device: torch.device) -> tuple[Callable, nn.Module | None]:
-    """The loss function for this world, and, if the module's weights were divided for it, a whole copy of the module."""
+def data_parallel(module: nn.Module, loss_fn: Callable, world: World, device: torch.device) -> tuple[Callable, nn.Module | None]:
+    """The loss function for this world, and, if the module's weights are sharded for it, a full copy of the module."""
     if world.size == 1:
         return loss_fn, None
     whole = deepcopy(module).cpu() if world.strategy == "fsdp" else None
-    return SpreadLoss(module, loss_fn, world, device), whole
+    return DataParallelLoss(module, loss_fn, world, device), whole
 
 
-def synced(loss_fn: Callable, last: bool) -> contextlib.AbstractContextManager:
-    """`loss_fn.synced(last)` if it is spread over ranks."""
-    return loss_fn.synced(last) if isinstance(loss_fn, SpreadLoss) else contextlib.nullcontext()
+def gradient_sync(loss_fn: Callable, last: bool) -> contextlib.AbstractContextManager:
+    """`loss_fn.gradient_sync(last)` if it is data parallel."""
+    return loss_fn.gradient_sync(last) if isinstance(loss_fn, DataParallelLoss) else contextlib.nullcontext()
 
 # %% ../../nbs/32_distributed.ipynb #left-behind
-def left_behind(world: World, mine: str | None, seconds: float = 5.0) -> str:
+def first_failure(world: World, mine: str | None, seconds: float = 5.0) -> str:
     """What the first rank that failed has said; `mine`, if this is the first one. Waits a little for another's."""
     try:
         if mine and world.store.add("failures", 1) == 1:
@@ -260,10 +260,10 @@ class RankFailed(RuntimeError):
 
 
 @contextlib.contextmanager
-def failing_together(world: World) -> Iterator[None]:
-    """Inside, an error on one rank is told to the others, whose broken connections become `RankFailed` with its traceback.
+def propagate_failures(world: World) -> Iterator[None]:
+    """Inside, an error on one rank is reported to the others, whose broken connections become `RankFailed` with its traceback.
 
-    An error that was told has the attribute `told`.
+    A reported error has the attribute `reported`.
     """
     try:
         yield
@@ -274,8 +274,8 @@ def failing_together(world: World) -> Iterator[None]:
             for number in (signal.SIGTERM, signal.SIGUSR1):  # the launcher ends what is left: let this rank say why first
                 signal.signal(number, signal.SIG_IGN)
         broken = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
-        said = left_behind(world, traceback.format_exc() if not broken else None)
+        said = first_failure(world, traceback.format_exc() if not broken else None)
         if broken:
             raise RankFailed(said) from None
-        error.told = True
+        error.reported = True
         raise

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ..data import synth
 from modern_llm.data.chat import (
-    Example, PackedExamples, continuations, encode_chat, encode_example, end_id,
+    EncodedExample, PackedExamples, continuations, encode_chat, encode_example, end_id,
 )
 from ..config import DPOConfig, DataConfig
-from ..files import kept_frame
+from ..files import cached_frame
 from ..models.generation import evaluating
 from ..data.packing import IGNORED
 from .optim import LossOutput
@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     from modern_llm.models.decoder import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'both_log_probs', 'pair_log_probs', 'preference_loss',
-           'dpo_loss', 'compare', 'reference_log_probs', 'replay_rows', 'PairBatches', 'alarms', 'write_answers']
+__all__ = ['CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'concatenated_log_probs', 'pair_log_probs',
+           'preference_loss', 'dpo_loss', 'compare', 'reference_log_probs', 'replay_rows', 'PairBatches', 'alarms',
+           'write_answers']
 
 # %% ../../nbs/05_dpo.ipynb #pair-log-probs
-def both_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def concatenated_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Log-probabilities of the chosen and the rejected answers and their lengths in tokens: ((b, b), (b, b)).
 
     One forward pass over both, stacked.
@@ -55,7 +56,7 @@ def both_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[tuple[Te
 
 @torch.inference_mode()
 def pair_log_probs(model: nn.Module, examples: Sequence[EncodedPair], batch_pairs: int = 32) -> pd.DataFrame:
-    """Log-probabilities of all pairs, in eval mode, a row a pair: chosen, rejected, their tokens, and the pair's digest.
+    """Log-probabilities of all pairs, in eval mode, a row per pair: chosen, rejected, their tokens, and the pair's digest.
 
     Pairs of similar length share a batch, so that short ones do not pay for long ones.
     """
@@ -64,7 +65,7 @@ def pair_log_probs(model: nn.Module, examples: Sequence[EncodedPair], batch_pair
     with evaluating(model):
         for start in range(0, len(order), batch_pairs):
             batch = pair_batch([examples[i] for i in order[start : start + batch_pairs]])
-            values, counts = both_log_probs(model, {name: value.to(device) for name, value in batch.items()})
+            values, counts = concatenated_log_probs(model, {name: value.to(device) for name, value in batch.items()})
             found.append(torch.stack([*values, *counts], dim=1).cpu().double())
     columns = ["chosen", "rejected", "chosen_tokens", "rejected_tokens"]
     table = pd.DataFrame(torch.cat(found).numpy(), index=order, columns=columns)
@@ -99,7 +100,7 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], cfg: DPOConfig) -> Loss
     chosen_shift and rejected_shift (nats per token above the reference), chosen_tokens, rejected_tokens; replay (nats per
     token) where there is one.
     """
-    (chosen, rejected), counts = both_log_probs(model, batch)
+    (chosen, rejected), counts = concatenated_log_probs(model, batch)
     chosen_tokens, rejected_tokens = (count.clamp(min=1) for count in counts)
     reference_chosen, reference_rejected = batch["reference_chosen"], batch["reference_rejected"]
     values = (chosen, rejected, reference_chosen, reference_rejected)
@@ -124,7 +125,7 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], cfg: DPOConfig) -> Loss
 
 # %% ../../nbs/05_dpo.ipynb #compare
 def compare(policy: pd.DataFrame, reference: pd.DataFrame, cfg: DPOConfig) -> pd.DataFrame:
-    """What `dpo_loss` measures, a row a pair, from two tables of `pair_log_probs`."""
+    """What `dpo_loss` measures, a row per pair, from two tables of `pair_log_probs`."""
     tokens = policy[["chosen_tokens", "rejected_tokens"]].to_numpy().clip(min=1)
     values = np.concatenate([table[["chosen", "rejected"]].to_numpy() for table in (policy, reference)], axis=1)
     scaled = values / np.tile(tokens, 2) if cfg.length_normalised else values
@@ -140,14 +141,14 @@ def reference_log_probs(path: Path, model: nn.Module, examples: Sequence[Encoded
     Raises:
         ValueError: the file is of other pairs.
     """
-    table = kept_frame(path, lambda: pair_log_probs(model, examples, batch_pairs))
+    table = cached_frame(path, lambda: pair_log_probs(model, examples, batch_pairs))
     if list(table["pair"]) != [example.digest for example in examples]:
         raise ValueError(f"{path} holds the log-probabilities of {len(table)} other pairs than the {len(examples)} of this run: "
-                         "were the data, the tokenizer or dpo.max_train_pairs changed? Begin anew with force=True")
+                         "were the data, the tokenizer or dpo.max_train_pairs changed? Start over with force=True")
     return table
 
 # %% ../../nbs/05_dpo.ipynb #replay
-def _earlier_chats(tokenizer: Tokenizer, kind: str, limit: int, world_seed: int) -> list[Example]:
+def _earlier_chats(tokenizer: Tokenizer, kind: str, limit: int, world_seed: int) -> list[EncodedExample]:
     if kind == "synthetic":
         others = [name for name in synth.INSTRUCTION_KINDS if name != "fact"]
         items = islice(synth.instructions("train", 0, world_seed, others), limit)
@@ -196,7 +197,7 @@ def replay_rows(
 
 # %% ../../nbs/05_dpo.ipynb #pair-batches
 class PairBatches:
-    """The batch of a step, with the reference's log-probabilities and a replayed row a pair: a function of (seed, step).
+    """The batch of a step, with the reference's log-probabilities and a replayed row per pair: a function of (seed, step).
 
     An epoch is a new order of all pairs. Inside groups of eight batches, pairs are sorted by length; then the batches are
     shuffled. The last batch of an epoch is filled up with pairs from its beginning.

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # %% auto #0
-__all__ = ['cross_entropy_chunk', 'chunked_cross_entropy', 'LossOutput', 'lm_loss', 'orthogonalise', 'undivided', 'divided_like',
-           'Muon', 'parameter_groups', 'make_optimizers', 'learning_rate_factor']
+__all__ = ['cross_entropy_chunk', 'chunked_cross_entropy', 'LossOutput', 'lm_loss', 'orthogonalise', 'gather_tensor',
+           'shard_like', 'Muon', 'parameter_groups', 'make_optimizers', 'learning_rate_factor']
 
 # %% ../../nbs/02b_optim.ipynb #chunk-gradients
 def cross_entropy_chunk(
@@ -130,16 +130,16 @@ def orthogonalise(
     return (x.mT if tall else x).to(matrices.dtype)
 
 # %% ../../nbs/02b_optim.ipynb #divided
-def undivided(value: Tensor) -> Tensor:
-    """A whole tensor from one that is divided among ranks (all of them must ask at once); any other is returned as it is."""
+def gather_tensor(value: Tensor) -> Tensor:
+    """The full tensor of one that is sharded over ranks (a collective: all of them must call it); any other is returned as it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def divided_like(model: Tensor, value: Tensor) -> Tensor:
-    """This rank's part of a whole `value`, if `model` is divided among ranks; else `value` as it is."""
+def shard_like(model: Tensor, value: Tensor) -> Tensor:
+    """This rank's shard of a full `value`, if `model` is sharded over ranks; else `value` as it is."""
     if not hasattr(model, "full_tensor"):
         return value
-    from torch.distributed.tensor import distribute_tensor  # half a second that only a divided model costs
+    from torch.distributed.tensor import distribute_tensor  # half a second that only a sharded model costs
 
     return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
@@ -185,8 +185,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         dtype = group["dtype"] or (torch.bfloat16 if params[0].is_cuda else torch.float32)
-        updates = orthogonalise(torch.stack([undivided(u) for u in updates]), group["steps"], dtype).unbind()
-        updates = [divided_like(p, u) for p, u in zip(params, updates)]
+        updates = orthogonalise(torch.stack([gather_tensor(u) for u in updates]), group["steps"], dtype).unbind()
+        updates = [shard_like(p, u) for p, u in zip(params, updates)]
         rows, columns = params[0].shape[-2:]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, updates, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))

@@ -18,7 +18,7 @@ class TrainingEnded(Exception):
     """Raised behind the training of a stage on every rank but the first: what follows is rank 0's alone."""
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
+def rank_info(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """(rank, number of ranks, rank on this machine) as torchrun or srun told this process; (0, 1, 0) if neither did."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
@@ -30,13 +30,13 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int
     return rank, size, local_rank
 
 
-def own_gpu(count: int, environment: Mapping[str, str] = os.environ) -> int:
+def local_gpu(count: int, environment: Mapping[str, str] = os.environ) -> int:
     """The number of this rank's own GPU among the `count` that are visible to it.
 
     Where all ranks of a machine see all its GPUs, that is the rank's number on this machine; where each sees its own only, as
     with srun --gpus-per-task, it is one of those.
     """
-    return launched(environment)[2] % count
+    return rank_info(environment)[2] % count
 
 
 def address(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
@@ -50,7 +50,7 @@ def open_store():
     """The key-value store that all ranks see: torchrun's, else one that the first process of rank 0 keeps."""
     from torch.distributed import PrefixStore, TCPStore
 
-    rank, _, _ = launched()
+    rank, _, _ = rank_info()
     kept_by_another = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = address()
     store = TCPStore(host, port, is_master=rank == 0 and not kept_by_another, wait_for_workers=False, timeout=PATIENCE)
@@ -60,17 +60,17 @@ def open_store():
 
 
 def next_training() -> int:
-    """The number of the training that rank 0 is about to announce."""
+    """The number of the training that rank 0 is about to broadcast."""
     return open_store().add("trainings", 1) - 1
 
 
-def announce(number: int, task: dict | None) -> None:
-    """Tell the other ranks what to run next; None sends them home."""
+def broadcast_task(number: int, task: dict | None) -> None:
+    """Broadcast to the other ranks, through the store, what to run next; None ends them."""
     open_store().set(f"task/{number}", json.dumps(task))
 
 
-def awaited(number: int) -> dict | None:
-    """What rank 0 announced under this number, however long that takes."""
+def wait_for_task(number: int) -> dict | None:
+    """Wait for what rank 0 broadcast under this number, and return it."""
     store = open_store()
     store.wait([f"task/{number}"], PATIENCE)
     return json.loads(store.get(f"task/{number}"))

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from ..data import synth
-from ..data.chat import Example as Encoded
+from ..data.chat import EncodedExample
 from modern_llm.data.chat import (
     Answer, PackedExamples, continuations, document_prompt, encode_chat, encode_example, end_id,
     padded_batch,
@@ -38,12 +38,13 @@ if TYPE_CHECKING:
     from modern_llm.models.decoder import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['SENTIMENT_REQUEST', 'SOURCES', 'Example', 'best_paths', 'instructions', 'encode_examples', 'load_examples', 'mixture',
-           'SFTBatches', 'parses', 'is_right', 'judged', 'shares', 'answer_quality', 'few_shot_quality', 'example_nats']
+__all__ = ['SENTIMENT_REQUEST', 'SOURCES', 'InstructionExample', 'best_paths', 'instructions', 'encode_examples', 'load_examples',
+           'mixture', 'SFTBatches', 'parses', 'is_right', 'judge_answers', 'shares', 'answer_quality',
+           'few_shot_quality', 'example_nats']
 
 # %% ../../nbs/04_sft.ipynb #example
 @dataclass(frozen=True)
-class Example:
+class InstructionExample:
     """A request and an answer to it, whatever data set they are from."""
 
     instruction: str
@@ -64,7 +65,7 @@ class Example:
         return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
 
 # %% ../../nbs/04_sft.ipynb #best-paths
-def best_paths(messages: Iterable[dict], languages: Sequence[str] = ("en",)) -> Iterator[Example]:
+def best_paths(messages: Iterable[dict], languages: Sequence[str] = ("en",)) -> Iterator[InstructionExample]:
     """One conversation of each message tree: from its root down, always the best-ranked reply.
 
     Args:
@@ -96,44 +97,44 @@ def best_paths(messages: Iterable[dict], languages: Sequence[str] = ("en",)) -> 
             path.append(min(answers, key=lambda m: math.inf if (rank := m.get("rank")) is None or math.isnan(rank) else rank))
         texts = [message["text"] for message in path]
         *history, (request, output) = zip(texts[::2], texts[1::2]) if len(texts) > 1 else [(texts[0], "")]
-        yield Example(request, output=output, history=tuple(history))
+        yield InstructionExample(request, output=output, history=tuple(history))
 
 # %% ../../nbs/04_sft.ipynb #instructions
 SENTIMENT_REQUEST = "Is this review positive or negative?"
 
 
-def _synthetic(split: str, limit: int, world_seed: int) -> Iterator[Example]:
+def _synthetic(split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
     part, seed = ("train", 0) if split == "train" else ("heldout", int(split == "test"))
     for item in islice(synth.instructions(part, seed, world_seed), limit):
-        yield Example(item.instruction, item.input, item.output, item.kind)
+        yield InstructionExample(item.instruction, item.input, item.output, item.kind)
 
 
-def _problems(source: str) -> Callable[[str, int, int], Iterator[Example]]:
-    return lambda split, limit, world_seed: (Example(problem_request(problem), output=problem.answer, kind="problem")
+def _problems(source: str) -> Callable[[str, int, int], Iterator[InstructionExample]]:
+    return lambda split, limit, world_seed: (InstructionExample(problem_request(problem), output=problem.answer, kind="problem")
                                              for problem in word_problems(source, split, limit))
 
 
-def _alpaca(split: str, limit: int, world_seed: int) -> Iterator[Example]:
+def _alpaca(split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
     for row in islice(rows("alpaca", split), limit):
-        yield Example(row["instruction"].strip(), row["input"].strip(), row["output"].strip())
+        yield InstructionExample(row["instruction"].strip(), row["input"].strip(), row["output"].strip())
 
 
-def _oasst1(split: str, limit: int, world_seed: int) -> Iterator[Example]:
+def _oasst1(split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
     return islice(best_paths(rows("oasst1", split, also=("message_id", "role", "lang"))), limit)
 
 
-def _sst2(split: str, limit: int, world_seed: int) -> Iterator[Example]:
+def _sst2(split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
     for review in sentences("sst2", split, limit):
-        yield Example(SENTIMENT_REQUEST, review.text, review.label, "sentiment")
+        yield InstructionExample(SENTIMENT_REQUEST, review.text, review.label, "sentiment")
 
 
-SOURCES: dict[str, Callable[[str, int, int], Iterable[Example]]] = {
+SOURCES: dict[str, Callable[[str, int, int], Iterable[InstructionExample]]] = {
     "synthetic": _synthetic, "synthetic-problems": _problems("synthetic"), "alpaca": _alpaca, "oasst1": _oasst1,
     "gsm8k": _problems("gsm8k"), "sst2": _sst2,
 }
 
 
-def instructions(source: str, split: str, limit: int, world_seed: int = 0) -> list[Example]:
+def instructions(source: str, split: str, limit: int, world_seed: int = 0) -> list[InstructionExample]:
     """At most `limit` examples of a source, in its own order.
 
     Args:
@@ -152,7 +153,7 @@ def instructions(source: str, split: str, limit: int, world_seed: int = 0) -> li
     return found
 
 # %% ../../nbs/04_sft.ipynb #encode-examples
-def encode_examples(tokenizer: Tokenizer, examples: Iterable[Example], context_length: int) -> tuple[list[Encoded], dict[str, int]]:
+def encode_examples(tokenizer: Tokenizer, examples: Iterable[InstructionExample], context_length: int) -> tuple[list[EncodedExample], dict[str, int]]:
     """What can be trained on, and what became of the rest.
 
     Examples without a request or an answer are dropped. Those longer than the context lose their end; if no token of the answer is left
@@ -162,7 +163,7 @@ def encode_examples(tokenizer: Tokenizer, examples: Iterable[Example], context_l
         (encoded examples, counts): examples read, "no text" (of the request or the answer), "fully masked", truncated (among the kept ones), kept,
         tokens, and trained tokens.
     """
-    kept: list[Encoded] = []
+    kept: list[EncodedExample] = []
     counts = dict.fromkeys(("read", "no text", "fully masked", "truncated", "kept", "tokens", "trained tokens"), 0)
     for example in examples:
         counts["read"] += 1
@@ -183,7 +184,7 @@ def encode_examples(tokenizer: Tokenizer, examples: Iterable[Example], context_l
 
 # %% ../../nbs/04_sft.ipynb #load-examples
 def load_examples(cfg: SFTConfig, tokenizer: Tokenizer, context_length: int, split: str, world_seed: int = 0,
-                  ) -> tuple[dict[str, list[Example]], dict[str, list[Encoded]], pd.DataFrame]:
+                  ) -> tuple[dict[str, list[InstructionExample]], dict[str, list[EncodedExample]], pd.DataFrame]:
     """(examples, encoded examples, table of counts) of every source of an SFTConfig.
 
     Raises:
@@ -200,8 +201,8 @@ def load_examples(cfg: SFTConfig, tokenizer: Tokenizer, context_length: int, spl
     return examples, encoded, pd.DataFrame(counts).T.rename_axis(f"source, {split}")
 
 # %% ../../nbs/04_sft.ipynb #mixture
-def mixture(sources: Sequence[Sequence[Encoded]], weights: Sequence[float], max_tokens: float = math.inf,
-            seed: int = 0) -> list[Encoded]:
+def mixture(sources: Sequence[Sequence[EncodedExample]], weights: Sequence[float], max_tokens: float = math.inf,
+            seed: int = 0) -> list[EncodedExample]:
     """One epoch in which every source has its share of the examples.
 
     The epoch is so long that every example of every source is in it; small sources are repeated, evenly. It is shorter
@@ -232,7 +233,7 @@ class SFTBatches:
         pad_id: the token behind the last example of a row.
     """
 
-    def __init__(self, examples: Sequence[Encoded], caches: Sequence[TokenCache], cfg: SFTConfig, context_length: int,
+    def __init__(self, examples: Sequence[EncodedExample], caches: Sequence[TokenCache], cfg: SFTConfig, context_length: int,
                  seed: int = 0, isolate_documents: bool = True, pad_id: int = 0):
         self.cfg, self.isolate_documents = cfg, isolate_documents
         self.examples = PackedExamples(examples, context_length, cfg.batch_size, seed=seed, pad_id=pad_id)
@@ -253,7 +254,7 @@ class SFTBatches:
         return {name: torch.cat([part[name] for part in parts]) for name in ("input_ids", "labels", "segment_ids")}
 
 # %% ../../nbs/04_sft.ipynb #judge
-def parses(example: Example, text: str) -> bool:
+def parses(example: InstructionExample, text: str) -> bool:
     """Whether an answer has the form that was asked for: a `####` line, a label, a single line; any text where open."""
     if example.kind == "problem":
         return strict_answer(text) is not None
@@ -262,7 +263,7 @@ def parses(example: Example, text: str) -> bool:
     return bool(text.strip()) and (example.kind == "open" or "\n" not in text.strip())
 
 
-def is_right(example: Example, text: str) -> bool | None:
+def is_right(example: InstructionExample, text: str) -> bool | None:
     """Whether an answer matches the one right answer; None where there are many."""
     if example.kind == "open":
         return None
@@ -272,8 +273,8 @@ def is_right(example: Example, text: str) -> bool | None:
     return synth.Instruction(example.instruction, example.input, example.output, example.kind).check(text)
 
 # %% ../../nbs/04_sft.ipynb #judged
-def judged(examples: Sequence[Example], answers: Sequence[Answer]) -> pd.DataFrame:
-    """One row an answer: kind, request, text, and whether it ended by itself, parses and is right."""
+def judge_answers(examples: Sequence[InstructionExample], answers: Sequence[Answer]) -> pd.DataFrame:
+    """One row per answer: kind, request, text, and whether it ended by itself, parses and is right."""
     return pd.DataFrame([{"kind": example.kind, "request": example.request, "text": given.text, "ended": given.ended,
                           "parses": parses(example, given.text), "right": is_right(example, given.text)}
                          for example, given in zip(examples, answers)])
@@ -285,7 +286,7 @@ def shares(table: pd.DataFrame, column: str) -> dict[str, float]:
     return proportion_interval(int(seen.sum()), len(seen))
 
 # %% ../../nbs/04_sft.ipynb #answer-quality
-def answer_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Sequence[Example], max_new_tokens: int,
+def answer_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Sequence[InstructionExample], max_new_tokens: int,
                    **options) -> pd.DataFrame:
     """A chat model's greedy answers, judged; of a conversation the last answer is asked for.
 
@@ -294,10 +295,10 @@ def answer_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Seque
         options: of `chat.continuations`.
     """
     prompts = [encode_chat(tokenizer, example.messages[:-1], generation_prompt=True) for example in examples]
-    return judged(examples, continuations(model, tokenizer, prompts, end_id(tokenizer), max_new_tokens=max_new_tokens, **options))
+    return judge_answers(examples, continuations(model, tokenizer, prompts, end_id(tokenizer), max_new_tokens=max_new_tokens, **options))
 
 
-def few_shot_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Sequence[Example], demonstrations: Sequence[Example],
+def few_shot_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Sequence[InstructionExample], demonstrations: Sequence[InstructionExample],
                      max_new_tokens: int, shots: int = 4, **options) -> pd.DataFrame:
     """A base model's greedy answers, judged. Where answers are one line, the first line is the answer.
 
@@ -313,10 +314,10 @@ def few_shot_quality(model: ModernDecoderLM, tokenizer: Tokenizer, examples: Seq
     answers = continuations(model, tokenizer, prompts, end_of_text_id(tokenizer), max_new_tokens=max_new_tokens, **options)
     lines = [given.text.strip() if example.kind in ("open", "problem") else given.text.strip().split("\n")[0]
              for example, given in zip(examples, answers)]
-    return judged(examples, [replace(given, text=text) for given, text in zip(answers, lines)])
+    return judge_answers(examples, [replace(given, text=text) for given, text in zip(answers, lines)])
 
 # %% ../../nbs/04_sft.ipynb #example-nats
-def example_nats(model: ModernDecoderLM, examples: Sequence[Encoded], batch_rows: int = 32, pad_id: int = 0) -> pd.DataFrame:
+def example_nats(model: ModernDecoderLM, examples: Sequence[EncodedExample], batch_rows: int = 32, pad_id: int = 0) -> pd.DataFrame:
     """Nats and trained tokens of every example, one row each, in order: chapter 40's table with examples as documents."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .checkpoints import TrainingState
 from ..config import TrainConfig
-from .distributed import World, synced
-from .optim import LossOutput, undivided
+from .distributed import World, gradient_sync
+from .optim import LossOutput, gather_tensor
 
 # %% auto #0
 __all__ = ['Batch', 'LossFunction', 'micro_batches', 'batch_tokens', 'add_losses', 'rescale_gradients', 'optimizer_step',
@@ -57,7 +57,7 @@ def rescale_gradients(parameters: list[nn.Parameter], factor: Tensor, max_norm: 
     every gradient becomes NaN, so that a bad step shows in the next loss instead of passing unseen.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = undivided(torch.nn.utils.get_total_norm(grads, foreach=True)) * factor / scale
+    norm = gather_tensor(torch.nn.utils.get_total_norm(grads, foreach=True)) * factor / scale
     shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
     torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in grads], torch.where(norm.isfinite(), factor * shrink, torch.nan))
     return norm
@@ -76,12 +76,12 @@ def optimizer_step(
     parts, outputs = list(micro_batches(batch, cfg.micro_batch)), []
     for number, part in enumerate(parts, 1):
         part = {name: value.to(state.device, non_blocking=True) for name, value in part.items()}
-        with synced(loss_fn, last=number == len(parts)):
+        with gradient_sync(loss_fn, last=number == len(parts)):
             with state.autocast():
                 out = loss_fn(state.module, part)
             state.scaler.scale(out.total / rows).backward()  # any constant would do: it keeps float16 gradients in range
         outputs.append(out)
-    summed = world.summed(add_losses(outputs))
+    summed = world.all_reduce(add_losses(outputs))
     factor = rows * world.size / summed.count.clamp(min=1)  # the ranks have averaged their gradients
     norm = rescale_gradients(parameters, factor, cfg.grad_clip, state.scaler.get_scale())
     for optimizer in state.optimizers:
@@ -110,7 +110,7 @@ def prefetch(
         wrong = {name: len(value) for name, value in batch.items() if len(value) != rows}
         if wrong or not batch:
             raise ValueError(f"batches({step}) has rows {wrong or 0}, but train.batch_size={rows}")
-        batch = world.rows(batch)
+        batch = world.shard(batch)
         return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:

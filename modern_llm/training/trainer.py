@@ -26,14 +26,14 @@ from modern_llm.training.checkpoints import (
     read_checkpoint, read_metrics, restore_random_states, seed_everything,
 )
 from ..config import TrainConfig
-from .distributed import World, failing_together, own_random_numbers, spread
+from .distributed import World, data_parallel, per_rank_rng, propagate_failures
 from .optim import LossOutput, learning_rate_factor
 from .train_step import Batch, LossFunction, add_losses, optimizer_step, prefetch
 
 # %% auto #0
 __all__ = ['REASONS', 'PEAK_FLOPS', 'Evaluate', 'SaveModel', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'stop_signals',
-           'job_ends_soon', 'run_progress', 'next_learning_rate', 'stop_reason', 'agreed_reason', 'peak_flops',
-           'flops_share', 'prepare_module', 'validate', 'due', 'parts_done', 'Recorder', 'open_run', 'TrainResult',
+           'job_ends_soon', 'run_progress', 'next_learning_rate', 'stop_reason', 'shared_stop_reason', 'peak_flops',
+           'mfu_scale', 'prepare_module', 'validate', 'due', 'parts_done', 'Recorder', 'open_run', 'TrainResult',
            'Trainer']
 
 # %% ../../nbs/03_trainer.ipynb #window
@@ -145,9 +145,9 @@ def stop_reason(state: TrainingState, cfg: TrainConfig, asked: str | None = None
     return "max_minutes" if cfg.max_minutes and state.seconds >= 60 * cfg.max_minutes else None
 
 
-def agreed_reason(state: TrainingState, world: World, reason: str | None) -> str | None:
+def shared_stop_reason(state: TrainingState, world: World, reason: str | None) -> str | None:
     """The last in REASONS of what the ranks give; the clock of the latest becomes that of all."""
-    state.seconds, number = world.agreed(state.seconds, REASONS.index(reason))
+    state.seconds, number = world.all_reduce_max(state.seconds, REASONS.index(reason))
     return REASONS[int(number)]
 
 # %% ../../nbs/03_trainer.ipynb #peak-flops
@@ -161,8 +161,8 @@ def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float |
     return None if dtype == torch.float32 or re.search(r"\bMIG\b|\bGRID\b", device_name) else next(known, None)
 
 
-def flops_share(flops_per_token: float | None, state: TrainingState, ranks: int = 1) -> float | None:
-    """Share of the peak of all ranks' GPUs that one token per second, over all of them, uses; None where the peak is not known."""
+def mfu_scale(flops_per_token: float | None, state: TrainingState, ranks: int = 1) -> float | None:
+    """Model FLOPs utilisation (MFU) per token per second over all ranks: FLOPs per token / peak of all GPUs; None where that is not known."""
     name = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else ""
     peak = peak_flops(name, state.dtype)
     return flops_per_token / (peak * ranks) if flops_per_token and peak else None
@@ -189,7 +189,7 @@ SaveModel = Callable[[nn.Module, Path], None]
 
 def validate(state: TrainingState, evaluate: Evaluate) -> dict[str, float]:
     """What `evaluate` finds in the weights that would be saved, every name beginning with val_."""
-    with state.as_product() as module, state.autocast():
+    with state.eval_context() as module, state.autocast():
         found = evaluate(module)
     return {name if name.startswith("val_") else f"val_{name}": float(value) for name, value in found.items()}
 
@@ -213,10 +213,10 @@ def parts_done(state: TrainingState, cfg: TrainConfig) -> int:
 class Recorder:
     """Looks at a run after every step: stops a lost one, writes checkpoints and metrics, validates."""
 
-    def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Evaluate | None = None, share: float | None = None):
-        self.files, self.cfg, self.evaluate, self.share = files, cfg, evaluate, share
+    def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Evaluate | None = None, mfu_scale: float | None = None):
+        self.files, self.cfg, self.evaluate, self.mfu_scale = files, cfg, evaluate, mfu_scale
         self.guard, self.window, self.slowest_save = DivergenceGuard(), Window(), 0.0
-        for row in read_metrics(files.metrics):  # of the sittings before this one
+        for row in read_metrics(files.metrics):  # of the sessions before this one
             if row["loss"] is not None:
                 self.guard.check(row["step"], row["loss"], None, files.last_checkpoint)
 
@@ -228,7 +228,7 @@ class Recorder:
             return {}
         seen = self.window.read(state.tokens)
         row = {"step": state.step, "tokens": state.tokens, "lr": self.cfg.lr * lr_factor, **seen}
-        row["mfu"] = seen["tokens_per_s"] * self.share if self.share and seen else None  # both over all ranks
+        row["mfu"] = seen["tokens_per_s"] * self.mfu_scale if self.mfu_scale and seen else None  # both over all ranks
         try:
             if seen:
                 norm = None if state.scaler.is_enabled() else row["grad_norm"]  # the scaler skips such steps by itself
@@ -251,10 +251,10 @@ class Recorder:
 # %% ../../nbs/03_trainer.ipynb #open-run
 def open_run(files: RunFolder, state: TrainingState, world: World, resume: bool) -> None:
     """Make the folder, or load its checkpoint into the `state` of every rank; see `RunFolder.open`."""
-    if world.main:
+    if world.is_main_process:
         files.open(state, resume)
-    found = world.told(files.opened)
-    if found and not world.main:
+    found = world.broadcast(files.opened)
+    if found and not world.is_main_process:
         state.load_state_dict(read_checkpoint(found)[0])
 
 # %% ../../nbs/03_trainer.ipynb #train-result
@@ -264,7 +264,7 @@ class TrainResult:
 
     step: int
     tokens: int
-    seconds: float  # wall clock, validation and checkpoints included, over all sittings
+    seconds: float  # wall clock, validation and checkpoints included, over all sessions
     stopped: str
     history: list[dict] = field(repr=False, default_factory=list)  # the rows of metrics.jsonl
 
@@ -291,19 +291,19 @@ class Trainer:
         world: World | None = None, should_stop: Callable[[], bool] | None = None, progress_bar: bool = True,
     ):
         self.world, self.batches, self.cfg = world or World(), batches, cfg
-        self.should_stop, self.progress_bar = should_stop or (lambda: False), progress_bar and self.world.main
+        self.should_stop, self.progress_bar = should_stop or (lambda: False), progress_bar and self.world.is_main_process
         place = self.world.place(pick_device(device))
         if cfg.batch_size % self.world.size:
             raise ValueError(f"train.batch_size={cfg.batch_size} cannot be shared equally by {self.world.size} ranks")
         self.world.join(place)
-        with failing_together(self.world):
+        with propagate_failures(self.world):
             seed_everything(seed)
-            self.loss_fn, whole = spread(module.to(place), loss_fn, self.world, place)
+            self.loss_fn, whole = data_parallel(module.to(place), loss_fn, self.world, place)
             self.state = TrainingState(module, cfg, place, whole)
-            self.files = RunFolder(folder, save_model, self.world.main)
+            self.files = RunFolder(folder, save_model, self.world.is_main_process)
             open_run(self.files, self.state, self.world, resume)
             prepare_module(module, cfg, place)
-            self.recorder = Recorder(self.files, cfg, evaluate, flops_share(flops_per_token, self.state, self.world.size))
+            self.recorder = Recorder(self.files, cfg, evaluate, mfu_scale(flops_per_token, self.state, self.world.size))
 
     def fit(self) -> TrainResult:
         """Train to the end of the steps or minutes, or until asked to stop; may be called again to go on."""
@@ -315,7 +315,7 @@ class Trainer:
         recorder.window.clear(state.tokens)
         with (
             stop_signals() as caught,  # outermost: a signal must not tear the cleaning up either
-            failing_together(world),
+            propagate_failures(world),
             contextlib.closing(prefetch(self.batches, state.step, cfg.max_steps, cfg.batch_size, state.device.type == "cuda", world=world)) as batches,
             tqdm(total=cfg.max_steps, initial=state.step, unit="step", disable=not self.progress_bar,
                  mininterval=0.5 if sys.stderr.isatty() else 10) as bar,
@@ -323,17 +323,17 @@ class Trainer:
             while not reason:
                 began, factor = time.perf_counter(), next_learning_rate(state, cfg)
                 try:
-                    with own_random_numbers(world):
+                    with per_rank_rng(world):
                         recorder.window.add(*optimizer_step(state, self.loss_fn, next(batches), cfg, factor, world))
                     state.seconds, state.random = time.perf_counter() - start, random_states()
                     if job_ends_soon(1.5 * (slowest + recorder.slowest_save)):
                         caught.append("preempted")
                     asked = "stopped" if self.should_stop() else self.files.stop_asked()
-                    reason = agreed_reason(state, world, stop_reason(state, cfg, asked, caught))
+                    reason = shared_stop_reason(state, world, stop_reason(state, cfg, asked, caught))
                     if row := recorder.observe(state, factor, reason):
                         bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "val_loss") if name in row}, refresh=False)
                     bar.update()
-                    if state.step > first + 1:  # the first step of a sitting may have compiled
+                    if state.step > first + 1:  # the first step of a session may have compiled
                         slowest = max(slowest, time.perf_counter() - began)
                 except KeyboardInterrupt:
                     if caught or world.size > 1:  # the second Ctrl-C; the other ranks are in the middle of the step
@@ -341,5 +341,5 @@ class Trainer:
                     reason = "interrupted"
                     state.abandon_step()
                     recorder.observe(state, factor, reason)
-            world.agreed(0)  # no rank goes on before rank 0 has written
+            world.all_reduce_max(0)  # no rank goes on before rank 0 has written
         return TrainResult(state.step, state.tokens, state.seconds, reason, read_metrics(self.files.metrics))

@@ -231,7 +231,7 @@ def rerank_differences(samples: pd.DataFrame, greedy: pd.Series, size: int) -> l
     """Paired differences between ways to choose, on the problems of middle difficulty (all, if none is), as table rows.
 
     Args:
-        samples: of `tasks.solve` with a column `score`; `size` of them a problem are offered.
+        samples: of `tasks.solve` with a column `score`; `size` of them per problem are offered.
         greedy: 1 or 0 for every problem: whether its answer at temperature 0 is right.
     """
     middle = samples[samples.level.isin(MIDDLE_LEVELS)]

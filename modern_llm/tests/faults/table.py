@@ -37,7 +37,7 @@ from modern_llm.tests.faults.disturb import (
 from modern_llm.tests.faults.training import (
     damaged_checkpoint, every_operation, flip, full_disk, lost_device, signalled, small_disk,
 )
-from modern_llm.files import CHECKOUT, kept_frame, read_json, sha256, write_json, write_text
+from modern_llm.files import CHECKOUT, cached_frame, read_json, sha256, write_json, write_text
 from modern_llm.messages import StageError
 from modern_llm.runs.locks import RunLock
 from modern_llm.models.decoder import ModernDecoderLM, load_model
@@ -91,7 +91,7 @@ def begin_stage(runs: Path, **values) -> dict:
 
 
 def changed_data(place: Path) -> Row:
-    """A file of text is changed, extended or removed between two sittings of a run; and changed back."""
+    """A file of text is changed, extended or removed between two sessions of a run; and changed back."""
     path, survived = place / "mine.txt", 0
     changes = (lambda text: text.replace("3", "4", 1), lambda text: text + "One more.\n", lambda text: None)
     for i, change in enumerate(changes):
@@ -105,7 +105,7 @@ def changed_data(place: Path) -> Row:
         path.write_text(whole)
         again = forked(lambda: begin_stage(place / "runs", **values, resume=True))
         survived += began[0] == again[0] == 0 and "StageError" in refused and str(path) in refused
-    return Row("a data file changes between two sittings of a run", len(changes), survived, 0, "its sha256 differs: refused, and the file is named")
+    return Row("a data file changes between two sessions of a run", len(changes), survived, 0, "its sha256 differs: refused, and the file is named")
 
 
 def damaged_tokens(place: Path, times: int) -> Row:
@@ -119,8 +119,8 @@ def damaged_tokens(place: Path, times: int) -> Row:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             build()
-        mended = all((folder / other).read_bytes() == content for other, content in whole.items())
-        survived += mended and any(name in str(one.message) for one in said)
+        repaired = all((folder / other).read_bytes() == content for other, content in whole.items())
+        survived += repaired and any(name in str(one.message) for one in said)
     return Row("a bit flips in one file of a cache of tokens", len(whole) * times, survived, 0,
                "its sha256 differs: the file is named and the cache built again")
 
@@ -153,7 +153,7 @@ def pickles(place: Path) -> tuple[Row, dict[str, str]]:
     paused(place / "base")(place / "base")
     shutil.rmtree(place / "base" / "checkpoint.previous", ignore_errors=True)
     table = place / "base" / "reference.jsonl"
-    kept = lambda: kept_frame(table, dict)
+    kept = lambda: cached_frame(table, dict)
     tokenizer = make_tokenizer(DataConfig(tokenizer_vocab_size=300), place)
     cache = build_token_cache("synthetic", "train", tokenizer, 5_000, place, progress=False).folder
     resume, model = (lambda: trainer(place / "base", resume=True)), (lambda: load_model(place / "base" / "checkpoint"))
@@ -215,7 +215,7 @@ def run_scenario(name: str, times: int | None = None) -> tuple[Row, object]:
 
 
 def write_table(rows: list[Row], folder: Path, command: str, seconds: float) -> Path:
-    """Write results/faults.csv and faults.json (how it was measured) below `folder`, and faults.md anew."""
+    """Write results/faults.csv and faults.json (how it was measured) below `folder`, and faults.md again."""
     (folder / "results").mkdir(parents=True, exist_ok=True)
     columns = ["fault", "times", "survived", "steps lost beyond the last checkpoint", "how it shows"]
     text = io.StringIO()
