@@ -10,7 +10,7 @@ settings = ConfigParser(delimiters=["="])
 settings.read(root / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 
-setup(
+(setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
@@ -18,11 +18,11 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=["modern_llm", "modern_llm.*"], exclude=["modern_llm.tests", "modern_llm.tests.*"]),
+    packages=find_packages(include=["modern_llm", "modern_llm.*"],
+                           exclude=["modern_llm.tests", "modern_llm.tests.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "baselines", "docs", "browser", "agreement")},
-    entry_points={
-        "console_scripts": cfg["console_scripts"].split(),
-        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
-    },
-)
+    extras_require={name: cfg[f"{name}_requirements"].split()
+                    for name in ("dev", "baselines", "docs", "browser", "agreement")},
+    entry_points={"console_scripts": cfg["console_scripts"].split(),
+                  "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+))

@@ -1,4 +1,6 @@
-"""One look for every figure: size, colours and the two or three shapes the chapters and reports share."""
+"""One look for every figure: size, colours and the two or three shapes the chapters and reports
+share.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ COLOURS = sns.color_palette("colorblind")
 
 
 def figure(width: float = 6.0, height: float = 3.0, columns: int = 1, rows: int = 1, **options):
-    """A figure of `width` × `height` inches at 100 dpi and its axes (one, or an array of rows × columns).
+    """A figure of `width` × `height` inches at 100 dpi and its axes (one, or an array of rows ×
+    columns).
 
     From here on this notebook, if it is one, stores every figure as `small_png`.
     """
@@ -28,7 +31,8 @@ def figure(width: float = 6.0, height: float = 3.0, columns: int = 1, rows: int 
                          "legend.frameon": False, "savefig.dpi": 100})
     from IPython import get_ipython
 
-    made = plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained", **options)
+    made = plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained",
+                        **options)
     if shell := get_ipython():
         shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
     return made
@@ -44,16 +48,18 @@ def small_png(fig: Figure, colours: int = 128) -> bytes:
     return packed.getvalue()
 
 
-def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "", colour_bar: bool = True, **options):
+def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "",
+            colour_bar: bool = True, **options):
     """Draw a matrix (rows downwards) on `ax`; options go to seaborn's heatmap."""
-    sns.heatmap(values, ax=ax, cmap=options.pop("cmap", "mako_r"), cbar=colour_bar, square=options.pop("square", True),
-                rasterized=True, **options)
+    sns.heatmap(values, ax=ax, cmap=options.pop("cmap", "mako_r"), cbar=colour_bar,
+                square=options.pop("square", True), rasterized=True, **options)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return ax
 
 
 def training_curves(metrics, floor: float | None = None, window: int = 1):
-    """Loss and validation loss against tokens on a log scale (with the entropy floor, if known), and the learning rate beside them.
+    """Loss and validation loss against tokens on a log scale (with the entropy floor, if known),
+    and the learning rate beside them.
 
     Args:
         metrics: DataFrame of `metrics.jsonl`: tokens, loss, lr, and where validated val_loss.
@@ -62,7 +68,8 @@ def training_curves(metrics, floor: float | None = None, window: int = 1):
     """
     fig, (left, right) = figure(8, 3, columns=2, width_ratios=[3, 2])
     millions = metrics.tokens / 1e6
-    left.plot(millions, metrics.loss.rolling(window, min_periods=1).mean(), lw=1.2, label="training")
+    left.plot(millions, metrics.loss.rolling(window, min_periods=1).mean(), lw=1.2,
+              label="training")
     if "val_loss" in metrics:
         seen = metrics.val_loss.notna()
         left.plot(millions[seen], metrics.val_loss[seen], "o-", ms=4, label="held out")
@@ -80,21 +87,26 @@ def training_curves(metrics, floor: float | None = None, window: int = 1):
 
 @contextlib.contextmanager
 def live_curves(metrics_file: Path, seconds: float = 2.0, **options) -> Iterator[None]:
-    """Inside, a notebook open in Jupyter shows the curves of a training run, redrawn every `seconds` while `metrics_file` grows.
+    """Inside, a notebook open in Jupyter shows the curves of a training run, redrawn every
+    `seconds` while `metrics_file` grows.
 
-    Anywhere else (papermill, a script, a test) nothing is drawn: there the trainer's bar tells how far it is, in lines of text.
+    Anywhere else (papermill, a script, a test) nothing is drawn: there the trainer's bar tells how
+    far it is, in lines of text.
 
     Args:
         metrics_file: the `metrics.jsonl` a trainer appends to.
         options: of `training_curves`.
     """
-    if "JPY_SESSION_NAME" not in os.environ:  # what Jupyter's server tells the kernels of open notebooks
+    # what Jupyter's server tells the kernels of open notebooks
+    if "JPY_SESSION_NAME" not in os.environ:
         yield
         return
     import pandas as pd
     from IPython.display import Image, Markdown, display
 
-    handle, over, drawn = display(Markdown("*The curves come with the second row of the metrics.*"), display_id=True), threading.Event(), b""
+    handle, over, drawn = display(
+        Markdown("*The curves come with the second row of the metrics.*"), display_id=True
+    ), threading.Event(), b""
 
     def draw() -> None:
         nonlocal drawn
@@ -121,14 +133,17 @@ def live_curves(metrics_file: Path, seconds: float = 2.0, **options) -> Iterator
 
 
 def sample_sheet(samples: dict[str, list[str]], width: int = 100):
-    """Generated texts as Markdown, prompt by prompt: `samples` maps a heading (a step, a stage) to one text per prompt."""
+    """Generated texts as Markdown, prompt by prompt: `samples` maps a heading (a step, a stage) to
+    one text per prompt.
+    """
     from IPython.display import Markdown
 
     parts = []
     for texts in zip(*samples.values()):
         lines = []
         for heading, text in zip(samples, texts):
-            paragraphs = [textwrap.fill(line, width, replace_whitespace=False) for line in text.split("\n")]
+            paragraphs = [textwrap.fill(line, width, replace_whitespace=False)
+                          for line in text.split("\n")]
             lines += [f"[{heading}]", *paragraphs, ""]
         parts.append("```text\n" + "\n".join(lines).rstrip().replace("```", "'''") + "\n```")
     return Markdown("\n\n".join(parts))

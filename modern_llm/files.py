@@ -1,4 +1,6 @@
-"""Files that are whole or absent: atomic writes, checksums, folders that appear in one step. A leaf, no torch."""
+"""Files that are whole or absent: atomic writes, checksums, folders that appear in one step. A
+leaf, no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,21 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parent.parent  # the folder the package lies in: a checkout, if it was installed from one with -e
+# the folder the package lies in: a checkout, if it was installed from one with -e
+CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 class DamagedFolder(RuntimeError):
-    """Kept files, such as those of `atomic_folder`, that are missing or changed. The message names the file."""
+    """Kept files, such as those of `atomic_folder`, that are missing or changed. The message names
+    the file.
+    """
 
 
 def sha256(path: str | Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        return (hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest")
+                else _sha256(file))
 
 
 def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
@@ -58,7 +64,9 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def nan_to_none(value: object) -> object:
-    """The value with None in place of every number in it that is not finite: JSON has no NaN, and what is not known is null."""
+    """The value with None in place of every number in it that is not finite: JSON has no NaN, and
+    what is not known is null.
+    """
     if isinstance(value, dict):
         return {name: nan_to_none(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -68,11 +76,13 @@ def nan_to_none(value: object) -> object:
 
 def write_json(path: str | Path, value: object) -> Path:
     """`write_text` of readable JSON; numbers that are not finite become null, see `nan_to_none`."""
-    return write_text(path, json.dumps(nan_to_none(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text(
+        path, json.dumps(nan_to_none(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class InvalidJson(ValueError):
-    """A file without a JSON object; `what` says why, to be read behind the file's name: "is empty"."""
+    """A file without a JSON object; `what` says why, to be read behind the file's name: "is empty".
+    """
 
     def __init__(self, path: Path, what: str):
         super().__init__(f"{path} {what}")
@@ -101,9 +111,11 @@ def read_json(path: str | Path) -> dict:
 
 
 def cached_frame(path: str | Path, make: Callable[[], object]):
-    """The pandas table kept in `path` (JSON lines); if there is none, what `make()` returns, kept there for the next time.
+    """The pandas table kept in `path` (JSON lines); if there is none, what `make()` returns, kept
+    there for the next time.
 
-    For work that a resumed stage must not repeat. The table that is returned is always the one read from the file.
+    For work that a resumed stage must not repeat. The table that is returned is always the one read
+    from the file.
     """
     import io
 
@@ -112,12 +124,16 @@ def cached_frame(path: str | Path, make: Callable[[], object]):
     path = Path(path)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, make().to_json(orient="records", lines=True, double_precision=15, force_ascii=False))
+        write_text(path, make().to_json(orient="records", lines=True, double_precision=15,
+                                        force_ascii=False))
     try:
-        table = pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False, precise_float=True)
+        table = pd.read_json(io.StringIO(path.read_text(encoding="utf-8")), lines=True, dtype=False,
+                             precise_float=True)
     except ValueError as error:
-        raise DamagedFolder(f"{path} is not a table of JSON lines ({error}): delete it, and it is made again") from error
-    return table.astype(dict.fromkeys((name for name in table if table[name].isna().all()), float))  # nothing but null: NaN
+        raise DamagedFolder(f"{path} is not a table of JSON lines ({error}): delete it, and it is "
+                            "made again") from error
+    # nothing but null: NaN
+    return table.astype(dict.fromkeys((name for name in table if table[name].isna().all()), float))
 
 
 def previous_of(folder: str | Path) -> Path:
@@ -127,12 +143,15 @@ def previous_of(folder: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | Path, meta: dict | None = None, keep_previous: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder; on success it becomes `folder`, with `meta.json` listing every file's sha256.
+def atomic_folder(folder: str | Path, meta: dict | None = None,
+                  keep_previous: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder; on success it becomes `folder`, with `meta.json` listing every
+    file's sha256.
 
-    A former `folder` is moved to `<folder>.previous` first, and with `keep_previous` stays there; otherwise it is deleted
-    after the rename. So a kill at any moment leaves one whole folder behind (`find_folder` finds it). On an exception
-    nothing changes, except that after a failed rename the former folder may be the previous one.
+    A former `folder` is moved to `<folder>.previous` first, and with `keep_previous` stays there;
+    otherwise it is deleted after the rename. So a kill at any moment leaves one whole folder behind
+    (`find_folder` finds it). On an exception nothing changes, except that after a failed rename the
+    former folder may be the previous one.
     """
     folder, previous = Path(folder), previous_of(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +161,8 @@ def atomic_folder(folder: str | Path, meta: dict | None = None, keep_previous: b
     try:
         yield temporary
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        meta = {**nan_to_none(meta or {}), "sha256": {str(p.relative_to(temporary)): sha256(p) for p in files}}
+        meta = {**nan_to_none(meta or {}),
+                "sha256": {str(p.relative_to(temporary)): sha256(p) for p in files}}
         meta["sha256"]["meta.json"] = _digest(meta)
         write_json(temporary / "meta.json", meta)
         for path in files:
@@ -170,29 +190,37 @@ def _digest(meta: dict) -> str:
 
 
 def find_folder(folder: str | Path) -> Path:
-    """`folder`, or `<folder>.previous` if a kill fell between the two renames. FileNotFoundError names both."""
+    """`folder`, or `<folder>.previous` if a kill fell between the two renames. FileNotFoundError
+    names both.
+    """
     folder, previous = Path(folder), previous_of(folder)
     if (folder / "meta.json").is_file():
         return folder
     if (previous / "meta.json").is_file() and not folder.exists():
         return previous
-    raise FileNotFoundError(f"no complete folder at {folder}" + (": its meta.json is missing" if folder.exists() else
-                            f" (nor {previous.name} beside it)"))
+    raise FileNotFoundError(f"no complete folder at {folder}"
+                            + (": its meta.json is missing" if folder.exists()
+                               else f" (nor {previous.name} beside it)"))
 
 
 def check_folder(folder: str | Path) -> dict:
-    """The meta data of a folder written by `atomic_folder`, after checking every file against its sha256."""
+    """The meta data of a folder written by `atomic_folder`, after checking every file against its
+    sha256.
+    """
     folder = Path(folder)
     try:
         meta = read_json(folder / "meta.json")
         sums = dict(meta["sha256"])
-        if sums.pop("meta.json", None) not in (None, _digest(meta)):  # older folders say nothing of meta.json itself
+        # older folders say nothing of meta.json itself
+        if sums.pop("meta.json", None) not in (None, _digest(meta)):
             raise ValueError("its content does not fit its own sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFolder(f"{folder / 'meta.json'} is missing or damaged: {error}") from error
     for name, digest in sums.items():
         if not (folder / name).is_file():
-            raise DamagedFolder(f"{folder / name} is missing, which meta.json names: the folder is incomplete")
+            raise DamagedFolder(
+                f"{folder / name} is missing, which meta.json names: the folder is incomplete")
         if sha256(folder / name) != digest:
-            raise DamagedFolder(f"{folder / name} is truncated or changed: its sha256 is not the one in meta.json")
+            raise DamagedFolder(
+                f"{folder / name} is truncated or changed: its sha256 is not the one in meta.json")
     return meta

@@ -1,4 +1,6 @@
-"""What a user is told: a line beside the work, and errors that name the value, the place and the remedy."""
+"""What a user is told: a line beside the work, and errors that name the value, the place and the
+remedy.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ class StageError(RuntimeError):
 
 
 class Preempted(BaseException):
-    """SIGTERM or SIGUSR1 came, a scheduler's warning: what runs ends now and goes on at its next start."""
+    """SIGTERM or SIGUSR1 came, a scheduler's warning: what runs ends now and goes on at its next
+    start.
+    """
 
 
 def say(text: str) -> None:

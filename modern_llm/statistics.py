@@ -16,8 +16,10 @@ __all__ = ['ratio_interval', 'perplexity_of', 'perplexity_ratio', 'held_out_meas
            'paired_difference', 'items_interval', 'mcnemar', 'auc', 'within_group_auc']
 
 # %% ../nbs/40_statistics.ipynb #ratio-interval
-def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, float]:
-    """The ratio of two sums over documents with its 95% bootstrap interval: value, low, high and n documents.
+def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, draws: int = 2000,
+                   seed: int = 0) -> dict[str, float]:
+    """The ratio of two sums over documents with its 95% bootstrap interval: value, low, high and n
+    documents.
 
     Source: Efron and Tibshirani 1993, chapter 13 (percentile interval), resampling whole documents.
 
@@ -25,27 +27,34 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, draws: int = 
         ValueError: there are no documents.
     """
     if not len(numerator):
-        raise ValueError("ratio_interval: there is nothing to evaluate; is the data set or its filter empty?")
+        raise ValueError(
+            "ratio_interval: there is nothing to evaluate; is the data set or its filter empty?")
     pairs = np.stack([np.asarray(numerator, float), np.asarray(denominator, float)], axis=1)
     n, random = len(pairs), np.random.default_rng(seed)
     sums = np.stack([random.multinomial(n, np.full(n, 1 / n)) @ pairs for _ in range(draws)])
     low, high = np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1e-300), [0.025, 0.975])
-    return {"value": float(pairs[:, 0].sum() / pairs[:, 1].sum()), "low": float(low), "high": float(high), "n": n}
+    return {"value": float(pairs[:, 0].sum() / pairs[:, 1].sum()),
+            "low": float(low), "high": float(high), "n": n}
 
 # %% ../nbs/40_statistics.ipynb #perplexity-tax
 def perplexity_of(nats: float) -> float:
-    """exp of nats per token; infinity where that is more than a number can hold, as for a model that has diverged."""
+    """exp of nats per token; infinity where that is more than a number can hold, as for a model
+    that has diverged.
+    """
     return math.inf if nats > 709 else math.exp(nats)
 
 
 def perplexity_ratio(base: pd.DataFrame, tuned: pd.DataFrame) -> dict[str, float]:
-    """Perplexity of `tuned` over that of `base` on the same documents, with its paired 95% interval (1.05: 5% more).
+    """Perplexity of `tuned` over that of `base` on the same documents, with its paired 95% interval
+    (1.05: 5% more).
 
     Args:
-        base, tuned: what `document_nats` found for each model. Documents are resampled, the same ones for both.
+        base, tuned: what `document_nats` found for each model. Documents are resampled, the same
+            ones for both.
     """
     found = ratio_interval(tuned.nats - base.nats, base.tokens)
-    return {**{name: perplexity_of(found[name]) for name in ("value", "low", "high")}, "n": found["n"]}
+    return {**{name: perplexity_of(found[name]) for name in ("value", "low", "high")},
+            "n": found["n"]}
 
 # %% ../nbs/40_statistics.ipynb #held-out-measures
 def held_out_measures(scores: pd.DataFrame, num_bytes: int, source: str) -> list[dict]:
@@ -58,11 +67,13 @@ def held_out_measures(scores: pd.DataFrame, num_bytes: int, source: str) -> list
     """
     loss = ratio_interval(scores.nats, scores.tokens)
     per_byte = scores.tokens.sum() / num_bytes / math.log(2)
-    protocol = f"held-out {source}, {int(scores.tokens.sum())} tokens in {len(scores)} documents, each token once, packed rows"
+    protocol = (f"held-out {source}, {int(scores.tokens.sum())} tokens in {len(scores)} documents, "
+                "each token once, packed rows")
     protocol += "; one document, so the interval says nothing" * (len(scores) == 1)
-    forms = {"nats per token": lambda x: x, "perplexity": perplexity_of, "bits per byte": lambda x: x * per_byte}
-    return [{"metric": f"{name}, {source}", **{k: form(loss[k]) for k in ("value", "low", "high")}, "n": loss["n"],
-             "protocol": protocol} for name, form in forms.items()]
+    forms = {"nats per token": lambda x: x, "perplexity": perplexity_of,
+             "bits per byte": lambda x: x * per_byte}
+    return [{"metric": f"{name}, {source}", **{k: form(loss[k]) for k in ("value", "low", "high")},
+             "n": loss["n"], "protocol": protocol} for name, form in forms.items()]
 
 # %% ../nbs/40_statistics.ipynb #proportion-interval
 def proportion_interval(right: float, n: int) -> dict[str, float]:
@@ -72,11 +83,15 @@ def proportion_interval(right: float, n: int) -> dict[str, float]:
         ValueError: n is 0: an evaluation without items.
     """
     if n < 1:
-        raise ValueError(f"proportion_interval: n={n}, there is nothing to evaluate; is the data set or its filter empty?")
+        raise ValueError(f"proportion_interval: n={n}, there is nothing to evaluate; is the data "
+                         "set or its filter empty?")
     share, z2 = right / n, NormalDist().inv_cdf(0.975) ** 2
-    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+    middle, half = (share + z2 / (2 * n),
+                    math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))))
     low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
-    return {"value": share, "low": max(0.0, min(low, share)), "high": min(1.0, max(high, share)), "n": n}  # rounding, at 0 and 1
+    # rounding, at 0 and 1
+    return {"value": share, "low": max(0.0, min(low, share)),
+            "high": min(1.0, max(high, share)), "n": n}
 
 # %% ../nbs/40_statistics.ipynb #means
 def mean_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, float]:
@@ -85,15 +100,20 @@ def mean_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[
     return ratio_interval(values, np.ones(len(values)), draws, seed)
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Mean of a - b over the same items with its 95% bootstrap interval. ValueError if they are not equally many."""
+def paired_difference(a: np.ndarray, b: np.ndarray, draws: int = 2000,
+                      seed: int = 0) -> dict[str, float]:
+    """Mean of a - b over the same items with its 95% bootstrap interval. ValueError if they are not
+    equally many.
+    """
     if len(a) != len(b):
-        raise ValueError(f"paired_difference: {len(a)} and {len(b)} items; both must be measured on the same ones")
+        raise ValueError(f"paired_difference: {len(a)} and {len(b)} items; both must be measured "
+                         "on the same ones")
     return mean_interval(np.asarray(a, float) - np.asarray(b, float), draws, seed)
 
 # %% ../nbs/40_statistics.ipynb #items-interval
 def items_interval(values: np.ndarray, weights: np.ndarray | float = 1.0) -> dict[str, float]:
-    """The mean of items, or sum(values) / sum(weights) where weights are not 1, with its 95% interval: value, low, high, n.
+    """The mean of items, or sum(values) / sum(weights) where weights are not 1, with its 95%
+    interval: value, low, high, n.
 
     Raises:
         ValueError: there are no items.
@@ -113,33 +133,39 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         a, b: right (1, True) or wrong (0, False), item by item.
 
     Returns:
-        only_a and only_b, the items that just one of them has right, and p, the chance of a split at least as uneven if neither
-        is better.
+        only_a and only_b, the items that just one of them has right, and p, the chance of a split
+        at least as uneven if neither is better.
 
     Raises:
-        ValueError: not equally many items, or values other than 0 and 1. Source: McNemar 1947, exact binomial form.
+        ValueError: not equally many items, or values other than 0 and 1. Source: McNemar 1947,
+            exact binomial form.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
-        raise ValueError(f"mcnemar: {len(a)} and {len(b)} items; both must be measured on the same ones")
+        raise ValueError(
+            f"mcnemar: {len(a)} and {len(b)} items; both must be measured on the same ones")
     if len(bad := np.setdiff1d(np.concatenate([a, b]), (0, 1))):
-        raise ValueError(f"mcnemar: {bad[0]} is neither right (1) nor wrong (0); compare shares with paired_difference")
+        raise ValueError(f"mcnemar: {bad[0]} is neither right (1) nor wrong (0); compare shares "
+                         "with paired_difference")
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
     n, ways, below = only_a + only_b, 1, 0
-    for i in range(min(only_a, only_b) + 1):  # ways is math.comb(n, i), whole numbers: exact for any n
+    # ways is math.comb(n, i), whole numbers: exact for any n
+    for i in range(min(only_a, only_b) + 1):
         below, ways = below + ways, ways * (n - i) // (i + 1)
     return {"only_a": only_a, "only_b": only_b, "p": min(1.0, 2 * below / 2**n)}
 
 # %% ../nbs/40_statistics.ipynb #auc
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Probability that a random right item scores above a random wrong one, ties counted half; NaN without both kinds.
+    """Probability that a random right item scores above a random wrong one, ties counted half; NaN
+    without both kinds.
 
     Raises:
         ValueError: a score is not a number.
     """
     scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
     if bad := int(np.isnan(scores).sum()):
-        raise ValueError(f"auc: {bad} of {len(scores)} scores are not numbers, and have no place in an order; leave these items out")
+        raise ValueError(f"auc: {bad} of {len(scores)} scores are not numbers, and have no place "
+                         "in an order; leave these items out")
     right, wrong = scores[labels], np.sort(scores[~labels])
     if not len(right) or not len(wrong):
         return math.nan
@@ -147,14 +173,19 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(below.mean() / (2 * len(wrong)))
 
 
-def within_group_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """Mean AUC over the groups that hold right and wrong items, with its 95% bootstrap interval over groups; n groups.
+def within_group_auc(scores: np.ndarray, labels: np.ndarray,
+                     groups: np.ndarray) -> dict[str, float]:
+    """Mean AUC over the groups that hold right and wrong items, with its 95% bootstrap interval
+    over groups; n groups.
 
     Raises:
         ValueError: no group holds both.
     """
-    table = pd.DataFrame({"score": np.asarray(scores, float), "label": np.asarray(labels, bool), "group": np.asarray(groups)})
-    values = [value for _, group in table.groupby("group") if not math.isnan(value := auc(group.score, group.label))]
+    table = pd.DataFrame({"score": np.asarray(scores, float), "label": np.asarray(labels, bool),
+                          "group": np.asarray(groups)})
+    values = [value for _, group in table.groupby("group")
+              if not math.isnan(value := auc(group.score, group.label))]
     if not values:
-        raise ValueError("within_group_auc: no group has right and wrong items; sample more answers, or other problems")
+        raise ValueError("within_group_auc: no group has right and wrong items; sample more "
+                         "answers, or other problems")
     return mean_interval(np.array(values))

@@ -1,4 +1,6 @@
-"""Write README.md from nbs/index.ipynb: its prose, its code and its stored text outputs. `--check` only compares."""
+"""Write README.md from nbs/index.ipynb: its prose, its code and its stored text outputs. `--check`
+only compares.
+"""
 
 import ast
 import re
@@ -11,7 +13,9 @@ root = Path(__file__).resolve().parent.parent
 
 
 def turned(text: str) -> str:
-    """Links of a page in nbs/ as links from the repository root; `module.py#name` becomes the line where the name is defined."""
+    """Links of a page in nbs/ as links from the repository root; `module.py#name` becomes the line
+    where the name is defined.
+    """
     def line(link: re.Match) -> str:
         tree = ast.parse((root / link[1]).read_text(encoding="utf-8"))
         return f"]({link[1]}#L{next(node.lineno for node in tree.body if getattr(node, 'name', '') == link[2])})"
@@ -35,11 +39,13 @@ def readme() -> str:
                     parts.append(turned(data["text/markdown"]))
                 elif text := output.get("text") or data.get("text/plain"):
                     parts.append(f"```text\n{text.rstrip()}\n```")
-    return "<!-- Written from nbs/index.ipynb by `make export`; edit that. -->\n" + "\n\n".join(parts) + "\n"
+    return ("<!-- Written from nbs/index.ipynb by `make export`; edit that. -->\n"
+            + "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
     target = root / "README.md"
     if "--check" in sys.argv:
-        sys.exit(target.read_text(encoding="utf-8") != readme() and "README.md is not what nbs/index.ipynb says: make export")
+        sys.exit(target.read_text(encoding="utf-8") != readme()
+                 and "README.md is not what nbs/index.ipynb says: make export")
     target.write_text(readme(), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""The command line, `modern-llm`: its commands are those of the modules imported here. Imports no torch, so that `--help` is instant."""
+"""The command line, `modern-llm`: its commands are those of the modules imported here. Imports no
+torch, so that `--help` is instant.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from modern_llm.cli.run_commands import run, status, submit
 
 
 class Commands(click.Group):
-    """The commands, on a terminal or file of any encoding: what it does not have is written out, as in `\\u2026`."""
+    """The commands, on a terminal or file of any encoding: what it does not have is written out, as
+    in `\\u2026`.
+    """
 
     def main(self, *words, **options):
         for stream in (sys.stdout, sys.stderr):
@@ -21,30 +25,33 @@ class Commands(click.Group):
         return super().main(*words, **options)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands,
+             context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="modern_llm")
 def main() -> None:
     """Train a small modern language model, stage by stage; every stage is a notebook.
 
     \b
-    modern-llm run                                   every stage of the default preset, local-smoke, and a report
-    modern-llm run --preset local-cpu -p max_minutes=6
+    modern-llm run every stage of the default preset, local-smoke, and a report modern-llm run
+    --preset local-cpu -p max_minutes=6
     modern-llm run --stage sft --checkpoint runs/local-smoke/pretrain --run mine
     modern-llm status                                what was run, how long it took, what came out
     modern-llm chat --run local-smoke                talk to the model
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm export --run local-smoke --to DIR     for transformers and others, with a model card
     modern-llm check-inference --run local-smoke     does it fit 12 GB?
-    modern-llm presets local-cpu                     every setting of a preset, as JSON
-    modern-llm datasets --preset local-cpu           is the data it needs there?
-    modern-llm submit --preset tacc-h100 --dry-run   the same stages as jobs of a SLURM cluster: how long, and the lines
+    modern-llm presets local-cpu every setting of a preset, as JSON modern-llm datasets --preset
+    local-cpu is the data it needs there? modern-llm submit --preset tacc-h100 --dry-run the same
+    stages as jobs of a SLURM cluster: how long, and the lines
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a letter that the terminal's encoding lacks is shown as \\xe9, and ends nothing
+        # a letter that the terminal's encoding lacks is shown as \\xe9, and ends nothing
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-for command in (run, submit, status, chat, sample, export, check_inference, presets, datasets, prefetch):
+for command in (run, submit, status, chat, sample, export, check_inference, presets, datasets,
+                prefetch):
     main.add_command(command)
 
 if __name__ == "__main__":

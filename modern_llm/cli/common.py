@@ -15,7 +15,9 @@ class Failure(click.ClickException):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn the errors a user can fix into one message without a traceback; damaged files are exit code 1."""
+    """Turn the errors a user can fix into one message without a traceback; damaged files are exit
+    code 1.
+    """
     from modern_llm.files import DamagedFolder
     from modern_llm.messages import StageError
 
@@ -30,13 +32,18 @@ def one_line_errors():
 
 
 def printable(value: object) -> str:
-    """A value as text that a terminal shows as it stands: control characters and lone surrogates are written out, as in `\\n`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(value))
+    """A value as text that a terminal shows as it stands: control characters and lone surrogates
+    are written out, as in `\\n`.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+                   for c in str(value))
 
 
 def as_table(rows: list[dict]) -> str:
     """Rows as aligned text under their column names."""
     columns = list(rows[0])
-    lines = [dict(zip(columns, columns)), *({c: printable(row[c]) for c in columns} for row in rows)]
+    lines = [dict(zip(columns, columns)),
+             *({c: printable(row[c]) for c in columns} for row in rows)]
     widths = {c: max(len(line[c]) for line in lines) for c in columns}
-    return "\n".join("  ".join(line[c].ljust(widths[c]) for c in columns).rstrip() for line in lines)
+    return "\n".join("  ".join(line[c].ljust(widths[c]) for c in columns).rstrip()
+                     for line in lines)

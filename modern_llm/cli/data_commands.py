@@ -1,4 +1,6 @@
-"""The commands about presets and the data they need: `presets`, `datasets`, `prefetch`. Imports no torch."""
+"""The commands about presets and the data they need: `presets`, `datasets`, `prefetch`. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def _wanted(preset: str) -> list[str]:
     from modern_llm.runs.spec import NOTEBOOKS
 
     config = get_pipeline_preset(preset)
-    return list(dict.fromkeys(name for stage in NOTEBOOKS for name in data_names(config, stage))) or ["synthetic"]
+    return (list(dict.fromkeys(name for stage in NOTEBOOKS for name in data_names(config, stage)))
+            or ["synthetic"])
 
 
 def _read(row: dict, seconds: float) -> str:
@@ -50,7 +53,8 @@ def _read(row: dict, seconds: float) -> str:
     if row["where"] in ("mirror", "file", "hub (cached)"):
         try:
             found = check_rows(row["name"], seconds)
-            row["read"], note = found["read"], f"columns: {found['columns']}" if row["where"] == "file" else note
+            row["read"], note = (found["read"],
+                                 f"columns: {found['columns']}" if row["where"] == "file" else note)
         except DataError as error:
             row["status"], damage = "damaged", str(error)
     row |= {"licence": licence, "note": note}
@@ -58,22 +62,26 @@ def _read(row: dict, seconds: float) -> str:
 
 
 @click.command()
-@click.option("--preset", metavar="NAME|FILE.json", help="Check what this preset needs; exit code 1 if any is missing.")
-@click.option("--download", is_flag=True, help="First fetch them from the Hugging Face hub into its local cache.")
+@click.option("--preset", metavar="NAME|FILE.json",
+              help="Check what this preset needs; exit code 1 if any is missing.")
+@click.option("--download", is_flag=True,
+              help="First fetch them from the Hugging Face hub into its local cache.")
 @click.argument("names", nargs=-1)
 def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None:
-    """Look for every data source (or those of NAMES), read it, and print where it was found, or why not.
+    """Look for every data source (or those of NAMES), read it, and print where it was found, or why
+    not.
 
-    Sources are looked up in $MODERN_LLM_DATA, a folder of plain files, then on the Hugging Face hub and in its cache; a path
-    to a file of your own is a source, too. Every file that is here is read, those of NAMES or a preset for at most a minute
-    each, else for five seconds; "damaged" means that it holds something else than it should. The exit code is 0 only
-    if all that was asked for is there and nothing is damaged.
+    Sources are looked up in $MODERN_LLM_DATA, a folder of plain files, then on the Hugging Face hub
+    and in its cache; a path to a file of your own is a source, too. Every file that is here is
+    read, those of NAMES or a preset for at most a minute each, else for five seconds; "damaged"
+    means that it holds something else than it should. The exit code is 0 only if all that was asked
+    for is there and nothing is damaged.
 
     \b
     modern-llm datasets my-stories.jsonl             your own file: how many rows, which columns
     modern-llm datasets --preset local-cpu
-    modern-llm datasets --download tinystories       once, where there is a network
-    modern-llm prefetch --preset tacc-h100           everything a preset needs: data, tokenizer, models to compare with
+    modern-llm datasets --download tinystories once, where there is a network modern-llm prefetch
+    --preset tacc-h100 everything a preset needs: data, tokenizer, models to compare with
     """
     from modern_llm.data import reading
     from modern_llm.data.sources import check_sources, remedy
@@ -95,36 +103,42 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
     missing = [row["name"] for row in rows if row["status"] == "missing"]
     if missing:
         root = os.environ.get("MODERN_LLM_DATA") or "not set"
-        text = f"Missing: {', '.join(missing)} (MODERN_LLM_DATA is {root}). For each of them, {remedy()}"
+        text = (f"Missing: {', '.join(missing)} (MODERN_LLM_DATA is {root}). For each of them, "
+                f"{remedy()}")
         click.echo("\n" + textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False))
     if damage or wanted and missing:
         sys.exit(1)
 
 
 @click.command()
-@click.option("--preset", required=True, metavar="NAME|FILE.json", help="Whose data, tokenizer and baselines.")
+@click.option("--preset", required=True, metavar="NAME|FILE.json",
+              help="Whose data, tokenizer and baselines.")
 def prefetch(preset: str) -> None:
-    """Fetch what a preset needs and this machine does not have, on a login node whose compute nodes have no network.
+    """Fetch what a preset needs and this machine does not have, on a login node whose compute nodes
+    have no network.
 
-    What is in $MODERN_LLM_DATA or in the hub's cache already is left as it is. On a cluster, first `source
-    slurm/environment.sh`, so that it lands on $SCRATCH, where the jobs look. The exit code is 0 only if everything is there.
+    What is in $MODERN_LLM_DATA or in the hub's cache already is left as it is. On a cluster, first
+    `source slurm/environment.sh`, so that it lands on $SCRATCH, where the jobs look. The exit code
+    is 0 only if everything is there.
 
     \b
     modern-llm prefetch --preset tacc-h100
     """
     from modern_llm.data import reading
-    from modern_llm.interchange import hub
     from modern_llm.data.sources import check_sources
     from modern_llm.data.tokens import gpt2_tokenizer
+    from modern_llm.interchange import hub
 
     try:
         config = get_pipeline_preset(preset)
-        tasks = [(row["name"], None if row["status"] == "found" else partial(reading.download, row["name"]))
+        tasks = [(row["name"],
+                  None if row["status"] == "found" else partial(reading.download, row["name"]))
                  for row in check_sources(_wanted(preset))]
     except (ConfigError, ValueError) as error:
         raise Failure(str(error)) from error
     tasks += [("GPT-2's tokenizer", gpt2_tokenizer)] * (config.data.tokenizer == "gpt2")
-    tasks += [(name, partial(hub.find_model, name, download=True)) for name in config.eval.baselines]
+    tasks += [(name, partial(hub.find_model, name, download=True))
+              for name in config.eval.baselines]
     failed = 0
     for name, fetch in tasks:
         try:
@@ -133,4 +147,5 @@ def prefetch(preset: str) -> None:
             failed += 1
             click.echo(f"{name}: missing. {error}")
     if failed:
-        raise Failure(f"{failed} of {len(tasks)} are missing; jobs that need them would stop at their first cell")
+        raise Failure(f"{failed} of {len(tasks)} are missing; jobs that need them would stop at "
+                      "their first cell")

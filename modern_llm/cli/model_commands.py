@@ -1,4 +1,6 @@
-"""The commands about a trained model: `chat`, `sample`, `export`, `check-inference`. Imports no torch before it loads one."""
+"""The commands about a trained model: `chat`, `sample`, `export`, `check-inference`. Imports no
+torch before it loads one.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,29 @@ class Finite(click.FloatRange):
 
     def convert(self, value, param, ctx) -> float:
         number = super().convert(value, param, ctx)
-        return number if math.isfinite(number) else self.fail(f"{value} is not a finite number", param, ctx)
+        return (number if math.isfinite(number)
+                else self.fail(f"{value} is not a finite number", param, ctx))
 
 
 WHICH_MODEL = (
     click.option("--run", "run_name", metavar="NAME", help="A run: its folder under runs/."),
-    click.option("--stage", metavar="STAGE", help="Whose weights: pretrain, sft or dpo; default: the last that is there."),
-    click.option("--checkpoint", metavar="PATH", help="A checkpoint, stage or run folder, instead of --run."),
-    click.option("--output-dir", metavar="DIR", help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS)."),
+    click.option("--stage", metavar="STAGE",
+                 help="Whose weights: pretrain, sft or dpo; default: the last that is there."),
+    click.option("--checkpoint", metavar="PATH",
+                 help="A checkpoint, stage or run folder, instead of --run."),
+    click.option("--output-dir", metavar="DIR",
+                 help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS)."),
 )
 RUN_OPTIONS = (
     *WHICH_MODEL,
-    click.option("--temperature", type=Finite(min=0), default=0.7, show_default=True, help="0 = always the likeliest token."),
-    click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer."),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or the best there is."),
+    click.option("--temperature", type=Finite(min=0), default=0.7, show_default=True,
+                 help="0 = always the likeliest token."),
+    click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
+                 help="Of each answer."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                 help="Of the draws."),
+    click.option("--device", default="auto", show_default=True,
+                 help="cpu, cuda, mps, or the best there is."),
 )
 
 
@@ -49,11 +59,12 @@ def which_model(command):
 
 @click.command()
 @model_options
-def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, seed, device) -> None:
+def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, seed,
+         device) -> None:
     """Talk to a model in the terminal; its words appear as they are drawn.
 
-    Earlier turns are kept as long as they fit into the context; a line says when the oldest are forgotten. /new forgets all of them,
-    /quit (or Ctrl-D) ends, Ctrl-C ends an answer.
+    Earlier turns are kept as long as they fit into the context; a line says when the oldest are
+    forgotten. /new forgets all of them, /quit (or Ctrl-D) ends, Ctrl-C ends an answer.
 
     \b
     modern-llm chat --run local-smoke
@@ -63,8 +74,10 @@ def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, s
     from modern_llm.cli.talk import Chat, open_model
 
     with one_line_errors():
-        model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device, purpose="chat")
-    talk = Chat(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, note=_note)
+        model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device,
+                                              purpose="chat")
+    talk = Chat(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                note=_note)
     _note(f"{folder}; /new forgets the conversation, /quit ends")
     if sys.stdin is None:
         _note("the standard input is closed: there is nobody to talk to")
@@ -88,7 +101,8 @@ def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, s
         if request == "/new":
             talk.history = []
         elif line.startswith("/") and request[1:].isalpha():
-            _note(f"{request} is not a command{nearest(request.lower(), ('/new', '/quit'))}; with a space in front of it, it is a message")
+            _note(f"{request} is not a command{nearest(request.lower(), ('/new', '/quit'))}; with "
+                  "a space in front of it, it is a message")
         elif request:
             _answer(talk, request)
 
@@ -99,7 +113,9 @@ def _note(text: str) -> None:
 
 
 def _line(stream) -> str:
-    """The next line of a stream of text, "" at its end. Bytes that are not UTF-8 are read in the stream's own encoding, else as U+FFFD."""
+    """The next line of a stream of text, "" at its end. Bytes that are not UTF-8 are read in the
+    stream's own encoding, else as U+FFFD.
+    """
     data = stream.buffer.readline()
     try:
         return data.decode("utf-8-sig")
@@ -112,7 +128,9 @@ def _line(stream) -> str:
 
 
 def _answer(talk, request: str) -> None:
-    """Print an answer as it is drawn. Ctrl-C ends it, an error is one line; the conversation goes on."""
+    """Print an answer as it is drawn. Ctrl-C ends it, an error is one line; the conversation goes
+    on.
+    """
     said = False
     try:
         for piece in talk.reply(request):
@@ -132,9 +150,13 @@ def _answer(talk, request: str) -> None:
 
 @click.command()
 @model_options
-@click.option("--prompt", default="", help="Text to continue; a model that chats answers it. Nothing: it begins a document.")
-@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many samples.")
-def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, seed, device, prompt, count) -> None:
+@click.option(
+    "--prompt", default="",
+    help="Text to continue; a model that chats answers it. Nothing: it begins a document.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True,
+              help="How many samples.")
+def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, seed, device,
+           prompt, count) -> None:
     """Print what a model makes of a prompt: a base model continues it, one that chats answers it.
 
     \b
@@ -144,64 +166,80 @@ def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens,
     from modern_llm.cli.talk import open_model, readable, samples
 
     with one_line_errors():
-        model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device, purpose="sample")
+        model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device,
+                                              purpose="sample")
         click.echo(str(folder), err=True)
         if readable(prompt) != prompt:
             _note("(bytes of the prompt are not UTF-8: they are read as \ufffd)")
-        for text in samples(model, tokenizer, folder, prompt, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
+        for text in samples(model, tokenizer, folder, prompt, count, max_new_tokens=max_new_tokens,
+                            temperature=temperature, seed=seed):
             click.echo(f"--- {text}")
 
 
 @click.command()
 @which_model
 @click.option("--to", "folder", required=True, metavar="DIR", help="Where; it must not exist yet.")
-@click.option("--dtype", metavar="fp32|bf16|fp16", help="Of the written weights; default: as they are.")
-@click.option("--shard-gb", type=float, default=5.0, show_default=True, help="Cut larger weights into files of so many gigabytes.")
+@click.option("--dtype", metavar="fp32|bf16|fp16",
+              help="Of the written weights; default: as they are.")
+@click.option("--shard-gb", type=float, default=5.0, show_default=True,
+              help="Cut larger weights into files of so many gigabytes.")
 def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> None:
     """Write a model as a Hugging Face folder with a model card made from the run's own files.
 
-    A checkpoint folder can be opened by transformers as it stands; this leaves the optimizer's state behind, may halve the
-    weights, and says in README.md what the model was trained on, what was measured, and what to beware of.
+    A checkpoint folder can be opened by transformers as it stands; this leaves the optimizer's
+    state behind, may halve the weights, and says in README.md what the model was trained on, what
+    was measured, and what to beware of.
 
     \b
     modern-llm export --run local-smoke --stage dpo --to my-model
     modern-llm export --run tacc-h100 --to my-model --dtype bf16
     lm_eval --model hf --model_args pretrained=my-model --tasks gsm8k
     """
-    from modern_llm.report.card import export_with_card
     from modern_llm.cli.talk import choose_model
+    from modern_llm.report.card import export_with_card
 
     with one_line_errors():
         source = choose_model(run_name, stage, checkpoint, output_dir)
-        click.echo(f"{source} -> {export_with_card(source, folder, dtype=dtype, shard_gb=shard_gb)}")
+        click.echo(
+            f"{source} -> {export_with_card(source, folder, dtype=dtype, shard_gb=shard_gb)}")
 
 
 @click.command("check-inference")
 @which_model
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or the best there is.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the weights in memory; default: as on disk.")
+@click.option("--device", default="auto", show_default=True,
+              help="cpu, cuda, mps, or the best there is.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]),
+              help="Of the weights in memory; default: as on disk.")
 @click.option("--limit-gb", type=Finite(min=0, min_open=True), default=12.0, show_default=True,
               help="What the process may take, in 10^9 bytes.")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Problems answered at once.")
-@click.option("--count", type=click.IntRange(min=1), default=16, show_default=True, help="Problems answered in all.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer.")
-@click.option("--problems", type=click.Choice(["synthetic", "gsm8k"]), default="synthetic", show_default=True, help="Word problems to answer.")
-@click.option("--to", "target", metavar="FILE", help="Where the figures go, instead of inference_ok.json beside the checkpoint.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True,
+              help="Problems answered at once.")
+@click.option("--count", type=click.IntRange(min=1), default=16, show_default=True,
+              help="Problems answered in all.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
+              help="Of each answer.")
+@click.option("--problems", type=click.Choice(["synthetic", "gsm8k"]), default="synthetic",
+              show_default=True, help="Word problems to answer.")
+@click.option("--to", "target", metavar="FILE",
+              help="Where the figures go, instead of inference_ok.json beside the checkpoint.")
 def check_inference(run_name, stage, checkpoint, output_dir, target, **options) -> None:
-    """Load a model, let it answer word problems, and hold the memory it took against a limit; exit code 1 if it is too much.
+    """Load a model, let it answer word problems, and hold the memory it took against a limit; exit
+    code 1 if it is too much.
 
-    The figures go into inference_ok.json beside the checkpoint (for a third-party model: here), the closed-form estimate of
-    the same batch next to what was measured.
+    The figures go into inference_ok.json beside the checkpoint (for a third-party model: here), the
+    closed-form estimate of the same batch next to what was measured.
 
     \b
     modern-llm check-inference --run local-smoke
     modern-llm check-inference --checkpoint SmolLM2/ --dtype bf16 --problems gsm8k --batch 16
     """
-    from modern_llm.evaluation.inference import write_check
     from modern_llm.cli.talk import choose_model
+    from modern_llm.evaluation.inference import write_check
 
     with one_line_errors():
-        found, path = write_check(choose_model(run_name, stage, checkpoint, output_dir), None if target is None else Path(target), **options)
-    click.echo(f"{'ok' if found['ok'] else 'not ok'}: peak {found['peak_gb']:.2f} of {found['limit_gb']:g} GB; the model added "
-               f"{found['added_gb']:.2f}, {found['added_over_estimate']:.2f} of the estimate; {path}")
+        found, path = write_check(choose_model(run_name, stage, checkpoint, output_dir),
+                                  None if target is None else Path(target), **options)
+    click.echo(f"{'ok' if found['ok'] else 'not ok'}: peak {found['peak_gb']:.2f} of "
+               f"{found['limit_gb']:g} GB; the model added {found['added_gb']:.2f}, "
+               f"{found['added_over_estimate']:.2f} of the estimate; {path}")
     sys.exit(0 if found["ok"] else 1)

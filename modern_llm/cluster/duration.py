@@ -1,4 +1,5 @@
-"""How long a stage will take, before and while it runs: steps × seconds per step, measured or assumed; times as SLURM writes them.
+"""How long a stage will take, before and while it runs: steps × seconds per step, measured or
+assumed; times as SLURM writes them.
 
 Imports no torch.
 """
@@ -15,14 +16,18 @@ from pathlib import Path
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
 from modern_llm.models.counts import flops_per_token
 
-# Dense 16-bit FLOP/s of a GPU (as in the trainer, which needs torch), fp32 FLOP/s of two CPU cores as measured for the diary.
-PEAK_FLOPS = {"GH200": 989e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-              "A100": 312e12, "2 CPU cores": 136e9}
-ASSUMED_MFU = 0.3  # model FLOPs utilisation: well-tuned programs of this size reach 0.33 to 0.5 on H100s
+# Dense 16-bit FLOP/s of a GPU (as in the trainer, which needs torch), fp32 FLOP/s of two CPU cores
+# as measured for the diary.
+PEAK_FLOPS = {"GH200": 989e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12,
+              "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "2 CPU cores": 136e9}
+# model FLOPs utilisation: well-tuned programs of this size reach 0.33 to 0.5 on H100s
+ASSUMED_MFU = 0.3
 ASSUMED_DECODE_SECONDS = 0.03  # to write one more token of every answer of a batch
-ASSUMED_START_MINUTES = {"gpu": 15, "cpu": 1}  # imports, tokenising or reading the corpus, compiling
+# imports, tokenising or reading the corpus, compiling
+ASSUMED_START_MINUTES = {"gpu": 15, "cpu": 1}
 MARGIN = 1.5  # time limit / estimate
-WARNING_MINUTES = 6  # of a job's time are lost to the warning before its end (--signal in slurm/*.slurm)
+# of a job's time are lost to the warning before its end (--signal in slurm/*.slurm)
+WARNING_MINUTES = 6
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,9 @@ class Estimate:
 
 
 def tokens_per_step(config: PipelineConfig, stage: str) -> int:
-    """Tokens that an optimizer step reads when every row is as long as the context; a row of DPO is a pair."""
+    """Tokens that an optimizer step reads when every row is as long as the context; a row of DPO is
+    a pair.
+    """
     train, rows = getattr(config, stage), 1
     if stage == "dpo":
         rows = 2 + bool(train.replay_weight)
@@ -50,7 +57,8 @@ def decoded_steps(config: PipelineConfig, stage: str) -> int:
         return 2 * batches(config.dpo.max_validation_pairs) * config.dpo.max_new_tokens
     if stage == "verifier":
         v = config.verifier
-        return batches(v.train_problems * v.samples_per_problem + v.validation_problems * v.validation_samples) * v.max_new_tokens
+        return batches(v.train_problems * v.samples_per_problem
+                       + v.validation_problems * v.validation_samples) * v.max_new_tokens
     if stage == "eval":
         e = config.eval
         answers = batches(e.num_problems, e.batch_rows) + batches(e.num_instructions, e.batch_rows)
@@ -60,7 +68,9 @@ def decoded_steps(config: PipelineConfig, stage: str) -> int:
 
 
 def measured_seconds(folder: Path) -> tuple[int, float, float] | None:
-    """Steps done, seconds per step and tokens per second, as the stage's `metrics.jsonl` has them; None if there are too few."""
+    """Steps done, seconds per step and tokens per second, as the stage's `metrics.jsonl` has them;
+    None if there are too few.
+    """
     path, rows = folder / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -68,27 +78,32 @@ def measured_seconds(folder: Path) -> tuple[int, float, float] | None:
         except ValueError:  # a line that a kill has torn, or that is being written
             break
     rows = [row for row in rows if row.get("tokens_per_s")]
-    pairs = [(b["step"] - a["step"], b["tokens"] - a["tokens"], b["tokens_per_s"]) for a, b in zip(rows, rows[1:]) if b["step"] > a["step"]]
+    pairs = [(b["step"] - a["step"], b["tokens"] - a["tokens"], b["tokens_per_s"])
+             for a, b in zip(rows, rows[1:]) if b["step"] > a["step"]]
     if not pairs:
         return None
     seconds = statistics.median(tokens / speed / steps for steps, tokens, speed in pairs)
     return rows[-1]["step"], seconds, statistics.median(speed for _, _, speed in pairs)
 
 
-def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None, gpus: int = 1) -> Estimate:
-    """How long a stage takes: steps × seconds per step, measured or assumed, sampling, and the start.
+def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
+             gpus: int = 1) -> Estimate:
+    """How long a stage takes: steps × seconds per step, measured or assumed, sampling, and the
+    start.
 
     Args:
         config: the settings of the run.
         stage: which stage.
-        folder: its folder; if `metrics.jsonl` there has rows, their speed counts, and only the steps still to do.
+        folder: its folder; if `metrics.jsonl` there has rows, their speed counts, and only the
+            steps still to do.
         gpu: a name of PEAK_FLOPS; None = a CPU.
         gpus: how many work on one batch.
     """
     start = ASSUMED_START_MINUTES["gpu" if gpu else "cpu"]
     decode = decoded_steps(config, stage)
     sampling = decode * ASSUMED_DECODE_SECONDS / 60
-    said = [f"{decode:,} decoding steps of {1000 * ASSUMED_DECODE_SECONDS:.0f} ms, assumed"] * bool(decode)
+    said = ([f"{decode:,} decoding steps of {1000 * ASSUMED_DECODE_SECONDS:.0f} ms, assumed"]
+            * bool(decode))
     train = getattr(config, stage, None)
     if not isinstance(train, TrainConfig):
         return Estimate(start + sampling, why="; ".join([*said, f"{start} min to start, assumed"]))
@@ -96,36 +111,45 @@ def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None, 
     if found := measured_seconds(folder):
         done, seconds, speed = found
         steps = max(0, train.max_steps - done)
-        said.insert(0, f"measured in {folder.name}/metrics.jsonl" + (f", {done:,} of {train.max_steps:,} steps done" if done else ""))
+        said.insert(0, f"measured in {folder.name}/metrics.jsonl"
+                       + (f", {done:,} of {train.max_steps:,} steps done" if done else ""))
     else:
         speed = ASSUMED_MFU * peak * gpus / flops_per_token(config.model)
         seconds = tokens_per_step(config, stage) / speed
-        said.insert(0, f"assumed: {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:g} TFLOP/s ({f'{gpus} × ' * (gpus > 1)}{gpu or '2 CPU cores'})")
+        said.insert(0, f"assumed: {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:g} TFLOP/s "
+                       f"({f'{gpus} × ' * (gpus > 1)}{gpu or '2 CPU cores'})")
     minutes = steps * seconds / 60
     if train.max_minutes and minutes > train.max_minutes:
         minutes = train.max_minutes
         said.append(f"at most {train.max_minutes:g} min, a setting")
-    return Estimate(minutes + sampling + start, steps, speed, "; ".join([*said, f"{start} min to start, assumed"]))
+    return Estimate(minutes + sampling + start, steps, speed,
+                    "; ".join([*said, f"{start} min to start, assumed"]))
 
 
 def time_limit(minutes: float, longest: int | None) -> int:
-    """Minutes to ask for: the estimate with a margin and the warning, in steps of ten, at most what the partition allows."""
+    """Minutes to ask for: the estimate with a margin and the warning, in steps of ten, at most what
+    the partition allows.
+    """
     wanted = -(-int(minutes * MARGIN + WARNING_MINUTES) // 10) * 10
     return min(wanted, longest) if longest else wanted
 
 
-# ---- times as SLURM writes them --------------------------------------------------------------------------------------
+# ---- times as SLURM writes them ------------------------------------------------------------------
 
 NO_LIMIT = ("infinite", "unlimited", "n/a")
-DAYS = re.compile(r"([0-9]+)-([0-9]+)(?::([0-9]+))?(?::([0-9]+))?")  # days-hours, days-hours:minutes, days-hours:minutes:seconds
-NO_DAYS = re.compile(r"(?:([0-9]+):(?=[0-9]+:))?([0-9]+)(?::([0-9]+))?")  # minutes, minutes:seconds, hours:minutes:seconds
+# days-hours, days-hours:minutes, days-hours:minutes:seconds
+DAYS = re.compile(r"([0-9]+)-([0-9]+)(?::([0-9]+))?(?::([0-9]+))?")
+# minutes, minutes:seconds, hours:minutes:seconds
+NO_DAYS = re.compile(r"(?:([0-9]+):(?=[0-9]+:))?([0-9]+)(?::([0-9]+))?")
 
 
 def minutes_of(time: str) -> int | None:
-    """Minutes of a time as SLURM writes it, seconds rounded up as SLURM does; None = no limit, which is also what 0 means there.
+    """Minutes of a time as SLURM writes it, seconds rounded up as SLURM does; None = no limit,
+    which is also what 0 means there.
 
-    Behind a day stand hours, without one a single number is minutes: `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30`, `1-12:30:00`,
-    `UNLIMITED` (see sbatch(1), --time). Raises ConfigError for anything else.
+    Behind a day stand hours, without one a single number is minutes: `90`, `90:00`, `1:30:00`,
+    `1-12`, `1-12:30`, `1-12:30:00`, `UNLIMITED` (see sbatch(1), --time). Raises ConfigError for
+    anything else.
     """
     text = time.strip()
     if text.lower() in NO_LIMIT:
@@ -135,12 +159,15 @@ def minutes_of(time: str) -> int | None:
     elif found := NO_DAYS.fullmatch(text):
         days, (hours, minutes, seconds) = 0, (int(part or 0) for part in found.groups())
     else:
-        raise ConfigError(f"{time!r} is not a time as SLURM writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+        raise ConfigError(f"{time!r} is not a time as SLURM writes it: minutes, minutes:seconds, "
+                          "hours:minutes:seconds, days-hours, "
                           "days-hours:minutes, days-hours:minutes:seconds, or UNLIMITED")
     return (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60) or None
 
 
 def clock(minutes: float) -> str:
-    """Minutes as SLURM reads them, HH:MM:SS; a begun minute counts, since 00:00:00 would mean no limit."""
+    """Minutes as SLURM reads them, HH:MM:SS; a begun minute counts, since 00:00:00 would mean no
+    limit.
+    """
     whole = max(1, math.ceil(minutes))
     return f"{whole // 60:02d}:{whole % 60:02d}:00"

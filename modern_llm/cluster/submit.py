@@ -1,6 +1,7 @@
 """Stages as SLURM jobs: the lines for `sbatch`, the chain, what SLURM says of the jobs.
 
-Imports no torch: it runs on a login node. SLURM itself does the scheduling; the job files in `slurm/` do the work.
+Imports no torch: it runs on a login node. SLURM itself does the scheduling; the job files in
+`slurm/` do the work.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import ConfigError, PipelineConfig, nearest
 from modern_llm.cluster.duration import MARGIN, Estimate, clock, estimate, minutes_of, time_limit
+from modern_llm.config import ConfigError, PipelineConfig, nearest
 from modern_llm.files import CHECKOUT, write_json
 from modern_llm.messages import StageError
-from modern_llm.runs.spec import DATA, setting
 from modern_llm.runs.outcomes import DAMAGED, folders, reason, record_in
 from modern_llm.runs.pipeline import Plan, trains
 from modern_llm.runs.record import writes_to
-from modern_llm.runs.scheduler import MARK, is_queued, job_states, slurm_command, submitted, this_job
+from modern_llm.runs.scheduler import (
+    MARK, is_queued, job_states, slurm_command, submitted, this_job,
+)
+from modern_llm.runs.spec import DATA, setting
 
-ONLY_THE_NUMBER = r"sed -nE 's/^([0-9]+)(;.*)?$/\1/p' | tail -n 1"  # greetings come first, the name of a cluster behind
+# greetings come first, the name of a cluster behind
+ONLY_THE_NUMBER = r"sed -nE 's/^([0-9]+)(;.*)?$/\1/p' | tail -n 1"
 TOGETHER = ("eval", "attention", "report")  # one job, slurm/eval.slurm, when all of them are wanted
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """What a partition's nodes have: the GPU's name, how many of them, and the longest job there, in minutes."""
+    """What a partition's nodes have: the GPU's name, how many of them, and the longest job there,
+    in minutes.
+    """
 
     gpu: str
     count: int
@@ -40,24 +46,28 @@ class Nodes:
 
 
 PARTITIONS = {  # of TACC: Lonestar6 and Vista
-    "gpu-a100": Nodes("A100", 3, 2880), "gpu-a100-dev": Nodes("A100", 3, 120), "gpu-a100-small": Nodes("A100", 1, 2880),
-    "gpu-h100": Nodes("H100 PCIe", 2, 2880), "gh": Nodes("GH200", 1, 2880), "gh-dev": Nodes("GH200", 1, 120),
+    "gpu-a100": Nodes("A100", 3, 2880), "gpu-a100-dev": Nodes("A100", 3, 120),
+    "gpu-a100-small": Nodes("A100", 1, 2880), "gpu-h100": Nodes("H100 PCIe", 2, 2880),
+    "gh": Nodes("GH200", 1, 2880), "gh-dev": Nodes("GH200", 1, 120),
 }
 
 
 def partition_of(config: PipelineConfig) -> str | None:
-    """The TACC partition that a preset was sized for; None where any node of the cluster will do."""
+    """The TACC partition that a preset was sized for; None where any node of the cluster will do.
+    """
     memory = config.hardware.min_gpu_memory_gb
     if not config.hardware.needs_bf16:
         return None
     return "gpu-h100" if memory > 40 else "gpu-a100" if memory > 12 else "gpu-a100-dev"
 
 
-# ---- what SLURM says -------------------------------------------------------------------------------------------------
+# ---- what SLURM says -----------------------------------------------------------------------------
 
 
 def partitions() -> tuple[dict[str, int | None], str | None]:
-    """This cluster's partitions with the longest job in minutes (None = no limit) of each, and the default one; none without SLURM."""
+    """This cluster's partitions with the longest job in minutes (None = no limit) of each, and the
+    default one; none without SLURM.
+    """
     said = slurm_command("sinfo", "-h", "-o", MARK + "%P|%l")
     found, default = {}, None
     for name, limit in said.rows(2) if said else []:
@@ -68,32 +78,38 @@ def partitions() -> tuple[dict[str, int | None], str | None]:
     return found, default
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
+# ---- the record ----------------------------------------------------------------------------------
 
 
 def note_job(run_folder: Path, job: str, stages: list[str], command: str) -> Path:
-    """Write `jobs/<id>.json` of a run: a file per job, so that a job under way and a submission never overwrite each other."""
+    """Write `jobs/<id>.json` of a run: a file per job, so that a job under way and a submission
+    never overwrite each other.
+    """
     (run_folder / "jobs").mkdir(parents=True, exist_ok=True)
     submitted = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return write_json(run_folder / "jobs" / f"{job}.json", {"id": job, "stages": stages, "submitted": submitted, "command": command})
+    return write_json(run_folder / "jobs" / f"{job}.json",
+                      {"id": job, "stages": stages, "submitted": submitted, "command": command})
 
 
 def note_this_job(run_folder: Path, stages: list[str]) -> None:
     """Inside a job that was submitted by hand: note it too."""
     job = this_job()
     if job and not (run_folder / "jobs" / f"{job}.json").exists():
-        note_job(run_folder, job, stages, f"{os.environ.get('SLURM_JOB_NAME', '')} (sbatch by hand)")
+        note_job(run_folder, job, stages,
+                 f"{os.environ.get('SLURM_JOB_NAME', '')} (sbatch by hand)")
 
 
 def job_records(run_folder: Path) -> tuple[list[dict], list[str]]:
-    """The jobs of a run, the oldest first; and what is wrong with the records that cannot be read."""
+    """The jobs of a run, the oldest first; and what is wrong with the records that cannot be read.
+    """
     records, damaged = [], []
     for path in sorted(run_folder.glob("jobs/*.json")):
         try:
             records.append(record_in(path, id=str, stages=list, submitted=str))
         except (OSError, ValueError) as error:
             damaged.append(f"jobs/{path.name}: {reason(error)}")
-    return sorted(records, key=lambda record: (record["submitted"], [int(part) for part in re.findall(r"\d+", record["id"])])), damaged
+    return sorted(records, key=lambda record: (
+        record["submitted"], [int(part) for part in re.findall(r"\d+", record["id"])])), damaged
 
 
 def jobs_of(run_folder: Path) -> list[dict]:
@@ -102,43 +118,55 @@ def jobs_of(run_folder: Path) -> list[dict]:
 
 
 def with_jobs(rows: list[dict], root: Path, only: str | None = None) -> list[dict]:
-    """The rows of `runs_table` with a column `job`, and a row for every stage that still waits for its job, or whose job's record is damaged.
+    """The rows of `runs_table` with a column `job`, and a row for every stage that still waits for
+    its job, or whose job's record is damaged.
 
     Where no run was ever submitted the rows stay as they are.
     """
     latest, broken = {}, []
     for path in folders(root):
         records, damaged = job_records(path) if only in (None, path.name) else ([], [])
-        latest |= {(path.name, str(stage)): record["id"] for record in records for stage in record["stages"]}
-        broken += [{"run": path.name, "stage": "", "status": f"{DAMAGED}: {text}"} for text in damaged]
+        latest |= {(path.name, str(stage)): record["id"] for record in records
+                   for stage in record["stages"]}
+        broken += [{"run": path.name, "stage": "", "status": f"{DAMAGED}: {text}"}
+                   for text in damaged]
     if not latest and not broken:
         return rows
     states = job_states(sorted(set(latest.values())))
     there = {(row["run"], row["stage"]) for row in rows}
-    waiting = [{"run": run, "stage": stage, "status": "to do"} for run, stage in latest if (run, stage) not in there]
+    waiting = [{"run": run, "stage": stage, "status": "to do"}
+               for run, stage in latest if (run, stage) not in there]
     table = []
     for row in [*rows, *waiting, *broken]:
         job = latest.get((row["run"], row["stage"]), "")
-        table.append({**{name: row[name] for name in ("run", "stage", "status")}, "job": f"{job} {states.get(job, '')}".strip(),
+        table.append({**{name: row[name] for name in ("run", "stage", "status")},
+                      "job": f"{job} {states.get(job, '')}".strip(),
                       **{name: row.get(name, "") for name in ("started", "minutes", "figures")}})
     return table
 
 
-# ---- where a job begins ----------------------------------------------------------------------------------------------
+# ---- where a job begins --------------------------------------------------------------------------
 
-FOLDERS = ("MODERN_LLM_DATA", "MODERN_LLM_CACHE", "MODERN_LLM_VENV", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")  # variables that name one
-FILES = tuple(dict.fromkeys([path for paths in DATA.values() for path in paths] + ["eval.baselines", "start_from"]))  # settings that may
+# variables that name one
+FOLDERS = ("MODERN_LLM_DATA", "MODERN_LLM_CACHE", "MODERN_LLM_VENV", "HF_HOME", "HF_HUB_CACHE",
+           "HF_DATASETS_CACHE")
+# settings that may
+FILES = tuple(dict.fromkeys(
+    [path for paths in DATA.values() for path in paths] + ["eval.baselines", "start_from"]))
 
 
 def absolute_settings(config: PipelineConfig) -> dict[str, str]:
-    """The settings that name files by where this command was given, with their absolute paths as JSON: a job begins in the checkout."""
+    """The settings that name files by where this command was given, with their absolute paths as
+    JSON: a job begins in the checkout.
+    """
     found = {}
     for path in FILES:
         value = setting(config, path)
         names = [value] if isinstance(value, str) else list(value or ())
         absolute = [_absolute(path, name) for name in names]
         if absolute != names:
-            found[path] = json.dumps(absolute[0] if isinstance(value, str) else absolute, ensure_ascii=False)
+            found[path] = json.dumps(absolute[0] if isinstance(value, str) else absolute,
+                                     ensure_ascii=False)
     return found
 
 
@@ -155,7 +183,9 @@ def _absolute(path: str, name: str) -> str:
 
 
 def absolute_words(extra: Iterable[str], config: PipelineConfig) -> tuple[str, ...]:
-    """What was given with -p, naming the same files wherever it is read; `config` is what it comes to here."""
+    """What was given with -p, naming the same files wherever it is read; `config` is what it comes
+    to here.
+    """
     words = []
     for item in extra:
         name, equals, value = item.partition("=")
@@ -169,12 +199,14 @@ def absolute_words(extra: Iterable[str], config: PipelineConfig) -> tuple[str, .
     return (*words, *(f"{path}={value}" for path, value in settings.items()))
 
 
-# ---- submitting ------------------------------------------------------------------------------------------------------
+# ---- submitting ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a chain: its stages, the line for sbatch (without the dependency), the limit, and why so long."""
+    """One job of a chain: its stages, the line for sbatch (without the dependency), the limit, and
+    why so long.
+    """
 
     stages: list[str]
     words: list[str]
@@ -201,22 +233,29 @@ class Chain:
     Raises ConfigError for a partition that this cluster does not have, and for a time that is none.
     """
 
-    def __init__(self, plan: Plan, preset: str, words: list[str], account: str | None = None, partition: str | None = None,
+    def __init__(self, plan: Plan, preset: str,
+                 words: list[str], account: str | None = None, partition: str | None = None,
                  time: str | None = None, nodes: int = 1, gpus: int = 1):
         self.plan, self.preset, self.words = plan, preset, words
         config = next(iter(plan.configs.values()))
         there, default = partitions()
         self.partition = partition or partition_of(config) or default
-        names = self.partition.split(",") if self.partition and self.partition not in there else []  # a list: whichever is free first
+        # a list: whichever is free first
+        names = self.partition.split(",") if self.partition and self.partition not in there else []
         if there and (wrong := [name for name in names if name not in there]):
-            raise ConfigError(f"this cluster has no partition {wrong[0]!r}{nearest(wrong[0], there)}. Say --partition "
-                              f"NAME; sinfo knows: {', '.join(there)}")
+            raise ConfigError(
+                f"this cluster has no partition {wrong[0]!r}{nearest(wrong[0], there)}. Say "
+                f"--partition NAME; sinfo knows: {', '.join(there)}")
         known = PARTITIONS.get(self.partition)
         self.gpu = (known.gpu if known else "A100") if config.hardware.min_gpu_memory_gb else None
         limits = [limit for name in names if (limit := there.get(name))]
-        self.longest = there.get(self.partition) or (known.longest if known else min(limits, default=None))
-        self.options = [f"{name}={value}" for name, value in (("--account", account), ("--partition", self.partition)) if value]
-        self.together = [f"--nodes={nodes}", f"--ntasks-per-node={gpus}"] if nodes * gpus > 1 else []
+        self.longest = (there.get(self.partition)
+                        or (known.longest if known else min(limits, default=None)))
+        self.options = [
+            f"{name}={value}"
+            for name, value in (("--account", account), ("--partition", self.partition)) if value]
+        self.together = ([f"--nodes={nodes}", f"--ntasks-per-node={gpus}"] if nodes * gpus > 1
+                         else [])
         if time:
             minutes_of(time)  # a ConfigError now, not sbatch's refusal later
         self.time, self.ranks, self.todo = time, nodes * gpus, []
@@ -233,12 +272,16 @@ class Chain:
 
     def _job(self, stages: list[str]) -> Job:
         folder = self.plan.run_folder
-        known = {stage: estimate(self.plan.configs[stage], stage, folder / stage, self.gpu, self.ranks) for stage in stages
-                 if stage != "report"}
+        known = {
+            stage: estimate(self.plan.configs[stage], stage, folder / stage, self.gpu, self.ranks)
+            for stage in stages if stage != "report"}
         limit = time_limit(sum(each.minutes for each in known.values()), self.longest)
         file, first = ("slurm/eval.slurm", []) if len(stages) > 1 else ("slurm/stage.slurm", stages)
-        words = [f"--job-name={stages[0]}", "--output=" + str(folder).replace("%", "%%") + "/logs/%x-%j.out", f"--time={self.time or clock(limit)}", *self.options,
-                 *(self.together if trains(stages[0]) else []), file, *first, self.preset, folder.name, *(self.words if stages != ["report"] else [])]
+        words = [f"--job-name={stages[0]}",
+                 "--output=" + str(folder).replace("%", "%%") + "/logs/%x-%j.out",
+                 f"--time={self.time or clock(limit)}", *self.options,
+                 *(self.together if trains(stages[0]) else []), file, *first, self.preset,
+                 folder.name, *(self.words if stages != ["report"] else [])]
         return Job(stages, words, known, limit, self.longest)
 
     def table(self) -> list[dict]:
@@ -246,24 +289,34 @@ class Chain:
         rows = []
         for job in self.jobs:
             wanted = sum(each.minutes for each in job.estimates.values()) * MARGIN
-            more = "; longer than a job may be: it goes on after its limit" if job.longest and wanted > job.longest and not self.time else ""
+            more = ("; longer than a job may be: it goes on after its limit"
+                    if job.longest and wanted > job.longest and not self.time else "")
             for stage, each in job.estimates.items():
-                steps, speed = (f"{each.steps:,}", f"{each.tokens_per_second:,.0f}") if each.steps else ("", "")
-                time = f"{each.minutes / 60:.1f} h" if each.minutes > 90 else f"{each.minutes:.0f} min"
-                rows.append({"stage": stage, "steps": steps, "tokens/s": speed, "time": time, "limit": self.time or clock(job.limit),
-                             "estimate": each.why + more})
+                steps, speed = ((f"{each.steps:,}", f"{each.tokens_per_second:,.0f}") if each.steps
+                                else ("", ""))
+                time = (f"{each.minutes / 60:.1f} h" if each.minutes > 90
+                        else f"{each.minutes:.0f} min")
+                rows.append({"stage": stage, "steps": steps, "tokens/s": speed, "time": time,
+                             "limit": self.time or clock(job.limit), "estimate": each.why + more})
         return rows
 
     def environment(self) -> dict[str, str]:
-        """What the jobs must know to write where this run is and to read what would be read here."""
-        relative = {name: value for name in FOLDERS if (value := os.environ.get(name, "").strip()) and not Path(value).expanduser().is_absolute()}
-        return {"MODERN_LLM_RUNS": str(self.plan.run_folder.parent), **{name: str(Path(value).absolute()) for name, value in relative.items()}}
+        """What the jobs must know to write where this run is and to read what would be read here.
+        """
+        relative = {name: value for name in FOLDERS if (value := os.environ.get(name, "").strip())
+                    and not Path(value).expanduser().is_absolute()}
+        return {"MODERN_LLM_RUNS": str(self.plan.run_folder.parent),
+                **{name: str(Path(value).absolute()) for name, value in relative.items()}}
 
     def lines(self) -> list[str]:
-        """The commands as a shell in the checkout takes them; the variable JOB1 holds the number of the first job."""
-        exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment().items()]
-        return exports + [f"JOB{number}=$({_shown(job.line(f'$JOB{number - 1}' if number > 1 else None))} | {ONLY_THE_NUMBER})"
-                          for number, job in enumerate(self.jobs, 1)]
+        """The commands as a shell in the checkout takes them; the variable JOB1 holds the number of
+        the first job.
+        """
+        exports = [f"export {name}={shlex.quote(value)}"
+                   for name, value in self.environment().items()]
+        return (exports
+                + [f"JOB{number}=$({_shown(job.line(f'$JOB{number - 1}' if number > 1 else None))} "
+                   f"| {ONLY_THE_NUMBER})" for number, job in enumerate(self.jobs, 1)])
 
     def submit(self) -> list[tuple[Job, str]]:
         """Submit every job and note it in the run's folder; the jobs and their numbers.
@@ -271,35 +324,45 @@ class Chain:
         If one is refused, those before it are cancelled, and StageError gives sbatch's own words.
         """
         if not shutil.which("sbatch"):
-            raise StageError("sbatch is not here: jobs are submitted on a login node of a SLURM cluster. --dry-run shows the lines; "
-                             "`modern-llm run` with the same words runs the stages on this machine.")
+            raise StageError("sbatch is not here: jobs are submitted on a login node of a SLURM "
+                             "cluster. --dry-run shows the lines; `modern-llm run` with the same "
+                             "words runs the stages on this machine.")
         self._refuse_if_queued()
         with writes_to(self.plan.run_folder, "or choose another place with MODERN_LLM_RUNS"):
             (self.plan.run_folder / "logs").mkdir(parents=True, exist_ok=True)
         done: list[tuple[Job, str]] = []
         for job in self.jobs:
             line = job.line(done[-1][1] if done else None)
-            said = slurm_command(*line, seconds=120, cwd=CHECKOUT, env=os.environ | self.environment())
+            said = slurm_command(*line, seconds=120, cwd=CHECKOUT,
+                                 env=os.environ | self.environment())
             number = submitted(said) if said and not said.code else None
             if number is None:
-                left = [number for _, number in done if not ((gone := slurm_command("scancel", number)) and not gone.code)]
-                words = f"{said.out}\n{said.err}".strip() if said else "no answer; squeue --me shows whether it came through"
-                raise StageError(f"sbatch {'refused' if said and said.code else 'gave no job number for'} {_shown(line)}\n{words}\n"
-                                 + (f"Still in the queue: scancel {' '.join(left)}. " if left else "Nothing is left in the queue. " * bool(said))
-                                 + "Clusters differ in what they ask for: --account, --partition (sinfo lists them), --time, or lines in "
-                                   "slurm/*.slurm.")
+                left = [number for _, number in done
+                        if not ((gone := slurm_command("scancel", number)) and not gone.code)]
+                words = (f"{said.out}\n{said.err}".strip() if said
+                         else "no answer; squeue --me shows whether it came through")
+                raise StageError(
+                    f"sbatch {'refused' if said and said.code else 'gave no job number for'} "
+                    f"{_shown(line)}\n{words}\n"
+                    + (f"Still in the queue: scancel {' '.join(left)}. " if left
+                       else "Nothing is left in the queue. " * bool(said))
+                    + "Clusters differ in what they ask for: --account, --partition (sinfo lists "
+                      "them), --time, or lines in slurm/*.slurm.")
             done.append((job, number))
             with writes_to(self.plan.run_folder, f"and note that job {number} is in the queue"):
                 note_job(self.plan.run_folder, number, job.stages, _shown(line))
         return done
 
     def _refuse_if_queued(self) -> None:
-        jobs = [job for job in jobs_of(self.plan.run_folder) if set(map(str, job["stages"])) & set(self.todo)]
+        jobs = [job for job in jobs_of(self.plan.run_folder)
+                if set(map(str, job["stages"])) & set(self.todo)]
         states = job_states([job["id"] for job in jobs])
         if waiting := [job["id"] for job in jobs if is_queued(states.get(job["id"], ""))]:
-            raise StageError(f"run {self.plan.run_folder.name!r} has jobs in the queue already: {', '.join(waiting)}. Wait for them, cancel "
+            raise StageError(f"run {self.plan.run_folder.name!r} has jobs in the queue already: "
+                             f"{', '.join(waiting)}. Wait for them, cancel "
                              f"them (scancel {' '.join(waiting)}), or choose another --run")
 
 
 def _shown(line: list[str]) -> str:
-    return " ".join(word if word.startswith("--dependency=afterok:$") else shlex.quote(word) for word in line)
+    return " ".join(word if word.startswith("--dependency=afterok:$") else shlex.quote(word)
+                    for word in line)

@@ -1,4 +1,6 @@
-"""A config as plain values and back: from JSON objects or from words like `model.width=64`, each value checked, none converted silently."""
+"""A config as plain values and back: from JSON objects or from words like `model.width=64`, each
+value checked, none converted silently.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ import typing
 from modern_llm.config.schema import ConfigError, PipelineConfig, nearest, require
 
 _hints = functools.cache(typing.get_type_hints)
-PLAIN = {"True": "true", "False": "false", "None": "null"}  # Python's words, which the parameters of a notebook are written in
+# Python's words, which the parameters of a notebook are written in
+PLAIN = {"True": "true", "False": "false", "None": "null"}
 
 
 def to_dict(config: object) -> dict:
@@ -24,15 +27,20 @@ def to_dict(config: object) -> dict:
 
 
 def override(config: typing.Any, values: dict, place: str = "") -> typing.Any:
-    """A copy of a config dataclass with the (nested) `values` set; unknown keys and wrong types raise ConfigError."""
+    """A copy of a config dataclass with the (nested) `values` set; unknown keys and wrong types
+    raise ConfigError.
+    """
     hints = _hints(type(config))
     changed = {}
     for key, value in values.items():
-        where = f"{place}: {key}" if place and ":" not in place else f"{place}.{key}" if place else key
-        require(key in hints, f"{where} is not a setting of {type(config).__name__}{nearest(str(key), hints)}")
+        where = (f"{place}: {key}" if place and ":" not in place
+                 else f"{place}.{key}" if place else key)
+        require(key in hints,
+                f"{where} is not a setting of {type(config).__name__}{nearest(str(key), hints)}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
-            require(isinstance(value, dict), f"{where}={value!r} must be a JSON object of {type(current).__name__}")
+            require(isinstance(value, dict),
+                    f"{where}={value!r} must be a JSON object of {type(current).__name__}")
             changed[key] = override(current, value, where)
         else:
             changed[key] = _checked(where, value, hints[key])
@@ -40,23 +48,28 @@ def override(config: typing.Any, values: dict, place: str = "") -> typing.Any:
 
 
 def _checked(place: str, value: typing.Any, hint: typing.Any) -> typing.Any:
-    """`value` as the annotated type says, without silent conversions other than int → float and list → tuple."""
+    """`value` as the annotated type says, without silent conversions other than int → float and
+    list → tuple.
+    """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
-        return _checked(place, value, next(option for option in options if option is not type(None)))
+        return _checked(place, value,
+                        next(option for option in options if option is not type(None)))
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
         require(len(inner) == len(value), f"{place}={value!r} must have {len(inner)} entries")
         return tuple(_checked(f"{place}[{i}]", v, h) for i, (v, h) in enumerate(zip(value, inner)))
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        require(abs(value) <= sys.float_info.max, f"{place}={value!r:.40} must be a finite number")  # false of NaN, too
+        # false of NaN, too
+        require(abs(value) <= sys.float_info.max, f"{place}={value!r:.40} must be a finite number")
         return float(value)
     wanted = origin or hint
     name = {tuple: "a list"}.get(wanted, getattr(wanted, "__name__", str(wanted)))
     ok = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
-    require(wanted is not int or not ok or abs(value) < 2**63, f"{place}={value!r:.40} must lie in -2**63..2**63")
+    require(wanted is not int or not ok or abs(value) < 2**63,
+            f"{place}={value!r:.40} must lie in -2**63..2**63")
     require(ok, f"{place}={value!r} is {type(value).__name__}, should be {name}")
     return value
 
@@ -64,8 +77,8 @@ def _checked(place: str, value: typing.Any, hint: typing.Any) -> typing.Any:
 def parse_overrides(text: str) -> dict:
     """`"model.num_experts=4 data.sources=synthetic"` as the nested dict that `override` takes.
 
-    A value is read as its setting wants it: text stays text, a comma makes a list, nothing behind the sign an empty one; all else is as in
-    JSON or in a notebook (True, None, .5).
+    A value is read as its setting wants it: text stays text, a comma makes a list, nothing behind
+    the sign an empty one; all else is as in JSON or in a notebook (True, None, .5).
     """
     try:
         items = shlex.split(text)
@@ -98,36 +111,47 @@ def _hint(path: str) -> object:
 
 
 def _as_wanted(raw: str, hint: object) -> object:
-    """A word as a value for a setting of this type; what does not fit is left for `override` to refuse."""
+    """A word as a value for a setting of this type; what does not fit is left for `override` to
+    refuse.
+    """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return None if raw in ("null", "None") else _as_wanted(raw, next(option for option in options if option is not type(None)))
+        return None if raw in ("null", "None") else _as_wanted(
+            raw, next(option for option in options if option is not type(None)))
     if origin is tuple:
         return _names(raw) if options[0] is str else _numbers(raw)
     value = json_or_text(raw)
-    return raw if hint is str and not isinstance(value, str) else value  # a model may be called 2024, or true
+    # a model may be called 2024, or true
+    return raw if hint is str and not isinstance(value, str) else value
 
 
 def _names(raw: str) -> list:
-    """A JSON list or text; else one name, if something is called so; else the names between the commas."""
+    """A JSON list or text; else one name, if something is called so; else the names between the
+    commas.
+    """
     value = json_or_text(f"[{raw}]" if raw[:1] == '"' else raw)
     if isinstance(value, list):
         return value
-    return [raw] * (raw != "") if "," not in raw or os.path.lexists(os.path.expanduser(raw)) else raw.split(",")
+    return ([raw] * (raw != "") if "," not in raw or os.path.lexists(os.path.expanduser(raw))
+            else raw.split(","))
 
 
 def _numbers(raw: str) -> list:
     """A JSON list; else the values between the commas."""
     value = json_or_text(raw)
-    return value if isinstance(value, list) else [json_or_text(part) for part in raw.split(",")] if raw else []
+    return (value if isinstance(value, list)
+            else [json_or_text(part) for part in raw.split(",")] if raw else [])
 
 
 def json_or_text(raw: str) -> object:
-    """What a word says as JSON, or in Python's and people's spelling: True, None, .5, 5., +5; the word itself, if it is nothing of that."""
+    """What a word says as JSON, or in Python's and people's spelling: True, None, .5, 5., +5; the
+    word itself, if it is nothing of that.
+    """
     plain = PLAIN.get(word := raw.strip(), word)
     if found := re.fullmatch(r"([+-]?)(\d+|(?=\.\d))(?:\.(\d*))?([eE][+-]?\d+)?", word, re.ASCII):
         sign, whole, part, power = found.groups()
-        plain = sign.strip("+") + (whole.lstrip("0") or "0") + (f".{part or 0}" if part is not None else "") + (power or "")
+        plain = (sign.strip("+") + (whole.lstrip("0") or "0")
+                 + (f".{part or 0}" if part is not None else "") + (power or ""))
     try:
         return json.loads(plain)
     except (ValueError, RecursionError):

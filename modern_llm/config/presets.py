@@ -1,4 +1,5 @@
-"""The presets: a function for each that returns a complete `PipelineConfig`; further ones are JSON files of the same shape.
+"""The presets: a function for each that returns a complete `PipelineConfig`; further ones are JSON
+files of the same shape.
 
 A variant of a preset is `dataclasses.replace`. Imports no torch.
 """
@@ -11,33 +12,39 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from modern_llm.config.overrides import override
 from modern_llm.config.schema import (
     ConfigError, DPOConfig, DataConfig, EvalConfig, HardwareConfig, ModelConfig, PipelineConfig,
     SFTConfig, TrainConfig, VerifierConfig, nearest, require,
 )
-from modern_llm.config.overrides import override
 
 
 def lesson() -> PipelineConfig:
     return PipelineConfig(
         name="lesson",
-        description="0.2M parameters on the built-in world: what a stage notebook runs when opened, under 30 seconds",
-        model=ModelConfig(context_length=128, width=64, num_layers=3, num_heads=2, num_kv_heads=1, ffn_width=192),
+        description="0.2M parameters on the built-in world: what a stage notebook runs when "
+                    "opened, under 30 seconds",
+        model=ModelConfig(context_length=128, width=64, num_layers=3, num_heads=2, num_kv_heads=1,
+                          ffn_width=192),
         data=DataConfig(max_train_tokens=300_000, max_validation_tokens=10_000),
-        pretrain=TrainConfig(max_steps=120, batch_size=16, warmup_steps=5, eval_every=20, checkpoint_every=40),
-        sft=SFTConfig(max_steps=100, batch_size=8, lr=2e-3, muon_lr=1e-2, warmup_steps=5, decay_fraction=0.6, eval_every=20,
-                      checkpoint_every=50, weights=(0.7, 0.3), replay_fraction=0.2, max_train_examples=2000,
-                      max_validation_examples=40),
-        dpo=DPOConfig(max_steps=30, batch_size=8, optimizer="adamw", lr=1e-3, weight_decay=0.0, warmup_steps=3, log_every=1,
-                      eval_every=10, checkpoint_every=10, keep_checkpoints=0, sft_weight=1.0, replay_weight=1.0,
-                      replay_sources=("text", "synthetic", "synthetic-problems"), max_train_pairs=240, max_validation_pairs=60,
-                      max_new_tokens=40),
-        verifier=VerifierConfig(levels=(1, 2, 3), max_steps=20, batch_size=8, lr=2e-3, muon_lr=1e-2, warmup_steps=2, log_every=2,
-                                perturbed_fraction=0.6, lm_weight=2.0, eval_every=10, checkpoint_every=10, keep_checkpoints=0,
-                                train_problems=40, validation_problems=30, samples_per_problem=4, validation_samples=8,
-                                max_new_tokens=80, gold_problems=200, comparison_steps=20),
-        eval=EvalConfig(levels=(1, 2, 3), num_problems=30, sampled_levels=(1, 2, 3), sampled_problems=18, samples_per_problem=4,
-                        max_new_tokens=72, num_sentences=30, shots=(0, 1), draws=3, num_instructions=30, num_pairs=30,
+        pretrain=TrainConfig(max_steps=120, batch_size=16, warmup_steps=5, eval_every=20,
+                             checkpoint_every=40),
+        sft=SFTConfig(max_steps=100, batch_size=8, lr=2e-3, muon_lr=1e-2, warmup_steps=5,
+                      decay_fraction=0.6, eval_every=20, checkpoint_every=50, weights=(0.7, 0.3),
+                      replay_fraction=0.2, max_train_examples=2000, max_validation_examples=40),
+        dpo=DPOConfig(max_steps=30, batch_size=8, optimizer="adamw", lr=1e-3, weight_decay=0.0,
+                      warmup_steps=3, log_every=1, eval_every=10, checkpoint_every=10,
+                      keep_checkpoints=0, sft_weight=1.0, replay_weight=1.0,
+                      replay_sources=("text", "synthetic", "synthetic-problems"),
+                      max_train_pairs=240, max_validation_pairs=60, max_new_tokens=40),
+        verifier=VerifierConfig(
+            levels=(1, 2, 3), max_steps=20, batch_size=8, lr=2e-3, muon_lr=1e-2, warmup_steps=2,
+            log_every=2, perturbed_fraction=0.6, lm_weight=2.0, eval_every=10, checkpoint_every=10,
+            keep_checkpoints=0, train_problems=40, validation_problems=30, samples_per_problem=4,
+            validation_samples=8, max_new_tokens=80, gold_problems=200, comparison_steps=20),
+        eval=EvalConfig(levels=(1, 2, 3), num_problems=30, sampled_levels=(1, 2, 3),
+                        sampled_problems=18, samples_per_problem=4, max_new_tokens=72,
+                        num_sentences=30, shots=(0, 1), draws=3, num_instructions=30, num_pairs=30,
                         max_perplexity_tokens=10_000, protocol_tokens=5000, overlap_documents=2000),
     )
 
@@ -47,18 +54,23 @@ def local_smoke() -> PipelineConfig:
         name="local-smoke",
         description="about 1M parameters on the built-in world: minutes on 2 CPU cores, no network",
         data=DataConfig(max_train_tokens=2_000_000, max_validation_tokens=40_000),
-        pretrain=TrainConfig(max_steps=300, batch_size=16, lr=4e-3, muon_lr=3e-2, eval_every=60, checkpoint_every=60),
-        sft=SFTConfig(weights=(0.6, 0.4), replay_fraction=0.15, max_steps=220, batch_size=16, warmup_steps=10, decay_fraction=0.6,
-                      eval_every=100, checkpoint_every=50, keep_checkpoints=0, max_train_examples=8000,
-                      max_validation_examples=120),
-        dpo=DPOConfig(max_steps=100, batch_size=8, optimizer="adamw", lr=4e-4, weight_decay=0.0, warmup_steps=10, log_every=1,
-                      eval_every=50, checkpoint_every=25, keep_checkpoints=0, sft_weight=6.0, replay_weight=4.0,
-                      replay_sources=("text", "synthetic", "synthetic-problems"), max_train_pairs=800, max_new_tokens=40),
-        verifier=VerifierConfig(levels=(2, 3, 4), max_steps=120, batch_size=16, warmup_steps=10, decay_fraction=0.6, eval_every=60,
-                                checkpoint_every=40, keep_checkpoints=0, train_problems=120, validation_problems=120,
-                                samples_per_problem=8, temperature=0.7, max_new_tokens=112, perturbed_fraction=0.2,
-                                gold_problems=4000, gold_fraction=0.75, lm_weight=20.0),
-        eval=EvalConfig(batch_rows=512, temperature=0.7, num_sentences=120, shots=(0, 4), draws=3, max_perplexity_tokens=40_000),
+        pretrain=TrainConfig(max_steps=300, batch_size=16, lr=4e-3, muon_lr=3e-2, eval_every=60,
+                             checkpoint_every=60),
+        sft=SFTConfig(weights=(0.6, 0.4), replay_fraction=0.15, max_steps=220, batch_size=16,
+                      warmup_steps=10, decay_fraction=0.6, eval_every=100, checkpoint_every=50,
+                      keep_checkpoints=0, max_train_examples=8000, max_validation_examples=120),
+        dpo=DPOConfig(max_steps=100, batch_size=8, optimizer="adamw", lr=4e-4, weight_decay=0.0,
+                      warmup_steps=10, log_every=1, eval_every=50, checkpoint_every=25,
+                      keep_checkpoints=0, sft_weight=6.0, replay_weight=4.0,
+                      replay_sources=("text", "synthetic", "synthetic-problems"),
+                      max_train_pairs=800, max_new_tokens=40),
+        verifier=VerifierConfig(
+            levels=(2, 3, 4), max_steps=120, batch_size=16, warmup_steps=10, decay_fraction=0.6,
+            eval_every=60, checkpoint_every=40, keep_checkpoints=0, train_problems=120,
+            validation_problems=120, samples_per_problem=8, temperature=0.7, max_new_tokens=112,
+            perturbed_fraction=0.2, gold_problems=4000, gold_fraction=0.75, lm_weight=20.0),
+        eval=EvalConfig(batch_rows=512, temperature=0.7, num_sentences=120,
+                        shots=(0, 4), draws=3, max_perplexity_tokens=40_000),
     )
 
 
@@ -68,16 +80,21 @@ def local_cpu() -> PipelineConfig:
         description="6M parameters on WikiText-2 and TinyStories on 2 CPU cores",
         model=ModelConfig(vocab_size=4096, width=256, num_layers=6, num_kv_heads=2, ffn_width=768),
         data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"), tokenizer_vocab_size=4096),
-        pretrain=TrainConfig(max_steps=2000, max_minutes=45, batch_size=16, eval_every=100, checkpoint_every=200),
-        sft=SFTConfig(sources=("alpaca", "gsm8k", "sst2"), weights=(0.5, 0.3, 0.2), max_steps=600, max_minutes=15, batch_size=16,
+        pretrain=TrainConfig(max_steps=2000, max_minutes=45, batch_size=16, eval_every=100,
+                             checkpoint_every=200),
+        sft=SFTConfig(sources=("alpaca", "gsm8k", "sst2"),
+                      weights=(0.5, 0.3, 0.2), max_steps=600, max_minutes=15, batch_size=16,
                       lr=2e-3, muon_lr=1e-2, checkpoint_every=200, max_validation_examples=100),
-        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=150, max_minutes=8, batch_size=8, optimizer="adamw", lr=5e-5, weight_decay=0.0,
-                      sft_weight=0.1, log_every=5, eval_every=50, checkpoint_every=50, keep_checkpoints=0, max_train_pairs=1200,
+        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=150, max_minutes=8, batch_size=8,
+                      optimizer="adamw", lr=5e-5, weight_decay=0.0, sft_weight=0.1, log_every=5,
+                      eval_every=50, checkpoint_every=50, keep_checkpoints=0, max_train_pairs=1200,
                       max_validation_pairs=100),
-        verifier=VerifierConfig(problems="gsm8k", max_steps=200, max_minutes=6, batch_size=8, lr=1e-3, muon_lr=5e-3, train_problems=80,
-                                validation_problems=40, samples_per_problem=4, validation_samples=8, keep_checkpoints=0),
-        eval=EvalConfig(problems="gsm8k", num_problems=100, sampled_problems=24, samples_per_problem=8, sentiment="sst2",
-                        num_sentences=100, shots=(0, 4), num_instructions=100, num_pairs=100, max_perplexity_tokens=30_000,
+        verifier=VerifierConfig(problems="gsm8k", max_steps=200, max_minutes=6, batch_size=8,
+                                lr=1e-3, muon_lr=5e-3, train_problems=80, validation_problems=40,
+                                samples_per_problem=4, validation_samples=8, keep_checkpoints=0),
+        eval=EvalConfig(problems="gsm8k", num_problems=100, sampled_problems=24,
+                        samples_per_problem=8, sentiment="sst2", num_sentences=100, shots=(0, 4),
+                        num_instructions=100, num_pairs=100, max_perplexity_tokens=30_000,
                         protocol_sources=("wikitext-2-raw-v1", "tinystories")),
     )
 
@@ -85,51 +102,65 @@ def local_cpu() -> PipelineConfig:
 def local() -> PipelineConfig:
     return PipelineConfig(
         name="local",
-        description="114M parameters on WikiText-2 and TinyStories, about 50M tokens, on one 12 GB GPU",
-        model=ModelConfig(vocab_size=50_304, context_length=1024, width=768, num_layers=12, num_heads=12,
-                          num_kv_heads=4, ffn_width=2048),
-        data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"), tokenizer="gpt2", max_train_tokens=50_000_000),
-        pretrain=TrainConfig(max_steps=1600, batch_size=32, micro_batch_size=4, warmup_steps=50, compile=True,
-                             gradient_checkpointing=True),
-        sft=SFTConfig(sources=("alpaca", "oasst1", "gsm8k", "sst2"), weights=(0.5, 0.1, 0.2, 0.2), max_train_examples=60_000,
-                      max_steps=600, batch_size=32, micro_batch_size=4, lr=1e-3, muon_lr=5e-3, compile=True,
-                      gradient_checkpointing=True),
-        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=600, batch_size=32, micro_batch_size=2, optimizer="adamw", lr=2e-6,
-                      weight_decay=0.0, eval_every=100, max_train_pairs=20_000, max_new_tokens=256),
-        eval=EvalConfig(problems="gsm8k", num_problems=200, problem_shots=4, sampled_problems=50, max_new_tokens=256, batch_rows=64,
-                        sentiment="sst2", num_sentences=872, shots=(0, 1, 4, 8), num_pairs=500, max_perplexity_tokens=300_000,
-                        protocol_sources=("wikitext-2-raw-v1", "tinystories"), protocol_tokens=400_000, overlap_documents=2_000_000),
+        description="114M parameters on WikiText-2 and TinyStories, about 50M tokens, on one "
+                    "12 GB GPU",
+        model=ModelConfig(vocab_size=50_304, context_length=1024, width=768, num_layers=12,
+                          num_heads=12, num_kv_heads=4, ffn_width=2048),
+        data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"), tokenizer="gpt2",
+                        max_train_tokens=50_000_000),
+        pretrain=TrainConfig(max_steps=1600, batch_size=32, micro_batch_size=4, warmup_steps=50,
+                             compile=True, gradient_checkpointing=True),
+        sft=SFTConfig(sources=("alpaca", "oasst1", "gsm8k", "sst2"), weights=(0.5, 0.1, 0.2, 0.2),
+                      max_train_examples=60_000, max_steps=600, batch_size=32, micro_batch_size=4,
+                      lr=1e-3, muon_lr=5e-3, compile=True, gradient_checkpointing=True),
+        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=600, batch_size=32, micro_batch_size=2,
+                      optimizer="adamw", lr=2e-6, weight_decay=0.0, eval_every=100,
+                      max_train_pairs=20_000, max_new_tokens=256),
+        eval=EvalConfig(problems="gsm8k", num_problems=200, problem_shots=4, sampled_problems=50,
+                        max_new_tokens=256, batch_rows=64, sentiment="sst2", num_sentences=872,
+                        shots=(0, 1, 4, 8), num_pairs=500, max_perplexity_tokens=300_000,
+                        protocol_sources=("wikitext-2-raw-v1", "tinystories"),
+                        protocol_tokens=400_000, overlap_documents=2_000_000),
         hardware=HardwareConfig(min_gpu_memory_gb=11),
-        verifier=VerifierConfig(problems="gsm8k", max_steps=600, batch_size=32, micro_batch_size=4, lr=3e-4, muon_lr=2e-3, compile=True,
-                                gradient_checkpointing=True, train_problems=1500, validation_problems=300, max_new_tokens=256),
+        verifier=VerifierConfig(problems="gsm8k", max_steps=600, batch_size=32, micro_batch_size=4,
+                                lr=3e-4, muon_lr=2e-3, compile=True, gradient_checkpointing=True,
+                                train_problems=1500, validation_problems=300, max_new_tokens=256),
     )
 
 
 def tacc_h100() -> PipelineConfig:
     return PipelineConfig(
         name="tacc-h100",
-        description="253M parameters, 5.2B tokens of WikiText-103 and TinyStories: the published run, one 80 GB H100",
-        model=ModelConfig(vocab_size=50_304, context_length=1024, width=1024, num_layers=12, num_heads=16,
-                          num_kv_heads=16, ffn_width=4096),
+        description="253M parameters, 5.2B tokens of WikiText-103 and TinyStories: the published "
+                    "run, one 80 GB H100",
+        model=ModelConfig(vocab_size=50_304, context_length=1024, width=1024, num_layers=12,
+                          num_heads=16, num_kv_heads=16, ffn_width=4096),
         data=DataConfig(sources=("wikitext-103-raw-v1", "tinystories"), tokenizer="gpt2",
                         max_validation_tokens=300_000),
-        pretrain=TrainConfig(max_steps=40_000, batch_size=128, micro_batch_size=32, warmup_steps=200, compile=True,
-                             log_every=20, eval_every=500, checkpoint_every=1000),
-        sft=SFTConfig(sources=("alpaca", "oasst1", "gsm8k", "sst2"), weights=(0.5, 0.1, 0.2, 0.2), max_train_examples=60_000,
-                      max_steps=5000, batch_size=64, micro_batch_size=32, lr=3e-4, muon_lr=2e-3, warmup_steps=100, compile=True,
-                      log_every=20, eval_every=250, checkpoint_every=1000),
-        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=3000, batch_size=64, micro_batch_size=8, optimizer="adamw", lr=1e-6,
-                      weight_decay=0.0, warmup_steps=100, eval_every=250, checkpoint_every=500, max_train_pairs=170_000,
+        pretrain=TrainConfig(max_steps=40_000, batch_size=128, micro_batch_size=32,
+                             warmup_steps=200, compile=True, log_every=20, eval_every=500,
+                             checkpoint_every=1000),
+        sft=SFTConfig(sources=("alpaca", "oasst1", "gsm8k", "sst2"),
+                      weights=(0.5, 0.1, 0.2, 0.2), max_train_examples=60_000, max_steps=5000,
+                      batch_size=64, micro_batch_size=32, lr=3e-4, muon_lr=2e-3, warmup_steps=100,
+                      compile=True, log_every=20, eval_every=250, checkpoint_every=1000),
+        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=3000, batch_size=64, micro_batch_size=8,
+                      optimizer="adamw", lr=1e-6, weight_decay=0.0, warmup_steps=100,
+                      eval_every=250, checkpoint_every=500, max_train_pairs=170_000,
                       max_validation_pairs=500, max_new_tokens=256),
-        eval=EvalConfig(problems="gsm8k", num_problems=1319, problem_shots=4, sampled_problems=500, samples_per_problem=32,
-                        max_new_tokens=256, sentiment="sst2", num_sentences=872, shots=(0, 1, 4, 8), num_pairs=1000,
-                        max_perplexity_tokens=300_000, protocol_sources=("wikitext-2-raw-v1", "tinystories"), protocol_tokens=400_000,
-                        overlap_documents=10_000_000, baselines=("gpt2", "distilgpt2", "HuggingFaceTB/SmolLM2-135M")),
+        eval=EvalConfig(problems="gsm8k", num_problems=1319, problem_shots=4, sampled_problems=500,
+                        samples_per_problem=32, max_new_tokens=256, sentiment="sst2",
+                        num_sentences=872, shots=(0, 1, 4, 8), num_pairs=1000,
+                        max_perplexity_tokens=300_000,
+                        protocol_sources=("wikitext-2-raw-v1", "tinystories"),
+                        protocol_tokens=400_000, overlap_documents=10_000_000,
+                        baselines=("gpt2", "distilgpt2", "HuggingFaceTB/SmolLM2-135M")),
         hardware=HardwareConfig(min_gpu_memory_gb=70, needs_bf16=True),
-        verifier=VerifierConfig(problems="gsm8k", max_steps=3000, batch_size=64, micro_batch_size=16, lr=1e-4, muon_lr=1e-3,
-                                warmup_steps=100, compile=True, log_every=20, eval_every=500, checkpoint_every=500,
-                                train_problems=7000, validation_problems=400, samples_per_problem=32, validation_samples=32,
-                                max_new_tokens=256, head_dropout=0.2),
+        verifier=VerifierConfig(
+            problems="gsm8k", max_steps=3000, batch_size=64, micro_batch_size=16, lr=1e-4,
+            muon_lr=1e-3, warmup_steps=100, compile=True, log_every=20, eval_every=500,
+            checkpoint_every=500, train_problems=7000, validation_problems=400,
+            samples_per_problem=32, validation_samples=32, max_new_tokens=256, head_dropout=0.2),
     )
 
 
@@ -152,23 +183,28 @@ def tacc_smoke() -> PipelineConfig:
     return replace(
         base,
         name="tacc-smoke",
-        description="every code path of tacc-h100 (bf16, compile, accumulation, resume) on a tiny model, in minutes",
-        model=replace(base.model, context_length=256, width=128, num_layers=2, num_heads=4, num_kv_heads=2,
-                      ffn_width=384),
-        data=replace(base.data, sources=("wikitext-2-raw-v1", "tinystories"), max_train_tokens=500_000,
-                     max_validation_tokens=20_000),
-        pretrain=replace(base.pretrain, max_steps=40, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5,
-                         eval_every=20, checkpoint_every=20),
-        sft=replace(base.sft, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
-                    checkpoint_every=10, max_train_examples=500, max_validation_examples=16),
-        dpo=replace(base.dpo, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
-                    checkpoint_every=10, max_train_pairs=320, max_validation_pairs=16, max_new_tokens=64),
-        eval=replace(base.eval, num_problems=16, problem_shots=1, sampled_problems=4, samples_per_problem=4, max_new_tokens=64,
-                     num_sentences=32, shots=(0, 4), draws=2, num_pairs=32, max_perplexity_tokens=20_000, protocol_tokens=5000,
-                     overlap_documents=2000, baselines=()),
+        description="every code path of tacc-h100 (bf16, compile, accumulation, resume) on a tiny "
+                    "model, in minutes",
+        model=replace(base.model, context_length=256, width=128, num_layers=2, num_heads=4,
+                      num_kv_heads=2, ffn_width=384),
+        data=replace(base.data, sources=("wikitext-2-raw-v1", "tinystories"),
+                     max_train_tokens=500_000, max_validation_tokens=20_000),
+        pretrain=replace(base.pretrain, max_steps=40, batch_size=16, micro_batch_size=8,
+                         warmup_steps=5, log_every=5, eval_every=20, checkpoint_every=20),
+        sft=replace(base.sft, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5,
+                    log_every=5, eval_every=10, checkpoint_every=10, max_train_examples=500,
+                    max_validation_examples=16),
+        dpo=replace(base.dpo, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5,
+                    log_every=5, eval_every=10, checkpoint_every=10, max_train_pairs=320,
+                    max_validation_pairs=16, max_new_tokens=64),
+        eval=replace(base.eval, num_problems=16, problem_shots=1,
+                     sampled_problems=4, samples_per_problem=4, max_new_tokens=64, num_sentences=32,
+                     shots=(0, 4), draws=2, num_pairs=32, max_perplexity_tokens=20_000,
+                     protocol_tokens=5000, overlap_documents=2000, baselines=()),
         hardware=HardwareConfig(min_gpu_memory_gb=8, needs_bf16=True),
-        verifier=replace(base.verifier, max_steps=20, batch_size=16, micro_batch_size=8, warmup_steps=5, log_every=5, eval_every=10,
-                         checkpoint_every=10, train_problems=20, validation_problems=10, samples_per_problem=4,
+        verifier=replace(base.verifier, max_steps=20, batch_size=16, micro_batch_size=8,
+                         warmup_steps=5, log_every=5, eval_every=10, checkpoint_every=10,
+                         train_problems=20, validation_problems=10, samples_per_problem=4,
                          validation_samples=4, max_new_tokens=64),
     )
 
@@ -180,8 +216,8 @@ def gpu_full() -> PipelineConfig:
         name="gpu-full",
         description="the model of tacc-h100 with the original AdamW recipe, kept for comparison",
         model=replace(base.model, use_qk_norm=False, zero_init_outputs=False),
-        pretrain=replace(base.pretrain, optimizer="adamw", lr=3e-4, schedule="cosine", warmup_steps=2000,
-                         final_lr_fraction=0.1),
+        pretrain=replace(base.pretrain, optimizer="adamw", lr=3e-4, schedule="cosine",
+                         warmup_steps=2000, final_lr_fraction=0.1),
         sft=replace(base.sft, optimizer="adamw", lr=1e-4, schedule="cosine"),
     )
 
@@ -192,7 +228,8 @@ def h100_speedrun() -> PipelineConfig:
         base,
         name="h100-speedrun",
         description="the best 253M model one H100 or H200 makes in 60 minutes",
-        pretrain=replace(base.pretrain, max_minutes=60, max_steps=6000, warmup_steps=100, ema_decay=0.998),
+        pretrain=replace(base.pretrain, max_minutes=60, max_steps=6000, warmup_steps=100,
+                         ema_decay=0.998),
         sft=replace(base.sft, max_steps=600, max_minutes=6),
         dpo=replace(base.dpo, max_steps=300, max_minutes=4, max_train_pairs=20_000),
     )
@@ -201,24 +238,31 @@ def h100_speedrun() -> PipelineConfig:
 def smollm2_135m() -> PipelineConfig:
     return PipelineConfig(
         name="smollm2-135m",
-        description="SmolLM2-135M-Instruct, tuned further on the built-in world instead of pretraining; a CPU will do",
-        model=ModelConfig(vocab_size=49_152, context_length=512, width=576, num_layers=30, num_heads=9, num_kv_heads=3, ffn_width=1536,
-                          rope_theta=100_000.0, use_qk_norm=False),
+        description="SmolLM2-135M-Instruct, tuned further on the built-in world instead of "
+                    "pretraining; a CPU will do",
+        model=ModelConfig(vocab_size=49_152, context_length=512, width=576, num_layers=30,
+                          num_heads=9, num_kv_heads=3, ffn_width=1536, rope_theta=100_000.0,
+                          use_qk_norm=False),
         data=DataConfig(max_train_tokens=500_000, max_validation_tokens=10_000),
         pretrain=TrainConfig(batch_size=8, micro_batch_size=1, loss_chunk_tokens=512),  # left out
-        sft=SFTConfig(max_steps=100, batch_size=8, micro_batch_size=1, optimizer="adamw", lr=5e-5, weight_decay=0.0, warmup_steps=5,
-                      loss_chunk_tokens=512, log_every=1, eval_every=50, checkpoint_every=25, keep_checkpoints=0,
+        sft=SFTConfig(max_steps=100, batch_size=8, micro_batch_size=1, optimizer="adamw", lr=5e-5,
+                      weight_decay=0.0, warmup_steps=5, loss_chunk_tokens=512,
+                      log_every=1, eval_every=50, checkpoint_every=25, keep_checkpoints=0,
                       max_train_examples=2000, max_validation_examples=20),
-        dpo=DPOConfig(max_steps=50, batch_size=8, micro_batch_size=1, optimizer="adamw", lr=5e-6, weight_decay=0.0, warmup_steps=5,
-                      loss_chunk_tokens=512, log_every=1, eval_every=25, checkpoint_every=25, keep_checkpoints=0, sft_weight=1.0,
+        dpo=DPOConfig(max_steps=50, batch_size=8, micro_batch_size=1, optimizer="adamw", lr=5e-6,
+                      weight_decay=0.0, warmup_steps=5, loss_chunk_tokens=512, log_every=1,
+                      eval_every=25, checkpoint_every=25, keep_checkpoints=0, sft_weight=1.0,
                       max_train_pairs=200, max_validation_pairs=20, max_new_tokens=40),
-        verifier=VerifierConfig(levels=(1, 2, 3), max_steps=30, batch_size=8, micro_batch_size=1, optimizer="adamw", lr=2e-5,
-                                weight_decay=0.0, warmup_steps=3, loss_chunk_tokens=512, log_every=1, eval_every=15, checkpoint_every=15,
-                                keep_checkpoints=0, train_problems=20, validation_problems=20, samples_per_problem=4,
-                                validation_samples=8, max_new_tokens=96, gold_problems=200),
-        eval=EvalConfig(num_problems=40, sampled_problems=12, samples_per_problem=4, max_new_tokens=96, batch_rows=32, num_sentences=40,
-                        shots=(0, 4), draws=2, num_instructions=40, num_pairs=20, max_perplexity_tokens=10_000, protocol_tokens=3000,
-                        overlap_documents=2000),
+        verifier=VerifierConfig(levels=(1, 2, 3), max_steps=30, batch_size=8, micro_batch_size=1,
+                                optimizer="adamw", lr=2e-5, weight_decay=0.0, warmup_steps=3,
+                                loss_chunk_tokens=512, log_every=1, eval_every=15,
+                                checkpoint_every=15, keep_checkpoints=0, train_problems=20,
+                                validation_problems=20, samples_per_problem=4, validation_samples=8,
+                                max_new_tokens=96, gold_problems=200),
+        eval=EvalConfig(num_problems=40, sampled_problems=12, samples_per_problem=4,
+                        max_new_tokens=96, batch_rows=32, num_sentences=40,
+                        shots=(0, 4), draws=2, num_instructions=40, num_pairs=20,
+                        max_perplexity_tokens=10_000, protocol_tokens=3000, overlap_documents=2000),
         start_from="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 
@@ -241,15 +285,18 @@ ALIASES = {"local-rtx3060": "local", "tacc": "tacc-h100"}
 def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
     """The preset of that name (or alias), or the one a JSON file describes.
 
-    A JSON file has the shape of `to_dict`; keys left out keep the default, or the value of the preset that its
-    key `base` names; its own name, unless it says one, is the file's. Raises ConfigError naming the nearest valid name or key.
+    A JSON file has the shape of `to_dict`; keys left out keep the default, or the value of the
+    preset that its key `base` names; its own name, unless it says one, is the file's. Raises
+    ConfigError naming the nearest valid name or key.
     """
     name = ALIASES.get(name_or_path, name_or_path)
     if name in PRESETS:
         return PRESETS[name]()
     path = Path(os.path.expanduser(name_or_path))
-    if path.suffix != ".json" and not os.path.isfile(path):  # false, too, of what is no possible name
-        raise ConfigError(f"unknown preset {name_or_path!r}{nearest(name_or_path, [*PRESETS, *ALIASES])}")
+    # false, too, of what is no possible name
+    if path.suffix != ".json" and not os.path.isfile(path):
+        raise ConfigError(
+            f"unknown preset {name_or_path!r}{nearest(name_or_path, [*PRESETS, *ALIASES])}")
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
     except OSError as error:
@@ -260,7 +307,8 @@ def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
     base = values.pop("base", None)
     require(base is None or isinstance(base, str) and ALIASES.get(base, base) in PRESETS,
             f"{path}: base={base!r} is not a preset{nearest(str(base), PRESETS)}")
-    start = replace(get_pipeline_preset(base) if base else PipelineConfig(), name=path.stem)  # not the base's: its run is another one
+    # not the base's: its run is another one
+    start = replace(get_pipeline_preset(base) if base else PipelineConfig(), name=path.stem)
     return override(start, values, place=str(path))
 
 

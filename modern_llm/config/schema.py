@@ -1,8 +1,8 @@
 """Every knob of the laboratory on one page: what it is called, its unit, its default.
 
-A variant of a config is `dataclasses.replace`; complete ones, the presets, are in `presets`. This module is a leaf: it
-imports neither torch nor anything of the package, so that a login node can plan a run; only who asks it for
-`get_pipeline_preset` gets that from `presets`.
+A variant of a config is `dataclasses.replace`; complete ones, the presets, are in `presets`. This
+module is a leaf: it imports neither torch nor anything of the package, so that a login node can
+plan a run; only who asks it for `get_pipeline_preset` gets that from `presets`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PREFERENCE_LOSSES = ("sigmoid", "ipo")
 BUILT_IN = ("synthetic", "synthetic-problems")  # sources written by a program
 REPLAY_SOURCES = ("text", "synthetic", "synthetic-problems", "gsm8k")
-SFT_SOURCES = {"synthetic": "", "synthetic-problems": "", "alpaca": "instruction, input and output", "oasst1": "", "gsm8k": "", "sst2": ""}
-PAIR_SOURCES = {"synthetic": "", "hh-rlhf": "chosen and rejected"}  # names, and the fields of the one to put rows of one's own into
+SFT_SOURCES = {"synthetic": "", "synthetic-problems": "", "alpaca": "instruction, input and output",
+               "oasst1": "", "gsm8k": "", "sst2": ""}
+# names, and the fields of the one to put rows of one's own into
+PAIR_SOURCES = {"synthetic": "", "hh-rlhf": "chosen and rejected"}
 VERIFIER_KINDS = ("generator", "encoder")
 STRATEGIES = ("ddp", "fsdp")
 
@@ -43,10 +45,13 @@ def require(claim: bool, message: str) -> None:
 
 
 def device_parts(place: str, name: str) -> tuple[str, int | None]:
-    """What a device is called, taken apart: kind and number, None where it has none. ConfigError if it is not a name of a device."""
+    """What a device is called, taken apart: kind and number, None where it has none. ConfigError if
+    it is not a name of a device.
+    """
     found = re.fullmatch(r"(auto|cpu|mps|cuda)|(cpu|mps):(0)|(cuda):(0|[1-9][0-9]{0,3})", name)
-    require(found is not None, f"{place}={name!r} is unknown: say auto (the best there is), cpu, mps (Apple silicon), cuda "
-                               "(an NVIDIA or AMD GPU), or cuda:1 for the second of several GPUs")
+    require(found is not None,
+            f"{place}={name!r} is unknown: say auto (the best there is), cpu, mps (Apple silicon), "
+            "cuda (an NVIDIA or AMD GPU), or cuda:1 for the second of several GPUs")
     kind, *number = filter(None, found.groups())
     return kind, int(number[0]) if number else None
 
@@ -57,11 +62,13 @@ def _divisors(number: int, times: int = 1) -> list[int]:
 
 
 def _sources(section: str, names: tuple[str, ...], valid: dict[str, str] | None = None) -> None:
-    require(len(names) > 0, f"{section}.sources is empty; name at least one, for example 'synthetic'")
+    require(len(names) > 0,
+            f"{section}.sources is empty; name at least one, for example 'synthetic'")
     require(len(set(names)) == len(names), f"{section}.sources={list(names)} names a source twice")
     for name in names if valid else ():
         own, fields = next((own, fields) for own, fields in valid.items() if fields)
-        require(name in valid, f"{section}.sources={name!r} is unknown{nearest(name, valid)}; rows of your own, with {fields}, are read from "
+        require(name in valid, f"{section}.sources={name!r} is unknown{nearest(name, valid)}; rows "
+                               f"of your own, with {fields}, are read from "
                                f"$MODERN_LLM_DATA/{own}/train.jsonl by the name {own!r}")
 
 
@@ -79,7 +86,8 @@ def _positive(place: str, config: object, *names: str) -> None:
 class ModelConfig:
     """The architecture. Read by chapters 00–02."""
 
-    vocab_size: int = 512  # rows of the embedding; at least the tokenizer's size, padded to a round number
+    # rows of the embedding; at least the tokenizer's size, padded to a round number
+    vocab_size: int = 512
     context_length: int = 256  # tokens the model is trained on at once
     width: int = 128  # size c of the residual stream
     num_layers: int = 4
@@ -88,12 +96,15 @@ class ModelConfig:
     head_dim: int | None = None  # channels of a head, where they are not width / num_heads
     ffn_width: int = 384  # hidden size of SwiGLU
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    rope_factor: float = 1.0  # over 1: the slow wavelengths are so many times longer, for contexts beyond rope_trained_context
+    # over 1: the slow wavelengths are so many times longer, for contexts beyond
+    # rope_trained_context
+    rope_factor: float = 1.0
     rope_trained_context: int = 8192  # tokens
     norm_eps: float = 1e-5
     use_qk_norm: bool = True  # RMSNorm on queries and keys before the rotation
     use_attention_sinks: bool = False  # one learned logit per head that takes softmax mass
-    sliding_window: int | None = None  # keys visible to a query, itself included; None = all before it
+    # keys visible to a query, itself included; None = all before it
+    sliding_window: int | None = None
     num_experts: int = 0  # 0 = dense SwiGLU, else a mixture of experts in every layer
     experts_per_token: int = 2
     balance_loss_weight: float = 0.01  # load-balancing loss of the router
@@ -104,22 +115,28 @@ class ModelConfig:
     zero_init_outputs: bool = True
 
     def __post_init__(self) -> None:
-        _positive("model", self, "vocab_size", "context_length", "width", "num_layers", "num_heads", "num_kv_heads",
-                  "ffn_width", "rope_theta", "rope_trained_context", "norm_eps", "init_std")
-        require(self.head_dim is None or self.head_dim > 0, f"model.head_dim={self.head_dim} must be at least 2, or null for width/num_heads")
+        _positive("model", self, "vocab_size", "context_length", "width", "num_layers", "num_heads",
+                  "num_kv_heads", "ffn_width", "rope_theta", "rope_trained_context", "norm_eps",
+                  "init_std")
+        require(self.head_dim is None or self.head_dim > 0,
+                f"model.head_dim={self.head_dim} must be at least 2, or null for width/num_heads")
         require(self.head_dim is not None or self.width % self.num_heads == 0,
                 f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
                 f"use one of {_divisors(self.width, 2)[-8:]}")
-        require(1 <= self.rope_factor < math.inf, f"model.rope_factor={self.rope_factor} must be at least 1, which changes nothing")
+        require(1 <= self.rope_factor < math.inf,
+                f"model.rope_factor={self.rope_factor} must be at least 1, which changes nothing")
         require(self.head_width % 2 == 0,
-                f"model.{'head_dim' if self.head_dim else 'width/num_heads'}={self.head_width} is odd; rotary embedding turns pairs of channels")
+                f"model.{'head_dim' if self.head_dim else 'width/num_heads'}={self.head_width} is "
+                "odd; rotary embedding turns pairs of channels")
         require(self.num_heads % self.num_kv_heads == 0,
-                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}; "
-                f"use one of {_divisors(self.num_heads)}")
+                f"model.num_kv_heads={self.num_kv_heads} does not divide "
+                f"model.num_heads={self.num_heads}; use one of {_divisors(self.num_heads)}")
         require(self.num_experts == 0 or 1 <= self.experts_per_token <= self.num_experts,
-                f"model.experts_per_token={self.experts_per_token} must lie in 1..num_experts={self.num_experts}")
+                f"model.experts_per_token={self.experts_per_token} must lie in "
+                f"1..num_experts={self.num_experts}")
         require(self.sliding_window is None or self.sliding_window > 0,
-                f"model.sliding_window={self.sliding_window} must be at least 1, or null for full attention")
+                f"model.sliding_window={self.sliding_window} must be at least 1, or null for full "
+                "attention")
         require(0 <= self.dropout < 1, f"model.dropout={self.dropout} must lie in [0, 1)")
 
     @property
@@ -144,9 +161,11 @@ class DataConfig:
         _sources("data", self.sources)
         _one_of("data.tokenizer", self.tokenizer, ("bpe", "gpt2"))
         require(self.tokenizer_vocab_size >= 300,
-                f"data.tokenizer_vocab_size={self.tokenizer_vocab_size} is under 300: 256 bytes and the special tokens")
+                f"data.tokenizer_vocab_size={self.tokenizer_vocab_size} is under 300: 256 bytes "
+                "and the special tokens")
         require(self.max_train_tokens is None or self.max_train_tokens > 0,
-                f"data.max_train_tokens={self.max_train_tokens} must be greater than 0, or null for everything")
+                f"data.max_train_tokens={self.max_train_tokens} must be greater than 0, or null "
+                "for everything")
         _positive("data", self, "max_validation_tokens")
 
 
@@ -158,7 +177,8 @@ class TrainConfig:
     max_minutes: float | None = None  # stop (and finish the decay) by this wall-clock time
     batch_size: int = 32  # sequences per optimizer step, over all devices
     micro_batch_size: int | None = None  # sequences per forward pass; None = batch_size
-    optimizer: str = "muon"  # "muon" = Muon on block matrices, AdamW on the rest; "adamw" = AdamW on all
+    # "muon" = Muon on block matrices, AdamW on the rest; "adamw" = AdamW on all
+    optimizer: str = "muon"
     lr: float = 3e-3  # peak of AdamW
     muon_lr: float = 2e-2  # peak of Muon
     weight_decay: float = 0.1  # decoupled; matrices only
@@ -168,35 +188,45 @@ class TrainConfig:
     decay_fraction: float = 0.5  # share of the run that decays ("wsd")
     final_lr_fraction: float = 0.0  # of the peak, at the end
     grad_clip: float = 1.0  # global norm; 0 = off
-    precision: str = "auto"  # "auto" = bf16 where the device has it, else fp16 on other GPUs, fp32 on CPUs
+    # "auto" = bf16 where the device has it, else fp16 on other GPUs, fp32 on CPUs
+    precision: str = "auto"
     compile: bool = False
     gradient_checkpointing: bool = False  # recompute block activations in the backward pass
     loss_chunk_tokens: int = 4096  # tokens whose logits exist at once
-    ema_decay: float | None = None  # exponential moving average of the weights, used for validation and saving
+    # exponential moving average of the weights, used for validation and saving
+    ema_decay: float | None = None
     log_every: int = 10  # steps
     eval_every: int = 100  # steps
     checkpoint_every: int = 250  # steps
     keep_checkpoints: int = 3  # weights kept along the way, evenly spaced, besides the last
 
     def __post_init__(self) -> None:
-        place = type(self).__name__.removesuffix("Config").lower().replace("train", "pretrain")  # the stages' configs inherit these checks
-        _positive(place, self, "max_steps", "batch_size", "lr", "muon_lr", "log_every", "eval_every",
-                  "checkpoint_every", "loss_chunk_tokens")
+        # the stages' configs inherit these checks
+        place = type(self).__name__.removesuffix("Config").lower().replace("train", "pretrain")
+        _positive(place, self, "max_steps", "batch_size", "lr", "muon_lr", "log_every",
+                  "eval_every", "checkpoint_every", "loss_chunk_tokens")
         _one_of(f"{place}.optimizer", self.optimizer, OPTIMIZERS)
         _one_of(f"{place}.schedule", self.schedule, SCHEDULES)
         _one_of(f"{place}.precision", self.precision, PRECISIONS)
         require(self.micro_batch_size is None or self.micro_batch_size > 0,
-                f"{place}.micro_batch_size={self.micro_batch_size} must be greater than 0, or null for the whole batch")
+                f"{place}.micro_batch_size={self.micro_batch_size} must be greater than 0, or null "
+                "for the whole batch")
         require(self.batch_size % self.micro_batch == 0,
-                f"{place}.micro_batch_size={self.micro_batch} does not divide {place}.batch_size={self.batch_size}")
-        require(self.max_minutes is None or self.max_minutes > 0,
-                f"{place}.max_minutes={self.max_minutes} must be greater than 0, or null for no limit")
-        require(all(0 <= beta < 1 for beta in self.betas), f"{place}.betas={list(self.betas)} must lie in [0, 1)")
-        for name, high in (("decay_fraction", 1.0), ("final_lr_fraction", 1.0), ("ema_decay", 0.999999)):
+                f"{place}.micro_batch_size={self.micro_batch} does not divide "
+                f"{place}.batch_size={self.batch_size}")
+        require(
+            self.max_minutes is None or self.max_minutes > 0,
+            f"{place}.max_minutes={self.max_minutes} must be greater than 0, or null for no limit")
+        require(all(0 <= beta < 1 for beta in self.betas),
+                f"{place}.betas={list(self.betas)} must lie in [0, 1)")
+        for name, high in (("decay_fraction", 1.0), ("final_lr_fraction", 1.0),
+                           ("ema_decay", 0.999999)):
             value = getattr(self, name)
-            require(value is None or 0 <= value <= high, f"{place}.{name}={value} must lie in [0, {high}]")
+            require(value is None or 0 <= value <= high,
+                    f"{place}.{name}={value} must lie in [0, {high}]")
         for name in ("weight_decay", "grad_clip", "warmup_steps", "keep_checkpoints"):
-            require(getattr(self, name) >= 0, f"{place}.{name}={getattr(self, name)} must not be negative")
+            require(getattr(self, name) >= 0,
+                    f"{place}.{name}={getattr(self, name)} must not be negative")
 
     @property
     def micro_batch(self) -> int:
@@ -206,9 +236,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):
-    """Instruction tuning: the settings of its optimisation and what it reads. Read by chapter 04."""
+    """Instruction tuning: the settings of its optimisation and what it reads. Read by chapter 04.
+    """
 
-    sources: tuple[str, ...] = ("synthetic", "synthetic-problems")  # of instructions; names of chapter 04
+    # of instructions; names of chapter 04
+    sources: tuple[str, ...] = ("synthetic", "synthetic-problems")
     weights: tuple[float, ...] = (0.5, 0.5)  # share of the examples drawn from each source
     replay_fraction: float = 0.1  # share of the rows that are pretraining text
     max_train_examples: int = 20_000  # a source
@@ -218,9 +250,12 @@ class SFTConfig(TrainConfig):
         super().__post_init__()
         _sources("sft", self.sources, SFT_SOURCES)
         require(len(self.sources) == len(self.weights),
-                f"sft.weights={list(self.weights)} must have one number for each of sft.sources={list(self.sources)}")
-        require(all(0 < w < math.inf for w in self.weights), f"sft.weights={list(self.weights)} must be greater than 0")
-        require(0 <= self.replay_fraction < 1, f"sft.replay_fraction={self.replay_fraction} must lie in [0, 1)")
+                f"sft.weights={list(self.weights)} must have one number for each of "
+                f"sft.sources={list(self.sources)}")
+        require(all(0 < w < math.inf for w in self.weights),
+                f"sft.weights={list(self.weights)} must be greater than 0")
+        require(0 <= self.replay_fraction < 1,
+                f"sft.replay_fraction={self.replay_fraction} must lie in [0, 1)")
         _positive("sft", self, "max_train_examples", "max_validation_examples")
 
 
@@ -231,11 +266,14 @@ class DPOConfig(TrainConfig):
     sources: tuple[str, ...] = ("synthetic",)  # of preference pairs
     loss: str = "sigmoid"  # "sigmoid" = DPO, "ipo"
     beta: float = 0.1  # strength of the pull back to the reference
-    label_smoothing: float = 0.0  # share of pairs believed to be labelled the wrong way round (cDPO)
+    # share of pairs believed to be labelled the wrong way round (cDPO)
+    label_smoothing: float = 0.0
     length_normalised: bool = False  # log-probability per token instead of per answer
     sft_weight: float = 0.0  # weight of the chosen answer's negative log-probability per token
-    replay_weight: float = 0.0  # weight of the nats per token of a row of earlier examples that goes along with every pair
-    replay_sources: tuple[str, ...] = ("text",)  # in equal parts; "text" (pretraining), "synthetic", "synthetic-problems", "gsm8k"
+    # weight of the nats per token of a row of earlier examples that goes along with every pair
+    replay_weight: float = 0.0
+    # in equal parts; "text" (pretraining), "synthetic", "synthetic-problems", "gsm8k"
+    replay_sources: tuple[str, ...] = ("text",)
     max_train_pairs: int = 5_000  # a source
     max_validation_pairs: int = 200  # a source
     max_new_tokens: int = 128  # of the model's own answers to held-out prompts
@@ -245,11 +283,15 @@ class DPOConfig(TrainConfig):
         _sources("dpo", self.sources, PAIR_SOURCES)
         _one_of("dpo.loss", self.loss, PREFERENCE_LOSSES)
         _positive("dpo", self, "beta", "max_train_pairs", "max_validation_pairs", "max_new_tokens")
-        require(0 <= self.label_smoothing < 0.5, f"dpo.label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
-        require(self.loss == "sigmoid" or self.label_smoothing == 0, "dpo.label_smoothing is for dpo.loss='sigmoid'")
+        require(0 <= self.label_smoothing < 0.5,
+                f"dpo.label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
+        require(self.loss == "sigmoid" or self.label_smoothing == 0,
+                "dpo.label_smoothing is for dpo.loss='sigmoid'")
         for name in ("sft_weight", "replay_weight"):
-            require(getattr(self, name) >= 0, f"dpo.{name}={getattr(self, name)} must not be negative")
-        require(len(self.replay_sources) > 0, "dpo.replay_sources is empty; to replay nothing say dpo.replay_weight=0")
+            require(getattr(self, name) >= 0,
+                    f"dpo.{name}={getattr(self, name)} must not be negative")
+        require(len(self.replay_sources) > 0,
+                "dpo.replay_sources is empty; to replay nothing say dpo.replay_weight=0")
         for name in self.replay_sources:
             _one_of("dpo.replay_sources", name, REPLAY_SOURCES)
 
@@ -258,7 +300,8 @@ class DPOConfig(TrainConfig):
 class VerifierConfig(TrainConfig):
     """The verifier: whose answers it learns from, and how it is trained. Read by chapter 06."""
 
-    kind: str = "generator"  # "generator" = starts from the generator's weights; "encoder" = a small one from scratch
+    # "generator" = starts from the generator's weights; "encoder" = a small one from scratch
+    kind: str = "generator"
     problems: str = "synthetic"  # source of word problems: "synthetic" or "gsm8k"
     levels: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the synthetic problems
     train_problems: int = 300
@@ -267,13 +310,18 @@ class VerifierConfig(TrainConfig):
     validation_samples: int = 16  # to each held-out problem
     temperature: float = 1.0  # of those answers
     max_new_tokens: int = 128
-    perturbed_fraction: float = 0.2  # share of the training answers that are gold ones, half of them spoilt
-    gold_fraction: float = 0.0  # share of the rows that are gold answers for the language model alone
+    # share of the training answers that are gold ones, half of them spoilt
+    perturbed_fraction: float = 0.2
+    # share of the rows that are gold answers for the language model alone
+    gold_fraction: float = 0.0
     lm_weight: float = 0.5  # of the joint language-model loss on right answers
     head_dropout: float = 0.1  # on the hidden state that the score is read from
-    surprise: bool = True  # the score also reads how unlikely the verifier's own language model finds the answer so far
-    gold_problems: int = 3_000  # further training problems whose gold answers, whole and spoilt, are mixed in
-    comparison_steps: int = 0  # steps that the variants on the page are trained for; 0 = no variants
+    # the score also reads how unlikely the verifier's own language model finds the answer so far
+    surprise: bool = True
+    # further training problems whose gold answers, whole and spoilt, are mixed in
+    gold_problems: int = 3_000
+    # steps that the variants on the page are trained for; 0 = no variants
+    comparison_steps: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -282,9 +330,11 @@ class VerifierConfig(TrainConfig):
         _positive("verifier", self, "train_problems", "validation_problems", "samples_per_problem",
                   "validation_samples", "temperature", "max_new_tokens")
         for name in ("perturbed_fraction", "gold_fraction", "head_dropout"):
-            require(0 <= getattr(self, name) < 1, f"verifier.{name}={getattr(self, name)} must lie in [0, 1)")
+            require(0 <= getattr(self, name) < 1,
+                    f"verifier.{name}={getattr(self, name)} must lie in [0, 1)")
         for name in ("lm_weight", "gold_problems", "comparison_steps"):
-            require(getattr(self, name) >= 0, f"verifier.{name}={getattr(self, name)} must not be negative")
+            require(getattr(self, name) >= 0,
+                    f"verifier.{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -295,7 +345,8 @@ class EvalConfig:
     levels: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the synthetic problems, equally many each
     num_problems: int = 250
     problem_shots: int = 1  # solved examples in front of a base model's problem, as far as they fit
-    sampled_levels: tuple[int, ...] = (2, 3, 4)  # the synthetic problems that are sampled from: those of middle difficulty
+    # the synthetic problems that are sampled from: those of middle difficulty
+    sampled_levels: tuple[int, ...] = (2, 3, 4)
     sampled_problems: int = 150  # at most so many
     samples_per_problem: int = 16  # for pass@k, majority@k and the verifier
     temperature: float = 1.0  # of the samples
@@ -303,26 +354,33 @@ class EvalConfig:
     batch_rows: int = 256  # answers written at once
     sentiment: str = "synthetic"  # "synthetic" or "sst2"
     num_sentences: int = 200
-    shots: tuple[int, ...] = (0, 1, 4)  # demonstrations in front of each sentence, as far as they fit; the last one is the headline
+    # demonstrations in front of each sentence, as far as they fit; the last one is the headline
+    shots: tuple[int, ...] = (0, 1, 4)
     draws: int = 5  # sets of demonstrations for each number of shots
     num_instructions: int = 200  # built-in instructions, where the preset trains on them
     num_pairs: int = 200  # preference pairs, from dpo.sources
     max_perplexity_tokens: int = 100_000  # a source
-    protocol_sources: tuple[str, ...] = ("text",)  # scored in the protocols T0 to T3; "text": data.sources
+    # scored in the protocols T0 to T3; "text": data.sources
+    protocol_sources: tuple[str, ...] = ("text",)
     protocol_tokens: int = 20_000  # a source, of T1 to T3
-    baselines: tuple[str, ...] = ()  # other models, measured alike: folders, GGUF files, or names in the hub's local cache
-    overlap_words: int = 13  # n of the n-grams that training text and evaluation items are compared by; 0 = not compared
+    # other models, measured alike: folders, GGUF files, or names in the hub's local cache
+    baselines: tuple[str, ...] = ()
+    # n of the n-grams that training text and evaluation items are compared by; 0 = not compared
+    overlap_words: int = 13
     overlap_documents: int = 20_000  # of each training source that are read for that
 
     def __post_init__(self) -> None:
         _one_of("eval.problems", self.problems, ("synthetic", "gsm8k"))
         _one_of("eval.sentiment", self.sentiment, ("synthetic", "sst2"))
-        _positive("eval", self, "num_problems", "samples_per_problem", "sampled_problems", "temperature", "max_new_tokens",
-                  "batch_rows", "num_sentences", "num_instructions", "num_pairs", "max_perplexity_tokens")
+        _positive("eval", self, "num_problems", "samples_per_problem", "sampled_problems",
+                  "temperature", "max_new_tokens", "batch_rows", "num_sentences",
+                  "num_instructions", "num_pairs", "max_perplexity_tokens")
         _positive("eval", self, "draws", "protocol_tokens", "overlap_documents")
-        require(len(self.shots) > 0 and min(self.shots) >= 0, f"eval.shots={list(self.shots)} must be numbers from 0 on, at least one")
+        require(len(self.shots) > 0 and min(self.shots) >= 0,
+                f"eval.shots={list(self.shots)} must be numbers from 0 on, at least one")
         for name in ("problem_shots", "overlap_words"):
-            require(getattr(self, name) >= 0, f"eval.{name}={getattr(self, name)} must not be negative")
+            require(getattr(self, name) >= 0,
+                    f"eval.{name}={getattr(self, name)} must not be negative")
         for name in ("levels", "sampled_levels"):
             require(set(getattr(self, name)) <= {1, 2, 3, 4, 5} and len(getattr(self, name)) > 0,
                     f"eval.{name}={list(getattr(self, name))} must name some of the levels 1 to 5")
@@ -335,15 +393,20 @@ class HardwareConfig:
     device: str = "auto"  # "auto" = cuda, else mps, else cpu
     min_gpu_memory_gb: float = 0.0  # 0 = a CPU will do
     needs_bf16: bool = False
-    ranks: int = 1  # processes that train together, one per GPU where there are GPUs; each takes an equal share of every batch
-    strategy: str = "ddp"  # "ddp" = the whole model on every rank; "fsdp" = weights, gradients and optimizer states sharded
+    # processes that train together, one per GPU where there are GPUs; each takes an equal share of
+    # every batch
+    ranks: int = 1
+    # "ddp" = the whole model on every rank; "fsdp" = weights, gradients and optimizer states
+    # sharded
+    strategy: str = "ddp"
 
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"hardware.ranks={self.ranks} must be at least 1")
         _one_of("hardware.strategy", self.strategy, STRATEGIES)
         kind, number = device_parts("hardware.device", self.device)
         require(self.ranks == 1 or (kind != "mps" and number is None),
-                f"hardware.device={self.device!r} is a single device, hardware.ranks={self.ranks} need one each: say hardware.device="
+                f"hardware.device={self.device!r} is a single device, hardware.ranks={self.ranks} "
+                "need one each: say hardware.device="
                 + ("cpu" if kind == "mps" else kind) + ", or hardware.ranks=1")
 
 
@@ -361,17 +424,22 @@ class PipelineConfig:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    start_from: str = ""  # a third-party model instead of pretraining: a folder, a GGUF file, or a name in the hub's local cache
+    # a third-party model instead of pretraining: a folder, a GGUF file, or a name in the hub's
+    # local cache
+    start_from: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for stage in ("pretrain", "sft", "dpo", "verifier"):
             size = getattr(self, stage).batch_size
-            require(size % self.hardware.ranks == 0,
-                    f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
-                    f"use one of {_divisors(size)}, or another batch size")
-        require(self.model.context_length >= SHORTEST_CONTEXT, f"model.context_length={self.model.context_length} leaves no room for the openings "
-                f"that a stage continues, and for what it writes: use at least {SHORTEST_CONTEXT}; instructions and word problems take 128 or more")
+            require(
+                size % self.hardware.ranks == 0,
+                f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
+                f"use one of {_divisors(size)}, or another batch size")
+        require(self.model.context_length >= SHORTEST_CONTEXT,
+                f"model.context_length={self.model.context_length} leaves no room for the openings "
+                f"that a stage continues, and for what it writes: use at least {SHORTEST_CONTEXT}; "
+                "instructions and word problems take 128 or more")
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in 0..2**63 - 1")
         if self.data.tokenizer == "bpe":
             require(self.data.tokenizer_vocab_size <= self.model.vocab_size,
@@ -379,8 +447,8 @@ class PipelineConfig:
                     f"model.vocab_size={self.model.vocab_size}: raise the latter")
         else:
             require(self.model.vocab_size >= GPT2_VOCAB_SIZE,
-                    f"model.vocab_size={self.model.vocab_size} is under the {GPT2_VOCAB_SIZE} of data.tokenizer='gpt2' "
-                    "with its chat tokens: use 50304")
+                    f"model.vocab_size={self.model.vocab_size} is under the {GPT2_VOCAB_SIZE} of "
+                    "data.tokenizer='gpt2' with its chat tokens: use 50304")
 
 
 SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write

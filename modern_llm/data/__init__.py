@@ -1,1 +1,3 @@
-"""Text and its tokens: sources, readers, tokenizers, packed rows, chats, pairs, problems, and the built-in world."""
+"""Text and its tokens: sources, readers, tokenizers, packed rows, chats, pairs, problems, and the
+built-in world.
+"""

@@ -15,25 +15,29 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .chat import encode_example
 from ..config import VerifierConfig
+from .chat import encode_example
 from .tasks import Problem, problem_request
 
 # %% auto #0
 __all__ = ['EncodedAnswer', 'encode_candidate', 'perturb', 'fork_of', 'best_fit', 'fill_rows', 'AnswerBatches']
 
 # %% ../../nbs/28_answer_pairs.ipynb #encode-candidate
-EncodedAnswer = tuple[list[int], int]  # the ids of request and answer, and the position of the answer's first token
+# the ids of request and answer, and the position of the answer's first token
+EncodedAnswer = tuple[list[int], int]
 
 
 def encode_candidate(tokenizer: Tokenizer, problem: Problem, text: str) -> EncodedAnswer:
-    """The ids of request, answer and end of answer, and the position of the answer's first token."""
-    ids, labels = encode_example(tokenizer, [{"role": "user", "content": problem_request(problem)}, {"role": "assistant", "content": text}])
+    """The ids of request, answer and end of answer, and the position of the answer's first token.
+    """
+    ids, labels = encode_example(tokenizer, [{"role": "user", "content": problem_request(problem)},
+                                             {"role": "assistant", "content": text}])
     return [*ids, labels[-1]], 1 + next(i for i, label in enumerate(labels) if label >= 0)
 
 # %% ../../nbs/28_answer_pairs.ipynb #perturb
 def perturb(answer: str, random: random.Random) -> str:
-    """The answer with one of its numbers changed and nothing else: by 1, 2 or 10 up or down, never below 0, `1,080` as a whole.
+    """The answer with one of its numbers changed and nothing else: by 1, 2 or 10 up or down, never
+    below 0, `1,080` as a whole.
 
     Raises ValueError for a text without a number.
     """
@@ -43,7 +47,8 @@ def perturb(answer: str, random: random.Random) -> str:
     chosen = random.choice(numbers)
     value = int(chosen.group().replace(",", ""))
     spoilt = random.choice([value + d for d in (-10, -2, -1, 1, 2, 10) if value + d >= 0])
-    return answer[: chosen.start()] + (f"{spoilt:,}" if "," in chosen.group() else str(spoilt)) + answer[chosen.end():]
+    return (answer[: chosen.start()] + (f"{spoilt:,}" if "," in chosen.group() else str(spoilt))
+            + answer[chosen.end():])
 
 # %% ../../nbs/28_answer_pairs.ipynb #fork
 def fork_of(a: Sequence[int], b: Sequence[int]) -> int:
@@ -52,7 +57,9 @@ def fork_of(a: Sequence[int], b: Sequence[int]) -> int:
 
 # %% ../../nbs/28_answer_pairs.ipynb #best-fit
 def best_fit(room: Sequence[int], lengths: Sequence[int]) -> list[int] | None:
-    """The row for each length: the fullest that has room, `room` being what is left in each; None if one finds no row."""
+    """The row for each length: the fullest that has room, `room` being what is left in each; None
+    if one finds no row.
+    """
     left, places = list(room), []
     for length in lengths:
         fitting = [row for row, free in enumerate(left) if free >= length]
@@ -63,22 +70,28 @@ def best_fit(room: Sequence[int], lengths: Sequence[int]) -> list[int] | None:
     return places
 
 # %% ../../nbs/28_answer_pairs.ipynb #fill-rows
-def fill_rows(pairs: Iterable[tuple[EncodedAnswer, EncodedAnswer]], rows: int, length: int, gold: Iterable[EncodedAnswer] = (), gold_rows: int = 0,
-              ) -> dict[str, Tensor]:
-    """Pack pairs of a right and a wrong answer, each answer by `best_fit`, until the third pair finds no room.
+def fill_rows(pairs: Iterable[tuple[EncodedAnswer, EncodedAnswer]], rows: int, length: int,
+              gold: Iterable[EncodedAnswer] = (), gold_rows: int = 0) -> dict[str, Tensor]:
+    """Pack pairs of a right and a wrong answer, each answer by `best_fit`, until the third pair
+    finds no room.
 
     Before that, gold answers are packed into `gold_rows` of the rows, for the language model alone.
 
-    Returns (rows, length) each: input_ids, segment_ids, targets (1 in right answers), answers (1 / length in answers, else 0)
-    and weights (the same from the pair's fork on, 0 in gold rows: before the fork the two labels contradict each other).
+    Returns (rows, length) each: input_ids, segment_ids, targets (1 in right answers), answers (1 /
+    length in answers, else 0) and weights (the same from the pair's fork on, 0 in gold rows: before
+    the fork the two labels contradict each other).
     """
-    batch = {name: torch.zeros(rows, length, dtype=torch.long) for name in ("input_ids", "segment_ids")}
+    batch = {name: torch.zeros(rows, length, dtype=torch.long)
+             for name in ("input_ids", "segment_ids")}
     batch |= {name: torch.zeros(rows, length) for name in ("targets", "answers", "weights")}
     filled, held = [0] * rows, [0] * rows
 
     def put(answers: list[tuple[EncodedAnswer, int, float]], among: range) -> bool:
-        """Put all the answers (ids and start, fork, label) into rows `among`, or none if there is no room."""
-        places = best_fit([length - filled[r] if r in among else 0 for r in range(rows)], [len(ids) for (ids, _), _, _ in answers])
+        """Put all the answers (ids and start, fork, label) into rows `among`, or none if there is
+        no room.
+        """
+        places = best_fit([length - filled[r] if r in among else 0 for r in range(rows)],
+                          [len(ids) for (ids, _), _, _ in answers])
         for row, ((ids, start), fork, right) in zip(places or (), answers):
             first, end = filled[row], filled[row] + len(ids)
             held[row], filled[row] = held[row] + 1, end
@@ -102,12 +115,14 @@ def fill_rows(pairs: Iterable[tuple[EncodedAnswer, EncodedAnswer]], rows: int, l
 
 # %% ../../nbs/28_answer_pairs.ipynb #answer-batches
 class AnswerBatches:
-    """step -> a batch of packed answers, right and wrong ones in pairs of the same problem: a function of (seed, step).
+    """step -> a batch of packed answers, right and wrong ones in pairs of the same problem: a
+    function of (seed, step).
 
-    A share `cfg.perturbed_fraction` of the pairs (all of them for kind="encoder") is a gold answer and a spoilt copy of it.
-    The others are a right and a wrong sample of one problem; where all its samples are alike, the gold answer stands in for
-    the right one, or a spoilt copy of the right one for the wrong one. So neither a problem's difficulty nor its text
-    tells anything about the label.
+    A share `cfg.perturbed_fraction` of the pairs (all of them for kind="encoder") is a gold answer
+    and a spoilt copy of it. The others are a right and a wrong sample of one problem; where all its
+    samples are alike, the gold answer stands in for the right one, or a spoilt copy of the right
+    one for the wrong one. So neither a problem's difficulty nor its text tells anything about the
+    label.
 
     Args:
         problems: those that `samples` answers, by its column `problem`.
@@ -116,22 +131,30 @@ class AnswerBatches:
         context_length: of a row.
     """
 
-    def __init__(self, tokenizer: Tokenizer, problems: Sequence[Problem], samples: pd.DataFrame, gold: Sequence[Problem],
-                 cfg: VerifierConfig, context_length: int, seed: int = 0):
-        self.tokenizer, self.cfg, self.seed, self.context_length = tokenizer, cfg, seed, context_length
+    def __init__(self, tokenizer: Tokenizer, problems: Sequence[Problem], samples: pd.DataFrame,
+                 gold: Sequence[Problem], cfg: VerifierConfig, context_length: int, seed: int = 0):
+        self.tokenizer, self.cfg, self.seed, self.context_length = (
+            tokenizer, cfg, seed, context_length)
         self.problems, self.texts = problems, defaultdict(lambda: ([], []))
         for problem, text, right in zip(samples.problem, samples.text, samples.right):
             if self.fits(problems[problem], text, right):
                 self.texts[problem][int(right)].append(text)
-        self.sampled = sorted(p for p in self.texts if self.texts[p][1] or self.fits(problems[p], problems[p].answer))
+        self.sampled = sorted(p for p in self.texts
+                              if self.texts[p][1] or self.fits(problems[p], problems[p].answer))
         self.gold = [p for p in gold or problems if self.fits(p, p.answer)]
         if not self.gold:
-            raise ValueError(f"AnswerBatches: no gold answer fits the context of {context_length} tokens; use easier problems")
-        self.gold_share = 1.0 if cfg.kind == "encoder" or not self.sampled else cfg.perturbed_fraction
+            raise ValueError(f"AnswerBatches: no gold answer fits the context of {context_length} "
+                             "tokens; use easier problems")
+        self.gold_share = (1.0 if cfg.kind == "encoder" or not self.sampled
+                           else cfg.perturbed_fraction)
 
     def fits(self, problem: Problem, text: str, right: bool = True) -> bool:
-        """Whether request and answer, and what a changed number may add, fit into a row, and a right answer has digits to change (½ has none)."""
-        return (not right or re.search(r"\d", text) is not None) and len(encode_candidate(self.tokenizer, problem, text)[0]) + 2 <= self.context_length
+        """Whether request and answer, and what a changed number may add, fit into a row, and a
+        right answer has digits to change (½ has none).
+        """
+        return ((not right or re.search(r"\d", text) is not None)
+                and len(encode_candidate(self.tokenizer, problem, text)[0]) + 2
+                    <= self.context_length)
 
     def pair(self, draw: random.Random) -> tuple[Problem, str, str]:
         """A problem with a right and a wrong answer."""
@@ -153,12 +176,15 @@ class AnswerBatches:
         """Endless encoded pairs that fit a row."""
         while True:
             problem, right, wrong = self.pair(draw)
-            pair = encode_candidate(self.tokenizer, problem, right), encode_candidate(self.tokenizer, problem, wrong)
+            pair = (encode_candidate(self.tokenizer, problem, right),
+                    encode_candidate(self.tokenizer, problem, wrong))
             if max(len(ids) for ids, _ in pair) <= self.context_length:
                 yield pair
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         rows = self.cfg.batch_size
-        gold_rows = 0 if self.cfg.kind == "encoder" else min(rows - 1, round(self.cfg.gold_fraction * rows))
+        gold_rows = (0 if self.cfg.kind == "encoder"
+                     else min(rows - 1, round(self.cfg.gold_fraction * rows)))
         pairs, gold = (random.Random(f"{name}/{self.seed}/{step}") for name in ("answers", "gold"))
-        return fill_rows(self.encoded_pairs(pairs), rows, self.context_length, self.encoded_gold(gold), gold_rows)
+        return fill_rows(self.encoded_pairs(pairs), rows, self.context_length,
+                         self.encoded_gold(gold), gold_rows)

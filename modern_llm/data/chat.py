@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .packing import pack_documents
-from ..files import read_json
-from ..models.generation import generate
 from modern_llm.data.templates import (
     ChatFormat, TemplateError, as_typed, bundled_format, closing_token, typed_places,
 )
 from .tokens import CHAT_TOKENS, END_OF_TEXT, encode_documents, end_of_text_id
+from ..files import read_json
+from ..models.generation import generate
 
 if TYPE_CHECKING:
     from modern_llm.models.decoder import ModernDecoderLM
@@ -36,71 +36,93 @@ __all__ = ['ROLES', 'Message', 'EncodedExample', 'CHAT_TEMPLATE', 'DEFAULT_FORMA
 # %% ../../nbs/25_chat.ipynb #template
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]  # "role": one of ROLES, "content": text
-EncodedExample = tuple[list[int], list[int]]  # input ids, and labels that are shifted by one and -100 where nothing is trained
+# input ids, and labels that are shifted by one and -100 where nothing is trained
+EncodedExample = tuple[list[int], list[int]]
 
 CHAT_TEMPLATE = (
-    "<|endoftext|>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "<|endoftext|>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] "
+    "}}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 DEFAULT_FORMAT = ChatFormat(CHAT_TEMPLATE, "<|end|>")
-CHATML = ChatFormat(
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "<|im_end|>")
+CHATML = ChatFormat("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n"
+                    "' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+                    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+                    "<|im_end|>")
 
 # %% ../../nbs/25_chat.ipynb #special-ids
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """The format a tokenizer brings; else ChatML for one that has its two tokens and not <|end|>, and DEFAULT_FORMAT for every other."""
+    """The format a tokenizer brings; else ChatML for one that has its two tokens and not <|end|>,
+    and DEFAULT_FORMAT for every other.
+    """
     has = lambda token: tokenizer.token_to_id(token) is not None
-    return bundled_format(getattr(tokenizer, "settings", {})) or (
-        CHATML if has("<|im_start|>") and has(CHATML.closing) and not has(DEFAULT_FORMAT.closing) else DEFAULT_FORMAT)
+    return bundled_format(getattr(
+        tokenizer, "settings", {}
+    )) or (CHATML if has("<|im_start|>") and has(CHATML.closing) and not has(DEFAULT_FORMAT.closing)
+           else DEFAULT_FORMAT)
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a special token. ValueError if the tokenizer has none such."""
     index = tokenizer.token_to_id(token)
     if index is None:
-        raise ValueError(f"the tokenizer has no token {token!r}: it was not made for chat; use one of modern_llm.data.tokens")
+        raise ValueError(f"the tokenizer has no token {token!r}: it was not made for chat; use one "
+                         "of modern_llm.data.tokens")
     return index
 
 
 def _added(tokenizer: Tokenizer, special: bool) -> tuple[str, ...]:
     """The tokens that were added to a vocabulary, all of them or the special ones."""
-    return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special or not special)
+    return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values()
+                 if token.special or not special)
 
 
 def _closing(tokenizer: Tokenizer) -> str | None:
-    """The token that closes an answer; None where the template cannot be used, which is no fault of a model that only continues text."""
+    """The token that closes an answer; None where the template cannot be used, which is no fault of
+    a model that only continues text.
+    """
     with contextlib.suppress(TemplateError):
         return closing_token(chat_format(tokenizer), _added(tokenizer, special=False))
 
 
 def end_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that closes an answer, such as our <|end|>. TemplateError if the template closes it with none."""
-    return special_id(tokenizer, closing_token(chat_format(tokenizer), _added(tokenizer, special=False)))
+    """The id of the token that closes an answer, such as our <|end|>. TemplateError if the template
+    closes it with none.
+    """
+    return special_id(tokenizer,
+                      closing_token(chat_format(tokenizer), _added(tokenizer, special=False)))
 
 
 def stop_sequences(tokenizer: Tokenizer, ending: int) -> list[list[int]]:
-    """Further tokens that end an answer, each as a stop sequence, where `ending` is the one that closes it."""
+    """Further tokens that end an answer, each as a stop sequence, where `ending` is the one that
+    closes it.
+    """
     names = getattr(tokenizer, "settings", {}).get("modern_llm", {}).get("end_tokens", [])
-    return [[i] for name in names if (i := tokenizer.token_to_id(name)) not in (None, ending)] if names and ending == tokenizer.token_to_id(_closing(tokenizer) or "") else []
+    return ([[i] for name in names if (i := tokenizer.token_to_id(name)) not in (None, ending)]
+            if names and ending == tokenizer.token_to_id(_closing(tokenizer) or "") else [])
 
 # %% ../../nbs/25_chat.ipynb #encode-chat
-def _written(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+def _written(tokenizer: Tokenizer, messages: Sequence[Message],
+             generation_prompt: bool = False) -> str:
     """The conversation as text in which typed special tokens are marked."""
     form, specials = chat_format(tokenizer), {*_added(tokenizer, special=True)}
     if form is DEFAULT_FORMAT:
-        specials |= {token for token in (END_OF_TEXT, *CHAT_TOKENS) if special_id(tokenizer, token) is not None}
+        specials |= {token for token in (END_OF_TEXT, *CHAT_TOKENS)
+                     if special_id(tokenizer, token) is not None}
     specials.add(closing_token(form, _added(tokenizer, special=False)))
     for message in messages:
         if message["role"] not in ROLES:
-            raise ValueError(f"message role {message['role']!r} is unknown; use one of {', '.join(ROLES)}")
-    return form.render([{**message, "content": as_typed(message["content"], specials)} for message in messages], generation_prompt)
+            raise ValueError(
+                f"message role {message['role']!r} is unknown; use one of {', '.join(ROLES)}")
+    return form.render(
+        [{**message, "content": as_typed(message["content"], specials)} for message in messages],
+        generation_prompt)
 
 
 def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text that looks like a token: special ones are switched off, others cut."""
     ids, = encode_documents(tokenizer, [text])
-    return ids if tokenizer.token_to_id(text) not in ids else [i for part in encode_documents(tokenizer, [text[:1], text[1:]]) for i in part]
+    return (ids if tokenizer.token_to_id(text) not in ids
+            else [i for part in encode_documents(tokenizer, [text[:1], text[1:]]) for i in part])
 
 
 def _ids(tokenizer: Tokenizer, marked: str) -> list[int]:
@@ -109,13 +131,17 @@ def _ids(tokenizer: Tokenizer, marked: str) -> list[int]:
     encoding = tokenizer.encode(text, add_special_tokens=False)
     if not typed:
         return encoding.ids
-    parts = [_plain(tokenizer, text[start:end]) if any(start <= place < end for place in typed) and tokenizer.id_to_token(i) in text[start:end] else [i]
+    parts = [_plain(tokenizer, text[start:end]) if any(start <= place < end for place in typed)
+             and tokenizer.id_to_token(i) in text[start:end] else [i]
              for i, (start, end) in zip(encoding.ids, encoding.offsets)]
     return [i for part in parts for i in part]
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> list[int]:
-    """Token ids of a conversation. ValueError for a role that is not one of ROLES or that the template refuses."""
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message],
+                generation_prompt: bool = False) -> list[int]:
+    """Token ids of a conversation. ValueError for a role that is not one of ROLES or that the
+    template refuses.
+    """
     return _ids(tokenizer, _written(tokenizer, messages, generation_prompt))
 
 
@@ -124,35 +150,46 @@ def encode_prompt(tokenizer: Tokenizer, request: str) -> list[int]:
     return encode_chat(tokenizer, [{"role": "user", "content": request}], generation_prompt=True)
 
 # %% ../../nbs/25_chat.ipynb #encode-example
-def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only: bool = False) -> EncodedExample:
-    """Input ids and labels of a conversation: only what the assistant says, and the token that closes it, has labels.
+def encode_example(tokenizer: Tokenizer,
+                   messages: Sequence[Message], last_only: bool = False) -> EncodedExample:
+    """Input ids and labels of a conversation: only what the assistant says, and the token that
+    closes it, has labels.
 
-    With `last_only` that is the last answer. An earlier one that the template writes or closes otherwise once the talk goes on, such as
-    without its thoughts, has none either. TemplateError if the prompt of the last one is written so, or no answer is closed.
+    With `last_only` that is the last answer. An earlier one that the template writes or closes
+    otherwise once the talk goes on, such as without its thoughts, has none either. TemplateError if
+    the prompt of the last one is written so, or no answer is closed.
     """
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"][-1 if last_only else 0:]
-    messages = messages[:answers[-1] + 1] if answers else messages  # what follows the last answer would be read for nothing
+    answers = [i for i, message in enumerate(messages)
+               if message["role"] == "assistant"][-1 if last_only else 0:]
+    # what follows the last answer would be read for nothing
+    messages = messages[:answers[-1] + 1] if answers else messages
     whole, close = _written(tokenizer, messages), end_id(tokenizer)
     closing = tokenizer.id_to_token(close)
     prompts = [_written(tokenizer, messages[:i], generation_prompt=True) for i in answers]
     if prompts and not whole.startswith(prompts[-1]):
-        raise TemplateError(f"{chat_format(tokenizer).place}: the chat template writes the prompt of an answer otherwise once the answer is there, so "
-                            f"that what is trained would not be what is asked: …{prompts[-1][-60:]!r} has become …{whole[-120:]!r}")
+        raise TemplateError(
+            f"{chat_format(tokenizer).place}: the chat template writes the prompt of an answer "
+            "otherwise once the answer is there, so that what is trained would not be what is "
+            f"asked: …{prompts[-1][-60:]!r} has become …{whole[-120:]!r}")
     asked, prompts = prompts, []
     for i, prompt in zip(answers, asked):
-        then = whole if i + 1 == len(messages) else _written(tokenizer, messages[:i + 1])  # as it was while it was the last
-        if (at := then.rfind(closing, len(prompt))) >= 0 and whole.startswith(then[:at + len(closing)]):
+        # as it was while it was the last
+        then = whole if i + 1 == len(messages) else _written(tokenizer, messages[:i + 1])
+        if ((at := then.rfind(closing, len(prompt))) >= 0
+                and whole.startswith(then[:at + len(closing)])):
             prompts.append(prompt)
     if asked and not prompts:
-        raise TemplateError(f"{chat_format(tokenizer).place}: the chat template does not close the last answer of "
-                            f"{', '.join(message['role'] for message in messages)} with {closing}, so that nobody can learn where it ends")
+        raise TemplateError(f"{chat_format(tokenizer).place}: the chat template does not close the "
+                            f"last answer of {', '.join(message['role'] for message in messages)} "
+                            f"with {closing}, so that nobody can learn where it ends")
     ids, starts = _ids(tokenizer, whole), [_ids(tokenizer, prompt) for prompt in prompts]
     if all(ids[:len(start)] == start for start in starts):
         begins = [len(start) for start in starts]
     else:  # a token would reach from the prompt into the answer, which is written after it
         cuts = [0, *map(len, prompts), len(whole)]
         pieces = [_ids(tokenizer, whole[a:b]) for a, b in zip(cuts, cuts[1:])]
-        ids, begins = [i for piece in pieces for i in piece], np.cumsum([len(piece) for piece in pieces])[:-1].tolist()
+        ids, begins = ([i for piece in pieces for i in piece],
+                       np.cumsum([len(piece) for piece in pieces])[:-1].tolist())
     labels = [-100] * len(ids)
     for begin in begins:
         end = ids.index(close, begin) + 1
@@ -161,9 +198,13 @@ def encode_example(tokenizer: Tokenizer, messages: Sequence[Message], last_only:
     return ids[:end - 1], labels[1:end]
 
 # %% ../../nbs/25_chat.ipynb #batches
-def example_rows(examples: Sequence[EncodedExample], rows: Sequence[Sequence[int]], length: int, pad_id: int = 0) -> dict[str, Tensor]:
-    """input_ids, labels (-100 = not trained) and segment_ids (0 = padding), (rows, length), of examples listed by row."""
-    inputs, labels, segments = (np.full((len(rows), length), fill, dtype=np.int64) for fill in (pad_id, -100, 0))
+def example_rows(examples: Sequence[EncodedExample],
+                 rows: Sequence[Sequence[int]], length: int, pad_id: int = 0) -> dict[str, Tensor]:
+    """input_ids, labels (-100 = not trained) and segment_ids (0 = padding), (rows, length), of
+    examples listed by row.
+    """
+    inputs, labels, segments = (np.full((len(rows), length), fill, dtype=np.int64)
+                                for fill in (pad_id, -100, 0))
     for r, row in enumerate(rows):
         at = 0
         for segment, index in enumerate(row, 1):
@@ -171,17 +212,20 @@ def example_rows(examples: Sequence[EncodedExample], rows: Sequence[Sequence[int
             place = slice(at, at + len(ids))
             inputs[r, place], labels[r, place], segments[r, place] = ids, targets, segment
             at += len(ids)
-    return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels), "segment_ids": torch.from_numpy(segments)}
+    return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels),
+            "segment_ids": torch.from_numpy(segments)}
 
 
 def padded_batch(examples: Sequence[EncodedExample], pad_id: int = 0) -> dict[str, Tensor]:
     """input_ids and labels, one example per row, padded on the right to the longest."""
-    batch = example_rows(examples, [[i] for i in range(len(examples))], max(len(ids) for ids, _ in examples), pad_id)
+    batch = example_rows(examples, [[i] for i in range(len(examples))],
+                         max(len(ids) for ids, _ in examples), pad_id)
     return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
 
 # %% ../../nbs/25_chat.ipynb #packed-examples
 class PackedExamples:
-    """`batches(step)`: rows of whole examples, a pure function of (seed, step); every epoch is packed and shuffled anew.
+    """`batches(step)`: rows of whole examples, a pure function of (seed, step); every epoch is
+    packed and shuffled anew.
 
     Args:
         examples: each at most `context_length` tokens long.
@@ -191,7 +235,8 @@ class PackedExamples:
         ValueError: there is no example, or one is too long.
     """
 
-    def __init__(self, examples: Sequence[EncodedExample], context_length: int, batch_size: int, seed: int = 0, pad_id: int = 0):
+    def __init__(self, examples: Sequence[EncodedExample], context_length: int, batch_size: int,
+                 seed: int = 0, pad_id: int = 0):
         self.examples, self.context_length, self.batch_size = examples, context_length, batch_size
         self.seed, self.pad_id = seed, pad_id
         self.lengths = np.array([len(ids) for ids, _ in examples], dtype=np.int64)
@@ -199,7 +244,8 @@ class PackedExamples:
             raise ValueError("PackedExamples: there are no examples; were all of them dropped?")
         if self.lengths.max() > context_length:
             i = int(self.lengths.argmax())
-            raise ValueError(f"PackedExamples: example {i} has {self.lengths[i]} tokens, the context {context_length}; cut it first")
+            raise ValueError(f"PackedExamples: example {i} has {self.lengths[i]} tokens, the "
+                             f"context {context_length}; cut it first")
         self.rows_per_epoch = int(pack_documents(self.lengths, context_length).max()) + 1
         self.density = self.lengths.sum() / (self.rows_per_epoch * context_length)
         self._epoch, self._rows = -1, []
@@ -208,14 +254,17 @@ class PackedExamples:
         """The examples in each row of an epoch."""
         if number != self._epoch:
             random = np.random.default_rng([self.seed, number])
-            row = pack_documents(self.lengths, self.context_length, random.permutation(len(self.lengths)))
+            row = pack_documents(self.lengths, self.context_length,
+                                 random.permutation(len(self.lengths)))
             members = np.split(np.argsort(row, kind="stable"), np.cumsum(np.bincount(row))[:-1])
-            self._epoch, self._rows = number, [random.permutation(members[i]) for i in random.permutation(len(members))]
+            self._epoch, self._rows = number, [random.permutation(members[i])
+                                               for i in random.permutation(len(members))]
         return self._rows
 
     def rows(self, start: int, stop: int) -> dict[str, Tensor]:
         """Rows number `start` to `stop` of the endless sequence of epochs."""
-        chosen = [self.epoch(n // self.rows_per_epoch)[n % self.rows_per_epoch] for n in range(start, stop)]
+        chosen = [self.epoch(n // self.rows_per_epoch)[n % self.rows_per_epoch]
+                  for n in range(start, stop)]
         return example_rows(self.examples, chosen, self.context_length, self.pad_id)
 
     def __call__(self, step: int) -> dict[str, Tensor]:
@@ -228,54 +277,68 @@ class Answer:
 
     text: str
     tokens: list[int]
-    log_probs: list[float]  # of every token at temperature 1; that of the closing token is the last, if `ended`
+    # of every token at temperature 1; that of the closing token is the last, if `ended`
+    log_probs: list[float]
     ended: bool  # by the closing token, not by running out of room
 
 
-def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], ending: int, *, samples: int = 1,
-                  max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-                  force: Callable[[list[int]], Sequence[int]] | None = None, stop: Sequence[Sequence[int]] = (), batch_rows: int = 512,
+def continuations(model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]],
+                  ending: int, *, samples: int = 1, max_new_tokens: int, temperature: float = 0.0,
+                  seed: int = 0, force: Callable[[list[int]], Sequence[int]] | None = None,
+                  stop: Sequence[Sequence[int]] = (), batch_rows: int = 512,
                   progress: str = "") -> list[Answer]:
-    """`samples` answers to every encoded prompt, prompt by prompt, in batches of similar length; the order is kept.
+    """`samples` answers to every encoded prompt, prompt by prompt, in batches of similar length;
+    the order is kept.
 
-    A prompt that leaves no room for an answer gets empty, unfinished ones. The answers depend on the seed and the
-    prompt's place in the list, not on `batch_rows`. The token `ending` ends one, and so does each sequence of `stop`, or
-    another end that the tokenizer's model has.
+    A prompt that leaves no room for an answer gets empty, unfinished ones. The answers depend on
+    the seed and the prompt's place in the list, not on `batch_rows`. The token `ending` ends one,
+    and so does each sequence of `stop`, or another end that the tokenizer's model has.
     """
     context = model.cfg.context_length
     answers = [Answer("", [], [], False)] * (len(prompts) * samples)
-    fitting = sorted((i for i, prompt in enumerate(prompts) if len(prompt) < context), key=lambda i: len(prompts[i]))
+    fitting = sorted((i for i, prompt in enumerate(prompts) if len(prompt) < context),
+                     key=lambda i: len(prompts[i]))
     size = max(1, batch_rows // samples)
-    with tqdm(total=len(fitting) * samples, desc=progress, unit="answer", disable=not progress, mininterval=5) as bar:
+    with tqdm(total=len(fitting) * samples, desc=progress, unit="answer", disable=not progress,
+              mininterval=5) as bar:
         for start in range(0, len(fitting), size):
             part, log_probs = fitting[start:start + size], []
-            found = generate(model, [prompts[i] for i in part], samples=samples, max_new_tokens=max_new_tokens, log_probs=log_probs,
-                             temperature=temperature, seed=seed, streams=[i * samples + k for i in part for k in range(samples)],
-                             eos_id=ending, force=force, stop=[*stop, *stop_sequences(tokenizer, ending)])
+            found = generate(
+                model, [prompts[i] for i in part], samples=samples, max_new_tokens=max_new_tokens,
+                log_probs=log_probs, temperature=temperature, seed=seed,
+                streams=[i * samples + k for i in part for k in range(samples)], eos_id=ending,
+                force=force, stop=[*stop, *stop_sequences(tokenizer, ending)])
             for j, (tokens, logs) in enumerate(zip(found, log_probs)):
                 row = part[j // samples] * samples + j % samples
-                answers[row] = Answer(tokenizer.decode(tokens), tokens, logs, len(logs) > len(tokens))
+                answers[row] = Answer(tokenizer.decode(tokens), tokens, logs,
+                                      len(logs) > len(tokens))
             bar.update(len(found))
     return answers
 
 
-def answer(model: ModernDecoderLM, tokenizer: Tokenizer, requests: Sequence[str], **options) -> list[Answer]:
+def answer(model: ModernDecoderLM, tokenizer: Tokenizer,
+           requests: Sequence[str], **options) -> list[Answer]:
     """The model's answers to requests, `samples` each; the options are those of `continuations`."""
-    return continuations(model, tokenizer, [encode_prompt(tokenizer, r) for r in requests], end_id(tokenizer), **options)
+    return continuations(model, tokenizer, [encode_prompt(tokenizer, r) for r in requests],
+                         end_id(tokenizer), **options)
 
 # %% ../../nbs/25_chat.ipynb #document-prompt
-def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str, room: int, separator: str | None = None) -> list[int]:
-    """Token ids of `opening` behind as many of the `examples` as fit into `room` tokens with it, the first one nearest.
+def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str, room: int,
+                    separator: str | None = None) -> list[int]:
+    """Token ids of `opening` behind as many of the `examples` as fit into `room` tokens with it,
+    the first one nearest.
 
-    They are separated by <|endoftext|>, as documents are in the rows a base model was trained on here, or by the text
-    `separator`, as in the texts that third-party models have seen.
+    They are separated by <|endoftext|>, as documents are in the rows a base model was trained on
+    here, or by the text `separator`, as in the texts that third-party models have seen.
     """
     if separator is not None:
         kept = list(examples)
-        while len(ids := encode_documents(tokenizer, [separator.join([*reversed(kept), opening])])[0]) > room and kept:
+        while len(ids := encode_documents(
+            tokenizer, [separator.join([*reversed(kept), opening])])[0]) > room and kept:
             kept.pop()
         return ids
-    end, (last, *parts) = end_of_text_id(tokenizer), encode_documents(tokenizer, [opening, *examples])
+    end, (last, *parts) = (end_of_text_id(tokenizer),
+                           encode_documents(tokenizer, [opening, *examples]))
     ids = [end, *last]
     for part in parts:
         if len(ids) + len(part) + 1 > room:
@@ -285,6 +348,8 @@ def document_prompt(tokenizer: Tokenizer, examples: Sequence[str], opening: str,
 
 # %% ../../nbs/25_chat.ipynb #speaks-chat
 def is_chat_model(folder: str | Path, tokenizer: Tokenizer) -> bool:
-    """Whether a checkpoint was tuned for chat: its answers end with the token that closes a message, which its config.json says."""
+    """Whether a checkpoint was tuned for chat: its answers end with the token that closes a
+    message, which its config.json says.
+    """
     eos = read_json(Path(folder) / "config.json").get("eos_token_id")
     return eos is not None and eos == tokenizer.token_to_id(_closing(tokenizer) or "")

@@ -25,7 +25,8 @@ from .sources import TEXT_SUFFIXES, DataError, plain_suffix
 __all__ = ['Row', 'read_file']
 
 # %% ../../nbs/21_formats.ipynb #pieces
-_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+          codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 @contextmanager
@@ -33,16 +34,22 @@ def _unpacked(path: Path):
     zipped = path.name.lower().endswith(".gz")
     with open(path, "rb") as file:
         if file.peek(2) and file.peek(2).startswith(b"\x1f\x8b") != zipped:
-            raise DataError(f"{path}: cannot be read: Not a gzipped file, though its name ends in .gz; rename it" if zipped else
-                            f"{path}: is packed with gzip, which its name does not say; rename it to {path.name}.gz")
+            raise DataError(f"{path}: cannot be read: Not a gzipped file, though its name ends in "
+                            ".gz; rename it"
+                            if zipped else f"{path}: is packed with gzip, which its name does not "
+                                           f"say; rename it to {path.name}.gz")
         yield gzip.GzipFile(fileobj=file) if zipped else file
 
 
 def _pieces(path: Path, newline: str | None = None, size: int = 0) -> Iterator[tuple[int, str]]:
-    """(number of its first line, text) of each line of a file, or of each `size` characters. DataError names a byte's line."""
+    """(number of its first line, text) of each line of a file, or of each `size` characters.
+    DataError names a byte's line.
+    """
     with _unpacked(path) as raw:
-        if name := next((name for mark, name in _MARKS.items() if raw.peek(4).startswith(mark)), ""):
-            raise DataError(f"{path}: line 1: is {name} text, not UTF-8; convert it: iconv -f {name.lower()} -t utf-8")
+        if name := next(
+            (name for mark, name in _MARKS.items() if raw.peek(4).startswith(mark)), ""):
+            raise DataError(f"{path}: line 1: is {name} text, not UTF-8; convert it: iconv -f "
+                            f"{name.lower()} -t utf-8")
         file, number = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline), 1
         for piece in iter(partial(file.read, size), "") if size else file:
             if "\0" in piece or not piece.isascii():
@@ -57,10 +64,10 @@ def _refuse_odd_bytes(path: Path, number: int, piece: str) -> None:
         place = f"{path}: line {number + before.count(chr(10))}"
         column = len(before) - before.rfind("\n")
         if found[0] == "\0":
-            raise DataError(f"{place}: byte 0 at column {column}: a binary file, or UTF-16 text, which is converted with "
-                            "`iconv -f utf-16le -t utf-8`")
-        raise DataError(f"{place}: byte 0x{ord(found[0]) - 0xDC00:02x} at column {column} is not UTF-8; convert the file, for "
-                        "example with `iconv -f latin1 -t utf-8`")
+            raise DataError(f"{place}: byte 0 at column {column}: a binary file, or UTF-16 text, "
+                            "which is converted with `iconv -f utf-16le -t utf-8`")
+        raise DataError(f"{place}: byte 0x{ord(found[0]) - 0xDC00:02x} at column {column} is not "
+                        "UTF-8; convert the file, for example with `iconv -f latin1 -t utf-8`")
 
 # %% ../../nbs/21_formats.ipynb #text-rows
 def _text_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -76,11 +83,14 @@ def _whole(value: object) -> object:
         return _HALF.sub("\ufffd", value)
     if isinstance(value, list):
         return [_whole(item) for item in value]
-    return {_whole(key): _whole(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return ({_whole(key): _whole(item) for key, item in value.items()}
+            if isinstance(value, dict) else value)
 
 
-def _not_json(path: Path, line: int, text: str, error: Exception, column: int | None = None) -> DataError:
-    reason = f"{error.msg}, column {column or error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+def _not_json(path: Path, line: int, text: str, error: Exception,
+              column: int | None = None) -> DataError:
+    reason = (f"{error.msg}, column {column or error.colno}"
+              if isinstance(error, json.JSONDecodeError) else str(error))
     return DataError(f"{path}: line {line}: {text.strip()[:40]!r} is not valid JSON ({reason})")
 
 
@@ -91,8 +101,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 if line in ("{", "["):
-                    raise DataError(f"{path}: line {number}: {line!r} is not valid JSON on its own; a file of values over several lines "
-                                    "ends in .json") from error
+                    raise DataError(
+                        f"{path}: line {number}: {line!r} is not valid JSON on its own; a file of "
+                        "values over several lines ends in .json") from error
                 raise _not_json(path, number, line, error) from error
             yield number, _whole(value) if "\\u" in line else value
 
@@ -101,7 +112,8 @@ class _JsonText:
     """The text of a `.json` file, of which only what is not parsed yet is held."""
 
     def __init__(self, path: Path):
-        self.path, self.pieces, self.text, self.at, self.line = path, _pieces(path, size=_PIECE), "", 0, 1
+        self.path, self.pieces, self.text, self.at, self.line = (
+            path, _pieces(path, size=_PIECE), "", 0, 1)
 
     def _grow(self) -> bool:
         more = "".join(piece for _, piece in islice(self.pieces, 1 + len(self.text) // _PIECE))
@@ -130,7 +142,8 @@ class _JsonText:
                 cut_off = "Unterminated" in str(error) or place > len(self.text) - 16
                 if not (isinstance(error, json.JSONDecodeError) and cut_off and self._grow()):
                     row = self.text[self.text.rfind("\n", 0, place) + 1:][:200].split("\n")[0]
-                    raise _not_json(self.path, self.line + self.text.count("\n", self.at, place), row, error) from error
+                    raise _not_json(self.path, self.line + self.text.count("\n", self.at, place),
+                                    row, error) from error
         self._pass(end)
         return _whole(value)
 
@@ -148,20 +161,25 @@ def _json_values(path: Path) -> Iterator[tuple[int, object]]:
         if file.peek() == ",":
             file.at += 1
         elif file.peek() != "]":
-            raise DataError(f"{path}: line {file.line}: the list is not closed, or a comma is missing, before {file.peek()!r}")
+            raise DataError(f"{path}: line {file.line}: the list is not closed, or a comma is "
+                            f"missing, before {file.peek()!r}")
     file.at += 1
     if file.peek():
-        raise DataError(f"{path}: line {file.line}: there is more behind the list: {file.text[file.at:file.at + 40]!r}")
+        raise DataError(f"{path}: line {file.line}: there is more behind the list: "
+                        f"{file.text[file.at:file.at + 40]!r}")
 
 # %% ../../nbs/21_formats.ipynb #table-rows
-_LONGEST_CELL = 2**26  # characters; a quotation mark that nobody closed makes one of the rest of the file
+# characters; a quotation mark that nobody closed makes one of the rest of the file
+_LONGEST_CELL = 2**26
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _SAID = re.compile(f"sep=([{''.join(_SEPARATORS)}])")
 _QUOTED = re.compile('(?:^|\t)"[^"\t]*""')
 
 
 def _separator(path: Path) -> str:
-    """What separates the cells of a `.csv`: what its first line says, as Excel does (`sep=;`), or the first of _SEPARATORS in its header."""
+    """What separates the cells of a `.csv`: what its first line says, as Excel does (`sep=;`), or
+    the first of _SEPARATORS in its header.
+    """
     first = next((line.strip("\r\n") for _, line in _pieces(path) if line.strip()), "")
     if found := _SAID.fullmatch(first):
         return found[1]
@@ -175,29 +193,34 @@ def _no_name_twice(names: Iterable[str], place: str | Path) -> None:
 
 def _csv_records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_LONGEST_CELL)
-    reader, begin = csv.reader((line for _, line in _pieces(path, newline="")), delimiter=separator, strict=True), 1
+    reader, begin = csv.reader(
+        (line for _, line in _pieces(path, newline="")), delimiter=separator, strict=True), 1
     try:
         for cells in reader:
             yield begin, cells
             begin = reader.line_num + 1
     except csv.Error as error:
         if "unexpected end" in str(error) or "field limit" in str(error):
-            raise DataError(f"{path}: line {begin}: a quotation mark in the row that begins here is never closed") from error
-        raise DataError(f"{path}: line {reader.line_num}: {error}, in the row that begins on line {begin}; inside a quoted cell a "
+            raise DataError(f"{path}: line {begin}: a quotation mark in the row that begins here "
+                            "is never closed") from error
+        raise DataError(f"{path}: line {reader.line_num}: {error}, in the row that begins on line "
+                        f"{begin}; inside a quoted cell a "
                         'quotation mark is written twice, ""') from error
 
 
 def _tsv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     for number, line in _pieces(path):
         if _QUOTED.search(line):
-            raise DataError(f"{path}: line {number}: a cell is in quotation marks and doubles those within, which would be text here; save the "
-                            "table as .csv, or without quotation marks")
+            raise DataError(
+                f"{path}: line {number}: a cell is in quotation marks and doubles those within, "
+                "which would be text here; save the table as .csv, or without quotation marks")
         yield number, line.rstrip("\n").split("\t")
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict]]:
     separator = _separator(path) if plain_suffix(path) == ".csv" else ""
-    records = ((number, cells) for number, cells in (_csv_records(path, separator) if separator else _tsv_records(path))
+    records = ((number, cells) for number, cells in (_csv_records(path, separator) if separator
+                                                     else _tsv_records(path))
                if len(cells) > 1 or "".join(cells).strip())
     first, header = next(records, (0, []))
     if separator and _SAID.fullmatch(separator.join(header)):
@@ -205,10 +228,11 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict]]:
     _no_name_twice(header, f"{path}: line {first}")
     for number, cells in records:
         if len(cells) != len(header):
-            raise DataError(f"{path}: line {number}: {len(cells)} cell{'s' * (len(cells) != 1)}, but the header (line {first}) has "
-                            f"{len(header)}: {', '.join(header)[:80]}; " +
-                            (f"put quotation marks round a cell with {_SEPARATORS[separator]}s in it" if separator else
-                             "cells are separated by one tab"))
+            raise DataError(
+                f"{path}: line {number}: {len(cells)} cell{'s' * (len(cells) != 1)}, but "
+                f"the header (line {first}) has {len(header)}: {', '.join(header)[:80]}; "
+                + (f"put quotation marks round a cell with {_SEPARATORS[separator]}s in it"
+                   if separator else "cells are separated by one tab"))
         yield number, dict(zip(header, cells))
 
 # %% ../../nbs/21_formats.ipynb #parquet-rows
@@ -219,7 +243,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     def cells(column) -> list:
         try:
             return column.to_pylist()
-        except (pyarrow.ArrowException, ValueError, OverflowError):  # a time, say, that Python cannot hold
+        except (pyarrow.ArrowException, ValueError, OverflowError):
+            # a time, say, that Python cannot hold
             if "string" in str(column.type):
                 raise
             return [None] * len(column)
@@ -229,31 +254,38 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
             table = ParquetFile(file)
             names = table.schema_arrow.names
             _no_name_twice(names, path)
-            rows = (row for batch in table.iter_batches(1000) for row in zip(*map(cells, batch.columns)))
+            rows = (row for batch in table.iter_batches(1000)
+                    for row in zip(*map(cells, batch.columns)))
             yield from enumerate((dict(zip(names, row)) for row in rows), 1)
         except DataError:
             raise
         except (pyarrow.ArrowException, ValueError) as error:
-            raise DataError(f"{path}: is not a Parquet file, or damaged: {str(error)[:200]}") from error
+            raise DataError(
+                f"{path}: is not a Parquet file, or damaged: {str(error)[:200]}") from error
 
 # %% ../../nbs/21_formats.ipynb #read-file
 class Row(dict):
-    """A row and where it stands: `place` is "FILE: line 7", the line on which it begins; without lines, "NAME: row 7"."""
+    """A row and where it stands: `place` is "FILE: line 7", the line on which it begins; without
+    lines, "NAME: row 7".
+    """
 
     def __init__(self, values: dict, place: str):
         super().__init__(values)
         self.place = place
 
 
-_READERS = {**dict.fromkeys(TEXT_SUFFIXES, _text_rows), ".jsonl": _json_lines, ".json": _json_values, ".csv": _table_rows,
-            ".tsv": _table_rows, ".parquet": _parquet_rows}
+_READERS = {**dict.fromkeys(TEXT_SUFFIXES, _text_rows), ".jsonl": _json_lines,
+            ".json": _json_values, ".csv": _table_rows, ".tsv": _table_rows,
+            ".parquet": _parquet_rows}
 
 
 def read_file(path: str | Path) -> Iterator[Row]:
-    """The rows of one file, plain or gzipped, streamed: the lines of a text, the objects of JSON, the rows of a table.
+    """The rows of one file, plain or gzipped, streamed: the lines of a text, the objects of JSON,
+    the rows of a table.
 
     Raises:
-        DataError: naming file and line of what cannot be read, or that there is nothing in the file.
+        DataError: naming file and line of what cannot be read, or that there is nothing in the
+            file.
     """
     path, number, empty = Path(path), 0, True
     kind = plain_suffix(path)
@@ -261,13 +293,20 @@ def read_file(path: str | Path) -> Iterator[Row]:
     try:
         for number, row in _READERS[kind](path):
             if not isinstance(row, dict):
-                raise DataError(f"{path}: line {number}: {json.dumps(row, ensure_ascii=False)[:40]!r} is not a JSON object such as "
-                                f"{{\"text\": …}}" + " (a file that is one list ends in .json)" * (number == 1 and isinstance(row, list)))
+                raise DataError(
+                    f"{path}: line {number}: {json.dumps(row, ensure_ascii=False)[:40]!r} is not "
+                    "a JSON object such as {\"text\": …}"
+                    + " (a file that is one list ends in .json)"
+                      * (number == 1 and isinstance(row, list)))
             empty = empty and kind in TEXT_SUFFIXES and not row["text"].strip()
             yield Row(row, f"{path}: {unit} {number}")
     except (OSError, EOFError, zlib.error) as error:
         behind = f" behind {unit} {number}; is it a whole copy?" if number else ""
-        raise DataError(f"{path}: cannot be read{behind}: {error.strerror if getattr(error, 'strerror', None) else error}") from error
+        raise DataError(
+            f"{path}: cannot be read{behind}: "
+            f"{error.strerror if getattr(error, 'strerror', None) else error}") from error
     if empty:
-        raise DataError(f"{path}: the file is empty" + " but for its header" * (kind in (".csv", ".tsv") and path.stat().st_size > 3)
-                        + "; put at least one document into it")
+        raise DataError(
+            f"{path}: the file is empty"
+            + " but for its header" * (kind in (".csv", ".tsv") and path.stat().st_size > 3)
+            + "; put at least one document into it")

@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ..config import DataConfig
-from ..files import DamagedFolder, atomic_folder, check_folder, find_folder, read_json
 from .reading import content_id, documents, how_split
 from .sources import DataError, find_source
 from modern_llm.data.tokens import (
     build_lock, cache_root, disk_errors, encoded, end_of_text_id, tokenizer_digest,
 )
+from ..files import DamagedFolder, atomic_folder, check_folder, find_folder, read_json
 
 # %% auto #0
 __all__ = ['SYNTHETIC_TOKENS', 'CACHE_VERSION', 'IGNORED', 'plain_array', 'TokenCache', 'build_token_cache', 'best_fit_rows',
@@ -37,18 +37,23 @@ __all__ = ['SYNTHETIC_TOKENS', 'CACHE_VERSION', 'IGNORED', 'plain_array', 'Token
 
 # %% ../../nbs/02a_data.ipynb #plain-array
 def plain_array(path: Path) -> np.ndarray:
-    """The array in a .npy file. DamagedFolder if it holds anything else, such as objects, which could run code."""
+    """The array in a .npy file. DamagedFolder if it holds anything else, such as objects, which
+    could run code.
+    """
     try:
         return np.lib.format.read_array(BytesIO(path.read_bytes()), allow_pickle=False)
     except ValueError as error:
-        raise DamagedFolder(f"{path} is refused, it holds more than a plain array: {error}") from error
+        raise DamagedFolder(
+            f"{path} is refused, it holds more than a plain array: {error}") from error
 
 # %% ../../nbs/02a_data.ipynb #token-cache
 @dataclass(frozen=True)
 class TokenCache:
-    """A tokenised corpus on disk: one flat memory-mapped array, documents end to end, each opened by <|endoftext|>.
+    """A tokenised corpus on disk: one flat memory-mapped array, documents end to end, each opened
+    by <|endoftext|>.
 
-    The array ends with one more <|endoftext|>, so that `tokens[i + 1]` is the label of `tokens[i]` everywhere.
+    The array ends with one more <|endoftext|>, so that `tokens[i + 1]` is the label of `tokens[i]`
+    everywhere.
     """
 
     folder: Path
@@ -60,15 +65,20 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> TokenCache:
-        """Open a cache after comparing every byte with its sha256, or the sizes only. DamagedFolder names the file that is off."""
+        """Open a cache after comparing every byte with its sha256, or the sizes only. DamagedFolder
+        names the file that is off.
+        """
         folder = find_folder(folder)
         meta = check_folder(folder) if verify else read_json(folder / "meta.json")
         for name, size in meta["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise DamagedFolder(f"{folder / name} is missing or not {size} bytes long")
-        offsets, sizes, *nats = (plain_array(folder / name) for name in ("offsets.npy", "bytes.npy", "nats.npy") if name in meta["sizes"])
+        offsets, sizes, *nats = (
+            plain_array(folder / name) for name in ("offsets.npy", "bytes.npy", "nats.npy")
+            if name in meta["sizes"])
         if meta["sizes"]["tokens.bin"] != (offsets[-1] + 1) * np.dtype(meta["dtype"]).itemsize:
-            raise DamagedFolder(f"{folder / 'tokens.bin'} has not the {offsets[-1]} tokens that offsets.npy tells of")
+            raise DamagedFolder(f"{folder / 'tokens.bin'} has not the {offsets[-1]} tokens that "
+                                "offsets.npy tells of")
         tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r").view(np.ndarray)
         return cls(folder, meta, tokens, offsets, sizes, nats[0] if nats else None)
 
@@ -95,15 +105,19 @@ class TokenCache:
 
     @property
     def floor_nats(self) -> float | None:
-        """The source's own entropy of these documents: no model can stay below it for long. None if unknown."""
+        """The source's own entropy of these documents: no model can stay below it for long. None if
+        unknown.
+        """
         return None if self.nats is None else float(self.nats.sum())
 
     def head(self, max_tokens: int | None) -> TokenCache:
         """The first whole documents of at most `max_tokens` tokens (at least one)."""
-        keep = len(self) if max_tokens is None else int(np.searchsorted(self.offsets, max_tokens, side="right")) - 1
+        keep = (len(self) if max_tokens is None
+                else int(np.searchsorted(self.offsets, max_tokens, side="right")) - 1)
         keep = min(len(self), max(1, keep))
         nats = None if self.nats is None else self.nats[:keep]
-        return TokenCache(self.folder, self.meta, self.tokens, self.offsets[:keep + 1], self.bytes[:keep], nats)
+        return TokenCache(self.folder, self.meta, self.tokens,
+                          self.offsets[:keep + 1], self.bytes[:keep], nats)
 
 # %% ../../nbs/02a_data.ipynb #write-cache
 SYNTHETIC_TOKENS = 2_500_000  # of an endless source, when no limit is given
@@ -117,11 +131,15 @@ def _with_nats(name: str, split: str, world_seed: int) -> Iterator[tuple[str, fl
     from modern_llm.data import synth
 
     part = "train" if split == "train" else "heldout"
-    yield from ((item.text, item.nats) for item in synth.documents(split=part, seed=0, world_seed=world_seed))
+    yield from ((item.text, item.nats)
+                for item in synth.documents(split=part, seed=0, world_seed=world_seed))
 
 
-def _write_cache(folder: Path, items: Iterable, end: int, dtype: str, limit: int | None, bar: tqdm) -> dict:
-    """Stream (ids, bytes, nats) into the files of a TokenCache; whole documents up to `limit`. Returns its counts."""
+def _write_cache(folder: Path, items: Iterable, end: int, dtype: str, limit: int | None,
+                 bar: tqdm) -> dict:
+    """Stream (ids, bytes, nats) into the files of a TokenCache; whole documents up to `limit`.
+    Returns its counts.
+    """
     lengths, sizes, nats, total = array("q"), array("q"), array("d"), 0
     with open(folder / "tokens.bin", "wb") as file:
         for ids, size, floor in items:
@@ -145,22 +163,26 @@ def _write_cache(folder: Path, items: Iterable, end: int, dtype: str, limit: int
 
 # %% ../../nbs/02a_data.ipynb #build-token-cache
 def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: int | None = None,
-                      cache_dir: str | Path | None = None, world_seed: int = 0, progress: bool = True,
-                      verify: bool = True) -> TokenCache:
-    """The tokenised documents of a source: opened if they are in the cache, else built there in bounded memory.
+                      cache_dir: str | Path | None = None, world_seed: int = 0,
+                      progress: bool = True, verify: bool = True) -> TokenCache:
+    """The tokenised documents of a source: opened if they are in the cache, else built there in
+    bounded memory.
 
     Args:
         name: a name of DATASET_REGISTRY, its hub path, or your own file.
-        max_tokens: whole documents up to this many tokens; None = all (2.5M of the endless synthetic source).
+        max_tokens: whole documents up to this many tokens; None = all (2.5M of the endless
+            synthetic source).
         verify: compare every byte of an existing cache with its sha256, not only the sizes.
     """
     source = find_source(name)
     if source.where == "built-in":
         max_tokens = max_tokens or SYNTHETIC_TOKENS
     dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
-    identity = [CACHE_VERSION, content_id(name, split, world_seed), tokenizer_digest(tokenizer), split, max_tokens]
+    identity = [CACHE_VERSION, content_id(name, split, world_seed),
+                tokenizer_digest(tokenizer), split, max_tokens]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    own = re.sub(r"[^a-zA-Z0-9_.-]", "-", Path(source.info.name).stem).strip(".")[:60]  # a file may be called anything
+    # a file may be called anything
+    own = re.sub(r"[^a-zA-Z0-9_.-]", "-", Path(source.info.name).stem).strip(".")[:60]
     short = (own or "own") if source.where == "file" else source.info.name
     folder = Path(cache_dir or cache_root()) / f"{short}-{split}-{fingerprint}"
     with build_lock(folder):
@@ -170,24 +192,28 @@ def build_token_cache(name: str, split: str, tokenizer: Tokenizer, max_tokens: i
             pass
         except (DamagedFolder, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the token cache is damaged and is built again: {error}", stacklevel=2)
-        meta = {"fingerprint": fingerprint, "source": source.info.name, "split": split, "where": source.where,
-                "licence": source.info.licence, "note": "; ".join(filter(None, (source.note, how_split(name)))), "dtype": dtype, "world_seed": world_seed,
-                "tokenizer": identity[2]}
-        bar = tqdm(desc=f"tokenising {short} {split}", unit=" tokens", unit_scale=True, mininterval=10, delay=5,
-                   disable=not progress)
+        meta = {"fingerprint": fingerprint, "source": source.info.name, "split": split,
+                "where": source.where, "licence": source.info.licence,
+                "note": "; ".join(filter(None, (source.note, how_split(name)))), "dtype": dtype,
+                "world_seed": world_seed, "tokenizer": identity[2]}
+        bar = tqdm(desc=f"tokenising {short} {split}", unit=" tokens", unit_scale=True,
+                   mininterval=10, delay=5, disable=not progress)
         items = encoded(_with_nats(source.info.name, split, world_seed), tokenizer)
         with bar, disk_errors(folder), atomic_folder(folder, meta) as temporary:
-            meta |= _write_cache(temporary, items, end_of_text_id(tokenizer), dtype, max_tokens, bar)
+            meta |= _write_cache(temporary, items,
+                                 end_of_text_id(tokenizer), dtype, max_tokens, bar)
             if not meta["documents"]:
-                raise DataError(f"{source.info.name}, {split}: no document has any text; check the source's files")
+                raise DataError(f"{source.info.name}, {split}: no document has any text; check the "
+                                "source's files")
         return TokenCache.open(folder)
 
 # %% ../../nbs/02a_data.ipynb #best-fit-rows
 def best_fit_rows(lengths: Iterable[int], capacity: int) -> list[int]:
-    """The row of each document, each put where it leaves the least room; a new row where none has room.
+    """The row of each document, each put where it leaves the least room; a new row where none has
+    room.
 
-    Rows wait in one stack per remaining room, and the bits of one integer say which stacks are not empty, so a document
-    costs a shift instead of a search.
+    Rows wait in one stack per remaining room, and the bits of one integer say which stacks are not
+    empty, so a document costs a shift instead of a search.
     """
     stacks: list[list[int]] = [[] for _ in range(capacity + 1)]
     bits = [1 << room for room in range(capacity + 1)]
@@ -208,18 +234,20 @@ def best_fit_rows(lengths: Iterable[int], capacity: int) -> list[int]:
     return row_of
 
 # %% ../../nbs/02a_data.ipynb #pack-documents
-def pack_documents(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> np.ndarray:
-    """Best-fit decreasing: the row of each document, longest documents first (Ding et al. 2024, section 3).
+def pack_documents(lengths: np.ndarray, capacity: int,
+                   order: np.ndarray | None = None) -> np.ndarray:
+    """Best-fit decreasing: the row of each document, longest documents first (Ding et al. 2024,
+    section 3).
 
     Args:
         lengths: tokens of each document, 1 to `capacity`.
-        order: a permutation that says which of several equally long documents comes first. It never changes how many
-            rows there are or how full they become, only who is in them.
+        order: a permutation that says which of several equally long documents comes first. It never
+            changes how many rows there are or how full they become, only who is in them.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise DataError(f"document lengths {lengths.min()} to {lengths.max()} must lie in 1 to capacity={capacity}; "
-                        "cut longer documents into pieces first")
+        raise DataError(f"document lengths {lengths.min()} to {lengths.max()} must lie in 1 to "
+                        f"capacity={capacity}; cut longer documents into pieces first")
     order = np.arange(len(lengths)) if order is None else np.asarray(order)
     longest_first = order[np.argsort(-lengths[order], kind="stable")]
     rows = np.empty(len(lengths), dtype=np.int64)
@@ -227,11 +255,14 @@ def pack_documents(lengths: np.ndarray, capacity: int, order: np.ndarray | None 
     return rows
 
 # %% ../../nbs/02a_data.ipynb #row-pattern
-def row_pattern(lengths: np.ndarray, capacity: int, min_density: float = 0.97) -> dict[str, np.ndarray]:
-    """Where the parts of documents go that are packed longest first; only as many are cut as `min_density` takes.
+def row_pattern(lengths: np.ndarray, capacity: int,
+                min_density: float = 0.97) -> dict[str, np.ndarray]:
+    """Where the parts of documents go that are packed longest first; only as many are cut as
+    `min_density` takes.
 
-    Whole documents first. If the rows are emptier than asked, the emptiest are dissolved and their documents laid end
-    to end into the room left in the others, largest room first, cut where a room ends.
+    Whole documents first. If the rows are emptier than asked, the emptiest are dissolved and their
+    documents laid end to end into the room left in the others, largest room first, cut where a room
+    ends.
 
     Args:
         lengths: tokens of each document, longest first, 1 to `capacity`.
@@ -243,10 +274,13 @@ def row_pattern(lengths: np.ndarray, capacity: int, min_density: float = 0.97) -
     lengths = np.asarray(lengths, dtype=np.int64)
     row, total = np.array(best_fit_rows(lengths.tolist(), capacity)), int(lengths.sum())
     fill = np.bincount(row, weights=lengths).astype(np.int64)
-    keep = min(len(fill), max(-(-total // capacity), int(total / capacity / max(min_density, 1e-9))))
+    keep = min(len(fill),
+               max(-(-total // capacity), int(total / capacity / max(min_density, 1e-9))))
     fullest = np.argsort(-fill, kind="stable")
-    row, room = np.argsort(fullest)[row], capacity - fill[fullest]  # rows are renumbered, the fullest first
-    parts = [(document, 0, lengths[document], row[document]) for document in np.flatnonzero(row < keep)]
+    # rows are renumbered, the fullest first
+    row, room = np.argsort(fullest)[row], capacity - fill[fullest]
+    parts = [(document, 0, lengths[document], row[document])
+             for document in np.flatnonzero(row < keep)]
     at, used = keep - 1, 0
     for document in np.flatnonzero(row >= keep):
         offset = 0
@@ -264,7 +298,8 @@ IGNORED = -100  # label of a position that is not trained on
 
 @dataclass(frozen=True)
 class Pieces:
-    """What is packed: every document, those longer than a row cut into row-long pieces and a rest."""
+    """What is packed: every document, those longer than a row cut into row-long pieces and a rest.
+    """
 
     caches: tuple[TokenCache, ...]
     context_length: int
@@ -276,7 +311,8 @@ class Pieces:
     def of(cls, caches: Sequence[TokenCache], context_length: int) -> Pieces:
         """Cut the documents of all caches."""
         if len({cache.meta["tokenizer"] for cache in caches}) != 1:
-            raise DataError(f"{len(caches)} token caches of different tokenizers cannot be mixed; build all with one")
+            raise DataError(f"{len(caches)} token caches of different tokenizers cannot be mixed; "
+                            "build all with one")
         columns = []
         for i, cache in enumerate(caches):
             sizes = np.diff(cache.offsets)
@@ -285,10 +321,13 @@ class Pieces:
             done = (np.arange(counts.sum()) - first) * context_length
             columns.append((np.full(len(done), i), np.repeat(cache.offsets[:-1], counts) + done,
                             np.minimum(np.repeat(sizes, counts) - done, context_length)))
-        return cls(tuple(caches), context_length, *(np.concatenate(column) for column in zip(*columns)))
+        return cls(tuple(caches), context_length,
+                   *(np.concatenate(column) for column in zip(*columns)))
 
     def batch(self, rows: Sequence[list[tuple[int, int, int]]]) -> dict[str, torch.Tensor]:
-        """input_ids, labels and segment_ids (rows, context_length) of rows given as lists of (piece, offset, length)."""
+        """input_ids, labels and segment_ids (rows, context_length) of rows given as lists of
+        (piece, offset, length).
+        """
         shape = (len(rows), self.context_length)
         inputs = np.full(shape, self.caches[0].tokens[-1], dtype=np.int64)
         labels, segments = np.full(shape, IGNORED, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -307,18 +346,19 @@ class Pieces:
 class PackedBatches:
     """`batches(step)`: the packed training batch of that step, a pure function of (seed, step).
 
-    Every epoch shuffles the documents, packs them, shuffles the rows and the documents in each; epochs follow each
-    other without a gap.
+    Every epoch shuffles the documents, packs them, shuffles the rows and the documents in each;
+    epochs follow each other without a gap.
 
     Args:
         caches: token caches, mixed in proportion to their size.
         context_length: tokens t of a row.
         batch_size: rows of the global batch, over all ranks.
-        min_density: share of scored tokens below which documents are cut to fill rows; 0 = never cut.
+        min_density: share of scored tokens below which documents are cut to fill rows; 0 = never
+            cut.
     """
 
-    def __init__(self, caches: Sequence[TokenCache], context_length: int, batch_size: int, seed: int = 0,
-                 min_density: float = 0.97):
+    def __init__(self, caches: Sequence[TokenCache], context_length: int, batch_size: int,
+                 seed: int = 0, min_density: float = 0.97):
         if batch_size < 1:
             raise DataError(f"batch_size={batch_size} must be at least 1")
         self.pieces = Pieces.of(caches, context_length)
@@ -330,20 +370,26 @@ class PackedBatches:
         self._epoch, self._plan = -1, ()
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(parts, ends): row r of an epoch is parts[ends[r]:ends[r + 1]] of (piece, offset, length). One epoch is kept."""
+        """(parts, ends): row r of an epoch is parts[ends[r]:ends[r + 1]] of (piece, offset,
+        length). One epoch is kept.
+        """
         if epoch != self._epoch:
-            random, lengths, pattern = np.random.default_rng([self.seed, epoch]), self.pieces.length, self.pattern
+            random, lengths, pattern = (np.random.default_rng([self.seed, epoch]),
+                                        self.pieces.length, self.pattern)
             shuffled = random.permutation(len(lengths))
             longest_first = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
             row = random.permutation(self.rows_per_epoch)[pattern["row"]]
-            piece, cut = longest_first[pattern["document"]], pattern["length"] < lengths[longest_first][pattern["document"]]
+            piece, cut = (longest_first[pattern["document"]],
+                          pattern["length"] < lengths[longest_first][pattern["document"]])
             order = np.lexsort((random.random(len(row)), cut, row))
             parts = np.stack([piece, pattern["offset"], pattern["length"]], axis=1)[order]
             self._epoch, self._plan = epoch, (parts, np.cumsum([0, *np.bincount(row)]))
         return self._plan
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        """input_ids, labels (-100 = not scored) and segment_ids (0 = padding), each (batch_size, t), int64."""
+        """input_ids, labels (-100 = not scored) and segment_ids (0 = padding), each (batch_size,
+        t), int64.
+        """
         rows = []
         for number in range(step * self.batch_size, (step + 1) * self.batch_size):
             parts, ends = self.plan(number // self.rows_per_epoch)
@@ -352,14 +398,17 @@ class PackedBatches:
         return self.pieces.batch(rows)
 
 # %% ../../nbs/02a_data.ipynb #validation-batches
-def validation_batches(cache: TokenCache, context_length: int, batch_size: int, max_tokens: int | None = None,
-                       ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches in which every token of the cache is a label exactly once; the last batch may have fewer rows.
+def validation_batches(cache: TokenCache, context_length: int, batch_size: int,
+                       max_tokens: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches in which every token of the cache is a label exactly once; the last batch may have
+    fewer rows.
 
-    Besides what `PackedBatches` gives they hold document_ids (b, t): the document of every token, -1 for padding.
+    Besides what `PackedBatches` gives they hold document_ids (b, t): the document of every token,
+    -1 for padding.
 
     Args:
-        max_tokens: only `cache.head(max_tokens)`, whose bytes and entropy floor then are the ones to divide by.
+        max_tokens: only `cache.head(max_tokens)`, whose bytes and entropy floor then are the ones
+            to divide by.
     """
     cache = cache.head(max_tokens)
     pieces = Pieces.of([cache], context_length)
@@ -367,37 +416,45 @@ def validation_batches(cache: TokenCache, context_length: int, batch_size: int, 
     members = np.split(np.argsort(row, kind="stable"), np.cumsum(np.bincount(row))[:-1])
     document = np.searchsorted(cache.offsets, pieces.start, side="right") - 1
     for i in range(0, len(members), batch_size):
-        batch = pieces.batch([[(piece, 0, pieces.length[piece]) for piece in row] for row in members[i:i + batch_size]])
+        batch = pieces.batch([[(piece, 0, pieces.length[piece]) for piece in row]
+                              for row in members[i:i + batch_size]])
         owners = [np.append(-1, document[row]) for row in members[i:i + batch_size]]
         ids = [owner[segments] for owner, segments in zip(owners, batch["segment_ids"].numpy())]
         yield {**batch, "document_ids": torch.from_numpy(np.stack(ids))}
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-    """Bits a model needs for one byte of text: comparable between tokenizers, as nats per token are not."""
+    """Bits a model needs for one byte of text: comparable between tokenizers, as nats per token are
+    not.
+    """
     return nats / math.log(2) / num_bytes
 
 # %% ../../nbs/02a_data.ipynb #load-corpus
-def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path | None = None, progress: bool = True,
-                ) -> tuple[list[TokenCache], dict[str, TokenCache]]:
-    """(training caches, validation cache of each source) of a DataConfig, built where they are not in the cache yet."""
+def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path | None = None,
+                progress: bool = True) -> tuple[list[TokenCache], dict[str, TokenCache]]:
+    """(training caches, validation cache of each source) of a DataConfig, built where they are not
+    in the cache yet.
+    """
     options = {"cache_dir": cache_dir, "world_seed": config.world_seed, "progress": progress}
-    train = [build_token_cache(name, "train", tokenizer, config.max_train_tokens, **options) for name in config.sources]
-    held_out = {name: build_token_cache(name, "validation", tokenizer, config.max_validation_tokens, **options)
-                for name in config.sources}
+    train = [build_token_cache(name, "train", tokenizer, config.max_train_tokens, **options)
+             for name in config.sources]
+    held_out = {name: build_token_cache(name, "validation", tokenizer, config.max_validation_tokens,
+                                        **options) for name in config.sources}
     return train, held_out
 
 
 def data_card(caches: Iterable[TokenCache]) -> pd.DataFrame:
-    """One row per cache: what it holds, where it is from, what to know about it, and the fingerprint that names it."""
-    card = pd.DataFrame([{
-        "source": cache.meta["source"], "split": cache.meta["split"], "documents": len(cache),
-        "tokens": cache.num_tokens, "bytes": cache.num_bytes,
-        "bytes per token": round(cache.num_bytes / cache.num_tokens, 3),
-        "floor bits per byte": None if cache.floor_nats is None
-        else round(bits_per_byte(cache.floor_nats, cache.num_bytes), 4),
-        "found": cache.meta["where"], "licence": cache.meta["licence"], "note": cache.meta.get("note", ""),
-        "fingerprint": cache.fingerprint,
-    } for cache in caches])
+    """One row per cache: what it holds, where it is from, what to know about it, and the
+    fingerprint that names it.
+    """
+    card = pd.DataFrame([
+        {"source": cache.meta["source"], "split": cache.meta["split"],
+         "documents": len(cache), "tokens": cache.num_tokens, "bytes": cache.num_bytes,
+         "bytes per token": round(cache.num_bytes / cache.num_tokens, 3),
+         "floor bits per byte": None if cache.floor_nats is None
+                                else round(bits_per_byte(cache.floor_nats, cache.num_bytes), 4),
+         "found": cache.meta["where"], "licence": cache.meta["licence"],
+         "note": cache.meta.get("note", ""), "fingerprint": cache.fingerprint} for cache in caches])
     floor = card["floor bits per byte"].astype(object)
-    return card.assign(**{"floor bits per byte": floor.where(floor.notna(), None)})  # beside numbers, pandas makes NaN of None
+    # beside numbers, pandas makes NaN of None
+    return card.assign(**{"floor bits per byte": floor.where(floor.notna(), None)})

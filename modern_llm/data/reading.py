@@ -17,11 +17,11 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
-from ..files import sha256
 from .formats import Row, read_file
 from .sources import TEXT_SUFFIXES, DataError, DatasetNotFound, Source, dataset_info
 from .sources import find_source, hub_reachable, hub_state, plain_suffix
 from .splits import Cut, cut_splits, make_cut, split_plan, text_blocks
+from ..files import sha256
 
 # %% auto #0
 __all__ = ['READER_VERSION', 'load_hub', 'articles', 'split_of', 'how_split', 'rows', 'check_rows', 'documents', 'content_id',
@@ -40,14 +40,17 @@ def _library():
 
 @lru_cache(maxsize=4)
 def load_hub(name: str, split: str):
-    """A split from the hub or its local cache, memory-mapped. DatasetNotFound instead of a long wait when offline."""
+    """A split from the hub or its local cache, memory-mapped. DatasetNotFound instead of a long
+    wait when offline.
+    """
     info = dataset_info(name)
     state = hub_state(info)
     if state not in ("cached", "reachable"):
         raise DatasetNotFound(f"data set {info.name!r} ({info.hub}): {state}")
     if os.path.isdir(info.hub):  # the library would read that instead
-        raise DatasetNotFound(f"data set {info.name!r}: the folder {os.path.abspath(info.hub)} hides the hub's {info.hub}; start from "
-                              "another folder, or name the files in it")
+        raise DatasetNotFound(
+            f"data set {info.name!r}: the folder {os.path.abspath(info.hub)} hides the hub's "
+            f"{info.hub}; start from another folder, or name the files in it")
     import huggingface_hub
 
     datasets = _library()
@@ -72,7 +75,8 @@ _TITLE = re.compile(r"^ ?= (?!= ).*(?<! =) = ?$")
 def articles(lines: Iterable[str]) -> Iterator[str]:
     """WikiText lines grouped into articles, which begin at ` = Title = ` (sections have ` = = `).
 
-    A formula can look like a title; a true one stands between blank lines, where the text has blank lines at all.
+    A formula can look like a title; a true one stands between blank lines, where the text has blank
+    lines at all.
     """
     lines = iter(lines)
     held: list[str] = []
@@ -80,7 +84,8 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     blank_lines = line is not None and not line.strip()
     while line is not None:
         after = next(lines, None)
-        alone = not before.strip() and not (after or "").strip() if blank_lines else " ; " not in line
+        alone = (not before.strip() and not (after or "").strip() if blank_lines
+                 else " ; " not in line)
         if alone and _TITLE.match(line) and any(text.strip() for text in held):
             yield "\n".join(held).strip()
             held = []
@@ -92,12 +97,14 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 # %% ../../nbs/23_reading.ipynb #split-of
 def _is_lines(source: Source, stored: str) -> bool:
     """Whether the rows of a stored split are lines of text, in which documents have to be found."""
-    return source.info.is_wikitext or any(plain_suffix(path) in TEXT_SUFFIXES for path in source.files.get(stored, ()))
+    return (source.info.is_wikitext
+            or any(plain_suffix(path) in TEXT_SUFFIXES for path in source.files.get(stored, ())))
 
 
 def _key(source: Source, row: dict) -> str:
     """The text that decides on which side of a cut a row falls."""
-    return source.info.key(row) if source.info.key else "\n".join(str(row.get(field)) for field in source.info.fields)
+    return (source.info.key(row) if source.info.key
+            else "\n".join(str(row.get(field)) for field in source.info.fields))
 
 
 def _stored_texts(source: Source, stored: str) -> Iterator[str]:
@@ -105,7 +112,8 @@ def _stored_texts(source: Source, stored: str) -> Iterator[str]:
     if not _is_lines(source, stored):
         return (_key(source, row) for row in _checked(source, stored))
     lines = (row["text"].rstrip("\r\n") for row in _checked(source, stored))
-    return articles(line if line.strip() else "" for line in lines) if source.info.is_wikitext else text_blocks(lines)
+    return (articles(line if line.strip() else "" for line in lines) if source.info.is_wikitext
+            else text_blocks(lines))
 
 
 @lru_cache(maxsize=64)
@@ -113,27 +121,35 @@ def _cut(name: str, stored: str, state: tuple) -> Cut:
     """The cut of a stored split whose files are in this `state`."""
     source = find_source(name)
     divisible = source.info.kind == "text" and len(source.info.fields) == 1
-    return make_cut(_stored_texts(source, stored), cut_splits(source.splits, stored), source.info.name, divisible)
+    return make_cut(_stored_texts(source, stored),
+                    cut_splits(source.splits, stored), source.info.name, divisible)
 
 
 def split_of(name: str, split: str = "train") -> tuple[str, Cut | None]:
-    """The stored split that serves a split of a source, and how it is cut for that; None where it serves as it is."""
+    """The stored split that serves a split of a source, and how it is cut for that; None where it
+    serves as it is.
+    """
     source = find_source(name)
     stored, low, high = split_plan(source.splits, split)
-    state = tuple((path, stat.st_size, stat.st_mtime_ns) for path in source.files.get(stored, ()) for stat in [path.stat()])
+    state = tuple((path, stat.st_size, stat.st_mtime_ns)
+                  for path in source.files.get(stored, ()) for stat in [path.stat()])
     return stored, None if high - low == 100 else _cut(name, stored, state)
 
 
 def how_split(name: str) -> str:
-    """In words, how a source's validation split was cut from another one; "" where it came with its own."""
+    """In words, how a source's validation split was cut from another one; "" where it came with its
+    own.
+    """
     cut = None if find_source(name).where == "built-in" else split_of(name, "validation")[1]
     return cut.note if cut else ""
 
 # %% ../../nbs/23_reading.ipynb #rows
 def rows(name: str, split: str = "train", also: Iterable[str] = ()) -> Iterator[Row]:
-    """The rows of a source, in order, without those on the other side of a cut; each knows its `place`.
+    """The rows of a source, in order, without those on the other side of a cut; each knows its
+    `place`.
 
-    Of a text that is cut, the rows are the lines of the documents on this side, a blank one before each.
+    Of a text that is cut, the rows are the lines of the documents on this side, a blank one before
+    each.
 
     Args:
         name: a name of DATASET_REGISTRY, its hub path, or your own file.
@@ -141,21 +157,25 @@ def rows(name: str, split: str = "train", also: Iterable[str] = ()) -> Iterator[
         also: columns that must be there besides the source's fields.
 
     Raises:
-        DataError: naming file and line of a row that lacks a column, or has something else where text belongs.
+        DataError: naming file and line of a row that lacks a column, or has something else where
+            text belongs.
     """
     source = find_source(name)
     if source.where == "built-in":
-        raise DataError("the synthetic source writes documents, not rows: use modern_llm.data.synth")
+        raise DataError(
+            "the synthetic source writes documents, not rows: use modern_llm.data.synth")
     stored, cut = split_of(name, split)
     if cut is None:
         yield from _checked(source, stored, also)
     elif _is_lines(source, stored):
         yield from (Row({"text": line}, source.info.name) for text in _stored_texts(source, stored)
-                    if (part := cut.part(text, split)) is not None for line in ("", *text[part].split("\n")))
+                    if (part := cut.part(text, split)) is not None
+                    for line in ("", *text[part].split("\n")))
     else:
         for row in _checked(source, stored, also):
             if (part := cut.part(text := _key(source, row), split)) is not None:
-                yield row if part == slice(None) else Row({**row, source.info.fields[0]: text[part]}, row.place)
+                yield (row if part == slice(None)
+                       else Row({**row, source.info.fields[0]: text[part]}, row.place))
 
 
 def _stored_rows(source: Source, stored: str) -> Iterator[Row]:
@@ -166,7 +186,8 @@ def _stored_rows(source: Source, stored: str) -> Iterator[Row]:
                     for number, row in enumerate(load_hub(source.info.name, stored), 1))
 
 
-_KINDS = {str: "text", bool: "true or false", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+_KINDS = {str: "text", bool: "true or false", int: "an integer", float: "a number", list: "a list",
+          dict: "an object"}
 
 
 def _checked(source: Source, stored: str, also: Iterable[str] = ()) -> Iterator[Row]:
@@ -177,15 +198,18 @@ def _checked(source: Source, stored: str, also: Iterable[str] = ()) -> Iterator[
         for field in needed:
             if row.get(field) is None:
                 have = sorted(str(name) for name, value in row.items() if value is not None)
-                raise DataError(f"{row.place} has no field {field!r}, only {have}{' (it is null)' * (field in row)}; "
+                raise DataError(f"{row.place} has no field {field!r}, only "
+                                f"{have}{' (it is null)' * (field in row)}; "
                                 f"{info.name} needs {', '.join(needed)}")
         for field, kinds in types.items():
             value = row.get(field)
             if value is None:
                 row.update({field: ""} if field in info.optional else {})
             elif type(value) not in kinds:
-                raise DataError(f"{row.place}: {field} is {_KINDS.get(type(value), type(value).__name__)}, {repr(value)[:40]}, but "
-                                f"should be {' or '.join(_KINDS[kind] for kind in kinds if kind in _KINDS)}")
+                raise DataError(
+                    f"{row.place}: {field} is "
+                    f"{_KINDS.get(type(value), type(value).__name__)}, {repr(value)[:40]}, but "
+                    f"should be {' or '.join(_KINDS[kind] for kind in kinds if kind in _KINDS)}")
         yield row
 
 # %% ../../nbs/23_reading.ipynb #check-rows
@@ -193,49 +217,57 @@ def check_rows(name: str, seconds: float = 5.0) -> dict[str, str]:
     """Read the rows of a source that is here, of each file for at most so many seconds.
 
     Returns:
-        read: how many rows, and how many of them have no text ("812 rows, 3 without text"; "the first 90,500 rows" of a long file);
-        columns: the names in the first row.
+        read: how many rows, and how many of them have no text ("812 rows, 3 without text"; "the
+        first 90,500 rows" of a long file); columns: the names in the first row.
 
     Raises:
         DataError: what is wrong with the first row that cannot be used, or with the file.
     """
     source, count, empty, cut, columns = find_source(name), 0, 0, False, ""
-    parts = [(stored, replace(source, files={stored: (path,)})) for stored, paths in source.files.items() for path in paths]
+    parts = [(stored, replace(source, files={stored: (path,)}))
+             for stored, paths in source.files.items() for path in paths]
     for stored, part in parts or [(stored, source) for stored in source.splits]:
         end = time.monotonic() + seconds
         for row in _checked(part, stored, source.info.needed_columns):
             columns = columns or ", ".join(map(str, row))
             count += 1
-            empty += not (_is_lines(part, stored) or any(row[field].strip() for field in source.info.fields))
+            empty += not (_is_lines(part, stored)
+                          or any(row[field].strip() for field in source.info.fields))
             if count % 500 == 0 and time.monotonic() > end:
                 cut = True
                 break
-    said = f"{'the first ' * cut}{count:,} row{'s' * (count != 1)}" + f", {empty:,} without text" * bool(empty)
+    said = (f"{'the first ' * cut}{count:,} row{'s' * (count != 1)}"
+            + f", {empty:,} without text" * bool(empty))
     return {"read": said, "columns": columns}
 
 # %% ../../nbs/23_reading.ipynb #documents
 def documents(name: str, split: str = "train", world_seed: int = 0) -> Iterator[str]:
-    """The documents of a source, one string each: an article, a story, a row's fields joined by newlines.
+    """The documents of a source, one string each: an article, a story, a row's fields joined by
+    newlines.
 
-    The synthetic source is endless; the others end. Characters that UTF-8 cannot hold become U+FFFD.
+    The synthetic source is endless; the others end. Characters that UTF-8 cannot hold become
+    U+FFFD.
     """
     source = find_source(name)
     if source.where == "built-in":
         from modern_llm.data import synth
 
         part = "train" if split == "train" else "heldout"
-        yield from (document.text for document in synth.documents(split=part, seed=0, world_seed=world_seed))
+        yield from (document.text
+                    for document in synth.documents(split=part, seed=0, world_seed=world_seed))
         return
     stored, cut = split_of(name, split)
     if _is_lines(source, stored):
         texts = _stored_texts(source, stored)
-        texts = (text[part].strip() for text in texts if (part := cut.part(text, split)) is not None) if cut else texts
+        texts = (text[part].strip() for text in texts if (part := cut.part(
+            text, split)) is not None) if cut else texts
     else:
         texts = ("\n".join(str(row[field]) for field in source.info.fields if row[field] != "")
                  for row in rows(name, split))
     for text in texts:
         if text.strip():
-            yield text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield (text if text.isascii()
+                   else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 # %% ../../nbs/23_reading.ipynb #content-id
 READER_VERSION = 3  # raise it when `documents` reads the same files differently
@@ -247,13 +279,17 @@ def _file_sha256(path: Path, size: int, changed: int) -> str:
 
 
 def content_id(name: str, split: str = "train", world_seed: int = 0) -> str:
-    """A digest of what `documents` would read: the files' bytes, the hub's fingerprint, or the synthetic writer's code."""
+    """A digest of what `documents` would read: the files' bytes, the hub's fingerprint, or the
+    synthetic writer's code.
+    """
     source = find_source(name)
     if source.where == "built-in":
         from modern_llm.data import synth
 
         code = sorted(Path(synth.__file__).parent.glob("synth*.py"))
-        parts = ["reader 1", *map(sha256, code), split if split == "train" else "heldout", str(world_seed)]  # no file is read: its id stays
+        # no file is read: its id stays
+        parts = ["reader 1", *map(sha256, code), split if split == "train" else "heldout",
+                 str(world_seed)]
     else:
         stored, low, high = split_plan(source.splits, "train" if source.where == "file" else split)
         parts = [f"reader {READER_VERSION}", stored, str(low), str(high)]
@@ -266,7 +302,9 @@ def content_id(name: str, split: str = "train", world_seed: int = 0) -> str:
 
 # %% ../../nbs/23_reading.ipynb #download
 def download(name: str) -> None:
-    """Fetch every split of a data set into the hub's local cache, for machines that have no network later."""
+    """Fetch every split of a data set into the hub's local cache, for machines that have no network
+    later.
+    """
     info = dataset_info(name)
     for split in info.hub_splits if info.hub else ():
         load_hub(name, split)

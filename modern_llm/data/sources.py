@@ -28,7 +28,9 @@ class DataError(ValueError):
 
 
 class DatasetNotFound(DataError):
-    """A data set that is neither built in, nor in the mirror, nor on the hub. The message says what was tried."""
+    """A data set that is neither built in, nor in the mirror, nor on the hub. The message says what
+    was tried.
+    """
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,20 @@ class DatasetInfo:
     config: str | None = None
     revision: str | None = None
     folders: tuple[str, ...] = ()  # folder names in a mirror, besides `name`
-    files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # split -> file names in a mirror
+    # split -> file names in a mirror
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     hub_splits: tuple[str, ...] = ("train",)
     aliases: tuple[str, ...] = ()
     note: str = ""  # what to know about the files in `files`
     key: Callable[[dict], str] | None = None  # text that decides on which side of a cut a row falls
     optional: tuple[str, ...] = ()  # fields that a row may lack: missing, null and "" are the same
-    columns: dict[str, tuple[type, ...]] = field(default_factory=dict)  # types of what else the later stages read
+    # types of what else the later stages read
+    columns: dict[str, tuple[type, ...]] = field(default_factory=dict)
 
     @property
     def is_wikitext(self) -> bool:
-        """Whether the rows are lines of articles; a file of your own is not, whatever it is called."""
+        """Whether the rows are lines of articles; a file of your own is not, whatever it is called.
+        """
         return self.hub == "Salesforce/wikitext"
 
     @property
@@ -68,7 +73,8 @@ def _question(row: dict) -> str:
 
 _RAW_WIKITEXT = {split: (f"wiki.{short}.raw",) for split, short in
                  (("train", "train"), ("validation", "valid"), ("test", "test"))}
-_WIKITEXT_2 = {"train": ("train.txt.gz",), "validation": ("valid.txt.gz",), "test": ("raw_test.txt.gz",)}
+_WIKITEXT_2 = {"train": ("train.txt.gz",), "validation": ("valid.txt.gz",),
+               "test": ("raw_test.txt.gz",)}
 _HH = tuple(f"{part}-test.jsonl.gz" for part in
             ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base"))
 _ALL = ("train", "validation", "test")
@@ -76,29 +82,37 @@ _PARQUET = "refs/convert/parquet"  # the hub's own conversion, for data sets tha
 
 DATASET_REGISTRY: dict[str, DatasetInfo] = {info.name: info for info in (
     DatasetInfo("synthetic", "", "MIT", "text", ("text",), hub_splits=("train", "validation")),
-    DatasetInfo("wikitext-2-raw-v1", "Salesforce/wikitext", "CC BY-SA 3.0", "text", ("text",), "wikitext-2-raw-v1",
-                folders=("wikitext2", "wikitext-2"), files=_WIKITEXT_2, hub_splits=_ALL, aliases=("wikitext-2",),
-                note="tokenised text with <unk>, not the raw one"),
-    DatasetInfo("wikitext-103-raw-v1", "Salesforce/wikitext", "CC BY-SA 3.0", "text", ("text",),
-                "wikitext-103-raw-v1", folders=("wikitext103", "wikitext-103"), files=_RAW_WIKITEXT, hub_splits=_ALL,
-                aliases=("wikitext-103",)),
-    DatasetInfo("tinystories", "roneneldan/TinyStories", "CDLA-Sharing-1.0", "text", ("text",),
-                hub_splits=("train", "validation")),
-    DatasetInfo("openwebtext", "Skylion007/openwebtext", "CC0 (packaging)", "text", ("text",), revision=_PARQUET),
-    DatasetInfo("bookcorpus", "bookcorpus/bookcorpus", "unknown", "text", ("text",), revision=_PARQUET),
-    DatasetInfo("alpaca", "tatsu-lab/alpaca", "CC BY-NC 4.0", "instruction", ("instruction", "input", "output"),
-                files={"train": ("random_9k.jsonl.gz", "extra.jsonl.gz")}, key=lambda row: str(row.get("instruction")),
-                optional=("input",)),
-    DatasetInfo("oasst1", "OpenAssistant/oasst1", "Apache-2.0", "chat", ("text",), hub_splits=("train", "validation"),
-                key=lambda row: str(row.get("message_tree_id") or row.get("text")),
-                columns={**dict.fromkeys(("message_id", "role", "lang"), (str,)), "parent_id": (str, type(None)),
-                         "rank": (int, float, type(None))}),
-    DatasetInfo("hh-rlhf", "Anthropic/hh-rlhf", "MIT", "preference", ("chosen",), files={"test": _HH},
-                hub_splits=("train", "test"), key=_question, columns={"rejected": (str,)}),
+    DatasetInfo("wikitext-2-raw-v1", "Salesforce/wikitext", "CC BY-SA 3.0", "text",
+                ("text",), "wikitext-2-raw-v1",
+                folders=("wikitext2", "wikitext-2"), files=_WIKITEXT_2, hub_splits=_ALL,
+                aliases=("wikitext-2",), note="tokenised text with <unk>, not the raw one"),
+    DatasetInfo("wikitext-103-raw-v1", "Salesforce/wikitext", "CC BY-SA 3.0", "text",
+                ("text",), "wikitext-103-raw-v1", folders=("wikitext103", "wikitext-103"),
+                files=_RAW_WIKITEXT, hub_splits=_ALL, aliases=("wikitext-103",)),
+    DatasetInfo("tinystories", "roneneldan/TinyStories", "CDLA-Sharing-1.0", "text",
+                ("text",), hub_splits=("train", "validation")),
+    DatasetInfo("openwebtext", "Skylion007/openwebtext", "CC0 (packaging)", "text",
+                ("text",), revision=_PARQUET),
+    DatasetInfo("bookcorpus", "bookcorpus/bookcorpus", "unknown", "text",
+                ("text",), revision=_PARQUET),
+    DatasetInfo("alpaca", "tatsu-lab/alpaca", "CC BY-NC 4.0",
+                "instruction", ("instruction", "input", "output"),
+                files={"train": ("random_9k.jsonl.gz", "extra.jsonl.gz")},
+                key=lambda row: str(row.get("instruction")), optional=("input",)),
+    DatasetInfo("oasst1", "OpenAssistant/oasst1", "Apache-2.0", "chat",
+                ("text",), hub_splits=("train", "validation"), key=lambda row: str(
+                    row.get("message_tree_id") or row.get("text")
+                ), columns={**dict.fromkeys(("message_id", "role", "lang"), (str,)),
+                            "parent_id": (str, type(None)), "rank": (int, float, type(None))}),
+    DatasetInfo("hh-rlhf", "Anthropic/hh-rlhf", "MIT", "preference",
+                ("chosen",), files={"test": _HH}, hub_splits=("train", "test"), key=_question,
+                columns={"rejected": (str,)}),
     DatasetInfo("gsm8k", "openai/gsm8k", "MIT", "problem", ("question", "answer"), "main",
                 hub_splits=("train", "test"), key=lambda row: str(row.get("question"))),
-    DatasetInfo("sst2", "stanfordnlp/sst2", "see its authors", "sentiment", ("sentence",), folders=("sst-2", "SST-2"),
-                files={"train": ("train.tsv.gz",), "validation": ("dev.tsv",), "test": ("test_labeled.tsv",)},
+    DatasetInfo("sst2", "stanfordnlp/sst2", "see its authors", "sentiment",
+                ("sentence",), folders=("sst-2", "SST-2"),
+                files={"train": ("train.tsv.gz",),
+                       "validation": ("dev.tsv",), "test": ("test_labeled.tsv",)},
                 hub_splits=_ALL, aliases=("glue/sst2",), columns={"label": (int, str)}),
 )}
 
@@ -115,21 +129,25 @@ def plain_suffix(path: str | Path) -> str:
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """The entry of a short name, a hub path, or a path to your own .txt, .jsonl, .tsv, .csv or .parquet (.gz) file.
+    """The entry of a short name, a hub path, or a path to your own .txt, .jsonl, .tsv, .csv or
+    .parquet (.gz) file.
 
-    A path is taken as it is written; only where no file is called so does `~` stand for a home folder.
+    A path is taken as it is written; only where no file is called so does `~` stand for a home
+    folder.
 
     Raises:
         DatasetNotFound: naming the nearest valid name, or what is there instead of a file.
     """
     wanted = name.lower()
     for info in DATASET_REGISTRY.values():
-        hub = info.hub.lower() if info.config in (None, "main") else f"{info.hub}/{info.config}".lower()
+        hub = (info.hub.lower() if info.config in (None, "main")
+               else f"{info.hub}/{info.config}".lower())
         if wanted and wanted in (info.name, hub, hub.split("/")[-1], *info.aliases):
             return info
     path = Path(name if os.path.lexists(name) else os.path.expanduser(name))
     if os.path.isfile(path) and plain_suffix(path) in FILE_TYPES and not _NO_TEXT.search(name):
-        return DatasetInfo(str(path), "", "your own", "text", ("text",), files={"train": (os.path.abspath(path),)})
+        return DatasetInfo(str(path), "", "your own", "text", ("text",),
+                           files={"train": (os.path.abspath(path),)})
     raise DatasetNotFound(f"data source {name!r} {_no_source(name, path)}")
 
 
@@ -139,7 +157,8 @@ def _no_source(name: str, path: Path) -> str:
         return "is an empty name; is there a comma too many?"
     if os.path.isdir(path):
         inside = [one for one in sorted(os.listdir(path)) if plain_suffix(one) in FILE_TYPES]
-        return "is a folder; " + (f"name the files in it, for example {str(path / inside[0])!r}" if inside else f"it holds no {types}")
+        return "is a folder; " + (f"name the files in it, for example {str(path / inside[0])!r}"
+                                  if inside else f"it holds no {types}")
     if os.path.isfile(path) and plain_suffix(path) in FILE_TYPES:
         return "is a file whose name is not UTF-8; rename it"
     if os.path.isfile(path):
@@ -151,31 +170,38 @@ def _no_source(name: str, path: Path) -> str:
             os.stat(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", "") or str(error)
-            return f"looks like a file, but there is no such file ({reason}: {os.path.abspath(path)!r})" + (
-                "; is it a name with a comma in it? Write it as a JSON list, sources=[\"a, b.txt\"]" if name[0] == " " else "")
+            return (f"looks like a file, but there is no such file ({reason}: "
+                    f"{os.path.abspath(path)!r})"
+                    + ("; is it a name with a comma in it? Write it as a JSON list, sources=[\"a, "
+                       "b.txt\"]" if name[0] == " " else ""))
         return "is neither a file nor a folder"
-    return f"is unknown, and no path to a file of type {types}{nearest(name.lower().strip(), DATASET_REGISTRY)}"
+    return ("is unknown, and no path to a file of type "
+            f"{types}{nearest(name.lower().strip(), DATASET_REGISTRY)}")
 
 # %% ../../nbs/20_sources.ipynb #mirror-files
-SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+SPLIT_FILES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"),
+               "test": ("test",)}
 
 
 def mirror_root() -> Path | None:
     """The folder of plain files that `MODERN_LLM_DATA` names, if it does."""
     value = os.environ.get("MODERN_LLM_DATA", "")
-    return Path(value if os.path.isdir(value) else os.path.expanduser(value.strip())) if value.strip() else None
+    return (Path(value if os.path.isdir(value) else os.path.expanduser(value.strip()))
+            if value.strip() else None)
 
 
 def mirror_files(info: DatasetInfo) -> dict[str, tuple[Path, ...]]:
-    """The files of each split in the mirror: those the registry names, else `train.jsonl`, `valid.txt.gz` and so on."""
+    """The files of each split in the mirror: those the registry names, else `train.jsonl`,
+    `valid.txt.gz` and so on.
+    """
     root, found = mirror_root(), {}
     if root is None:
         return found
     for folder in dict.fromkeys((info.name, *info.folders, info.hub.split("/")[-1] or info.name)):
         for split, stems in SPLIT_FILES.items():
             named = tuple(root / folder / file for file in info.files.get(split, ()))
-            generic = [root / folder / f"{stem}{suffix}{zipped}" for stem in stems for suffix in FILE_TYPES
-                       for zipped in ("", ".gz")]
+            generic = [root / folder / f"{stem}{suffix}{zipped}" for stem in stems
+                       for suffix in FILE_TYPES for zipped in ("", ".gz")]
             shards = [tuple(sorted((root / folder).glob(f"{stem}-*.parquet"))) for stem in stems]
             options = [named, *((path,) for path in generic), *shards]
             complete = [files for files in options if files and all(map(os.path.isfile, files))]
@@ -190,9 +216,12 @@ def _is_set(*names: str) -> bool:
 
 @lru_cache(maxsize=1)
 def hub_reachable(seconds: float = 3.0) -> bool:
-    """Whether the hub (or `HF_ENDPOINT`, or the proxy) takes a connection in time; asked once a process."""
+    """Whether the hub (or `HF_ENDPOINT`, or the proxy) takes a connection in time; asked once a
+    process.
+    """
     endpoint = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    proxy = os.environ.get(f"{endpoint.scheme}_proxy") or os.environ.get(f"{endpoint.scheme.upper()}_PROXY")
+    proxy = (os.environ.get(f"{endpoint.scheme}_proxy")
+             or os.environ.get(f"{endpoint.scheme.upper()}_PROXY"))
     target = urlparse(proxy) if proxy else endpoint
     answer = []
 
@@ -216,7 +245,8 @@ def hub_state(info: DatasetInfo) -> str:
     cache = Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets")))
     flat = re.sub(r"[^a-z0-9]", "", info.hub.lower())
     for folder in cache.glob("*___*") if info.hub else ():
-        if re.sub(r"[^a-z0-9]", "", folder.name.lower()) == flat and (folder / (info.config or ".")).is_dir():
+        if (re.sub(r"[^a-z0-9]", "", folder.name.lower()) == flat
+                and (folder / (info.config or ".")).is_dir()):
             return "cached"
     if not info.hub:
         return "not on the hub"
@@ -242,7 +272,8 @@ class Source:
     def note(self) -> str:
         """What to know about these very files."""
         named = self.info.files.get("train", ())
-        return self.info.note if any(path.name in named for path in self.files.get("train", ())) else ""
+        return (self.info.note if any(path.name in named for path in self.files.get("train", ()))
+                else "")
 
 
 def find_source(name: str) -> Source:
@@ -260,29 +291,32 @@ def find_source(name: str) -> Source:
         return Source(info, "mirror", files)
     if hub_state(info) in ("cached", "reachable"):
         return Source(info, "hub")
-    raise DatasetNotFound(f"data set {info.name!r} was not found. Tried {missing_reason(info)}. Remedy: {remedy(info.name)}")
+    raise DatasetNotFound(f"data set {info.name!r} was not found. Tried {missing_reason(info)}. "
+                          f"Remedy: {remedy(info.name)}")
 
 
 def missing_reason(info: DatasetInfo) -> str:
     """What a look-up tried in vain."""
     root = mirror_root()
-    here = f"no files in {root / info.name}" if root and root.is_dir() else f"MODERN_LLM_DATA={root} is not a folder"
+    here = (f"no files in {root / info.name}" if root and root.is_dir()
+            else f"MODERN_LLM_DATA={root} is not a folder")
     mirror = here if root else "MODERN_LLM_DATA is not set"
     return f"the mirror: {mirror}; the hub ({info.hub}): {hub_state(info)}"
 
 
 def remedy(name: str = "NAME") -> str:
     """How to get a data set that was not found."""
-    return (f"set MODERN_LLM_DATA to a folder that holds {name}/train.jsonl, .txt or .tsv (or .gz of it), or run "
-            f"`modern-llm datasets --download {name}` once where there is a network. The preset local-smoke needs no data.")
+    return (f"set MODERN_LLM_DATA to a folder that holds {name}/train.jsonl, .txt or .tsv (or .gz "
+            f"of it), or run `modern-llm datasets --download {name}` once where there is a "
+            "network. The preset local-smoke needs no data.")
 
 # %% ../../nbs/20_sources.ipynb #check-sources
 def check_sources(names: Iterable[str] | None = None) -> list[dict]:
     """Where each source is: one row per source, without loading or downloading anything.
 
     Returns:
-        Dictionaries name, status ("found" or "missing"), where, splits, bytes (of the files here), licence and note: what to
-        know about the files, or why the hub cannot serve them.
+        Dictionaries name, status ("found" or "missing"), where, splits, bytes (of the files here),
+        licence and note: what to know about the files, or why the hub cannot serve them.
     """
     table = []
     for name in names or DATASET_REGISTRY:

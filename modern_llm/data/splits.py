@@ -23,8 +23,9 @@ __all__ = ['SMALL', 'FEW', 'MIN_CHARS', 'split_plan', 'cut_splits', 'digest', 'b
 def split_plan(splits: Iterable[str], split: str) -> tuple[str, int, int]:
     """Which stored split serves `split`, and which hundredths [low, high) of its rows.
 
-    A stored split serves itself. Validation rows that nobody stored are 2% of train, cut by a hash of the row, and a
-    corpus that only has a test split is cut 10 / 2 / 88; so no row is ever on two sides.
+    A stored split serves itself. Validation rows that nobody stored are 2% of train, cut by a hash
+    of the row, and a corpus that only has a test split is cut 10 / 2 / 88; so no row is ever on two
+    sides.
     """
     have = set(splits)
     if split not in SPLIT_FILES:
@@ -41,7 +42,8 @@ def split_plan(splits: Iterable[str], split: str) -> tuple[str, int, int]:
 
 # %% ../../nbs/22_splits.ipynb #cut-splits
 def cut_splits(splits: Iterable[str], stored: str) -> dict[str, tuple[int, int]]:
-    """The splits that are cut from one stored split, each with its hundredths; train is the first."""
+    """The splits that are cut from one stored split, each with its hundredths; train is the first.
+    """
     found, splits = {}, list(splits)
     for split in SPLIT_FILES:
         if split != "test" or "test" in splits:
@@ -65,7 +67,9 @@ SMALL = 500  # different documents: where there are fewer, they are counted firs
 
 
 def smallest(weights: dict[str, int], share: float) -> list[str]:
-    """The digests to hold out: by their order, until `share` of all weight is reached and never twice that; the lightest if none fits."""
+    """The digests to hold out: by their order, until `share` of all weight is reached and never
+    twice that; the lightest if none fits.
+    """
     target, chosen, held = share * sum(weights.values()), [], 0
     for key in sorted(weights):
         if held < target and held + weights[key] <= 2 * target:
@@ -74,13 +78,17 @@ def smallest(weights: dict[str, int], share: float) -> list[str]:
     return chosen or [min(weights, key=lambda key: (weights[key], key))]
 
 # %% ../../nbs/22_splits.ipynb #cut-near
-_BREAKS = tuple(re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"[.!?…][\"'”’»)\]]*\s|[。！？]", r"\s"))
+_BREAKS = tuple(re.compile(pattern)
+                for pattern in (r"\n\s*\n", r"\n", r"[.!?…][\"'”’»)\]]*\s|[。！？]", r"\s"))
 
 
 def cut_near(text: str, at: int, reach: int) -> int:
-    """Where to cut a text: at the break nearest to `at`, at most `reach` characters away; at `at` itself where there is none."""
+    """Where to cut a text: at the break nearest to `at`, at most `reach` characters away; at `at`
+    itself where there is none.
+    """
     for pattern in _BREAKS:
-        ends = [found.end() for found in pattern.finditer(text, max(0, at - reach), min(len(text), at + reach))]
+        ends = [found.end()
+                for found in pattern.finditer(text, max(0, at - reach), min(len(text), at + reach))]
         if ends:
             return min(ends, key=lambda end: abs(end - at))
     return at
@@ -91,9 +99,11 @@ MIN_CHARS = 100  # of text that can be split at all
 
 
 def last_parts(texts: dict[str, str], splits: Iterable[str]) -> dict[str, dict[str, slice]]:
-    """Few documents laid end to end and cut: the characters of each that lie in each split, the first split at the beginning.
+    """Few documents laid end to end and cut: the characters of each that lie in each split, the
+    first split at the beginning.
 
-    Each split but the first has a tenth of the characters, or 2% if that is more than 20,000 characters, or something in between.
+    Each split but the first has a tenth of the characters, or 2% if that is more than 20,000
+    characters, or something in between.
     """
     splits, total = list(splits), sum(map(len, texts.values()))
     share, ends = min(0.1, max(0.02, 20_000 / total)), [0]
@@ -103,25 +113,32 @@ def last_parts(texts: dict[str, str], splits: Iterable[str]) -> dict[str, dict[s
     for behind in range(len(splits) - 1, 0, -1):
         at = round(total * (1 - behind * share))
         edge = min(ends, key=lambda end: abs(end - at))
-        begin, text = next((begin, text) for begin, text in zip(ends, texts.values()) if at <= begin + len(text))
+        begin, text = next((begin, text) for begin, text in zip(ends, texts.values())
+                           if at <= begin + len(text))
         near = begin + cut_near(text, at - begin, int(reach))
         cuts.append(edge if abs(edge - at) <= reach and cuts[-1] < edge < total else near)
     cuts.append(total)
-    return {key: {split: slice(max(0, first - begin), min(len(text), last - begin)) for split, (first, last) in zip(splits, pairwise(cuts))
+    return {key: {split: slice(max(0, first - begin), min(len(text), last - begin))
+                  for split, (first, last) in zip(splits, pairwise(cuts))
                   if max(first, begin) < min(last, begin + len(text))}
             for (key, text), begin in zip(texts.items(), ends)}
 
 # %% ../../nbs/22_splits.ipynb #cut
 @dataclass(frozen=True)
 class Cut:
-    """Which documents, or which parts of them, lie in each of the splits that are cut from one stored split."""
+    """Which documents, or which parts of them, lie in each of the splits that are cut from one
+    stored split.
+    """
 
     hundredths: dict[str, tuple[int, int]]  # of each split, where a hash decides
-    parts: dict[str, dict[str, slice]]  # digest of a document -> its part in each split, where it was decided one by one
+    # digest of a document -> its part in each split, where it was decided one by one
+    parts: dict[str, dict[str, slice]]
     note: str  # how it was split, in words
 
     def part(self, text: str, split: str) -> slice | None:
-        """The characters of a document (or of a row's key) that lie in a split; None if nothing does."""
+        """The characters of a document (or of a row's key) that lie in a split; None if nothing
+        does.
+        """
         if (known := self.parts.get(digest(text))) is not None:
             return known.get(split)
         low, high = self.hundredths[split]
@@ -129,23 +146,30 @@ class Cut:
 
 
 def _by_hash(keys: Iterable[str], hundredths: dict[str, tuple[int, int]]) -> Cut:
-    """Of many documents the hash decides; if it leaves a split none of the first ones, the most common split gives one away."""
-    side = {key: next(split for split, (low, high) in hundredths.items() if low <= int(key[:8], 16) % 100 < high) for key in keys}
+    """Of many documents the hash decides; if it leaves a split none of the first ones, the most
+    common split gives one away.
+    """
+    side = {key: next(split for split, (low, high) in hundredths.items()
+                      if low <= int(key[:8], 16) % 100 < high) for key in keys}
     moved = {}
     for split in hundredths:
         if split not in side.values():
             most = Counter(side.values()).most_common(1)[0][0]
             key = min(key for key in side if side[key] == most)
             side[key], moved[key] = split, {split: slice(None)}
-    return Cut(hundredths, moved, " and ".join(f"{high - low}% held out for {split}" for split, (low, high) in list(hundredths.items())[1:])
+    return Cut(hundredths, moved,
+               " and ".join(f"{high - low}% held out for {split}"
+                            for split, (low, high) in list(hundredths.items())[1:])
                + ", chosen by a hash of each document")
 
 # %% ../../nbs/22_splits.ipynb #make-cut
-def make_cut(documents: Iterable[str], hundredths: dict[str, tuple[int, int]], place: str, divisible: bool = True) -> Cut:
+def make_cut(documents: Iterable[str],
+             hundredths: dict[str, tuple[int, int]], place: str, divisible: bool = True) -> Cut:
     """How a stored split is cut.
 
     Args:
-        documents: all of them, or the keys of rows; they are read until `SMALL` different ones were seen.
+        documents: all of them, or the keys of rows; they are read until `SMALL` different ones were
+            seen.
         hundredths: of `cut_splits`.
         place: what an error names.
         divisible: whether a document may be cut in two; a row may not.
@@ -166,16 +190,22 @@ def make_cut(documents: Iterable[str], hundredths: dict[str, tuple[int, int]], p
     n, total, held_out = len(sizes), sum(sizes.values()), list(hundredths)[1:]
     if divisible and n < FEW and (total >= MIN_CHARS or n < len(hundredths)):
         parts = last_parts(opening, hundredths) if total >= MIN_CHARS else {}
-        texts = {split: [opening[key][part[split]] for key, part in parts.items() if split in part] for split in hundredths}
+        texts = {split: [opening[key][part[split]] for key, part in parts.items() if split in part]
+                 for split in hundredths}
         if not all("".join(pieces).strip() for pieces in texts.values()):
-            raise DataError(f"{place}: too small to hold anything out: found {n} different document{'s' * (n != 1)} with {total} characters, "
+            raise DataError(f"{place}: too small to hold anything out: found {n} different "
+                            f"document{'s' * (n != 1)} with {total} characters, "
                             f"and {MIN_CHARS} or more are needed; add text")
         counts = {split: sum(map(len, pieces)) for split, pieces in texts.items()}
-        notes = [f"the {'last ' * (i == 0)}{counts[split]:,} {'before them ' * (i > 0)}held out for {split}" for i, split in enumerate(held_out[::-1])]
-        return Cut(hundredths, parts, f"of {total:,} characters in {n} document{'s' * (n != 1)} " + " and ".join(notes))
+        notes = [f"the {'last ' * (i == 0)}{counts[split]:,} {'before them ' * (i > 0)}held out "
+                 f"for {split}" for i, split in enumerate(held_out[::-1])]
+        return Cut(hundredths, parts, f"of {total:,} characters in {n} document{'s' * (n != 1)} "
+                                      + " and ".join(notes))
     if n < len(hundredths):
-        raise DataError(f"{place}: too small to hold anything out: found {n} different row{'s' * (n != 1)}, and {len(hundredths)} or "
-                        f"more are needed, one each for {', '.join(hundredths)}; add rows (those with the same instruction, question or text count once)")
+        raise DataError(
+            f"{place}: too small to hold anything out: found {n} different row{'s' * (n != 1)}, "
+            f"and {len(hundredths)} or more are needed, one each for {', '.join(hundredths)}; add "
+            "rows (those with the same instruction, question or text count once)")
     left, parts, notes = {key: size if divisible else 1 for key, size in sizes.items()}, {}, []
     for split in reversed(held_out):
         chosen = smallest(left, min(0.1, FEW / n))
@@ -183,13 +213,17 @@ def make_cut(documents: Iterable[str], hundredths: dict[str, tuple[int, int]], p
         left = {key: weight for key, weight in left.items() if key not in parts}
         notes.append(f"{len(chosen)} held out for {split}")
     parts |= {key: {"train": slice(None)} for key in left}
-    return Cut(hundredths, parts, f"of {n} different {'documents' if divisible else 'rows'} {' and '.join(notes)}, chosen by a hash")
+    return Cut(hundredths, parts, f"of {n} different {'documents' if divisible else 'rows'} "
+                                  f"{' and '.join(notes)}, chosen by a hash")
 
 # %% ../../nbs/22_splits.ipynb #text-blocks
-def text_blocks(lines: Iterable[str], separator: str = "<|endoftext|>", min_chars: int = 2000) -> Iterator[str]:
-    """Documents of a plain text: what stands between separators, or paragraphs in blocks of about `min_chars`.
+def text_blocks(lines: Iterable[str], separator: str = "<|endoftext|>",
+                min_chars: int = 2000) -> Iterator[str]:
+    """Documents of a plain text: what stands between separators, or paragraphs in blocks of about
+    `min_chars`.
 
-    Without a blank line a block ends with the line in which it reaches twice `min_chars`; lines of four times that many are cut.
+    Without a blank line a block ends with the line in which it reaches twice `min_chars`; lines of
+    four times that many are cut.
     """
     held: list[str] = []
     size, marked = 0, False
@@ -198,7 +232,8 @@ def text_blocks(lines: Iterable[str], separator: str = "<|endoftext|>", min_char
         marked = marked or len(pieces) > 1
         for i, piece in enumerate(pieces):
             for j, part in enumerate([piece] if marked else _line_parts(piece, min_chars)):
-                full = size >= min_chars and not part.strip() or size >= 2 * min_chars and not marked
+                full = (size >= min_chars and not part.strip()
+                        or size >= 2 * min_chars and not marked)
                 if i or j or full:
                     if text := "\n".join(held).strip():
                         yield text
@@ -210,7 +245,9 @@ def text_blocks(lines: Iterable[str], separator: str = "<|endoftext|>", min_char
 
 
 def _line_parts(line: str, size: int) -> Iterator[str]:
-    """A line of more than 4 × `size` characters in parts of about 1.5 × `size`, cut behind sentences if it can be."""
+    """A line of more than 4 × `size` characters in parts of about 1.5 × `size`, cut behind
+    sentences if it can be.
+    """
     start = 0
     while len(line) - start > 4 * size:
         end = cut_near(line, start + 3 * size // 2, size // 2)

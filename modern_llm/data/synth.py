@@ -1,19 +1,20 @@
 """The built-in world: endless seeded text with known answers and a known entropy floor.
 
-Four kinds of documents for pretraining (`documents`) and one source for each later stage (`instructions`,
-`preferences`, `problems`, `sentiment`). Item i of a source is a function of (split, seed, i), so a reader can stop
-and resume.
+Four kinds of documents for pretraining (`documents`) and one source for each later stage
+(`instructions`, `preferences`, `problems`, `sentiment`). Item i of a source is a function of
+(split, seed, i), so a reader can stop and resume.
 
-The floor. `Document.nats` is -log p(text) under the grammar, exactly: every draw is counted and distinct draws give
-distinct texts. The facts of the world depend on `world_seed` alone, so once learned they cost nothing; so do
-consequences inside a story, sums, and labels. By Gibbs' inequality no model that knows only the grammar does better
-on average: floor per token = sum of nats / sum of tokens, counting one closing end-of-text token for each document.
-The split is a hash of the text. A model that could also compute BLAKE2 hashes would save `SPLIT_NATS[split]` for each
-document, and the strict floor is lower by that much (2.3 nats a held-out document); `entropy_floor` reports both.
+The floor. `Document.nats` is -log p(text) under the grammar, exactly: every draw is counted and
+distinct draws give distinct texts. The facts of the world depend on `world_seed` alone, so once
+learned they cost nothing; so do consequences inside a story, sums, and labels. By Gibbs' inequality
+no model that knows only the grammar does better on average: floor per token = sum of nats / sum of
+tokens, counting one closing end-of-text token for each document. The split is a hash of the text. A
+model that could also compute BLAKE2 hashes would save `SPLIT_NATS[split]` for each document, and
+the strict floor is lower by that much (2.3 nats a held-out document); `entropy_floor` reports both.
 
-Ground truths: a fact is what `World.facts` says; a story's last sentence says who has the object; a review's label is
-the majority of its three opinions; an instruction's output is unique; a preference's rejected answer breaks exactly
-the one rule it names. Standard library only.
+Ground truths: a fact is what `World.facts` says; a story's last sentence says who has the object; a
+review's label is the majority of its three opinions; an instruction's output is unique; a
+preference's rejected answer breaks exactly the one rule it names. Standard library only.
 """
 
 from __future__ import annotations
@@ -34,18 +35,21 @@ from modern_llm.data.synth_world import (
     write_story,
 )
 
-__all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "RULES", "SPLIT_NATS", "SPLITS", "Choices", "Document",
-           "Instruction", "Preference", "Problem", "Review", "World", "calculate", "check_solution", "documents",
-           "entropy_floor", "extract_answer", "instructions", "obeys", "preferences", "problems", "sentiment",
-           "split_of", "state", "world"]
+__all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "RULES", "SPLIT_NATS", "SPLITS",
+           "Choices", "Document", "Instruction", "Preference", "Problem", "Review", "World",
+           "calculate", "check_solution", "documents", "entropy_floor", "extract_answer",
+           "instructions", "obeys", "preferences", "problems", "sentiment", "split_of", "state",
+           "world"]
 
-KINDS = {"story": 0.40, "facts": 0.20, "problem": 0.25, "review": 0.15}  # kind -> share of the documents
+# kind -> share of the documents
+KINDS = {"story": 0.40, "facts": 0.20, "problem": 0.25, "review": 0.15}
 SPLIT_NATS = {"train": -math.log(1 - HELDOUT_SHARE), "heldout": -math.log(HELDOUT_SHARE)}
 
 
 def _endless(source: str, split: str, seed: int, write: Callable, key: Callable) -> Iterator:
     one_of("split", split, SPLITS)
-    return (in_split(random.Random(f"{source}/{seed}/{split}/{i}"), split, write, key)[0] for i in count())
+    return (in_split(random.Random(f"{source}/{seed}/{split}/{i}"), split, write, key)[0]
+            for i in count())
 
 
 def sentiment(split: str = "train", seed: int = 0) -> Iterator[Review]:
@@ -53,12 +57,14 @@ def sentiment(split: str = "train", seed: int = 0) -> Iterator[Review]:
     return _endless("sentiment", split, seed, write_review, lambda review: review.text)
 
 
-# --- documents --------------------------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Document:
-    """A pretraining text, its exact -log p(text) in nats (its kind included), its kind, and what is true of it."""
+    """A pretraining text, its exact -log p(text) in nats (its kind included), its kind, and what is
+    true of it.
+    """
 
     text: str
     nats: float
@@ -72,21 +78,24 @@ def _write_document(c: Choices, w: World, kinds: dict[str, float]) -> tuple[str,
     if kind == "problem":
         problem = write_problem(c)
         meta = {"level": problem.level, "value": problem.value}
-        return f"Question: {problem.question}\nAnswer: {problem.answer}", problem.question, kind, meta
+        return (f"Question: {problem.question}\nAnswer: {problem.answer}", problem.question,
+                kind, meta)
     if kind == "review":
         review = write_review(c)
-        return f"Review: {review.text}\nSentiment: {review.label}", review.text, kind, {"label": review.label}
+        return (f"Review: {review.text}\nSentiment: {review.label}", review.text, kind,
+                {"label": review.label})
     text, meta = (write_story if kind == "story" else write_facts)(c, w)
     return text, text, kind, meta
 
 
-def documents(split: str = "train", seed: int = 0, world_seed: int = 0, kinds: Iterable[str] | None = None,
-              start: int = 0) -> Iterator[Document]:
-    """Endless documents from number `start` on; document i depends on (split, seed, world_seed, kinds, i) alone.
+def documents(split: str = "train", seed: int = 0, world_seed: int = 0,
+              kinds: Iterable[str] | None = None, start: int = 0) -> Iterator[Document]:
+    """Endless documents from number `start` on; document i depends on (split, seed, world_seed,
+    kinds, i) alone.
 
-    Args: `kinds`: names of KINDS to keep, in their usual proportions (None: all). A text belongs to one split for
-    every seed: a problem by its question, a review by its opinions, the others by their whole text, so that each
-    single fact is in many training documents.
+    Args: `kinds`: names of KINDS to keep, in their usual proportions (None: all). A text belongs to
+    one split for every seed: a problem by its question, a review by its opinions, the others by
+    their whole text, so that each single fact is in many training documents.
     """
     one_of("split", split, SPLITS)
     kept = tuple(KINDS) if kinds is None else tuple(dict.fromkeys(kinds))
@@ -108,43 +117,51 @@ def documents(split: str = "train", seed: int = 0, world_seed: int = 0, kinds: I
     return generate()
 
 
-def entropy_floor(texts: Iterable[Document], tokens: int | None = None, split: str = "heldout") -> dict[str, float]:
+def entropy_floor(texts: Iterable[Document], tokens: int | None = None,
+                  split: str = "heldout") -> dict[str, float]:
     """Sums over documents of one split: what no model of the grammar can beat on average.
 
-    Args: `tokens`: how many tokens were predicted in them, one closing token each included; adds the figures per
-    token.
-    Returns: documents, nats (sum), nats_per_document, standard_error (of that mean), strict_nats (sum for a model
-    that can also compute the split's hash), and with `tokens` nats_per_token and strict_nats_per_token.
+    Args: `tokens`: how many tokens were predicted in them, one closing token each included; adds
+    the figures per token.
+    Returns: documents, nats (sum), nats_per_document, standard_error (of that mean), strict_nats
+    (sum for a model that can also compute the split's hash), and with `tokens` nats_per_token and
+    strict_nats_per_token.
     """
     one_of("split", split, SPLITS)
     nats = [text.nats for text in texts]
     if not nats:
-        raise ValueError("entropy_floor got no documents; take some with itertools.islice(documents(...), n)")
+        raise ValueError(
+            "entropy_floor got no documents; take some with itertools.islice(documents(...), n)")
     n, total = len(nats), math.fsum(nats)
     spread = math.sqrt(sum((x - total / n) ** 2 for x in nats) / max(n - 1, 1) / n)
-    floor = {"documents": n, "nats": total, "nats_per_document": total / n, "standard_error": spread,
-             "strict_nats": total - n * SPLIT_NATS[split]}
+    floor = {"documents": n, "nats": total, "nats_per_document": total / n,
+             "standard_error": spread, "strict_nats": total - n * SPLIT_NATS[split]}
     if tokens is not None:
-        floor |= {"nats_per_token": total / tokens, "strict_nats_per_token": floor["strict_nats"] / tokens}
+        floor |= {"nats_per_token": total / tokens,
+                  "strict_nats_per_token": floor["strict_nats"] / tokens}
     return floor
 
 
-# --- instructions -----------------------------------------------------------------------------------------------------
+# --- instructions ---------------------------------------------------------------------------------
 
 INSTRUCTION_KINDS = ("fact", "copy", "reverse", "count", "arithmetic", "sentiment")
-PLEASE = ("", "Please answer. ", "Tell me this. ", "I have a question. ", "Can you help? ", "One more thing. ")
+PLEASE = ("", "Please answer. ", "Tell me this. ", "I have a question. ", "Can you help? ",
+          "One more thing. ")
 QUESTIONS = {
     "home": ("Where does {n} live?", "Where is the home of {n}?", "What place does {n} live in?"),
     "pet": ("What pet does {n} have?", "Who lives with {n}?", "What is the pet of {n}?"),
     "job": ("What is the job of {n}?", "What does {n} work as?", "What job does {n} have?"),
-    "colour": ("What colour does {n} like?", "What is the colour of {n}?", "What colour does {n} wear?"),
+    "colour": ("What colour does {n} like?", "What is the colour of {n}?",
+               "What colour does {n} wear?"),
     "food": ("What does {n} eat?", "What is the food of {n}?", "What food does {n} like?"),
 }
 TASKS = {
     "copy": ("Repeat these words.", "Say these words again.", "Copy this list."),
-    "reverse": ("Say these words from last to first.", "Turn this list around.", "Write these words backwards."),
+    "reverse": ("Say these words from last to first.", "Turn this list around.",
+                "Write these words backwards."),
     "count": ("How many words are here?", "Count these words.", "Give the number of words."),
-    "sentiment": ("Is this review positive or negative?", "Is this positive or negative?", "What is the sentiment?"),
+    "sentiment": ("Is this review positive or negative?", "Is this positive or negative?",
+                  "What is the sentiment?"),
 }
 
 
@@ -158,7 +175,9 @@ class Instruction:
     kind: str
 
     def check(self, text: str) -> bool:
-        """Whether `text` is the right output; case, outer blanks and a final full stop do not matter."""
+        """Whether `text` is the right output; case, outer blanks and a final full stop do not
+        matter.
+        """
         return text.strip().rstrip(".").lower() == self.output.rstrip(".").lower()
 
 
@@ -175,13 +194,15 @@ def _write_instruction(c: Choices, w: World, kinds: Sequence[str]) -> Instructio
     if kind == "arithmetic":
         a, b, plus = c.integer(1, 9), c.integer(1, 9), c.draw(2)
         a, sign, words = (a, "+", "plus") if plus else (a + b, "-", "minus")
-        request = c.pick((f"What is {a} {words} {b}?", f"Compute {a}{sign}{b}.", f"How much is {a}{sign}{b}?"))
+        request = c.pick((f"What is {a} {words} {b}?", f"Compute {a}{sign}{b}.",
+                          f"How much is {a}{sign}{b}?"))
         return Instruction(c.pick(PLEASE) + request, "", f"{calculate(f'{a}{sign}{b}')}", kind)
     if kind == "sentiment":
         review = write_review(c)
         return Instruction(c.pick(TASKS[kind]), review.text, review.label, kind)
     words = c.sample(OBJECTS + PLACES, c.integer(2, 5))
-    output = {"copy": " ".join(words), "reverse": " ".join(words[::-1]), "count": str(len(words))}[kind]
+    output = {"copy": " ".join(words), "reverse": " ".join(words[::-1]),
+              "count": str(len(words))}[kind]
     return Instruction(c.pick(TASKS[kind]), " ".join(words), output, kind)
 
 
@@ -191,20 +212,23 @@ def _instruction_key(item: Instruction) -> str:
 
 def instructions(split: str = "train", seed: int = 0, world_seed: int = 0,
                  kinds: Iterable[str] | None = None) -> Iterator[Instruction]:
-    """Endless instructions, kinds equally likely. Instruction and input decide the split (the review in
-    `sentiment`)."""
+    """Endless instructions, kinds equally likely. Instruction and input decide the split (the
+    review in `sentiment`)."""
     kept = INSTRUCTION_KINDS if kinds is None else tuple(dict.fromkeys(kinds))
     if not kept:
-        raise ValueError(f"kinds=() is empty; leave it None or name some of {', '.join(INSTRUCTION_KINDS)}")
+        raise ValueError(
+            f"kinds=() is empty; leave it None or name some of {', '.join(INSTRUCTION_KINDS)}")
     for kind in kept:
         one_of("kind", kind, INSTRUCTION_KINDS)
     w = world(world_seed)
-    return _endless("instruction", split, seed, lambda c: _write_instruction(c, w, kept), _instruction_key)
+    return _endless("instruction", split, seed,
+                    lambda c: _write_instruction(c, w, kept), _instruction_key)
 
 
-# --- preferences ------------------------------------------------------------------------------------------------------
+# --- preferences ----------------------------------------------------------------------------------
 
-RULES = {"polite": 2, "kind": 2, "true": 1}  # rule -> relative frequency of pairs whose rejected answer breaks it
+# rule -> relative frequency of pairs whose rejected answer breaks it
+RULES = {"polite": 2, "kind": 2, "true": 1}
 # pairs (kept, broken) of equal length
 OPENERS = (("Of course", "Not again"), ("My pleasure", "What a bore"), ("Good day", "Bad luck"))
 CLOSERS = (("Have a nice day.", "Now let me rest."), ("Ask me any time.", "Do not ask more."),
@@ -213,7 +237,9 @@ CLOSERS = (("Have a nice day.", "Now let me rest."), ("Ask me any time.", "Do no
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to a question about a fact. `chosen` obeys all of RULES, `rejected` all but `rule`."""
+    """Two answers to a question about a fact. `chosen` obeys all of RULES, `rejected` all but
+    `rule`.
+    """
 
     prompt: str
     chosen: str
@@ -222,8 +248,8 @@ class Preference:
 
 
 def obeys(rule: str, text: str, world_seed: int = 0) -> bool:
-    """Whether an answer keeps a rule. polite: it opens with a polite phrase; kind: it closes with a kind sentence;
-    true: it states at least one fact, in the words of `state`, and no false one."""
+    """Whether an answer keeps a rule. polite: it opens with a polite phrase; kind: it closes with a
+    kind sentence; true: it states at least one fact, in the words of `state`, and no false one."""
     one_of("rule", rule, RULES)
     if rule == "polite":
         return text.strip().startswith(tuple(f"{polite}." for polite, _ in OPENERS))
@@ -236,16 +262,20 @@ def obeys(rule: str, text: str, world_seed: int = 0) -> bool:
 
 def _write_preference(c: Choices, w: World) -> Preference:
     prompt, name, attribute = _fact_question(c)
-    rule, opener, closer = c.pick(tuple(RULES), tuple(RULES.values())), c.pick(OPENERS), c.pick(CLOSERS)
+    rule, opener, closer = (c.pick(tuple(RULES), tuple(RULES.values())),
+                            c.pick(OPENERS), c.pick(CLOSERS))
     truth = w.facts[name][attribute]
     value = c.pick([v for v in ATTRIBUTES[attribute] if v != truth]) if rule == "true" else truth
     chosen = f"{opener[0]}. {state(name, attribute, truth)} {closer[0]}"
-    rejected = f"{opener[rule == 'polite']}. {state(name, attribute, value)} {closer[rule == 'kind']}"
+    rejected = (f"{opener[rule == 'polite']}. {state(name, attribute, value)} "
+                f"{closer[rule == 'kind']}")
     return Preference(prompt, chosen, rejected, rule)
 
 
 def preferences(split: str = "train", seed: int = 0, world_seed: int = 0) -> Iterator[Preference]:
-    """Endless preference pairs; the prompt decides the split, as in `instructions`. Length tells nothing: a broken
-    manner is exactly as long as the kept one, and true and false values have the same distribution of lengths."""
+    """Endless preference pairs; the prompt decides the split, as in `instructions`. Length tells
+    nothing: a broken manner is exactly as long as the kept one, and true and false values have the
+    same distribution of lengths."""
     w = world(world_seed)
-    return _endless("preference", split, seed, lambda c: _write_preference(c, w), lambda pair: pair.prompt + "\n")
+    return _endless("preference", split, seed,
+                    lambda c: _write_preference(c, w), lambda pair: pair.prompt + "\n")

@@ -1,12 +1,13 @@
-"""Counted choices, the stable split, and word problems in GSM8K's format: the lower half of the built-in world.
+"""Counted choices, the stable split, and word problems in GSM8K's format: the lower half of the
+built-in world.
 
-`Choices` is the only source of randomness in the synthetic data. Every draw adds -log p of what was drawn to `nats`,
-and every writer maps distinct choices to distinct texts, so `nats` is exactly -log p(text): the entropy floor of
-`synth`.
+`Choices` is the only source of randomness in the synthetic data. Every draw adds -log p of what was
+drawn to `nats`, and every writer maps distinct choices to distinct texts, so `nats` is exactly -log
+p(text): the entropy floor of `synth`.
 
-Ground truth of a word problem: its value is computed while it is written; every `<<a+b=c>>` in its answer is true;
-the answer is a function of the question (it costs zero nats); the last line is `#### value`. Standard library only;
-`marking` reads the numbers.
+Ground truth of a word problem: its value is computed while it is written; every `<<a+b=c>>` in its
+answer is true; the answer is a function of the question (it costs zero nats); the last line is
+`#### value`. Standard library only; `marking` reads the numbers.
 """
 
 from __future__ import annotations
@@ -25,21 +26,25 @@ from modern_llm.data.marking import LIMIT, repeats, terms_as_python
 
 HELDOUT_SHARE = 0.1  # share of all texts that is held out
 SPLITS = ("train", "heldout")
-PEOPLE = {"Tom": "he", "Anna": "she", "Ben": "he", "Lucy": "she", "Max": "he", "Mia": "she", "Sam": "he", "Nora": "she",
-          "Leo": "he", "Ella": "she", "Jack": "he", "Rose": "she"}
+PEOPLE = {"Tom": "he", "Anna": "she", "Ben": "he", "Lucy": "she", "Max": "he", "Mia": "she",
+          "Sam": "he", "Nora": "she", "Leo": "he", "Ella": "she", "Jack": "he", "Rose": "she"}
 PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}
 NAMES = tuple(PEOPLE)
-ITEMS = ("apples", "balls", "books", "hats", "lamps", "keys", "maps", "cups", "kites", "rings", "coins", "stones")
+ITEMS = ("apples", "balls", "books", "hats", "lamps", "keys", "maps", "cups", "kites", "rings",
+         "coins", "stones")
 GAINS = ("buys", "finds", "gets", "takes")
 LOSSES = ("sells", "loses", "breaks", "gives away")
-# level -> (range of the start, range of the number of boxes or None, steps after the start, range of their operands)
+# level -> (range of the start, range of the number of boxes or None, steps after the start, range
+# of their operands)
 LEVELS = {1: ((2, 9), None, 1, (1, 9)), 2: ((2, 9), None, 2, (1, 9)), 3: ((2, 9), None, 3, (1, 9)),
           4: ((11, 59), None, 3, (2, 19)), 5: ((12, 39), (3, 9), 3, (11, 79))}
 _LOG = [0.0] + [math.log(n) for n in range(1, 1025)]
 
 
 class Choices:
-    """Random choices whose information content is counted in `nats`: the sum of -log p over all draws so far."""
+    """Random choices whose information content is counted in `nats`: the sum of -log p over all
+    draws so far.
+    """
 
     def __init__(self, rng: random.Random):
         self._random = rng.random
@@ -74,22 +79,29 @@ class Choices:
 
 
 def one_of(place: str, value: object, options: Iterable) -> None:
-    """Raise ValueError naming the value, the place and the nearest valid name unless `value` is one of `options`."""
+    """Raise ValueError naming the value, the place and the nearest valid name unless `value` is one
+    of `options`.
+    """
     options = list(options)
     if value not in options:
-        close = difflib.get_close_matches(str(value), [str(option) for option in options], n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(value),
+                                          [str(option) for option in options], n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(map(str, options))}"
         raise ValueError(f"{place}={value!r} is unknown; {hint}")
 
 
 def split_of(key: str) -> str:
-    """The split a text belongs to, whatever the seed: one tenth of the space of BLAKE2 hashes is held out."""
+    """The split a text belongs to, whatever the seed: one tenth of the space of BLAKE2 hashes is
+    held out.
+    """
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
     return "heldout" if number < HELDOUT_SHARE * 2**32 else "train"
 
 
 def in_split(rng: random.Random, split: str, write, key):
-    """Write until the text falls into `split`. Returns what was written and its nats (of the last attempt alone)."""
+    """Write until the text falls into `split`. Returns what was written and its nats (of the last
+    attempt alone).
+    """
     while True:
         choices = Choices(rng)
         item = write(choices)
@@ -99,7 +111,9 @@ def in_split(rng: random.Random, split: str, write, key):
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem. `answer` is the worked solution; `value` is what its last line `#### value` says."""
+    """A word problem. `answer` is the worked solution; `value` is what its last line `#### value`
+    says.
+    """
 
     question: str
     answer: str
@@ -113,7 +127,9 @@ def counted(n: int, items: str) -> str:
 
 
 def write_problem(choices: Choices, levels: Sequence[int] = tuple(LEVELS)) -> Problem:
-    """Write one problem. The level shows in the number of steps and the size of the start, so no choice is hidden."""
+    """Write one problem. The level shows in the number of steps and the size of the start, so no
+    choice is hidden.
+    """
     level = choices.pick(levels)
     start_range, box_range, steps, operand_range = LEVELS[level]
     name, items = choices.pick(NAMES), choices.pick(ITEMS)
@@ -131,13 +147,15 @@ def write_problem(choices: Choices, levels: Sequence[int] = tuple(LEVELS)) -> Pr
         gain = value <= low or choices.draw(2) == 0  # nobody loses the last one
         verb = choices.pick(GAINS if gain else LOSSES)
         operand = choices.integer(low, high if gain else min(high, value - 1))
-        more = f"{operand} more {counted(operand, items).split(' ')[1]}" if gain else counted(operand, items)
+        more = (f"{operand} more {counted(operand, items).split(' ')[1]}" if gain
+                else counted(operand, items))
         told.append(f"Then {he} {verb} {more}.")
         lines.append((value, "+" if gain else "-", operand))
         value += operand if gain else -operand
     ask = choices.pick((f"{name} have now?", f"{he} have in the end?"))
     told.append(f"How many {items} does {ask}")
-    answer = [f"{f'Then {he}' if i else name} has {_marked(*line, items)}." for i, line in enumerate(lines)]
+    answer = [f"{f'Then {he}' if i else name} has {_marked(*line, items)}."
+              for i, line in enumerate(lines)]
     return Problem(" ".join(told), "\n".join([*answer, f"#### {value}"]), level, value)
 
 
@@ -146,12 +164,15 @@ def _marked(a: int, sign: str, b: int, items: str) -> str:
     return f"{a}{sign}{b}=<<{a}{sign}{b}={c}>>{counted(c, items)}"
 
 
-def problems(split: str = "train", seed: int = 0, levels: Sequence[int] | None = None) -> Iterator[Problem]:
-    """Endless word problems, levels equally likely. Problem i depends on (split, seed, levels, i) alone.
+def problems(split: str = "train", seed: int = 0,
+             levels: Sequence[int] | None = None) -> Iterator[Problem]:
+    """Endless word problems, levels equally likely. Problem i depends on (split, seed, levels, i)
+    alone.
 
-    The question's text decides the split, here and in the documents of `synth`: a held-out question is in no training
-    text, while its single steps (3+4) are. Levels: 1 one step on single digits; 2 two such steps; 3 three; 4 three
-    steps on numbers up to 19 from a two-digit start; 5 a product and three steps on two-digit numbers.
+    The question's text decides the split, here and in the documents of `synth`: a held-out question
+    is in no training text, while its single steps (3+4) are. Levels: 1 one step on single digits; 2
+    two such steps; 3 three; 4 three steps on numbers up to 19 from a two-digit start; 5 a product
+    and three steps on two-digit numbers.
     """
     one_of("split", split, SPLITS)
     levels = tuple(LEVELS) if levels is None else tuple(levels)
@@ -170,7 +191,8 @@ def problems(split: str = "train", seed: int = 0, levels: Sequence[int] | None =
     return generate()
 
 
-_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "//": operator.floordiv}
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+              "//": operator.floordiv}
 _NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//"}
 
 
@@ -187,14 +209,19 @@ def calculate(expression: str) -> float | None:
         raise ValueError
 
     try:
-        found = value(ast.parse(terms_as_python(expression.strip()), mode="eval").body) if len(expression) <= 100 else None
-        return found if found is not None and abs(found) < 10**LIMIT else None  # neither infinite nor NaN
-    except (ValueError, SyntaxError, KeyError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
+        found = (value(ast.parse(terms_as_python(expression.strip()), mode="eval").body)
+                 if len(expression) <= 100 else None)
+        # neither infinite nor NaN
+        return found if found is not None and abs(found) < 10**LIMIT else None
+    except (ValueError, SyntaxError, KeyError, ZeroDivisionError, OverflowError, RecursionError,
+            MemoryError):
         return None
 
 
 def check_solution(text: str) -> bool:
-    """Whether there is a `<<a+b=c>>`, each one is true (to 0.01: GSM8K rounds), and each c is repeated behind it."""
+    """Whether there is a `<<a+b=c>>`, each one is true (to 0.01: GSM8K rounds), and each c is
+    repeated behind it.
+    """
     marks = list(re.finditer(r"<<([^<>=]*)=([^<>=]*)>>", text))
     if not marks or len(marks) != text.count("<<"):
         return False

@@ -1,9 +1,10 @@
-"""The grammar of the built-in world: its facts, and how facts, stories and reviews are written from counted choices.
+"""The grammar of the built-in world: its facts, and how facts, stories and reviews are written from
+counted choices.
 
-Each writer takes a `Choices` and is injective: two different sequences of choices never give the same text (tests
-enumerate them), so the nats it counts are exactly -log p(text). What follows from earlier words is not a choice and
-costs nothing: the facts of the world, who has the object at the end of a story, the label of a review. Standard
-library only.
+Each writer takes a `Choices` and is injective: two different sequences of choices never give the
+same text (tests enumerate them), so the nats it counts are exactly -log p(text). What follows from
+earlier words is not a choice and costs nothing: the facts of the world, who has the object at the
+end of a story, the label of a review. Standard library only.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ _ATTRIBUTES = tuple(ATTRIBUTES)
 
 @dataclass(frozen=True)
 class World:
-    """The fixed facts: `facts[name][attribute]`. Each of an attribute's six values belongs to exactly two people."""
+    """The fixed facts: `facts[name][attribute]`. Each of an attribute's six values belongs to
+    exactly two people.
+    """
 
     seed: int = 0
     facts: dict[str, dict[str, str]] = field(init=False, compare=False)
@@ -64,27 +67,33 @@ def state(name: str, attribute: str, value: str, phrasing: int = 0, pronoun: boo
 
 
 def write_facts(c: Choices, w: World) -> tuple[str, dict]:
-    """Two people, two to five facts of each in random order and phrasing, and one comparison, which follows."""
+    """Two people, two to five facts of each in random order and phrasing, and one comparison, which
+    follows.
+    """
     people = c.sample(NAMES, 2)
     told = []
     for name in people:
         for i, attribute in enumerate(c.sample(_ATTRIBUTES, c.integer(2, 5))):
-            told.append(state(name, attribute, w.facts[name][attribute], c.draw(3), i > 0 and c.draw(2) == 0))
+            told.append(state(name, attribute, w.facts[name][attribute],
+                              c.draw(3), i > 0 and c.draw(2) == 0))
     attribute = c.pick(_ATTRIBUTES)
     same = w.facts[people[0]][attribute] == w.facts[people[1]][attribute]
-    told.append(f"{people[0]} and {people[1]} {'have' if same else 'do not have'} the same {attribute}.")
+    told.append(
+        f"{people[0]} and {people[1]} {'have' if same else 'do not have'} the same {attribute}.")
     return " ".join(told), {"people": people, "attribute": attribute, "same": same}
 
 
-# --- stories ----------------------------------------------------------------------------------------------------------
+# --- stories --------------------------------------------------------------------------------------
 
-TIMES = ("One day", "One morning", "One evening", "Last week", "Last night", "On Monday", "On Friday", "On Sunday")
+TIMES = ("One day", "One morning", "One evening", "Last week", "Last night", "On Monday",
+         "On Friday", "On Sunday")
 GOING = ("walked", "ran", "went", "drove")
 PLACES = ("park", "river", "market", "school", "beach", "bridge", "garden", "station")
 WEATHERS = ("hot", "cold", "wet", "windy")
 GETTING = ("found", "bought", "saw", "took")
 SIZES = ("big", "small", "long", "old", "nice", "lovely", "great", "dirty")
-OBJECTS = ("ball", "book", "hat", "lamp", "key", "box", "map", "cup", "kite", "ring", "coin", "stone")
+OBJECTS = ("ball", "book", "hat", "lamp", "key", "box", "map", "cup", "kite", "ring", "coin",
+           "stone")
 NEAR = ("near", "behind", "under", "beside")
 SPOTS = ("tree", "bench", "table", "gate", "cart", "boat", "chair", "wall")
 SIGHTS = SPOTS + ATTRIBUTES["pet"]
@@ -102,15 +111,19 @@ def _thing(c: Choices, things: Sequence[str]) -> tuple[str, str]:
 
 
 def _plot(c: Choices, w: World, hero: str, thing: str) -> tuple[list[str], dict]:
-    """One of four things happens to the hero's `thing`. Returns the sentences and who then has which object."""
+    """One of four things happens to the hero's `thing`. Returns the sentences and who then has
+    which object.
+    """
     he, his, _ = PRONOUNS[PEOPLE[hero]]
-    plot, other = c.pick(("give", "trade", "hide", "lose")), c.pick([name for name in NAMES if name != hero])
+    plot, other = (c.pick(("give", "trade", "hide", "lose")),
+                   c.pick([name for name in NAMES if name != hero]))
     her, job = PRONOUNS[PEOPLE[other]][2], w.facts[other]["job"]
     holder, held = other, thing
     if plot == "give":
         told = [f"{c.pick(NEXT)} {other} the {job} asked for the {thing}."]
         if c.draw(2):
-            told.append(f"{hero} {c.pick(('smiled', 'laughed', 'said yes'))} and gave {her} the {thing}.")
+            told.append(
+                f"{hero} {c.pick(('smiled', 'laughed', 'said yes'))} and gave {her} the {thing}.")
         else:
             holder = hero
             told.append(f"{hero} {c.pick(('cried', 'ran away', 'said no'))} and kept the {thing}.")
@@ -123,7 +136,8 @@ def _plot(c: Choices, w: World, hero: str, thing: str) -> tuple[list[str], dict]
         looked = spot if seen else c.pick([place for place in SPOTS if place != spot])
         holder = other if seen else hero
         told = [f"{hero} put the {thing} {near} a {spot}.",
-                f"{other} the {job} looked {near} a {looked} and {'took' if seen else 'did not see'} the {thing}."]
+                f"{other} the {job} looked {near} a {looked} and "
+                f"{'took' if seen else 'did not see'} the {thing}."]
     else:
         place = c.pick(PLACES)
         told = [f"{c.pick(NEXT)} {he} lost the {thing} at the {place}.",
@@ -132,7 +146,9 @@ def _plot(c: Choices, w: World, hero: str, thing: str) -> tuple[list[str], dict]
 
 
 def write_story(c: Choices, w: World) -> tuple[str, dict]:
-    """Somebody goes somewhere, gets an object, and something happens to it. Who has it at the end follows."""
+    """Somebody goes somewhere, gets an object, and something happens to it. Who has it at the end
+    follows.
+    """
     hero = c.pick(NAMES)
     (he, his, _), facts = PRONOUNS[PEOPLE[hero]], w.facts[hero]
     He = he.capitalize()
@@ -140,14 +156,15 @@ def write_story(c: Choices, w: World) -> tuple[str, dict]:
     if c.draw(2, (2, 1)):
         weather = c.pick(WEATHERS)
         pet, hat = f"{his} {facts['pet']}", f"{his} {facts['colour']} hat"
-        follows = {"hot": f"gave {pet} some water", "cold": f"put on {hat}", "wet": f"took {pet} home",
-                   "windy": f"lost {hat}"}
+        follows = {"hot": f"gave {pet} some water", "cold": f"put on {hat}",
+                   "wet": f"took {pet} home", "windy": f"lost {hat}"}
         told.append(f"It was {weather}, so {he} {follows[weather]}.")
     sights = [_thing(c, SIGHTS)[0] for _ in range(c.pick((0, 2, 3)))]
     if sights:
         told.append(f"{He} saw {', '.join(sights[:-1])} and {sights[-1]}.")
     described, thing = _thing(c, OBJECTS)
-    told.append(f"{c.pick(NEXT)} {he} {c.pick(GETTING)} {described} {c.pick(NEAR)} a {c.pick(SPOTS)}.")
+    told.append(
+        f"{c.pick(NEXT)} {he} {c.pick(GETTING)} {described} {c.pick(NEAR)} a {c.pick(SPOTS)}.")
     if c.draw(2):
         told.append(f'"{c.pick(SAYING)} {thing}," {he} {c.pick(SAID)}.')
     events, meta = _plot(c, w, hero, thing)
@@ -159,10 +176,11 @@ def write_story(c: Choices, w: World) -> tuple[str, dict]:
     return " ".join(told), meta
 
 
-# --- reviews ----------------------------------------------------------------------------------------------------------
+# --- reviews --------------------------------------------------------------------------------------
 
 LABELS = ("negative", "positive")
-WHEN = ("last week", "last night", "on Monday", "on Friday", "on Sunday", "that evening", "one morning", "one day")
+WHEN = ("last week", "last night", "on Monday", "on Friday", "on Sunday", "that evening",
+        "one morning", "one day")
 ASPECTS = ATTRIBUTES["food"] + ("food", "music", "water", "garden")
 DEGREES = ("very", "quite", "so", "not")
 OPINIONS = {True: ("good", "nice", "great", "lovely", "fresh", "fine"),
@@ -171,16 +189,16 @@ OPINIONS = {True: ("good", "nice", "great", "lovely", "fresh", "fine"),
 
 @dataclass(frozen=True)
 class Review:
-    """A review of three opinions; `label` is what most of them are ("positive" or "negative"; `not good` is
-    negative)."""
+    """A review of three opinions; `label` is what most of them are ("positive" or "negative";
+    `not good` is negative)."""
 
     text: str
     label: str
 
 
 def write_review(c: Choices) -> Review:
-    """Who went where and when, then three opinions; the first two are joined by `and` if they agree, else by
-    `but`."""
+    """Who went where and when, then three opinions; the first two are joined by `and` if they
+    agree, else by `but`."""
     opening = f"{c.pick(NAMES)} {c.pick(GOING)} to the {c.pick(PLACES)} {c.pick(WHEN)}."
     parts, signs = [], []
     for aspect in c.sample(ASPECTS, 3):
@@ -188,4 +206,5 @@ def write_review(c: Choices) -> Review:
         signs.append(positive)
         parts.append(f"he {aspect} was {degree} {c.pick(OPINIONS[positive != (degree == 'not')])}")
     link = "and" if signs[0] == signs[1] else "but"
-    return Review(f"{opening} T{parts[0]}, {link} t{parts[1]}. T{parts[2]}.", LABELS[sum(signs) >= 2])
+    return Review(f"{opening} T{parts[0]}, {link} t{parts[1]}. T{parts[2]}.",
+                  LABELS[sum(signs) >= 2])

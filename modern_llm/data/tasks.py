@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer
 
+from ..config import nearest
 from . import synth
 from .chat import Answer, answer
-from ..config import nearest
 from .marking import decimal, last_number
 from .reading import rows
-from ..statistics import mean_interval
 from .synth import Problem, Review
 from .tokens import encode_documents
+from ..statistics import mean_interval
 
 if TYPE_CHECKING:
     from modern_llm.models.decoder import ModernDecoderLM
@@ -32,7 +32,8 @@ __all__ = ['RERANKERS', 'word_problems', 'synthetic_problems', 'hash_bit', 'stri
            'Calculator', 'problem_request', 'mark', 'solve', 'pass_at_k', 'choice_weights', 'rerank', 'rerank_curve']
 
 # %% ../../nbs/26_tasks.ipynb #word-problems
-def word_problems(source: str, split: str, limit: int, levels: Sequence[int] | None = None, seed: int = 0) -> list[Problem]:
+def word_problems(source: str, split: str, limit: int, levels: Sequence[int] | None = None,
+                  seed: int = 0) -> list[Problem]:
     """The first `limit` problems of a source.
 
     Args:
@@ -54,14 +55,17 @@ def word_problems(source: str, split: str, limit: int, levels: Sequence[int] | N
             raise ValueError(f"{row.place}: the question is empty")
         value = strict_answer(row["answer"])
         if value is None:
-            raise ValueError(f"{row.place}: the answer {row['answer'][-40:]!r} does not end with `#### number`")
-        found.append(Problem(row["question"].strip(), row["answer"].strip(), max(1, row["answer"].count("<<")), value))
+            raise ValueError(
+                f"{row.place}: the answer {row['answer'][-40:]!r} does not end with `#### number`")
+        found.append(Problem(row["question"].strip(), row["answer"].strip(),
+                             max(1, row["answer"].count("<<")), value))
     if not found:
         raise ValueError(f"gsm8k, {split}: there is no problem in the file")
     return found
 
 
-def synthetic_problems(split: str, levels: Sequence[int] | None = None, seed: int = 0) -> Iterator[Problem]:
+def synthetic_problems(split: str, levels: Sequence[int] | None = None,
+                       seed: int = 0) -> Iterator[Problem]:
     """Endless problems with the levels in turn; no question twice, none in both held-out splits."""
     levels, seen = tuple(levels or (1, 2, 3, 4, 5)), set()
     part = "train" if split == "train" else "heldout"
@@ -94,7 +98,8 @@ def flexible_answer(text: str) -> int | float | None:
 def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review]:
     """The first `limit` sentences of "synthetic" or "sst2", labelled "negative" or "positive".
 
-    SST-2's test labels are not public, so its "test" is the validation split, as everybody reports it.
+    SST-2's test labels are not public, so its "test" is the validation split, as everybody reports
+    it.
 
     Raises:
         ValueError: another source, a label outside the set, with its line, or no sentence at all.
@@ -105,7 +110,8 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
     if source != "sst2":
         raise ValueError(f"sentiment={source!r} is unknown{nearest(source, ('synthetic', 'sst2'))}")
     found = []
-    for row in islice(rows("sst2", "train" if split == "train" else "validation", also=("label",)), limit):
+    for row in islice(
+        rows("sst2", "train" if split == "train" else "validation", also=("label",)), limit):
         if str(row["label"]) not in ("0", "1"):
             raise ValueError(f"{row.place}: label {row['label']!r} is not 0 or 1")
         if not row["sentence"].strip():
@@ -117,11 +123,14 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
 
 # %% ../../nbs/26_tasks.ipynb #calculator
 class Calculator:
-    """A `force` for `generate`: completes `<<expression=` with its value, `>>`, and the value again."""
+    """A `force` for `generate`: completes `<<expression=` with its value, `>>`, and the value
+    again.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.with_equals = {i for i in range(tokenizer.get_vocab_size()) if (tokenizer.id_to_token(i) or "").endswith("=")}
+        self.with_equals = {i for i in range(tokenizer.get_vocab_size())
+                            if (tokenizer.id_to_token(i) or "").endswith("=")}
 
     def __call__(self, tokens: list[int]) -> list[int]:
         if tokens[-1] not in self.with_equals:
@@ -139,23 +148,28 @@ def problem_request(problem: Problem) -> str:
 
 
 def mark(problems: Sequence[Problem], answers: Sequence[Answer], samples: int = 1) -> pd.DataFrame:
-    """One row per answer: problem, sample, level, text, value, number, right, ended, tokens, log_prob (mean), consistent.
+    """One row per answer: problem, sample, level, text, value, number, right, ended, tokens,
+    log_prob (mean), consistent.
 
-    `number` is the value as text, exactly ("" where there is none), since a float cannot tell apart whole numbers beyond 2^53.
+    `number` is the value as text, exactly ("" where there is none), since a float cannot tell apart
+    whole numbers beyond 2^53.
     """
     table = []
     for row, said in enumerate(answers):
         problem, value = problems[row // samples], strict_answer(said.text)
-        table.append({
-            "problem": row // samples, "sample": row % samples, "level": problem.level, "text": said.text,
-            "value": math.nan if value is None else float(value),
-            "number": "" if value is None else str(value), "right": value == problem.value, "ended": said.ended,
-            "tokens": len(said.log_probs), "log_prob": float(np.mean(said.log_probs)) if said.log_probs else -1e6,  # JSON has no infinity
-            "consistent": synth.check_solution(said.text)})
+        table.append({"problem": row // samples, "sample": row % samples, "level": problem.level,
+                      "text": said.text, "value": math.nan if value is None else float(value),
+                      "number": "" if value is None else str(value),
+                      "right": value == problem.value, "ended": said.ended,
+                      "tokens": len(said.log_probs),
+                      # JSON has no infinity
+                      "log_prob": float(np.mean(said.log_probs)) if said.log_probs else -1e6,
+                      "consistent": synth.check_solution(said.text)})
     return pd.DataFrame(table)
 
 
-def solve(model: ModernDecoderLM, tokenizer: Tokenizer, problems: Sequence[Problem], *, samples: int = 1, calculator: bool = False,
+def solve(model: ModernDecoderLM, tokenizer: Tokenizer,
+          problems: Sequence[Problem], *, samples: int = 1, calculator: bool = False,
           max_new_tokens: int = 128, **options) -> pd.DataFrame:
     """Ask a chat model every problem `samples` times and mark the answers.
 
@@ -164,13 +178,15 @@ def solve(model: ModernDecoderLM, tokenizer: Tokenizer, problems: Sequence[Probl
         options: temperature (0 = greedy), seed, batch_rows, progress; see `chat.continuations`.
     """
     force = Calculator(tokenizer) if calculator else None
-    answers = answer(model, tokenizer, [problem_request(p) for p in problems], samples=samples, max_new_tokens=max_new_tokens,
-                     force=force, **options)
+    answers = answer(model, tokenizer, [problem_request(p) for p in problems], samples=samples,
+                     max_new_tokens=max_new_tokens, force=force, **options)
     return mark(problems, answers, samples)
 
 # %% ../../nbs/26_tasks.ipynb #pass-at-k
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n samples, `right` of them right, hold a right one. Source: Chen et al. 2021, 2107.03374, equation 1."""
+    """Chance that k of n samples, `right` of them right, hold a right one. Source: Chen et al.
+    2021, 2107.03374, equation 1.
+    """
     if not 1 <= k <= n or not 0 <= right <= n:
         raise ValueError(f"pass_at_k: k={k} and right={right} must lie in 1..n and 0..n, n={n}")
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
@@ -190,8 +206,8 @@ def choice_weights(method: str, samples: dict[str, np.ndarray]) -> np.ndarray:
 
     Args:
         method: one of RERANKERS.
-        samples: arrays of one shape: value (NaN = no answer), log_prob, consistent, and for the last two methods score in [0, 1],
-            whose odds are the weight of a vote.
+        samples: arrays of one shape: value (NaN = no answer), log_prob, consistent, and for the
+            last two methods score in [0, 1], whose odds are the weight of a vote.
     """
     value = samples["value"]
     if method == "random":
@@ -202,25 +218,31 @@ def choice_weights(method: str, samples: dict[str, np.ndarray]) -> np.ndarray:
         return _highest(samples["log_prob" if method == "log_prob" else "score"])
     if method not in RERANKERS:
         raise ValueError(f"rerank method {method!r} is unknown{nearest(method, RERANKERS)}")
-    score = np.clip(samples["score"], 1e-4, 1 - 1e-4) if method == "weighted_vote" else np.full(value.shape, 0.5)
+    score = (np.clip(samples["score"], 1e-4, 1 - 1e-4) if method == "weighted_vote"
+             else np.full(value.shape, 0.5))
     weight = score / (1 - score)  # the odds; 1 in a plain majority
     same = value[..., :, None] == value[..., None, :]  # NaN equals nothing: no answer gets no votes
     votes = (same * weight[..., None, :]).sum(-1)
     return _highest(votes)
 
 # %% ../../nbs/26_tasks.ipynb #rerank
-def rerank(samples: pd.DataFrame, size: int, method: str, draws: int = 64, seed: int = 0) -> pd.Series:
-    """Chance of a right choice among `size` of each problem's answers, averaged over random subsets; indexed by problem.
+def rerank(samples: pd.DataFrame, size: int, method: str, draws: int = 64,
+           seed: int = 0) -> pd.Series:
+    """Chance of a right choice among `size` of each problem's answers, averaged over random
+    subsets; indexed by problem.
 
     Args:
-        samples: what `solve` returns, equally many answers to each problem; "score" too for the last two methods. Votes are counted by
-            "number", or by "value" where that is all there is.
-        draws: subsets for each problem; only one is needed where `size` is all of them, and none where it is 1.
+        samples: what `solve` returns, equally many answers to each problem; "score" too for the
+            last two methods. Votes are counted by "number", or by "value" where that is all there
+            is.
+        draws: subsets for each problem; only one is needed where `size` is all of them, and none
+            where it is 1.
 
     Raises:
         ValueError: an unknown method, a missing column, or more answers asked for than there are.
     """
-    columns = ["value", "log_prob", "consistent", "right"] + ["score"] * (method in ("best_of_n", "weighted_vote"))
+    columns = (["value", "log_prob", "consistent", "right"]
+               + ["score"] * (method in ("best_of_n", "weighted_vote")))
     if missing := [name for name in columns if name not in samples]:
         raise ValueError(f"rerank, {method}: the samples have no column {missing[0]!r}")
     ordered = samples.sort_values(["problem", "sample"])
@@ -229,19 +251,27 @@ def rerank(samples: pd.DataFrame, size: int, method: str, draws: int = 64, seed:
     names, counts = np.unique(ordered.problem, return_counts=True)
     n = counts.min()
     if counts.max() != n or not 1 <= size <= n:
-        raise ValueError(f"rerank: size={size} must lie in 1..{n}, and every problem must have equally many answers")
+        raise ValueError(f"rerank: size={size} must lie in 1..{n}, and every problem must have "
+                         "equally many answers")
     arrays = {name: ordered[name].to_numpy().reshape(len(names), n) for name in columns}
     if size == 1:  # every choice is the sample itself
         return pd.Series(arrays["right"].mean(1), index=names)
     random = np.random.default_rng(seed)
     draws = 1 if size == n else draws
     subsets = np.argsort(random.random((len(names), draws, n)), axis=-1)[..., :size]
-    picked = {name: np.take_along_axis(array[:, None], subsets, axis=-1) for name, array in arrays.items()}
-    return pd.Series((choice_weights(method, picked) * picked["right"]).sum(-1).mean(-1), index=names)
+    picked = {name: np.take_along_axis(array[:, None], subsets, axis=-1)
+              for name, array in arrays.items()}
+    return pd.Series(
+        (choice_weights(method, picked) * picked["right"]).sum(-1).mean(-1), index=names)
 
 
-def rerank_curve(samples: pd.DataFrame, sizes: Iterable[int], methods: Sequence[str] | None = None, draws: int = 64) -> pd.DataFrame:
-    """method, size, value, low, high, n: accuracy of every method for every number of samples, intervals over problems."""
-    methods = methods or [m for m in RERANKERS if "score" in samples or m not in ("best_of_n", "weighted_vote")]
-    return pd.DataFrame([{"method": method, "size": size, **mean_interval(rerank(samples, size, method, draws))}
-                         for method in methods for size in sizes])
+def rerank_curve(samples: pd.DataFrame, sizes: Iterable[int],
+                 methods: Sequence[str] | None = None, draws: int = 64) -> pd.DataFrame:
+    """method, size, value, low, high, n: accuracy of every method for every number of samples,
+    intervals over problems.
+    """
+    methods = methods or [m for m in RERANKERS
+                          if "score" in samples or m not in ("best_of_n", "weighted_vote")]
+    return pd.DataFrame(
+        [{"method": method, "size": size, **mean_interval(rerank(samples, size, method, draws))}
+         for method in methods for size in sizes])

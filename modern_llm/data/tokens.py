@@ -17,10 +17,10 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..config import DataConfig
-from ..files import DamagedFolder, atomic_folder, check_folder, find_folder, write_json
 from .reading import content_id, documents
 from .sources import DataError, DatasetNotFound, hub_reachable, mirror_root
 from .templates import read_settings
+from ..files import DamagedFolder, atomic_folder, check_folder, find_folder, write_json
 
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'CHAT_TOKENS', 'TOKENIZER_CHARS', 'end_of_text_id', 'train_tokenizer', 'encode_documents',
@@ -36,12 +36,14 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     """The id of the token that opens and closes every document."""
     index = tokenizer.token_to_id(END_OF_TEXT)
     if index is None:
-        raise DataError(f"the tokenizer has no token {END_OF_TEXT!r}; make it with train_tokenizer or gpt2_tokenizer")
+        raise DataError(f"the tokenizer has no token {END_OF_TEXT!r}; make it with train_tokenizer "
+                        "or gpt2_tokenizer")
     return index
 
 # %% ../../nbs/24_tokens.ipynb #train-tokenizer
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` tokens: 5 special ones (ids 0 to 4), 256 bytes, the rest merges.
+    """A byte-level BPE of `vocab_size` tokens: 5 special ones (ids 0 to 4), 256 bytes, the rest
+    merges.
 
     Digits stand alone, so that 17 and 170 share theirs; no space is put in front of a text.
     """
@@ -59,24 +61,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 # %% ../../nbs/24_tokens.ipynb #encode-plain
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts in which nothing is special: a text that *contains* `<|endoftext|>` cannot forge a boundary."""
+    """Ids of texts in which nothing is special: a text that *contains* `<|endoftext|>` cannot forge
+    a boundary.
+    """
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:
         if len(texts) < 8:  # waking the threads would take longer than the work
             return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids
+                for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally:
         tokenizer.encode_special_tokens = before
 
 # %% ../../nbs/24_tokens.ipynb #bytes-per-token
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """UTF-8 bytes that one token carries on average."""
-    return sum(len(text.encode()) for text in texts) / max(1, sum(map(len, encode_documents(tokenizer, texts))))
+    return (sum(len(text.encode()) for text in texts)
+            / max(1, sum(map(len, encode_documents(tokenizer, texts)))))
 
 # %% ../../nbs/24_tokens.ipynb #encoded-batches
 def _cut_points(text: str, size: int) -> list[str]:
-    """Pieces of about `size` characters that a byte-level BPE encodes as it would the whole: cuts before a space."""
+    """Pieces of about `size` characters that a byte-level BPE encodes as it would the whole: cuts
+    before a space.
+    """
     pieces = []
     while len(text) > 2 * size:
         cut = next((i for i in range(size, 2 * size) if text[i] == " " and text[i - 1].isalpha()
@@ -88,8 +96,11 @@ def _cut_points(text: str, size: int) -> list[str]:
 
 def encoded(items: Iterable[tuple[str, float]], tokenizer: Tokenizer, batch_chars: int = 2_000_000,
             ) -> Iterator[tuple[list[int], int, float]]:
-    """(ids, UTF-8 bytes, nats) of each document; at most about `batch_chars` characters are in work at once."""
-    batch, size, due = [], 0, batch_chars // 64  # the first batches are small, for callers who want only a few
+    """(ids, UTF-8 bytes, nats) of each document; at most about `batch_chars` characters are in work
+    at once.
+    """
+    # the first batches are small, for callers who want only a few
+    batch, size, due = [], 0, batch_chars // 64
 
     def flush() -> Iterator[tuple[list[int], int, float]]:
         pieces = [_cut_points(text, 100_000) for text, _ in batch]
@@ -106,33 +117,42 @@ def encoded(items: Iterable[tuple[str, float]], tokenizer: Tokenizer, batch_char
     yield from flush()
 
 # %% ../../nbs/24_tokens.ipynb #save-tokenizer
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, chat_template: str | None = None) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads, into an existing folder.
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path,
+                   chat_template: str | None = None) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads, into
+    an existing folder.
 
-    Tokens that a third-party tokenizer calls its own begin and end, which its chat template may ask for, keep those names; one it
-    has not, it still has not.
+    Tokens that a third-party tokenizer calls its own begin and end, which its chat template may ask
+    for, keep those names; one it has not, it still has not.
     """
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
-              "pad_token": END_OF_TEXT, "additional_special_tokens": [t for t in CHAT_TOKENS if tokenizer.token_to_id(t) is not None],
-              "clean_up_tokenization_spaces": False, "model_max_length": 1_000_000_000}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
+              "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "additional_special_tokens": [
+                  t for t in CHAT_TOKENS if tokenizer.token_to_id(t) is not None
+              ], "clean_up_tokenization_spaces": False, "model_max_length": 1_000_000_000}
     settings = getattr(tokenizer, "settings", {})
-    config |= {name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "modern_llm") if settings.get(name)}
+    config |= {
+        name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "modern_llm")
+        if settings.get(name)}
     if settings.get("chat_template"):  # which writes nothing for a token that its tokenizer has not
         config |= {name: settings.get(name) for name in ("bos_token", "eos_token")}
-    write_json(folder / "tokenizer_config.json", config | ({"chat_template": chat_template} if chat_template else {}))
+    write_json(folder / "tokenizer_config.json",
+               config | ({"chat_template": chat_template} if chat_template else {}))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer saved in a folder, or in a tokenizer.json, with the `settings` beside it. DataError if it is missing or damaged."""
+    """The tokenizer saved in a folder, or in a tokenizer.json, with the `settings` beside it.
+    DataError if it is missing or damaged.
+    """
     path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.settings = read_settings(path.parent)
         return tokenizer
     except Exception as error:  # the library raises plain Exception
-        raise DataError(f"no usable tokenizer in {path}: {error}; save one there with save_tokenizer") from error
+        raise DataError(f"no usable tokenizer in {path}: {error}; save one there with "
+                        "save_tokenizer") from error
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -141,7 +161,9 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 # %% ../../nbs/24_tokens.ipynb #gpt2-tokenizer
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's byte-level BPE with the chat tokens as 50257 to 50260; from the mirror, else the hub or its cache."""
+    """GPT-2's byte-level BPE with the chat tokens as 50257 to 50260; from the mirror, else the hub
+    or its cache.
+    """
     root = mirror_root()
     tried = [root / folder / file for folder in ("gpt2_tokenizer", "gpt2") for file in
              ("tokenizer.json", "tokenizer.json.gz")] if root else []
@@ -149,15 +171,19 @@ def gpt2_tokenizer() -> Tokenizer:
     try:
         if path is not None:
             packed = path.read_bytes()
-            tokenizer = Tokenizer.from_str((gzip.decompress(packed) if path.suffix == ".gz" else packed).decode("utf-8"))
+            tokenizer = Tokenizer.from_str(
+                (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode("utf-8"))
         else:
             tokenizer = Tokenizer.from_file(str(_hub_tokenizer_file("gpt2")))
     except Exception as error:
-        place = f"{path}" if path else f"the mirror ({root or 'MODERN_LLM_DATA is not set'}) and the hub"
-        raise DatasetNotFound(
-            f"GPT-2's tokenizer could not be had from {place}: {type(error).__name__}: {str(error)[:200]}. Remedy: put its "
-            "tokenizer.json into $MODERN_LLM_DATA/gpt2_tokenizer/, or use data.tokenizer='bpe', which needs none.") from error
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CHAT_TOKENS])
+        place = (f"{path}" if path
+                 else f"the mirror ({root or 'MODERN_LLM_DATA is not set'}) and the hub")
+        raise DatasetNotFound(f"GPT-2's tokenizer could not be had from {place}: "
+                              f"{type(error).__name__}: {str(error)[:200]}. Remedy: put its "
+                              "tokenizer.json into $MODERN_LLM_DATA/gpt2_tokenizer/, or use "
+                              "data.tokenizer='bpe', which needs none.") from error
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in CHAT_TOKENS])
     return tokenizer
 
 
@@ -174,19 +200,23 @@ def _hub_tokenizer_file(name: str) -> str:
 # %% ../../nbs/24_tokens.ipynb #one-builder
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a DataError that says where to go: the cache can be moved."""
+    """Turn a full or read-only disk into a DataError that says where to go: the cache can be moved.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM,
+                               errno.ENOTDIR):
             raise
-        raise DataError(f"cannot write {folder}: {error.strerror}; set MODERN_LLM_CACHE to a folder with room that you "
-                        "may write to") from error
+        raise DataError(f"cannot write {folder}: {error.strerror}; set MODERN_LLM_CACHE to a "
+                        "folder with room that you may write to") from error
 
 
 @contextlib.contextmanager
 def build_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time build `folder`; the others wait and then find it. Without file locks, all build."""
+    """Let one process at a time build `folder`; the others wait and then find it. Without file
+    locks, all build.
+    """
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = open(folder.with_name(f".{folder.name}.lock"), "w")
@@ -198,12 +228,15 @@ def build_lock(folder: Path) -> Iterator[None]:
         yield
 
 # %% ../../nbs/24_tokens.ipynb #make-tokenizer
-TOKENIZER_CHARS = 20_000_000  # of each source, read to train a BPE; the endless synthetic one needs fewer
+# of each source, read to train a BPE; the endless synthetic one needs fewer
+TOKENIZER_CHARS = 20_000_000
 
 
 def cache_root() -> Path:
-    """Where tokenizers and tokenised corpora are kept: $MODERN_LLM_CACHE, else ~/.cache/modern_llm."""
-    return Path(os.environ.get("MODERN_LLM_CACHE", "").strip() or "~/.cache/modern_llm").expanduser()
+    """Where tokenizers and tokenised corpora are kept: $MODERN_LLM_CACHE, else ~/.cache/modern_llm.
+    """
+    return (
+        Path(os.environ.get("MODERN_LLM_CACHE", "").strip() or "~/.cache/modern_llm").expanduser())
 
 
 def _opening(config: DataConfig) -> Iterator[str]:
@@ -217,11 +250,14 @@ def _opening(config: DataConfig) -> Iterator[str]:
 
 
 def make_tokenizer(config: DataConfig, cache_dir: str | Path | None = None) -> Tokenizer:
-    """The tokenizer a DataConfig asks for; a BPE is trained on the sources' beginnings, once, and cached."""
+    """The tokenizer a DataConfig asks for; a BPE is trained on the sources' beginnings, once, and
+    cached.
+    """
     if config.tokenizer == "gpt2":
         return gpt2_tokenizer()
     ids = [content_id(name, "train", config.world_seed) for name in config.sources]
-    key = hashlib.sha256(json.dumps([2, TOKENIZER_CHARS, config.tokenizer_vocab_size, ids]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([
+        2, TOKENIZER_CHARS, config.tokenizer_vocab_size, ids]).encode()).hexdigest()[:16]
     folder = Path(cache_dir or cache_root()) / f"tokenizer-{key}"
     with build_lock(folder):
         try:
@@ -229,6 +265,7 @@ def make_tokenizer(config: DataConfig, cache_dir: str | Path | None = None) -> T
             return load_tokenizer(find_folder(folder))
         except (FileNotFoundError, DamagedFolder):
             tokenizer = train_tokenizer(_opening(config), config.tokenizer_vocab_size)
-        with disk_errors(folder), atomic_folder(folder, {"sources": list(config.sources)}) as temporary:
+        with (disk_errors(folder),
+              atomic_folder(folder, {"sources": list(config.sources)}) as temporary):
             save_tokenizer(tokenizer, temporary)
     return tokenizer

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.attention import attention_mask, attention_weights
-from ..figures import figure, heatmap
 from ..data.synth_world import PEOPLE, PRONOUNS, state, world
+from ..figures import figure, heatmap
+from ..models.attention import attention_mask, attention_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -35,7 +35,8 @@ __all__ = ['ROLES', 'checked_weights', 'attention_maps', 'AttentionExample', 'ex
 
 # %% ../../nbs/08_attention_viz.ipynb #rebuilt
 def checked_weights(
-    attention: CausalSelfAttention, x: Float[Tensor, "b t c"], rotary: tuple[Tensor, Tensor], output: Float[Tensor, "b t c"]
+    attention: CausalSelfAttention, x: Float[Tensor, "b t c"],
+    rotary: tuple[Tensor, Tensor], output: Float[Tensor, "b t c"]
 ) -> Float[Tensor, "b h t s"]:
     """The attention weights of one layer, after checking that they rebuild its output.
 
@@ -46,24 +47,29 @@ def checked_weights(
         output: what it returned.
 
     Raises:
-        ValueError: weights times values is not the output, so a picture of the weights would not show this model.
+        ValueError: weights times values is not the output, so a picture of the weights would not
+            show this model.
     """
     q, k, v = attention.project(x, rotary)
     t = x.shape[1]
-    weights = attention_weights(q, k, attention_mask(t, t, window=attention.window, device=x.device), attention.sinks)
+    weights = attention_weights(
+        q, k, attention_mask(t, t, window=attention.window, device=x.device), attention.sinks)
     values = v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     rebuilt = attention.o_proj((weights @ values).to(x.dtype).transpose(1, 2).flatten(2))
     error = (rebuilt - output).abs().max() / output.abs().max().clamp(min=1e-6)
     allowed = 1e-3 if x.dtype == torch.float32 else 0.05
     if not error < allowed:
-        raise ValueError(f"attention weights rebuild the layer's output only to {error:.2g} of its size (allowed {allowed:g}): "
-                         "the layer computes something else than attention_weights(q, k, mask, sinks) @ v")
+        raise ValueError(f"attention weights rebuild the layer's output only to {error:.2g} of its "
+                         f"size (allowed {allowed:g}): the layer computes something else than "
+                         "attention_weights(q, k, mask, sinks) @ v")
     return weights
 
 # %% ../../nbs/08_attention_viz.ipynb #maps
 @torch.inference_mode()
-def attention_maps(model: ModernDecoderLM, input_ids: Int[Tensor, "b t"]) -> Float[Tensor, "l b h t s"]:
-    """The attention weights of every layer l and head h while the model reads `input_ids`; float32, on the CPU.
+def attention_maps(model: ModernDecoderLM,
+                   input_ids: Int[Tensor, "b t"]) -> Float[Tensor, "l b h t s"]:
+    """The attention weights of every layer l and head h while the model reads `input_ids`; float32,
+    on the CPU.
 
     Memory is layers·b·heads·t² numbers: for short texts.
     """
@@ -92,25 +98,34 @@ class AttentionExample:
 
 # %% ../../nbs/08_attention_viz.ipynb #examples
 def examples(built_in: bool, world_seed: int = 0) -> list[AttentionExample]:
-    """Sentiment positive and negative, an entity, a step of arithmetic: in the built-in world's words, or in plain English."""
+    """Sentiment positive and negative, an entity, a step of arithmetic: in the built-in world's
+    words, or in plain English.
+    """
     if built_in:
-        review = ("Review: Leo ran to the bridge last week. The fruit was quite {}, and the soup was very {}. "
-                  "The cheese was so {}.\nSentiment:")
+        review = ("Review: Leo ran to the bridge last week. The fruit was quite {}, and the soup "
+                  "was very {}. The cheese was so {}.\nSentiment:")
         opinions = {" positive": ("lovely", "good", "fine"), " negative": ("awful", "bad", "dirty")}
         name = "Rose"
         facts, his = world(world_seed).facts[name], PRONOUNS[PEOPLE[name]][1].capitalize()
-        entity = AttentionExample("entity", f"{state(name, 'job', facts['job'])} {state(name, 'food', facts['food'], pronoun=True)} "
-                                  f"{his} home is the", f" {facts['home']}", (name,))
-        step = ("Question: Mia has 6 balls. Then she finds 3 more balls. How many balls does Mia have now?\n"
-                "Answer: Mia has 6+3=<<6+3=")
+        entity = AttentionExample(
+            "entity", f"{state(name, 'job', facts['job'])} "
+                      f"{state(name, 'food', facts['food'], pronoun=True)} {his} home is the",
+            f" {facts['home']}", (name,))
+        step = ("Question: Mia has 6 balls. Then she finds 3 more balls. How many balls does Mia "
+                "have now?\nAnswer: Mia has 6+3=<<6+3=")
         sum_of = AttentionExample("arithmetic", step, "9", ("6", "3"))
     else:
         review = "Review: The story was {}, the acting was {}, and I {} the ending.\nSentiment:"
-        opinions = {" positive": ("lovely", "great", "loved"), " negative": ("awful", "bad", "hated")}
-        entity = AttentionExample("entity", "Lily had a red ball. Tom had a blue car. Lily was happy, because she had the red", " ball",
-                                  ("ball", "Lily"))
-        sum_of = AttentionExample("arithmetic", "Tom has 2 apples. He buys 3 more apples. Now he has 2+3=", "5", ("2", "3"))
-    reviews = [AttentionExample(f"sentiment,{answer}", review.format(*words), answer, words) for answer, words in opinions.items()]
+        opinions = {" positive": ("lovely", "great", "loved"),
+                    " negative": ("awful", "bad", "hated")}
+        entity = AttentionExample("entity", "Lily had a red ball. Tom had a blue car. Lily was "
+                                            "happy, because she had the red",
+                                  " ball", ("ball", "Lily"))
+        sum_of = AttentionExample("arithmetic",
+                                  "Tom has 2 apples. He buys 3 more apples. Now he has 2+3=", "5",
+                                  ("2", "3"))
+    reviews = [AttentionExample(f"sentiment,{answer}", review.format(*words), answer, words)
+               for answer, words in opinions.items()]
     return [*reviews, entity, sum_of]
 
 # %% ../../nbs/08_attention_viz.ipynb #encode
@@ -125,7 +140,8 @@ class EncodedAttentionExample:
     answer_id: int  # first token of the answer
 
 
-def tokenise_example(tokenizer: Tokenizer, example: AttentionExample, start_id: int) -> EncodedAttentionExample:
+def tokenise_example(tokenizer: Tokenizer, example: AttentionExample,
+                     start_id: int) -> EncodedAttentionExample:
     """Tokens, their labels and the positions of the key words; a start token stands in front.
 
     Raises:
@@ -136,11 +152,15 @@ def tokenise_example(tokenizer: Tokenizer, example: AttentionExample, start_id: 
     for word in example.keys:
         begin = example.text.rfind(word)
         if begin < 0:
-            raise ValueError(f"example {example.name!r}: its text has no {word!r}; name key words as they stand in the text")
-        positions |= {i + 1 for i, (a, b) in enumerate(encoding.offsets) if a < begin + len(word) and b > begin}
-    answer_id = tokenizer.encode(example.text + example.answer, add_special_tokens=False).ids[len(encoding.ids)]
+            raise ValueError(f"example {example.name!r}: its text has no {word!r}; name key words "
+                             "as they stand in the text")
+        positions |= {i + 1 for i, (a, b) in enumerate(encoding.offsets)
+                      if a < begin + len(word) and b > begin}
+    answer_id = tokenizer.encode(example.text + example.answer,
+                                 add_special_tokens=False).ids[len(encoding.ids)]
     shown = {"\n": "⏎", " ": "·", "$": r"\$"}
-    labels = ["".join(shown.get(c, c) for c in tokenizer.decode([i], skip_special_tokens=False)) for i in encoding.ids]
+    labels = ["".join(shown.get(c, c) for c in tokenizer.decode([i], skip_special_tokens=False))
+              for i in encoding.ids]
     ids = torch.tensor([[start_id, *encoding.ids]])
     return EncodedAttentionExample(example, ids, ["start", *labels], sorted(positions), answer_id)
 
@@ -149,7 +169,8 @@ def row_measures(weights: Float[Tensor, "l h t s"]) -> dict[str, Float[Tensor, "
     """Self, previous, local, first, sink, entropy and evenness of every query from the third on."""
     t = weights.shape[-2]
     if t < 3:
-        raise ValueError(f"row_measures: a text of {t} tokens has no third query; give it at least 3 tokens")
+        raise ValueError(
+            f"row_measures: a text of {t} tokens has no third query; give it at least 3 tokens")
     parked = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)  # a learned sink's share
     places = torch.arange(3, t + 1) + (parked.max() > 1e-4)
     choices = torch.cat([weights, parked], dim=-1)[..., 2:, :]
@@ -167,7 +188,8 @@ def row_measures(weights: Float[Tensor, "l h t s"]) -> dict[str, Float[Tensor, "
 def planted_repetition(
     tokens: Sequence[int], length: int, rows: int, start_id: int, seed: int = 0
 ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
-    """Random texts whose second half repeats the first, and controls whose second half is new; t = 1 + 2·length.
+    """Random texts whose second half repeats the first, and controls whose second half is new; t =
+    1 + 2·length.
 
     Args:
         tokens: ids to draw from, without replacement inside a text; at least 2·length of them.
@@ -180,9 +202,11 @@ def planted_repetition(
         ValueError: there are too few tokens to draw from.
     """
     if len(tokens) < 2 * length:
-        raise ValueError(f"planted_repetition: {len(tokens)} tokens are too few for two halves of length={length}; shorten them")
+        raise ValueError(f"planted_repetition: {len(tokens)} tokens are too few for two halves of "
+                         f"length={length}; shorten them")
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.stack([torch.randperm(len(tokens), generator=generator)[:2 * length] for _ in range(rows)])
+    drawn = torch.stack([torch.randperm(len(tokens), generator=generator)[:2 * length]
+                         for _ in range(rows)])
     control = torch.tensor(list(tokens))[drawn]
     start = torch.full((rows, 1), start_id)
     first = control[:, :length]
@@ -190,29 +214,34 @@ def planted_repetition(
 
 # %% ../../nbs/08_attention_viz.ipynb #induction
 def induction_attention(maps: Float[Tensor, "l b h t s"]) -> Float[Tensor, "l b h"]:
-    """Mean weight from each token of the second half to the token behind its place in the first half."""
+    """Mean weight from each token of the second half to the token behind its place in the first
+    half.
+    """
     length = (maps.shape[-1] - 1) // 2
     queries = torch.arange(length + 1, 2 * length + 1)
     return maps[..., queries, queries - length + 1].mean(-1)
 
 # %% ../../nbs/08_attention_viz.ipynb #repeat-gain
 @torch.inference_mode()
-def repetition_gain(model: ModernDecoderLM, planted: Int[Tensor, "b t"], control: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
-    """Nats per token of the second half that the model saves because it repeats the first: control minus planted.
+def repetition_gain(model: ModernDecoderLM, planted: Int[Tensor, "b t"],
+                    control: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
+    """Nats per token of the second half that the model saves because it repeats the first: control
+    minus planted.
 
     The first token of the half is left out: nobody can know that the repetition begins.
     """
     def second_half(ids):
         ids = ids.to(model.embed_tokens.weight.device)
-        losses = F.cross_entropy(model(ids).float()[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        losses = F.cross_entropy(model(ids).float()[:, :-1].transpose(1, 2),
+                                 ids[:, 1:], reduction="none")
         return losses[:, (ids.shape[1] - 1) // 2 + 1:].mean(1).cpu()
 
     return second_half(control) - second_half(planted)
 
 # %% ../../nbs/08_attention_viz.ipynb #roles
 ROLES = (  # role, measure, threshold
-    ("induction", "induction", 0.3), ("previous", "previous", 0.4), ("self", "self", 0.4), ("sink", "sink", 0.4),
-    ("local", "local", 0.7), ("even", "evenness", 0.9),
+    ("induction", "induction", 0.3), ("previous", "previous", 0.4), ("self", "self", 0.4),
+    ("sink", "sink", 0.4), ("local", "local", 0.7), ("even", "evenness", 0.9),
 )
 
 
@@ -221,22 +250,24 @@ def head_role(measures: pd.Series) -> str:
     return next((role for role, name, threshold in ROLES if measures[name] >= threshold), "mixed")
 
 # %% ../../nbs/08_attention_viz.ipynb #head-table
-def head_table(
-    texts: Sequence[Tensor], planted: Float[Tensor, "l b h t s"], control: Float[Tensor, "l b h t s"]
-) -> pd.DataFrame:
+def head_table(texts: Sequence[Tensor], planted: Float[Tensor, "l b h t s"],
+               control: Float[Tensor, "l b h t s"]) -> pd.DataFrame:
     """One row per head: the mean of every measure, and the role.
 
     Args:
-        texts: maps (l h t s) of ordinary texts, from which all but induction is read; every query counts the same.
+        texts: maps (l h t s) of ordinary texts, from which all but induction is read; every query
+            counts the same.
         planted: maps of texts that repeat themselves.
         control: maps of texts that do not; `induction` is the difference of the two.
     """
     measured = [row_measures(weights) for weights in texts]
-    columns = {name: torch.cat([m[name] for m in measured], dim=-1).mean(-1) for name in measured[0]}
+    columns = {name: torch.cat([m[name] for m in measured], dim=-1).mean(-1)
+               for name in measured[0]}
     columns["induction"] = (induction_attention(planted) - induction_attention(control)).mean(1)
     layers, heads = columns["self"].shape
     index = pd.MultiIndex.from_product([range(layers), range(heads)], names=["layer", "head"])
-    table = pd.DataFrame({name: value.flatten().double().numpy() for name, value in columns.items()}, index=index)
+    table = pd.DataFrame(
+        {name: value.flatten().double().numpy() for name, value in columns.items()}, index=index)
     return table.assign(role=table.apply(head_role, axis=1))
 
 # %% ../../nbs/08_attention_viz.ipynb #heads-figure-def
@@ -246,13 +277,14 @@ def heads_figure(table: pd.DataFrame) -> Figure:
     layers, heads = (n + 1 for n in table.index.max())
     fig, axes = figure(8, 1.0 + 1.6 * max(layers / heads, 0.5), columns=len(measures), sharey=True)
     for ax, name in zip(axes, measures):
-        heatmap(ax, table[name].unstack("head"), "head", "layer" if name == "self" else "", name, colour_bar=False,
-                vmin=0, vmax=1)
+        heatmap(ax, table[name].unstack("head"), "head", "layer" if name == "self" else "", name,
+                colour_bar=False, vmin=0, vmax=1)
     return fig
 
 # %% ../../nbs/08_attention_viz.ipynb #grid-def
 def maps_figure(weights: Float[Tensor, "l h t s"]) -> Figure:
-    """Every head's map of one text: layers downwards, heads to the right, all on one colour scale."""
+    """Every head's map of one text: layers downwards, heads to the right, all on one colour scale.
+    """
     layers, heads, t, _ = weights.shape
     gap = max(1, t // 12)
     mosaic = torch.full((layers * (t + gap), heads * (t + gap)), torch.nan)
@@ -264,8 +296,8 @@ def maps_figure(weights: Float[Tensor, "l h t s"]) -> Figure:
     fig, ax = figure(side * heads + 0.4, side * layers + 0.4)
     ax.imshow(mosaic[:-gap, :-gap].numpy(), cmap="mako_r", vmin=0, vmax=1, interpolation="nearest")
     middles = lambda n: [i * (t + gap) + t / 2 for i in range(n)]
-    ax.set(xticks=middles(heads), xticklabels=range(heads), xlabel="head", yticks=middles(layers), yticklabels=range(layers),
-           ylabel="layer")
+    ax.set(xticks=middles(heads), xticklabels=range(heads), xlabel="head",
+           yticks=middles(layers), yticklabels=range(layers), ylabel="layer")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return fig
@@ -290,8 +322,10 @@ def without_head(model: ModernDecoderLM, layer: int, head: int) -> Iterator[Mode
 
 # %% ../../nbs/08_attention_viz.ipynb #key-table
 @torch.inference_mode()
-def key_table(model: ModernDecoderLM, item: EncodedAttentionExample, weights: Float[Tensor, "l h t s"]) -> pd.DataFrame:
-    """One row per head: its weight on the key tokens from the last position, and the answer's probability without it.
+def key_table(model: ModernDecoderLM, item: EncodedAttentionExample,
+              weights: Float[Tensor, "l h t s"]) -> pd.DataFrame:
+    """One row per head: its weight on the key tokens from the last position, and the answer's
+    probability without it.
 
     `attrs` hold the probability with all heads (`answer`) and the weight of an even head (`even`).
     """
@@ -305,25 +339,33 @@ def key_table(model: ModernDecoderLM, item: EncodedAttentionExample, weights: Fl
     for layer in range(layers):
         for head in range(heads):
             with without_head(model, layer, head):
-                rows.append((layer, head, weights[layer, head, -1, item.keys].sum().item(), last()[item.answer_id].item()))
-    table = pd.DataFrame(rows, columns=["layer", "head", "on keys", "answer without it"]).set_index(["layer", "head"])
+                rows.append((layer, head, weights[layer, head, -1, item.keys].sum().item(),
+                             last()[item.answer_id].item()))
+    table = pd.DataFrame(rows, columns=["layer", "head", "on keys", "answer without it"]).set_index(
+        ["layer", "head"])
     whole = last()
-    table.attrs = {"answer": whole[item.answer_id].item(), "even": len(item.keys) / len(item.labels)}
+    table.attrs = {"answer": whole[item.answer_id].item(),
+                   "even": len(item.keys) / len(item.labels)}
     return table
 
 # %% ../../nbs/08_attention_viz.ipynb #head-figure-def
-def head_figure(weights: Float[Tensor, "t s"], item: EncodedAttentionExample, title: str = "") -> Figure:
-    """One head's map of one example with the tokens written out; key tokens are marked with an arrow."""
+def head_figure(weights: Float[Tensor, "t s"], item: EncodedAttentionExample,
+                title: str = "") -> Figure:
+    """One head's map of one example with the tokens written out; key tokens are marked with an
+    arrow.
+    """
     t = len(item.labels)
     side = 1.2 + 0.14 * t
     fig, ax = figure(side, side)
     labels = [f"→ {label}" if i in item.keys else label for i, label in enumerate(item.labels)]
-    heatmap(ax, weights.sqrt().numpy(), title=title, colour_bar=False, vmin=0, vmax=1, xticklabels=labels, yticklabels=labels)
+    heatmap(ax, weights.sqrt().numpy(), title=title, colour_bar=False, vmin=0, vmax=1,
+            xticklabels=labels, yticklabels=labels)
     ax.tick_params(labelsize=7, length=0)
     return fig
 
 # %% ../../nbs/08_attention_viz.ipynb #observations-def
-def observations(heads: pd.DataFrame, gain: dict[str, float], even: float, keys: dict[str, pd.DataFrame]) -> list[str]:
+def observations(heads: pd.DataFrame, gain: dict[str, float], even: float,
+                 keys: dict[str, pd.DataFrame]) -> list[str]:
     """What the tables say, as sentences with their figures.
 
     Args:
@@ -334,22 +376,30 @@ def observations(heads: pd.DataFrame, gain: dict[str, float], even: float, keys:
     """
     name = lambda index: "{}.{}".format(*index)
     counts = heads.role.value_counts()
-    told = [f"{len(heads)} heads by role: " + ", ".join(f"{n} {role}" for role, n in counts.items()) + "."]
-    whats = {"self": "the token itself", "previous": "the previous token", "sink": "the first token or a learned sink"}
+    told = [f"{len(heads)} heads by role: "
+            + ", ".join(f"{n} {role}" for role, n in counts.items()) + "."]
+    whats = {"self": "the token itself", "previous": "the previous token",
+             "sink": "the first token or a learned sink"}
     for column, what in whats.items():
         best, of = heads[column].idxmax(), heads[column]
-        told.append(f"Most weight on {what}: head {name(best)} with {of[best]:.2f}; mean of all heads {of.mean():.2f}.")
+        told.append(f"Most weight on {what}: head {name(best)} with {of[best]:.2f}; mean of all "
+                    f"heads {of.mean():.2f}.")
     layers = heads.evenness.groupby("layer").mean()
-    told.append("Evenness by layer: " + ", ".join(f"{value:.2f}" for value in layers) + " (1 is no choice at all).")
+    told.append("Evenness by layer: " + ", ".join(f"{value:.2f}" for value in layers)
+                + " (1 is no choice at all).")
     best, found = heads.induction.idxmax(), int((heads.role == "induction").sum())
-    told.append(f"On a planted repetition head {name(best)} puts {heads.induction[best]:.2f} more weight on the token to continue with "
-                f"than without one (an even head has {even:.2f} in all). Heads that reach the threshold of induction: {found}. "
-                f"Nats per token that the model saves by the repetition: {gain['value']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
-                f"{', not told apart from 0' if gain['low'] <= 0 <= gain['high'] else ''}.")
+    told.append(
+        f"On a planted repetition head {name(best)} puts {heads.induction[best]:.2f} more weight "
+        f"on the token to continue with than without one (an even head has {even:.2f} in all). "
+        f"Heads that reach the threshold of induction: {found}. Nats per token that the model "
+        f"saves by the repetition: {gain['value']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
+        f"{', not told apart from 0' if gain['low'] <= 0 <= gain['high'] else ''}.")
     for example, table in keys.items():
         on, without = table["on keys"], table["answer without it"]
         most, worst = on.idxmax(), without.idxmin()
-        told.append(f"{example}: the right answer has probability {table.attrs['answer']:.2g}. Head {name(most)} puts "
-                    f"{on[most]:.2f} on the key words (even: {table.attrs['even']:.2f}); without it the probability is "
-                    f"{without[most]:.2g}. The lowest, {without[worst]:.2g}, comes from taking away {name(worst)}.")
+        told.append(
+            f"{example}: the right answer has probability {table.attrs['answer']:.2g}. Head "
+            f"{name(most)} puts {on[most]:.2f} on the key words (even: {table.attrs['even']:.2f}); "
+            f"without it the probability is {without[most]:.2g}. The lowest, {without[worst]:.2g}, "
+            f"comes from taking away {name(worst)}.")
     return told

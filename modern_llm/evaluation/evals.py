@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 from ..data.chat import Answer, EncodedExample, answer, continuations, document_prompt
 from ..data.packing import TokenCache, validation_batches
-from .fewshot import sentiment_items
-from ..files import DamagedFolder, cached_frame, read_json, write_json
-from .ledger import STAGES, item_rows
-from .perplexity import perplexity_tables, protocol_rows
-from ..models.prefix import continuation_log_probs
-from ..models.likelihoods import document_nats
-from ..statistics import held_out_measures, perplexity_ratio
 from modern_llm.data.tasks import (
     Calculator, Problem, Review, flexible_answer, mark, pass_at_k, problem_request, rerank,
 )
 from ..data.tokens import encode_documents, end_of_text_id
+from .fewshot import sentiment_items
+from .ledger import STAGES, item_rows
+from .perplexity import perplexity_tables, protocol_rows
+from ..files import DamagedFolder, cached_frame, read_json, write_json
+from ..models.likelihoods import document_nats
+from ..models.prefix import continuation_log_probs
+from ..statistics import held_out_measures, perplexity_ratio
 
 # %% auto #0
 __all__ = ['ERRORS', 'Subject', 'ask', 'separator_ids', 'baselines', 'piece', 'same_settings', 'perplexity_piece',
@@ -42,23 +42,28 @@ __all__ = ['ERRORS', 'Subject', 'ask', 'separator_ids', 'baselines', 'piece', 's
 # %% ../../nbs/07_eval.ipynb #subject
 @dataclass(frozen=True)
 class Subject:
-    """A model under test and how it is asked: in its chat template, or by documents that break off before the answer."""
+    """A model under test and how it is asked: in its chat template, or by documents that break off
+    before the answer.
+    """
 
     stage: str  # "base", "sft", "dpo", or "checkpoint" for one given by hand
     model: nn.Module
     tokenizer: Tokenizer
     chat: bool
-    separator: str | None = None  # between documents of a prompt; None is <|endoftext|>, which the models trained here know
+    # between documents of a prompt; None is <|endoftext|>, which the models trained here know
+    separator: str | None = None
 
     @property
     def protocol(self) -> str:
         """How requests are put, in words."""
-        return "chat template, no examples" if self.chat else "document 'Question: … Answer:' behind solved examples, as far as they fit"
+        return ("chat template, no examples" if self.chat
+                else "document 'Question: … Answer:' behind solved examples, as far as they fit")
 
 # %% ../../nbs/07_eval.ipynb #ask
-def ask(subject: Subject, requests: Sequence[str], examples: Sequence[tuple[str, str]], *, shots: int = 0, seed: int = 0,
-        **options) -> list[Answer]:
-    """Answers to requests: in the chat template, or behind `shots` of the solved `examples` (request, answer).
+def ask(subject: Subject, requests: Sequence[str], examples: Sequence[tuple[str, str]], *,
+        shots: int = 0, seed: int = 0, **options) -> list[Answer]:
+    """Answers to requests: in the chat template, or behind `shots` of the solved `examples`
+    (request, answer).
 
     Args:
         seed: of the examples shown and of sampled answers.
@@ -71,22 +76,27 @@ def ask(subject: Subject, requests: Sequence[str], examples: Sequence[tuple[str,
     prompts = []
     for request in requests:
         shown = draw.sample(list(examples), min(shots, len(examples)))
-        prompts.append(document_prompt(subject.tokenizer, [f"Question: {q}\nAnswer: {a}" for q, a in shown],
-                                       f"Question: {request}\nAnswer:", room, subject.separator))
+        prompts.append(
+            document_prompt(subject.tokenizer, [f"Question: {q}\nAnswer: {a}" for q, a in shown],
+                            f"Question: {request}\nAnswer:", room, subject.separator))
     stop = separator_ids(subject.tokenizer, subject.separator) if subject.separator else ()
-    return continuations(subject.model, subject.tokenizer, prompts, end_of_text_id(subject.tokenizer), seed=seed, stop=stop, **options)
+    return continuations(subject.model, subject.tokenizer, prompts,
+                         end_of_text_id(subject.tokenizer), seed=seed, stop=stop, **options)
 
 
 def separator_ids(tokenizer: Tokenizer, separator: str) -> list[list[int]]:
     """The ways in which a separator can be written in tokens: whole, or character by character."""
     letters = [encode_documents(tokenizer, [letter])[0] for letter in separator]
-    return [encode_documents(tokenizer, [separator])[0], [token for letter in letters for token in letter]]
+    return [encode_documents(tokenizer, [separator])[0],
+            [token for letter in letters for token in letter]]
 
 # %% ../../nbs/07_eval.ipynb #baselines
 def baselines(names: Iterable[str], device: str) -> tuple[dict[str, Subject], dict[str, str]]:
-    """Third-party models by name, asked by documents with blank lines between them, and why the others are not here.
+    """Third-party models by name, asked by documents with blank lines between them, and why the
+    others are not here.
 
-    A model is called by the last part of its name or path. ValueError if that is the name of a stage or of another baseline.
+    A model is called by the last part of its name or path. ValueError if that is the name of a
+    stage or of another baseline.
     """
     from modern_llm.interchange import hub
 
@@ -94,7 +104,8 @@ def baselines(names: Iterable[str], device: str) -> tuple[dict[str, Subject], di
     for place in names:
         name = Path(place).name.removesuffix(".gguf")
         if name in STAGES or name in found:
-            raise ValueError(f"baseline {str(place)!r} would be called {name!r}, as {'a stage' if name in STAGES else 'another one'} is: "
+            raise ValueError(f"baseline {str(place)!r} would be called {name!r}, "
+                             f"as {'a stage' if name in STAGES else 'another one'} is: "
                              "rename its folder, or link to it by another name")
         try:
             model, tokenizer = hub.load(place, device)
@@ -105,8 +116,11 @@ def baselines(names: Iterable[str], device: str) -> tuple[dict[str, Subject], di
     return found, absent
 
 # %% ../../nbs/07_eval.ipynb #piece
-def piece(folder: str | Path, stage: str, task: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table of one stage and task: read from `folder`/pieces if it was finished before, else made, timed and kept."""
+def piece(folder: str | Path, stage: str, task: str,
+          make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table of one stage and task: read from `folder`/pieces if it was finished before, else
+    made, timed and kept.
+    """
     def timed() -> pd.DataFrame:
         start = time.perf_counter()
         return make().assign(seconds=lambda _: round(time.perf_counter() - start, 2))
@@ -116,17 +130,21 @@ def piece(folder: str | Path, stage: str, task: str, make: Callable[[], pd.DataF
 
 # %% ../../nbs/07_eval.ipynb #same-settings
 def same_settings(folder: str | Path, settings: dict) -> None:
-    """Keep the settings beside the pieces; ValueError if pieces of other settings are there, since old and new must not mix."""
+    """Keep the settings beside the pieces; ValueError if pieces of other settings are there, since
+    old and new must not mix.
+    """
     path = Path(folder) / "pieces" / "settings.json"
     former = read_json(path) if path.exists() else settings
-    if changed := [f"{name}: {former.get(name)} -> {settings.get(name)}" for name in {**former, **settings}
-                   if former.get(name) != settings.get(name)]:
-        raise ValueError(f"{path.parent} holds what was measured with other settings ({'; '.join(changed)}); start over with force=True")
+    if changed := [f"{name}: {former.get(name)} -> {settings.get(name)}"
+                   for name in {**former, **settings} if former.get(name) != settings.get(name)]:
+        raise ValueError(f"{path.parent} holds what was measured with other settings "
+                         f"({'; '.join(changed)}); start over with force=True")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
 # %% ../../nbs/07_eval.ipynb #perplexity-piece
-def perplexity_piece(subject: Subject, caches: dict[str, TokenCache], batch_rows: int, isolate: bool, max_tokens: int) -> pd.DataFrame:
+def perplexity_piece(subject: Subject, caches: dict[str, TokenCache], batch_rows: int,
+                     isolate: bool, max_tokens: int) -> pd.DataFrame:
     """source, document, nats, tokens, bytes of every held-out document."""
     found = []
     for source, cache in caches.items():
@@ -140,7 +158,8 @@ def perplexity_piece(subject: Subject, caches: dict[str, TokenCache], batch_rows
 
 # %% ../../nbs/07_eval.ipynb #perplexity-rows
 def perplexity_rows(pieces: dict[str, pd.DataFrame]) -> list[dict]:
-    """Perplexity, bits per byte, and perplexity tax against "base" (1.05: 5% more), of each stage's documents.
+    """Perplexity, bits per byte, and perplexity tax against "base" (1.05: 5% more), of each stage's
+    documents.
 
     Args:
         pieces: stage -> what `perplexity_piece` found.
@@ -151,49 +170,65 @@ def perplexity_rows(pieces: dict[str, pd.DataFrame]) -> list[dict]:
             forms = held_out_measures(scores, int(scores.bytes.sum()), source)[1:]
             if stage != "base" and "base" in pieces:
                 documents = scores.set_index("document")
-                base = pieces["base"][pieces["base"].source == source].set_index("document").loc[documents.index]
-                forms.append({"metric": f"perplexity tax, {source}", **perplexity_ratio(base, documents),
+                base = (pieces["base"][pieces["base"].source == source]
+                            .set_index("document").loc[documents.index])
+                forms.append({"metric": f"perplexity tax, {source}",
+                              **perplexity_ratio(base, documents),
                               "protocol": "perplexity over the base's, on the same documents"})
             rows += [{"stage": stage, "task": "perplexity", **form} for form in forms]
     return rows
 
 # %% ../../nbs/07_eval.ipynb #protocol-piece
-def protocol_piece(subject: Subject, sources: Sequence[str], max_tokens: int, world_seed: int = 0, batch_rows: int = 8) -> pd.DataFrame:
-    """source, protocol, document, nats, tokens, words, bytes, setting: the tables of T0 to T3 for every source."""
-    found = [table.assign(source=source, protocol=name) for source in sources for name, table in
-             perplexity_tables(subject.model, subject.tokenizer, source, max_tokens, world_seed, batch_rows=batch_rows,
-                               progress=f"{subject.stage}: {source}").items()]
+def protocol_piece(subject: Subject, sources: Sequence[str], max_tokens: int, world_seed: int = 0,
+                   batch_rows: int = 8) -> pd.DataFrame:
+    """source, protocol, document, nats, tokens, words, bytes, setting: the tables of T0 to T3 for
+    every source.
+    """
+    found = [table.assign(source=source, protocol=name) for source in sources
+             for name, table in perplexity_tables(subject.model, subject.tokenizer, source,
+                                                  max_tokens, world_seed, batch_rows=batch_rows,
+                                                  progress=f"{subject.stage}: {source}").items()]
     return pd.concat(found, ignore_index=True)
 
 
 def protocol_measures(stage: str, piece: pd.DataFrame) -> list[dict]:
     """Ledger rows of what `protocol_piece` found, for every source and protocol."""
-    return [{"stage": stage, "task": "protocols", **row} for source, of in piece.groupby("source", sort=False)
+    return [{"stage": stage, "task": "protocols", **row}
+            for source, of in piece.groupby("source", sort=False)
             for row in protocol_rows(dict(list(of.groupby("protocol", sort=False))), source)]
 
 # %% ../../nbs/07_eval.ipynb #score-examples
-def score_examples(model: nn.Module, examples: Sequence[EncodedExample], batch_rows: int = 64, progress: str = "") -> np.ndarray:
+def score_examples(model: nn.Module, examples: Sequence[EncodedExample], batch_rows: int = 64,
+                   progress: str = "") -> np.ndarray:
     """Log-probability of the answer that each example ends with; -inf where it exceeds the context.
 
     Args:
-        examples: (input_ids, labels) as `encode_example` makes them, of which the labels count from the first that is not -100 on.
+        examples: (input_ids, labels) as `encode_example` makes them, of which the labels count from
+            the first that is not -100 on.
     """
     fitting = [i for i, (ids, _) in enumerate(examples) if len(ids) <= model.cfg.context_length]
     rows = [[*examples[i][0], examples[i][1][-1]] for i in fitting]
-    begins = [1 + next(place for place, label in enumerate(examples[i][1]) if label != -100) for i in fitting]
+    begins = [1 + next(place for place, label in enumerate(examples[i][1]) if label != -100)
+              for i in fitting]
     sums = np.full(len(examples), -np.inf)
     sums[fitting] = continuation_log_probs(model, rows, begins, batch_rows, progress=progress)
     return sums
 
 # %% ../../nbs/07_eval.ipynb #continuation-example
-def continuation_example(tokenizer: Tokenizer, prompt: Sequence[int], text: str, closed: bool = False) -> EncodedExample:
-    """An example that counts `text` behind an encoded prompt and nothing else, with <|endoftext|> behind it if `closed`."""
+def continuation_example(tokenizer: Tokenizer,
+                         prompt: Sequence[int], text: str, closed: bool = False) -> EncodedExample:
+    """An example that counts `text` behind an encoded prompt and nothing else, with <|endoftext|>
+    behind it if `closed`.
+    """
     tail = encode_documents(tokenizer, [text])[0] + [end_of_text_id(tokenizer)] * closed
     return [*prompt, *tail][:-1], [-100] * (len(prompt) - 1) + tail
 
 # %% ../../nbs/07_eval.ipynb #document-pair
-def document_pair(tokenizer: Tokenizer, request: str, answers: Sequence[str], context_length: int) -> list[EncodedExample]:
-    """For a base model: each of some answers behind 'Question: … Answer:', closed by <|endoftext|>, cut at the context's end."""
+def document_pair(tokenizer: Tokenizer, request: str, answers: Sequence[str],
+                  context_length: int) -> list[EncodedExample]:
+    """For a base model: each of some answers behind 'Question: … Answer:', closed by <|endoftext|>,
+    cut at the context's end.
+    """
     longest = max(map(len, encode_documents(tokenizer, [f" {text}" for text in answers]))) + 1
     first, *rest = document_prompt(tokenizer, [], f"Question: {request}\nAnswer:", context_length)
     prompt = [first, *rest[-max(context_length - longest, context_length // 4):]]
@@ -201,47 +236,72 @@ def document_pair(tokenizer: Tokenizer, request: str, answers: Sequence[str], co
     return [(ids[:context_length], labels[:context_length]) for ids, labels in found]
 
 # %% ../../nbs/07_eval.ipynb #preference-piece
-def preference_piece(subject: Subject, pairs: Sequence[tuple[EncodedExample, EncodedExample]]) -> pd.DataFrame:
-    """item, log-probabilities of the chosen and the rejected answer, and right: whether the chosen one is likelier."""
-    sums = score_examples(subject.model, [side for pair in pairs for side in pair], progress=f"{subject.stage}: preferences").reshape(-1, 2)
-    return pd.DataFrame({"item": range(len(pairs)), "chosen": sums[:, 0], "rejected": sums[:, 1], "right": sums[:, 0] > sums[:, 1]})
+def preference_piece(subject: Subject,
+                     pairs: Sequence[tuple[EncodedExample, EncodedExample]]) -> pd.DataFrame:
+    """item, log-probabilities of the chosen and the rejected answer, and right: whether the chosen
+    one is likelier.
+    """
+    sums = score_examples(subject.model, [side for pair in pairs for side in pair],
+                          progress=f"{subject.stage}: preferences").reshape(-1, 2)
+    return pd.DataFrame({"item": range(len(pairs)), "chosen": sums[:, 0], "rejected": sums[:, 1],
+                         "right": sums[:, 0] > sums[:, 1]})
 
 # %% ../../nbs/07_eval.ipynb #sentiment-piece
-def sentiment_piece(subject: Subject, reviews: Sequence[Review], pool: Sequence[Review], shots: Sequence[int], draws: int, seed: int = 0,
-                    **options) -> pd.DataFrame:
-    """`sentiment_items`: what is said of each review with each number of shots, draw and method. A model of either kind is asked alike."""
-    return sentiment_items(subject.model, subject.tokenizer, reviews, pool, shots, draws, seed, separator=subject.separator,
-                           progress=f"{subject.stage}: sentiment", **options)
+def sentiment_piece(subject: Subject, reviews: Sequence[Review], pool: Sequence[Review],
+                    shots: Sequence[int], draws: int, seed: int = 0, **options) -> pd.DataFrame:
+    """`sentiment_items`: what is said of each review with each number of shots, draw and method. A
+    model of either kind is asked alike.
+    """
+    return sentiment_items(subject.model, subject.tokenizer, reviews, pool, shots, draws, seed,
+                           separator=subject.separator, progress=f"{subject.stage}: sentiment",
+                           **options)
 
 # %% ../../nbs/07_eval.ipynb #instruction-piece
-def mark_instructions(items: Sequence, answers: Sequence[Answer], chat: bool = True) -> pd.DataFrame:
-    """item, kind, text, right, ended of answers to built-in instructions; of a document the first line is the answer."""
+def mark_instructions(items: Sequence,
+                      answers: Sequence[Answer], chat: bool = True) -> pd.DataFrame:
+    """item, kind, text, right, ended of answers to built-in instructions; of a document the first
+    line is the answer.
+    """
     texts = [a.text if chat else a.text.strip().split("\n")[0] for a in answers]
-    return pd.DataFrame({"item": range(len(items)), "kind": [item.kind for item in items], "text": texts,
-                         "right": [item.check(text) for item, text in zip(items, texts)], "ended": [a.ended for a in answers]})
+    return pd.DataFrame(
+        {"item": range(len(items)), "kind": [item.kind for item in items], "text": texts,
+         "right": [item.check(text) for item, text in zip(items, texts)],
+         "ended": [a.ended for a in answers]})
 
 
-def instruction_piece(subject: Subject, items: Sequence, examples: Sequence, max_new_tokens: int = 40, shots: int = 4,
-                      **options) -> pd.DataFrame:
+def instruction_piece(subject: Subject, items: Sequence, examples: Sequence,
+                      max_new_tokens: int = 40, shots: int = 4, **options) -> pd.DataFrame:
     """`mark_instructions` of greedy answers; the options are those of `ask`."""
     words = lambda item: f"{item.instruction}\n{item.input}".strip()
-    answers = ask(subject, [words(item) for item in items], [(words(e), e.output) for e in examples], shots=shots,
-                  max_new_tokens=max_new_tokens, progress=f"{subject.stage}: instructions", **options)
+    answers = ask(subject, [words(item) for item in items],
+                  [(words(e), e.output) for e in examples], shots=shots,
+                  max_new_tokens=max_new_tokens, progress=f"{subject.stage}: instructions",
+                  **options)
     return mark_instructions(items, answers, subject.chat)
 
 # %% ../../nbs/07_eval.ipynb #problem-piece
-def mark_problems(problems: Sequence[Problem], answers: Sequence[Answer], samples: int = 1) -> pd.DataFrame:
-    """What `modern_llm.data.tasks.mark` says of the `samples` answers to each problem, and `flexible`: whether the last number is right."""
+def mark_problems(problems: Sequence[Problem],
+                  answers: Sequence[Answer], samples: int = 1) -> pd.DataFrame:
+    """What `modern_llm.data.tasks.mark` says of the `samples` answers to each problem, and
+    `flexible`: whether the last number is right.
+    """
     said = [flexible_answer(a.text) == problems[i // samples].value for i, a in enumerate(answers)]
     return mark(problems, answers, samples).assign(flexible=said)
 
 
-def problem_piece(subject: Subject, problems: Sequence[Problem], examples: Sequence[Problem], max_new_tokens: int, shots: int = 1,
+def problem_piece(subject: Subject, problems: Sequence[Problem],
+                  examples: Sequence[Problem], max_new_tokens: int, shots: int = 1,
                   calculator: bool = False, samples: int = 1, **options) -> pd.DataFrame:
-    """`mark_problems` of answers, greedy unless a `temperature` is given; the options are those of `ask`."""
-    answers = ask(subject, [problem_request(p) for p in problems], [(problem_request(e), e.answer) for e in examples], shots=shots,
-                  max_new_tokens=max_new_tokens, force=Calculator(subject.tokenizer) if calculator else None, samples=samples,
-                  progress=f"{subject.stage}: problems{', calculator' * calculator}{', samples' * (samples > 1)}", **options)
+    """`mark_problems` of answers, greedy unless a `temperature` is given; the options are those of
+    `ask`.
+    """
+    answers = ask(subject, [problem_request(p) for p in problems],
+                  [(problem_request(e), e.answer) for e in examples], shots=shots,
+                  max_new_tokens=max_new_tokens,
+                  force=Calculator(subject.tokenizer) if calculator else None, samples=samples,
+                  progress=f"{subject.stage}: "
+                           f"problems{', calculator' * calculator}{', samples' * (samples > 1)}",
+                  **options)
     return mark_problems(problems, answers, samples)
 
 # %% ../../nbs/07_eval.ipynb #error-kind
@@ -249,51 +309,69 @@ ERRORS = ("no end", "no answer", "arithmetic", "reasoning")
 
 
 def error_kind(row: pd.Series) -> str:
-    """Why an answer is wrong: it did not end, named no number, has a false sum, or has true sums that are not the question's."""
+    """Why an answer is wrong: it did not end, named no number, has a false sum, or has true sums
+    that are not the question's.
+    """
     if row.right:
         return ""
-    return "no end" if not row.ended else "no answer" if math.isnan(row.value) else "reasoning" if row.consistent else "arithmetic"
+    return ("no end" if not row.ended else "no answer" if math.isnan(row.value)
+                                           else "reasoning" if row.consistent else "arithmetic")
 
 # %% ../../nbs/07_eval.ipynb #problem-items
-def problem_items(stage: str, task: str, answers: pd.DataFrame, only: Iterable[int] | None = None) -> pd.DataFrame:
-    """Exact match by level, flexible match, ending and kind of error of greedy answers; exact match alone for `only` some problems.
+def problem_items(stage: str, task: str, answers: pd.DataFrame,
+                  only: Iterable[int] | None = None) -> pd.DataFrame:
+    """Exact match by level, flexible match, ending and kind of error of greedy answers; exact match
+    alone for `only` some problems.
 
     "easy exact match" counts the problems of level 1 and 2: at most two steps.
     """
     kept = answers if only is None else answers[answers.problem.isin(set(only))]
-    found = [item_rows(stage, task, "exact match", kept.problem, kept.right, kept.level.map("level {}".format))]
+    found = [item_rows(stage, task, "exact match", kept.problem, kept.right,
+                       kept.level.map("level {}".format))]
     easy = kept[kept.level <= 2]
     if len(easy) and only is None:
         found.append(item_rows(stage, task, "easy exact match", easy.problem, easy.right))
     if only is None:
         kinds = kept.apply(error_kind, axis=1)
-        measures = {"flexible match": kept.flexible, "ended": kept.ended, **{f"error, {kind}": kinds == kind for kind in ERRORS}}
-        found += [item_rows(stage, task, name, kept.problem, value) for name, value in measures.items()]
+        measures = {"flexible match": kept.flexible, "ended": kept.ended,
+                    **{f"error, {kind}": kinds == kind for kind in ERRORS}}
+        found += [item_rows(stage, task, name, kept.problem, value)
+                  for name, value in measures.items()]
     return pd.concat(found, ignore_index=True)
 
 # %% ../../nbs/07_eval.ipynb #sample-items
-def sample_items(stage: str, task: str, samples: pd.DataFrame, sizes: Sequence[int], methods: Sequence[str],
-                 seed: int = 0) -> pd.DataFrame:
-    """Each problem's chance of being right by `method` among k of its samples ("majority@4"), and its pass@k ("pass@4")."""
+def sample_items(stage: str, task: str, samples: pd.DataFrame,
+                 sizes: Sequence[int], methods: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """Each problem's chance of being right by `method` among k of its samples ("majority@4"), and
+    its pass@k ("pass@4").
+    """
     per_problem, found = samples.groupby("problem").right.agg(["size", "sum"]), []
     for k in sizes:
-        chances = {method: rerank(samples, k, method, seed=seed) for method in methods if method != "pass"}
+        chances = {method: rerank(samples, k, method, seed=seed)
+                   for method in methods if method != "pass"}
         if "pass" in methods:
-            chances["pass"] = pd.Series([pass_at_k(n, right, k) for n, right in per_problem.to_numpy().tolist()], per_problem.index)
-        found += [item_rows(stage, task, f"{method}@{k}", per_problem.index, chance.reindex(per_problem.index))
+            chances["pass"] = pd.Series(
+                [pass_at_k(n, right, k) for n, right in per_problem.to_numpy().tolist()],
+                per_problem.index)
+        found += [item_rows(stage, task, f"{method}@{k}", per_problem.index,
+                            chance.reindex(per_problem.index))
                   for method, chance in chances.items()]
     return pd.concat(found, ignore_index=True)
 
 # %% ../../nbs/07_eval.ipynb #verifier-mistakes
-def verifier_mistakes(samples: pd.DataFrame, problems: Sequence[Problem], count: int = 3) -> dict[str, list[dict]]:
-    """The wrong samples with the highest scores and the right ones with the lowest, at most one of a problem, in full.
+def verifier_mistakes(samples: pd.DataFrame, problems: Sequence[Problem],
+                      count: int = 3) -> dict[str, list[dict]]:
+    """The wrong samples with the highest scores and the right ones with the lowest, at most one of
+    a problem, in full.
 
     Args:
         samples: problem, text, right and score of every sample.
     """
     def first(part: pd.DataFrame, ascending: bool) -> list[dict]:
-        ordered = part.sort_values("score", ascending=ascending, kind="stable").drop_duplicates("problem").head(count)
-        return [{"question": problems[row.problem].question, "gold": problems[row.problem].answer, "answer": row.text, "score": float(row.score)}
-                for row in ordered.itertuples()]
+        ordered = (part.sort_values("score", ascending=ascending, kind="stable")
+                       .drop_duplicates("problem").head(count))
+        return [{"question": problems[row.problem].question, "gold": problems[row.problem].answer,
+                 "answer": row.text, "score": float(row.score)} for row in ordered.itertuples()]
 
-    return {"false positives": first(samples[~samples.right], False), "false negatives": first(samples[samples.right], True)}
+    return {"false positives": first(samples[~samples.right], False),
+            "false negatives": first(samples[samples.right], True)}

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from ..models.prefix import continuation_log_probs, word_log_probs
-from ..statistics import mean_interval, paired_difference, proportion_interval
 from ..data.synth import LABELS, Review
 from ..data.tokens import encode_documents, end_of_text_id
+from ..models.prefix import continuation_log_probs, word_log_probs
+from ..statistics import mean_interval, paired_difference, proportion_interval
 
 # %% auto #0
 __all__ = ['PRIORS', 'METHODS', 'prompt_suffix', 'channel_suffix', 'prompt_prefix', 'encode_prompts', 'check_reviews',
@@ -38,19 +38,24 @@ def channel_suffix(label: str) -> str:
 
 
 def prompt_prefix(demonstrations: Sequence[Review], channel: bool = False) -> list[str]:
-    """The text of each demonstration, its label behind the sentence, or before it for the channel."""
-    return [f"{channel_suffix(d.label)} {d.text.strip()}" if channel else f"{prompt_suffix(d.text)} {d.label}" for d in demonstrations]
+    """The text of each demonstration, its label behind the sentence, or before it for the channel.
+    """
+    return [f"{channel_suffix(d.label)} {d.text.strip()}" if channel
+            else f"{prompt_suffix(d.text)} {d.label}" for d in demonstrations]
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Sequence[str]], separator: str | None = None) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Sequence[str]],
+                   separator: str | None = None) -> list[list[int]]:
     """Token ids of prompts, each given as its documents, of which the last breaks off.
 
     Args:
-        separator: the text between documents, as "\n\n" for third-party models; None puts <|endoftext|> before each.
+        separator: the text between documents, as "\n\n" for third-party models; None puts
+            <|endoftext|> before each.
     """
     if separator is not None:
         return encode_documents(tokenizer, [separator.join(parts) for parts in prompts])
-    end, texts = end_of_text_id(tokenizer), list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
+    end, texts = (end_of_text_id(tokenizer),
+                  list(dict.fromkeys(itertools.chain.from_iterable(prompts))))
     ids = {text: [end, *tokens] for text, tokens in zip(texts, encode_documents(tokenizer, texts))}
     return [list(itertools.chain.from_iterable(ids[text] for text in parts)) for parts in prompts]
 
@@ -59,35 +64,40 @@ def check_reviews(reviews: Sequence[Review], labels: Sequence[str], place: str) 
     """Raise ValueError naming the first review whose label is outside the set."""
     for number, review in enumerate(reviews):
         if review.label not in labels:
-            raise ValueError(f"{place}, number {number}: label {review.label!r} is none of {', '.join(labels)}; "
-                             f"correct it, or name it in labels: {review.text[:60]!r}")
+            raise ValueError(
+                f"{place}, number {number}: label {review.label!r} is none of {', '.join(labels)}; "
+                f"correct it, or name it in labels: {review.text[:60]!r}")
 
 
 def draw_demonstrations(pool: Sequence[Review], shots: int, draws: int, seed: int = 0,
                         labels: Sequence[str] = LABELS) -> list[list[Review]]:
-    """`draws` sets of `shots` reviews of the pool, labels balanced, order random; set i depends on (seed, shots, i) alone.
+    """`draws` sets of `shots` reviews of the pool, labels balanced, order random; set i depends on
+    (seed, shots, i) alone.
 
     Raises:
         ValueError: a label outside the set, or too few reviews of one label.
     """
     check_reviews(pool, labels, "the demonstration pool")
-    groups = [[review for review in pool if review.label == label and review.text.strip()] for label in labels]
+    groups = [[review for review in pool if review.label == label and review.text.strip()]
+              for label in labels]
     sets = []
     for number in range(draws):
         random, drawn = np.random.default_rng([seed, shots, number]), []
         for place, (label, group) in enumerate(zip(labels, groups)):
             wanted = shots // len(labels) + ((place - number) % len(labels) < shots % len(labels))
             if wanted > len(group):
-                raise ValueError(f"{shots} demonstrations need {wanted} reviews with label {label!r}, but the pool has {len(group)}; "
-                                 "give a larger pool, or ask for fewer shots")
+                raise ValueError(
+                    f"{shots} demonstrations need {wanted} reviews with label {label!r}, but the "
+                    f"pool has {len(group)}; give a larger pool, or ask for fewer shots")
             drawn += [group[i] for i in random.choice(len(group), wanted, replace=False)]
         sets.append([drawn[i] for i in random.permutation(shots)])
     return sets
 
 # %% ../../nbs/43_fewshot.ipynb #fit
-def fitted_prompts(tokenizer: Tokenizer, demonstrations: Sequence[str], suffixes: Sequence[str], room: int,
-                   separator: str | None = None) -> tuple[list[list[int]], np.ndarray]:
-    """Token ids of each suffix behind as many of the last demonstrations as fit, and how many they are.
+def fitted_prompts(tokenizer: Tokenizer, demonstrations: Sequence[str], suffixes: Sequence[str],
+                   room: int, separator: str | None = None) -> tuple[list[list[int]], np.ndarray]:
+    """Token ids of each suffix behind as many of the last demonstrations as fit, and how many they
+    are.
 
     Args:
         room: tokens a prompt may have.
@@ -98,21 +108,25 @@ def fitted_prompts(tokenizer: Tokenizer, demonstrations: Sequence[str], suffixes
     Raises:
         ValueError: not one suffix fits.
     """
-    prompts, shown, waiting = [[] for _ in suffixes], np.full(len(suffixes), -1), list(range(len(suffixes)))
+    prompts, shown, waiting = ([[] for _ in suffixes], np.full(len(suffixes), -1),
+                               list(range(len(suffixes))))
     for kept in range(len(demonstrations), -1, -1):
         last = demonstrations[len(demonstrations) - kept:]
-        for i, ids in zip(waiting, encode_prompts(tokenizer, [[*last, suffixes[i]] for i in waiting], separator)):
+        for i, ids in zip(
+            waiting, encode_prompts(tokenizer, [[*last, suffixes[i]] for i in waiting], separator)):
             if len(ids) <= room:
                 prompts[i], shown[i] = ids, kept
         waiting = [i for i in waiting if shown[i] < 0]
     if len(suffixes) and len(waiting) == len(suffixes):
-        raise ValueError(f"a prompt may have {room} tokens, and none of {len(suffixes)} fits even without demonstrations; the first is "
-                         f"{suffixes[0][:60]!r}: use a model with a longer context_length, or shorter texts")
+        raise ValueError(f"a prompt may have {room} tokens, and none of {len(suffixes)} fits even "
+                         f"without demonstrations; the first is {suffixes[0][:60]!r}: use a model "
+                         "with a longer context_length, or shorter texts")
     return prompts, shown
 
 # %% ../../nbs/43_fewshot.ipynb #scorer
 PRIORS = {  # what stands in the sentence's place
-    "contextual": [prompt_suffix(text) for text in ("N/A", "", "[MASK]")],  # Zhao et al. 2021, section 4
+    # Zhao et al. 2021, section 4
+    "contextual": [prompt_suffix(text) for text in ("N/A", "", "[MASK]")],
     "pmi": ["Sentiment:"],  # Holtzman et al. 2021, section 3: the end of the prompt alone
 }
 
@@ -138,47 +152,70 @@ class Scorer:
         """The token ids of every label word. ValueError if two are the same or one is empty."""
         words = encode_documents(self.tokenizer, [f" {label}" for label in self.labels])
         if len({tuple(word) for word in words}) < len(words) or not all(self.labels):
-            raise ValueError(f"labels {list(self.labels)} are not all different words; use other label words")
+            raise ValueError(
+                f"labels {list(self.labels)} are not all different words; use other label words")
         return words
 
-    def direct(self, demonstrations: Sequence[Review], suffixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """log p of every label behind every suffix (n, labels), and how many demonstrations were shown (n,)."""
+    def direct(self, demonstrations: Sequence[Review],
+               suffixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """log p of every label behind every suffix (n, labels), and how many demonstrations were
+        shown (n,).
+        """
         words = self.words()
         room = self.model.cfg.context_length + 1 - max(map(len, words))
-        prompts, shown = fitted_prompts(self.tokenizer, prompt_prefix(demonstrations), suffixes, room, self.separator)
-        return word_log_probs(self.model, prompts, words, self.batch_rows, shown.tolist(), progress=self.progress), shown
+        prompts, shown = fitted_prompts(
+            self.tokenizer, prompt_prefix(demonstrations), suffixes, room, self.separator)
+        return word_log_probs(self.model, prompts, words, self.batch_rows, shown.tolist(),
+                              progress=self.progress), shown
 
-    def channel(self, demonstrations: Sequence[Review], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """log p of every text behind every label (n, labels), and how many demonstrations were shown (n,)."""
+    def channel(self, demonstrations: Sequence[Review],
+                texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """log p of every text behind every label (n, labels), and how many demonstrations were
+        shown (n,).
+        """
         words, columns, counts = self.words(), [], []
         tails = encode_documents(self.tokenizer, [f" {text.strip()}" for text in texts])
-        for label, word in zip(self.labels, words):  # the longest label decides for all how many demonstrations fit
+        # the longest label decides for all how many demonstrations fit
+        for label, word in zip(self.labels, words):
             room = self.model.cfg.context_length + 1 - max(map(len, words)) + len(word)
             whole = [f"{channel_suffix(label)} {text.strip()}" for text in texts]
-            rows, shown = fitted_prompts(self.tokenizer, prompt_prefix(demonstrations, channel=True), whole, room, self.separator)
+            rows, shown = fitted_prompts(self.tokenizer,
+                                         prompt_prefix(demonstrations, channel=True), whole, room,
+                                         self.separator)
             fitting = np.flatnonzero(shown >= 0)
             column = np.full(len(texts), np.nan)
-            column[fitting] = continuation_log_probs(self.model, [rows[i] for i in fitting], [len(rows[i]) - len(tails[i]) for i in fitting],
-                                                     self.batch_rows, shown[fitting].tolist(), progress=self.progress)
+            column[fitting] = continuation_log_probs(
+                self.model, [rows[i] for i in fitting],
+                [len(rows[i]) - len(tails[i]) for i in fitting], self.batch_rows,
+                shown[fitting].tolist(), progress=self.progress)
             columns.append(column)
             counts.append(shown)
         return np.stack(columns, axis=1), np.min(counts, axis=0)
 
     def prior(self, demonstrations: Sequence[Review], method: str) -> np.ndarray:
-        """log of how likely each label is (labels,) before any sentence; by which method, see PRIORS."""
+        """log of how likely each label is (labels,) before any sentence; by which method, see
+        PRIORS.
+        """
         scores = self.direct(demonstrations, PRIORS[method])[0]
-        return np.logaddexp.reduce(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)) - math.log(len(scores))
+        return (np.logaddexp.reduce(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+                - math.log(len(scores)))
 
 # %% ../../nbs/43_fewshot.ipynb #label-log-probs
-def label_log_probs(model: nn.Module, tokenizer: Tokenizer, demonstrations: Sequence[Review], texts: Sequence[str],
-                    labels: Sequence[str] = LABELS, separator: str | None = None, batch_rows: int = 32, progress: str = "") -> np.ndarray:
-    """(texts, labels): log p of every label word behind every text's prompt, in nats; NaN where the text alone exceeds the context."""
+def label_log_probs(model: nn.Module, tokenizer: Tokenizer,
+                    demonstrations: Sequence[Review], texts: Sequence[str],
+                    labels: Sequence[str] = LABELS, separator: str | None = None,
+                    batch_rows: int = 32, progress: str = "") -> np.ndarray:
+    """(texts, labels): log p of every label word behind every text's prompt, in nats; NaN where the
+    text alone exceeds the context.
+    """
     scorer = Scorer(model, tokenizer, labels, separator, batch_rows, progress)
     return scorer.direct(demonstrations, [prompt_suffix(text) for text in texts])[0]
 
 # %% ../../nbs/43_fewshot.ipynb #order
 def candidate_orders(shots: int, count: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """At most `count` different orders of `shots` demonstrations, the given one first; all of them if there are no more."""
+    """At most `count` different orders of `shots` demonstrations, the given one first; all of them
+    if there are no more.
+    """
     if math.factorial(shots) <= count:
         return list(itertools.permutations(range(shots)))
     random, found = np.random.default_rng([seed, shots]), {tuple(range(shots)): None}
@@ -189,40 +226,47 @@ def candidate_orders(shots: int, count: int, seed: int = 0) -> list[tuple[int, .
 
 def order_entropies(scorer: Scorer, demonstrations: Sequence[Review], probes: Sequence[str],
                     orders: Sequence[Sequence[int]]) -> pd.DataFrame:
-    """order, global_entropy, local_entropy in nats: how evenly the labels are used for some texts without labels.
+    """order, global_entropy, local_entropy in nats: how evenly the labels are used for some texts
+    without labels.
 
-    The global one is the entropy of the labels said, the local one the mean entropy of the label probabilities.
-    Source: Lu et al. 2021 (2104.08786), section 3.2; their texts are written by the model.
+    The global one is the entropy of the labels said, the local one the mean entropy of the label
+    probabilities. Source: Lu et al. 2021 (2104.08786), section 3.2; their texts are written by the
+    model.
 
     Args:
         probes: texts; their labels are not needed.
     """
     rows = []
     for order in orders:
-        scores, _ = scorer.direct([demonstrations[i] for i in order], [prompt_suffix(text) for text in probes])
+        scores, _ = scorer.direct([demonstrations[i] for i in order],
+                                  [prompt_suffix(text) for text in probes])
         logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
         share = np.bincount(logs.argmax(1), minlength=logs.shape[1]) / len(logs)
-        rows.append({"order": tuple(order), "global_entropy": -sum(p * math.log(p) for p in share if p),
+        rows.append({"order": tuple(order),
+                     "global_entropy": -sum(p * math.log(p) for p in share if p),
                      "local_entropy": float(-(np.exp(logs) * logs).sum(1).mean())})
     return pd.DataFrame(rows)
 
 
 def best_order(entropies: pd.DataFrame) -> tuple[int, ...]:
     """The order with the highest global entropy; among equals, the highest local one decides."""
-    return entropies.sort_values(["global_entropy", "local_entropy"], ascending=False, kind="stable").order.iloc[0]
+    return entropies.sort_values(["global_entropy", "local_entropy"], ascending=False,
+                                 kind="stable").order.iloc[0]
 
 # %% ../../nbs/43_fewshot.ipynb #method-scores
 METHODS = ("direct", "contextual", "pmi", "channel", "ordered")
 
 
-def method_scores(scorer: Scorer, demonstrations: Sequence[Review], texts: Sequence[str], methods: Sequence[str] = METHODS,
-                  probes: Sequence[str] = (), orders: int = 8) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For every method the scores of the labels (texts, labels), highest wins, and the demonstrations shown (texts,).
+def method_scores(scorer: Scorer, demonstrations: Sequence[Review], texts: Sequence[str],
+                  methods: Sequence[str] = METHODS, probes: Sequence[str] = (),
+                  orders: int = 8) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For every method the scores of the labels (texts, labels), highest wins, and the
+    demonstrations shown (texts,).
 
     Args:
-        methods: "direct", the label's log-probability; "contextual" and "pmi", the same less the label's prior;
-            "channel", log p of the text given the label; "ordered", direct, with the best of `orders` orders.
-            "ordered" is left out where there is nothing to order.
+        methods: "direct", the label's log-probability; "contextual" and "pmi", the same less the
+            label's prior; "channel", log p of the text given the label; "ordered", direct, with the
+            best of `orders` orders. "ordered" is left out where there is nothing to order.
         probes: texts without labels, for "ordered".
     """
     suffixes, found = [prompt_suffix(text) for text in texts], {}
@@ -231,84 +275,108 @@ def method_scores(scorer: Scorer, demonstrations: Sequence[Review], texts: Seque
         found["direct"] = scores, shown
         for method in PRIORS:
             if method in methods:
-                priors = {kept: scorer.prior(demonstrations[len(demonstrations) - kept:], method) for kept in set(shown[shown >= 0].tolist())}
+                priors = {kept: scorer.prior(demonstrations[len(demonstrations) - kept:], method)
+                          for kept in set(shown[shown >= 0].tolist())}
                 none = np.full(len(scorer.labels), np.nan)
-                found[method] = scores - np.array([priors.get(kept, none) for kept in shown.tolist()]), shown
+                found[method] = (
+                    scores - np.array([priors.get(kept, none) for kept in shown.tolist()]), shown)
     if "channel" in methods:
         found["channel"] = scorer.channel(demonstrations, texts)
     if "ordered" in methods and len(demonstrations) > 1:
-        order = best_order(order_entropies(scorer, demonstrations, probes, candidate_orders(len(demonstrations), orders)))
+        order = best_order(order_entropies(scorer, demonstrations, probes,
+                                           candidate_orders(len(demonstrations), orders)))
         found["ordered"] = scorer.direct([demonstrations[i] for i in order], suffixes)
     return {method: found[method] for method in methods if method in found}
 
 # %% ../../nbs/43_fewshot.ipynb #sentiment-items
-def sentiment_items(model: nn.Module, tokenizer: Tokenizer, reviews: Sequence[Review], pool: Sequence[Review],
-                    shots: Sequence[int] = (0, 1, 4, 8), draws: int = 5, seed: int = 0, methods: Sequence[str] = METHODS,
-                    labels: Sequence[str] = LABELS, separator: str | None = None, orders: int = 8, probes: int = 32,
-                    batch_rows: int = 32, progress: str = "") -> pd.DataFrame:
-    """One row for each number of shots, draw, method and review: label, what was said, and the score of every label.
+def sentiment_items(model: nn.Module, tokenizer: Tokenizer, reviews: Sequence[Review],
+                    pool: Sequence[Review], shots: Sequence[int] = (0, 1, 4, 8), draws: int = 5,
+                    seed: int = 0, methods: Sequence[str] = METHODS,
+                    labels: Sequence[str] = LABELS, separator: str | None = None, orders: int = 8,
+                    probes: int = 32, batch_rows: int = 32, progress: str = "") -> pd.DataFrame:
+    """One row for each number of shots, draw, method and review: label, what was said, and the
+    score of every label.
 
-    A review without text, or longer than the context, is there with "" said, and scores of NaN. Reviews of the pool
-    whose text is also under test are never shown.
+    A review without text, or longer than the context, is there with "" said, and scores of NaN.
+    Reviews of the pool whose text is also under test are never shown.
 
     Args:
-        pool: reviews to draw demonstrations from, and, without their labels, the `probes` texts that choose an order.
-        draws: sets of demonstrations for each number of shots; without demonstrations there is only one.
+        pool: reviews to draw demonstrations from, and, without their labels, the `probes` texts
+            that choose an order.
+        draws: sets of demonstrations for each number of shots; without demonstrations there is only
+            one.
         orders: how many orders "ordered" tries.
 
     Returns:
-        shots, draw, method, item, label, said, shown (demonstrations that fitted), and a "score(label)" a label.
+        shots, draw, method, item, label, said, shown (demonstrations that fitted), and a
+        "score(label)" a label.
 
     Raises:
-        ValueError: no review, an unknown method, a label outside the set, a pool that is too small, no review that fits.
+        ValueError: no review, an unknown method, a label outside the set, a pool that is too small,
+            no review that fits.
     """
     if not any(review.text.strip() for review in reviews):
-        raise ValueError(f"sentiment_items: none of {len(reviews)} reviews has a text; is the evaluation file empty?")
+        raise ValueError(f"sentiment_items: none of {len(reviews)} reviews has a text; is the "
+                         "evaluation file empty?")
     if unknown := set(methods) - set(METHODS):
-        raise ValueError(f"sentiment_items: method {sorted(unknown)[0]!r} is unknown; use some of {', '.join(METHODS)}")
+        raise ValueError(f"sentiment_items: method {sorted(unknown)[0]!r} is unknown; use some of "
+                         f"{', '.join(METHODS)}")
     check_reviews(reviews, labels, "the reviews under test")
-    scorer, tested = Scorer(model, tokenizer, labels, separator, batch_rows), {review.text.strip() for review in reviews}
+    scorer, tested = (Scorer(model, tokenizer, labels, separator, batch_rows),
+                      {review.text.strip() for review in reviews})
     pool = [review for review in pool if review.text.strip() not in tested]
     kept = [i for i, review in enumerate(reviews) if review.text.strip()]
-    tasks = [(k, draw, one) for k in shots for draw, one in enumerate(draw_demonstrations(pool, k, draws if k else 1, seed, labels))]
+    tasks = [(k, draw, one) for k in shots for draw, one in enumerate(draw_demonstrations(
+        pool, k, draws if k else 1, seed, labels))]
     tables = []
     for k, draw, one in tqdm(tasks, progress, unit="draw", disable=not progress, mininterval=5):
         unseen = [review.text for review in pool if review not in one][:probes]
-        for method, (some, fitted) in method_scores(scorer, one, [reviews[i].text for i in kept], methods, unseen, orders).items():
+        for method, (some, fitted) in method_scores(scorer, one, [reviews[i].text for i in kept],
+                                                    methods, unseen, orders).items():
             scores, shown = np.full((len(reviews), len(labels)), np.nan), np.full(len(reviews), -1)
             scores[kept], shown[kept] = some, fitted
             said = [labels[row.argmax()] if np.isfinite(row).all() else "" for row in scores]
-            tables.append(pd.DataFrame({"shots": k, "draw": draw, "method": method, "item": range(len(reviews)),
-                                        "label": [review.label for review in reviews], "said": said, "shown": shown,
-                                        **{f"score({label})": scores[:, i] for i, label in enumerate(labels)}}))
+            tables.append(pd.DataFrame(
+                {"shots": k, "draw": draw, "method": method, "item": range(len(reviews)),
+                 "label": [review.label for review in reviews], "said": said, "shown": shown,
+                 **{f"score({label})": scores[:, i] for i, label in enumerate(labels)}}))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/43_fewshot.ipynb #collapse
 def collapse_table(items: pd.DataFrame, share: float = 0.95) -> pd.DataFrame:
-    """shots, method, draws, collapsed, words: in how many draws at least `share` of the answers are one label."""
+    """shots, method, draws, collapsed, words: in how many draws at least `share` of the answers are
+    one label.
+    """
     rows, answered = [], items[items.said != ""]
     for (shots, method), group in answered.groupby(["shots", "method"], sort=False):
-        tops = [(says.value_counts(normalize=True).index[0], says.value_counts(normalize=True).iloc[0]) for _, says in group.groupby("draw").said]
+        tops = [(says.value_counts(normalize=True).index[0],
+                 says.value_counts(normalize=True).iloc[0])
+                for _, says in group.groupby("draw").said]
         labels = [label for label, part in tops if part >= share]
         often = " or ".join(repr(label) for label in sorted(set(labels)))
-        words = (f"in {len(labels)} of {len(tops)} draws it says {often} to at least {share:.0%} of the sentences: a constant answer"
-                 if labels else "")
-        rows.append({"shots": shots, "method": method, "draws": len(tops), "collapsed": len(labels), "words": words})
+        words = (f"in {len(labels)} of {len(tops)} draws it says {often} to at least {share:.0%} "
+                 "of the sentences: a constant answer" if labels else "")
+        rows.append({"shots": shots, "method": method,
+                     "draws": len(tops), "collapsed": len(labels), "words": words})
     return pd.DataFrame(rows)
 
 
 def confusion_table(items: pd.DataFrame) -> pd.DataFrame:
-    """How often each label was answered by each, summed over the draws; one line for shots, method and true label."""
+    """How often each label was answered by each, summed over the draws; one line for shots, method
+    and true label.
+    """
     said = items.said.where(items.said != "", "(none)")
     return pd.crosstab([items.shots, items.method, items.label], said.rename("said"))
 
 # %% ../../nbs/43_fewshot.ipynb #accuracy-rows
 def accuracy_rows(items: pd.DataFrame) -> list[dict]:
-    """Rows of a results table: metric, value, low, high, n and protocol, for every number of shots and method.
+    """Rows of a results table: metric, value, low, high, n and protocol, for every number of shots
+    and method.
 
-    "accuracy, 4-shot, direct" averages the draws, with an interval over reviews; "…, over draws" has the same value between
-    the worst and the best draw, n draws; "… minus majority class" and "… minus direct" are paired by review. "majority class"
-    is the accuracy of always giving the commonest label.
+    "accuracy, 4-shot, direct" averages the draws, with an interval over reviews; "…, over draws"
+    has the same value between the worst and the best draw, n draws; "… minus majority class" and "…
+    minus direct" are paired by review. "majority class" is the accuracy of always giving the
+    commonest label.
     """
     answered, everything = items[items.said != ""], items.item.nunique()
     truth = answered.groupby("item").label.first()
@@ -321,19 +389,26 @@ def accuracy_rows(items: pd.DataFrame) -> list[dict]:
         right = (group.said == group.label).astype(float)
         of_item, of_draw = right.groupby(group.item).mean(), right.groupby(group.draw).mean()
         means[shots, method] = of_item
-        remarks = [f"label word, {shots} demonstrations, mean of {len(of_draw)} draws" if shots else "label word, no demonstrations"]
+        remarks = [f"label word, {shots} demonstrations, mean of {len(of_draw)} draws" if shots
+                   else "label word, no demonstrations"]
         if group.shown.mean() < shots:
-            remarks.append(f"{group.shown.mean():.1f} of {shots} demonstrations fit into the context on average")
+            remarks.append(f"{group.shown.mean():.1f} of {shots} demonstrations fit into the "
+                           "context on average")
         if left_out:
-            remarks.append(f"{left_out} of {everything} reviews left out: no text, or longer than the context")
+            remarks.append(
+                f"{left_out} of {everything} reviews left out: no text, or longer than the context")
         remarks += [collapsed[shots, method]] * bool(collapsed[shots, method])
         name, protocol = f"accuracy, {shots}-shot, {method}", "; ".join(remarks)
-        interval = mean_interval(of_item) if len(of_draw) > 1 else proportion_interval(of_item.sum(), len(of_item))
+        interval = (mean_interval(of_item) if len(of_draw) > 1
+                    else proportion_interval(of_item.sum(), len(of_item)))
         rows.append({"metric": name, **interval, "protocol": protocol})
         if len(of_draw) > 1:
-            rows.append({"metric": f"{name}, over draws", "value": of_draw.mean(), "low": of_draw.min(), "high": of_draw.max(),
+            rows.append({"metric": f"{name}, over draws", "value": of_draw.mean(),
+                         "low": of_draw.min(), "high": of_draw.max(),
                          "n": len(of_draw), "protocol": "lowest and highest accuracy of a draw"})
-        others = {"majority class": majority, "direct": means.get((shots, "direct")) if method != "direct" else None}
-        rows += [{"metric": f"{name} minus {other}", **paired_difference(of_item, values), "protocol": "paired by review"}
+        others = {"majority class": majority,
+                  "direct": means.get((shots, "direct")) if method != "direct" else None}
+        rows += [{"metric": f"{name} minus {other}",
+                  **paired_difference(of_item, values), "protocol": "paired by review"}
                  for other, values in others.items() if values is not None]
     return rows

@@ -28,13 +28,15 @@ _HEADING, _TITLE = re.compile(r"^ ?= .* = ?$"), re.compile(r"^ ?= (?!= ).*(?<! =
 def blank_lines(lines: Sequence[str]) -> list[str]:
     """WikiText's lines with the blank ones around headings, if they have none at all.
 
-    A formula such as ` = 1 rad / s = ` looks like a title; it interrupts a sentence that goes on with a number.
+    A formula such as ` = 1 rad / s = ` looks like a title; it interrupts a sentence that goes on
+    with a number.
     """
     if any(not line.strip() for line in lines):
         return list(lines)
     found: list[str] = []
     for before, line, after in zip(["", *lines], lines, [*lines[1:], ""]):
-        formula = before.rstrip()[-1:].isalnum() and after.strip()[:1].isdigit() and _TITLE.match(line)
+        formula = (before.rstrip()[-1:].isalnum() and after.strip()[:1].isdigit()
+                   and _TITLE.match(line))
         if _HEADING.match(line) and not formula:
             found += [*[""] * (2 if _TITLE.match(line) and found else 1), line, ""]
         else:
@@ -43,11 +45,14 @@ def blank_lines(lines: Sequence[str]) -> list[str]:
 
 # %% ../../nbs/41_held_out.ipynb #wikitext-pages
 def wikitext_pages(lines: Iterable[str]) -> list[str]:
-    """WikiText's articles, from a title to the line before the next, with their spaces; a blank line is one space, as published."""
+    """WikiText's articles, from a title to the line before the next, with their spaces; a blank
+    line is one space, as published.
+    """
     lines = blank_lines([line.rstrip("\r\n") for line in lines])
     lines = [line if line.strip() else "" for line in lines]
     sizes = [sum(map(bool, article.split("\n"))) for article in articles(["", *lines])]
-    article_of, pages, current = iter(np.repeat(np.arange(len(sizes)), sizes).tolist()), [[] for _ in sizes], 0
+    article_of, pages, current = (iter(np.repeat(np.arange(len(sizes)), sizes).tolist()),
+                                  [[] for _ in sizes], 0)
     for line in itertools.dropwhile(lambda line: not line, lines):
         current = next(article_of) if line else current
         pages[current].append(line or " ")
@@ -55,21 +60,28 @@ def wikitext_pages(lines: Iterable[str]) -> list[str]:
 
 
 def wikitext_rows(page: str) -> list[str]:
-    """The rows of the hub's table that make up a page: its lines, each with its newline, blank ones empty."""
+    """The rows of the hub's table that make up a page: its lines, each with its newline, blank ones
+    empty.
+    """
     return [f"{line}\n" if line.strip() else "" for line in page.split("\n")]
 
 # %% ../../nbs/41_held_out.ipynb #detokenise
-_SPACING = [("s '", "s'"), *((f" @{mark}@ ", mark) for mark in "-,."), *((f" {mark} ", f"{mark} ") for mark in ":;.!?,")]
+_SPACING = [("s '", "s'"), *((f" @{mark}@ ", mark) for mark in "-,."),
+            *((f" {mark} ", f"{mark} ") for mark in ":;.!?,")]
 _ENCLOSING = [(r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'")]
-_REST = [("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
+_REST = [("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"),
+         (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
 
 
 def detokenise(page: str) -> str:
-    """A WikiText page in ordinary spacing, by the rules of lm-evaluation-harness (from Megatron-LM), in their order."""
+    """A WikiText page in ordinary spacing, by the rules of lm-evaluation-harness (from
+    Megatron-LM), in their order.
+    """
     for old, new in _SPACING:
         page = page.replace(old, new)
     for left, right in _ENCLOSING:
-        page = re.sub(rf"{left}\s*([^{right}]*?)\s*{right}", lambda found: found[0][0] + found[1] + found[0][-1], page)
+        page = re.sub(rf"{left}\s*([^{right}]*?)\s*{right}",
+                      lambda found: found[0][0] + found[1] + found[0][-1], page)
     for old, new in _REST:
         page = page.replace(old, new)
     return page
@@ -86,22 +98,27 @@ def encoding(tokenizer: Tokenizer, text: str) -> Encoding:
 # %% ../../nbs/41_held_out.ipynb #joined-tokens
 def joined_tokens(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None = None,
                   wikitext: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of texts as one stream and the number of the text that each belongs to: two int64 (tokens,).
+    """The ids of texts as one stream and the number of the text that each belongs to: two int64
+    (tokens,).
 
     Args:
         max_tokens: the stream ends there.
-        wikitext: the texts are pages of WikiText and joined as its rows are, by blank lines; else by `<|endoftext|>`.
+        wikitext: the texts are pages of WikiText and joined as its rows are, by blank lines; else
+            by `<|endoftext|>`.
     """
     if wikitext:
         parts, size = [], 0
         for page in texts:
             parts.append("\n\n".join(wikitext_rows(page)) + "\n\n")
             size += len(parts[-1])
-            if max_tokens and size > 16 * max_tokens:  # characters; no language takes so many for a token
+            # characters; no language takes so many for a token
+            if max_tokens and size > 16 * max_tokens:
                 break
-        whole = encoding(tokenizer, ("\n\n" + "".join(parts))[:-2])  # the table begins with a blank row
+        # the table begins with a blank row
+        whole = encoding(tokenizer, ("\n\n" + "".join(parts))[:-2])
         starts = np.cumsum([2, *map(len, parts[:-1])]) if parts else np.zeros(1)
-        owners = np.searchsorted(starts, [max(2, begin) for begin, _ in whole.offsets], side="right") - 1
+        owners = np.searchsorted(starts, [max(2, begin) for begin, _ in whole.offsets],
+                                 side="right") - 1
         return np.array(whole.ids[:max_tokens], np.int64), owners[:max_tokens]
     end, ids, owners = end_of_text_id(tokenizer), [], []
     for number, text in enumerate(texts):
@@ -113,12 +130,16 @@ def joined_tokens(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | 
 
 # %% ../../nbs/41_held_out.ipynb #words-and-bytes
 def words_and_bytes(text: str) -> tuple[int, int]:
-    """Words, as lm-evaluation-harness counts them (white space at either end makes one more), and UTF-8 bytes."""
+    """Words, as lm-evaluation-harness counts them (white space at either end makes one more), and
+    UTF-8 bytes.
+    """
     return len(re.split(r"\s+", text)), len(text.encode("utf-8", "replace"))
 
 # %% ../../nbs/41_held_out.ipynb #source
 def held_out_pages(name: str, split: str, world_seed: int = 0) -> Iterator[str]:
-    """The documents of a source; WikiText's articles with the spaces and blank lines of the published files."""
+    """The documents of a source; WikiText's articles with the spaces and blank lines of the
+    published files.
+    """
     if dataset_info(name).is_wikitext:
         yield from wikitext_pages(row["text"] for row in rows(name, split))
     else:
@@ -129,13 +150,16 @@ def scored_split(name: str) -> str:
     """"test" where a source has such rows, else "validation"."""
     source = find_source(name)
     try:
-        return "validation" if source.where == "built-in" else "test" if split_plan(source.splits, "test") else ""
+        return ("validation" if source.where == "built-in"
+                else "test" if split_plan(source.splits, "test") else "")
     except DataError:
         return "validation"
 
 
 def cut_texts(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int | None) -> list[str]:
-    """The first texts that together have at most `max_tokens` tokens, the last one cut behind a whole word."""
+    """The first texts that together have at most `max_tokens` tokens, the last one cut behind a
+    whole word.
+    """
     kept, room = [], max_tokens
     for text in texts:
         if room is not None:

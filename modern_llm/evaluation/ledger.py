@@ -24,35 +24,45 @@ __all__ = ['COLUMNS', 'INTERVAL', 'STAGES', 'MEASURES', 'item_rows', 'in_order',
            'write_derived']
 
 # %% ../../nbs/44_ledger.ipynb #item-rows
-def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterable, group: Iterable | str = "",
-              weight: Iterable | float = 1.0) -> pd.DataFrame:
-    """Items in the one form that all tasks share: a value for each item, its group (level, kind) and its weight."""
+def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterable,
+              group: Iterable | str = "", weight: Iterable | float = 1.0) -> pd.DataFrame:
+    """Items in the one form that all tasks share: a value for each item, its group (level, kind)
+    and its weight.
+    """
     columns = {"item": item, "value": value, "group": group, "weight": weight}
-    columns = {name: column if isinstance(column, (str, float)) else list(column) for name, column in columns.items()}
-    return pd.DataFrame({"stage": stage, "task": task, "metric": metric, **columns}).astype({"value": float})
+    columns = {name: column if isinstance(column, (str, float)) else list(column)
+               for name, column in columns.items()}
+    return pd.DataFrame({"stage": stage, "task": task, "metric": metric, **columns}).astype({
+        "value": float})
 
 # %% ../../nbs/44_ledger.ipynb #ledger-columns
 COLUMNS = ["stage", "task", "metric", "value", "low", "high", "n", "protocol", "seconds"]
 INTERVAL = ["value", "low", "high"]
-STAGES = ("base", "sft", "dpo", "verifier", "checkpoint")  # in the order of the pipeline; third-party models come behind
+# in the order of the pipeline; third-party models come behind
+STAGES = ("base", "sft", "dpo", "verifier", "checkpoint")
 
 
 def in_order(stages: Iterable[str]) -> list[str]:
     """The distinct stages in the order of the pipeline, then all other models as they come."""
-    return sorted(dict.fromkeys(stages), key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES))
+    return sorted(dict.fromkeys(stages),
+                  key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES))
 
 # %% ../../nbs/44_ledger.ipynb #difference-row
-def difference_row(items: pd.DataFrame, one: tuple[str, str, str], other: tuple[str, str, str], name: str) -> dict:
-    """The ledger row of (stage, task, metric) `one` minus `other`, item by item over the items both have.
+def difference_row(items: pd.DataFrame, one: tuple[str, str, str],
+                   other: tuple[str, str, str], name: str) -> dict:
+    """The ledger row of (stage, task, metric) `one` minus `other`, item by item over the items both
+    have.
 
-    `name` says what is subtracted; the metric becomes "exact match minus base". Where every value is 0 or 1, the note
-    has the exact McNemar test beside the bootstrap interval.
+    `name` says what is subtracted; the metric becomes "exact match minus base". Where every value
+    is 0 or 1, the note has the exact McNemar test beside the bootstrap interval.
     """
     key = ["stage", "task", "metric"]
-    indexed = {which: items[(items[key] == list(which)).all(axis=1)].set_index("item") for which in (one, other)}
+    indexed = {which: items[(items[key] == list(which)).all(axis=1)].set_index("item")
+               for which in (one, other)}
     a, b = indexed[one].align(indexed[other], join="inner", axis=0)
     if not len(a):
-        raise ValueError(f"difference_row: {one} and {other} share no items; compare stages that were measured on the same ones")
+        raise ValueError(f"difference_row: {one} and {other} share no items; compare stages that "
+                         "were measured on the same ones")
     difference = (paired_difference(a.value, b.value) if a.weight.eq(1).all() else
                   ratio_interval(a.value - b.value, a.weight))
     row = {"stage": one[0], "task": one[1], "metric": f"{one[2]} minus {name}", **difference}
@@ -64,31 +74,40 @@ def difference_row(items: pd.DataFrame, one: tuple[str, str, str], other: tuple[
 
 # %% ../../nbs/44_ledger.ipynb #measure-rows
 def measure_rows(items: pd.DataFrame) -> list[dict]:
-    """A ledger row for every stage, task and metric, and one for each of its groups ("exact match, level 3")."""
+    """A ledger row for every stage, task and metric, and one for each of its groups ("exact match,
+    level 3").
+    """
     rows = []
     for (stage, task, metric), of_metric in items.groupby(["stage", "task", "metric"], sort=False):
         found = lambda part: items_interval(part.value, part.weight)
         rows.append({"stage": stage, "task": task, "metric": metric, **found(of_metric)})
         groups = sorted(of_metric.group.unique()) if of_metric.group.nunique() > 1 else []
-        rows += [{"stage": stage, "task": task, "metric": f"{metric}, {group}", **found(of_metric[of_metric.group == group])}
-                 for group in groups]
+        rows += [{"stage": stage, "task": task, "metric": f"{metric}, {group}",
+                  **found(of_metric[of_metric.group == group])} for group in groups]
     return rows
 
 # %% ../../nbs/44_ledger.ipynb #stage-differences
 def stage_differences(items: pd.DataFrame) -> list[dict]:
-    """Ledger rows of every metric minus that of the stage before, wherever two neighbouring stages have it."""
+    """Ledger rows of every metric minus that of the stage before, wherever two neighbouring stages
+    have it.
+    """
     present = [stage for stage in STAGES if stage in set(items.stage)]
     rows = []
     for before, after in itertools.pairwise(present):
-        shared = [tuple(row) for row in items[items.stage == after][["task", "metric"]].drop_duplicates().itertuples(index=False)
-                  if len(items[(items.stage == before) & (items.task == row.task) & (items.metric == row.metric)])]
+        shared = [tuple(row)
+                  for row in items[items.stage == after][["task", "metric"]].drop_duplicates()
+                                 .itertuples(index=False)
+                  if len(items[(items.stage == before) & (items.task == row.task)
+                               & (items.metric == row.metric)])]
         rows += [difference_row(items, (after, *key), (before, *key), before) for key in shared]
     return rows
 
 # %% ../../nbs/44_ledger.ipynb #ledger-rows
-def ledger_rows(items: pd.DataFrame, protocols: dict[tuple[str, str], str], seconds: dict[tuple[str, str], float],
-                comparisons: Sequence[tuple] = (), extra: Sequence[dict] = ()) -> list[dict]:
-    """Everything the ledger says: each metric, each change from stage to stage, and the further comparisons, in stage order.
+def ledger_rows(items: pd.DataFrame, protocols: dict[tuple[str, str], str],
+                seconds: dict[tuple[str, str], float], comparisons: Sequence[tuple] = (),
+                extra: Sequence[dict] = ()) -> list[dict]:
+    """Everything the ledger says: each metric, each change from stage to stage, and the further
+    comparisons, in stage order.
 
     Args:
         protocols: how each (stage, task) was measured, in words.
@@ -96,17 +115,22 @@ def ledger_rows(items: pd.DataFrame, protocols: dict[tuple[str, str], str], seco
         comparisons: arguments of `difference_row` behind `items`.
         extra: rows that are no means over items.
     """
-    rows = [*measure_rows(items), *extra, *stage_differences(items), *(difference_row(items, *one) for one in comparisons)]
-    filled = [{**row, "protocol": row.get("protocol") or row.get("note", "") + protocols.get((row["stage"], row["task"]), ""),
+    rows = [*measure_rows(items), *extra, *stage_differences(items),
+            *(difference_row(items, *one) for one in comparisons)]
+    filled = [{**row, "protocol": row.get("protocol")
+                      or row.get("note", "") + protocols.get((row["stage"], row["task"]), ""),
                "seconds": seconds.get((row["stage"], row["task"]), 0.0)} for row in rows]
     stages, tasks = (list(dict.fromkeys(row[name] for row in filled)) for name in ("stage", "task"))
-    return sorted(filled, key=lambda row: (in_order(stages).index(row["stage"]), tasks.index(row["task"])))
+    return sorted(filled,
+                  key=lambda row: (in_order(stages).index(row["stage"]), tasks.index(row["task"])))
 
 # %% ../../nbs/44_ledger.ipynb #write-ledger
 def write_ledger(folder: str | Path, rows: Iterable[dict]) -> pd.DataFrame:
-    """Write ledger.csv in one step. Every row needs stage, task, metric, value, low, high, n, protocol and seconds.
+    """Write ledger.csv in one step. Every row needs stage, task, metric, value, low, high, n,
+    protocol and seconds.
 
-    What is not a finite number, such as the perplexity of a model that has diverged, is not known: its cell is empty.
+    What is not a finite number, such as the perplexity of a model that has diverged, is not known:
+    its cell is empty.
 
     Raises:
         ValueError: a row is there twice.
@@ -114,7 +138,8 @@ def write_ledger(folder: str | Path, rows: Iterable[dict]) -> pd.DataFrame:
     ledger = pd.DataFrame(list(rows), columns=COLUMNS).astype({"n": int})
     twice = ledger[ledger.duplicated(["stage", "task", "metric"])]
     if len(twice):
-        raise ValueError(f"write_ledger: {tuple(twice.iloc[0][['stage', 'task', 'metric']])} is there twice; give it another metric")
+        raise ValueError(f"write_ledger: {tuple(twice.iloc[0][['stage', 'task', 'metric']])} is "
+                         "there twice; give it another metric")
     measured = ledger[INTERVAL].astype(float)
     ledger[INTERVAL] = measured.where(np.isfinite(measured))
     write_text(Path(folder) / "ledger.csv", ledger.to_csv(index=False))
@@ -122,8 +147,11 @@ def write_ledger(folder: str | Path, rows: Iterable[dict]) -> pd.DataFrame:
 
 
 def read_ledger(folder: str | Path) -> pd.DataFrame:
-    """The ledger of an evaluation, every digit as it was written. FileNotFoundError if there is none."""
-    exact = {name: lambda text: float(text or "nan") for name in (*INTERVAL, "seconds")}  # pandas' own reader is off in the last digit
+    """The ledger of an evaluation, every digit as it was written. FileNotFoundError if there is
+    none.
+    """
+    # pandas' own reader is off in the last digit
+    exact = {name: lambda text: float(text or "nan") for name in (*INTERVAL, "seconds")}
     return pd.read_csv(Path(folder) / "ledger.csv", converters=exact, keep_default_na=False)
 
 # %% ../../nbs/44_ledger.ipynb #comparison
@@ -133,49 +161,68 @@ def mcnemar_p(protocol: str) -> float:
 
 
 def is_significant(low: float, high: float, n: int, p: float = math.nan) -> bool:
-    """Whether a change is more than chance: its interval leaves out 0, McNemar's p (if any) is below 0.05, n items are at least six."""
+    """Whether a change is more than chance: its interval leaves out 0, McNemar's p (if any) is
+    below 0.05, n items are at least six.
+    """
     return bool((low > 0 or high < 0) and n >= 6 and not p >= 0.05)
 
 
 def stage_gains(ledger: pd.DataFrame) -> pd.DataFrame:
-    """Every difference in the ledger: stage, task, metric, against, value, change, low, high, n, significant, p (McNemar's, or NaN)."""
+    """Every difference in the ledger: stage, task, metric, against, value, change, low, high, n,
+    significant, p (McNemar's, or NaN).
+    """
     differences = ledger[ledger.metric.str.contains(" minus ", regex=False)]
     values, found = ledger.set_index(["stage", "task", "metric"]).value, []
     for row in differences.itertuples():
         (metric, _, against), p = row.metric.partition(" minus "), mcnemar_p(row.protocol)
         found.append({"stage": row.stage, "task": row.task, "metric": metric, "against": against,
-                      "value": values[(row.stage, row.task, metric)], "change": row.value, "low": row.low, "high": row.high,
-                      "n": row.n, "significant": is_significant(row.low, row.high, row.n, p), "p": p})
-    columns = ["stage", "task", "metric", "against", "value", "change", "low", "high", "n", "significant", "p"]
+                      "value": values[(row.stage, row.task, metric)], "change": row.value,
+                      "low": row.low, "high": row.high, "n": row.n,
+                      "significant": is_significant(row.low, row.high, row.n, p), "p": p})
+    columns = ["stage", "task", "metric", "against", "value", "change", "low", "high", "n",
+               "significant", "p"]
     return pd.DataFrame(found, columns=columns)
 
 
 def comparison_table(ledger: pd.DataFrame) -> pd.DataFrame:
-    """Values with one line for each task and metric and one column for each stage, in the order of the pipeline."""
+    """Values with one line for each task and metric and one column for each stage, in the order of
+    the pipeline.
+    """
     values = ledger[~ledger.metric.str.contains(" minus ", regex=False)]
     tasks = list(dict.fromkeys(values.task))
-    order = sorted(dict.fromkeys(zip(values.task, values.metric)), key=lambda line: tasks.index(line[0]))
+    order = sorted(dict.fromkeys(zip(values.task, values.metric)),
+                   key=lambda line: tasks.index(line[0]))
     table = values.pivot(index=["task", "metric"], columns="stage", values="value").reindex(order)
     return table[in_order(values.stage)].rename_axis(columns=None)
 
 # %% ../../nbs/44_ledger.ipynb #cost-rows
 def cost_rows(costs: dict[str, dict[str, float]], device: str) -> list[dict]:
-    """Ledger rows of what each stage took: stage -> {"minutes": …, "tokens": …}, of one run of it, so without an interval."""
-    words = {"minutes": f"wall-clock minutes of the stage on {device}", "tokens": "tokens trained on"}
-    return [{"stage": stage, "task": "cost", "metric": name, "value": value, "low": value, "high": value, "n": 1, "protocol": words[name]}
+    """Ledger rows of what each stage took: stage -> {"minutes": …, "tokens": …}, of one run of it,
+    so without an interval.
+    """
+    words = {"minutes": f"wall-clock minutes of the stage on {device}",
+             "tokens": "tokens trained on"}
+    return [{"stage": stage, "task": "cost", "metric": name, "value": value, "low": value,
+             "high": value, "n": 1, "protocol": words[name]}
             for stage, spent in costs.items() for name, value in spent.items()]
 
 
 def stage_ledger(ledger: pd.DataFrame) -> pd.DataFrame:
-    """Every metric of every stage of the pipeline in one line: its interval, its change against the stage before, and the stage's cost."""
+    """Every metric of every stage of the pipeline in one line: its interval, its change against the
+    stage before, and the stage's cost.
+    """
     gains = stage_gains(ledger)
     before = dict(itertools.pairwise(stage for stage in in_order(ledger.stage) if stage in STAGES))
     neighbours = gains[[before.get(row.against) == row.stage for row in gains.itertuples()]]
-    change = neighbours.set_index(["stage", "task", "metric"])[["against", "change", "low", "high", "significant"]]
+    change = neighbours.set_index(["stage", "task",
+                                   "metric"])[["against", "change", "low", "high", "significant"]]
     change = change.rename(columns={"low": "change_low", "high": "change_high"})
-    spent = ledger[ledger.task == "cost"].pivot(index="stage", columns="metric", values="value").rename_axis(columns=None)
-    shown = ledger[ledger.stage.isin(STAGES) & (ledger.task != "cost") & ~ledger.metric.str.contains(" minus ", regex=False)]
-    table = shown[["stage", "task", "metric", "value", "low", "high", "n"]].join(change, on=["stage", "task", "metric"]).join(spent, on="stage")
+    spent = (ledger[ledger.task == "cost"].pivot(index="stage", columns="metric", values="value")
+                 .rename_axis(columns=None))
+    shown = ledger[ledger.stage.isin(STAGES) & (ledger.task != "cost")
+                   & ~ledger.metric.str.contains(" minus ", regex=False)]
+    table = (shown[["stage", "task", "metric", "value", "low", "high", "n"]]
+                 .join(change, on=["stage", "task", "metric"]).join(spent, on="stage"))
     order = {line: i for i, line in enumerate(dict.fromkeys(zip(shown.task, shown.metric)))}
     rank = [(order[row.task, row.metric], STAGES.index(row.stage)) for row in table.itertuples()]
     return table.iloc[sorted(range(len(table)), key=rank.__getitem__)].reset_index(drop=True)
@@ -185,38 +232,49 @@ MEASURES = ["value", "low", "high", "n"]
 
 
 def problem_analysis(ledger: pd.DataFrame) -> dict:
-    """Word problems stage by stage: greedy, by level, calculator on and off, kinds of errors, and the curves against samples."""
+    """Word problems stage by stage: greedy, by level, calculator on and off, kinds of errors, and
+    the curves against samples.
+    """
     measure = lambda row: {name: row[name] for name in MEASURES}
     found: dict = {"stages": {}, "curves": {}, "differences": []}
     for row in ledger[ledger.task.str.startswith("problems")].to_dict("records"):
-        metric, task, stage = row["metric"], row["task"], found["stages"].setdefault(row["stage"], {})
+        metric, task, stage = (row["metric"], row["task"],
+                               found["stages"].setdefault(row["stage"], {}))
         name, _, group = metric.partition(", ")
         if " minus " in metric:
-            found["differences"].append({"stage": row["stage"], "task": task, "what": metric, **measure(row),
-                                         "significant": is_significant(row["low"], row["high"], row["n"], mcnemar_p(row["protocol"]))})
+            found["differences"].append({
+                "stage": row["stage"], "task": task, "what": metric, **measure(row),
+                "significant": is_significant(row["low"], row["high"],
+                                              row["n"], mcnemar_p(row["protocol"]))})
         elif "@" in name and not group:
             method, _, size = name.partition("@")
-            found["curves"].setdefault(method, []).append({"stage": row["stage"], "size": int(size), **measure(row)})
+            found["curves"].setdefault(method, []).append({
+                "stage": row["stage"], "size": int(size), **measure(row)})
         elif task == "problems" and name == "error" and "level" not in metric:
             stage.setdefault("errors", {})[group] = measure(row)
         elif name == "exact match":
-            place = {"problems": "greedy", "problems, calculator": "calculator", "problems, sampled": "on the sampled problems"}[task]
+            place = {"problems": "greedy", "problems, calculator": "calculator",
+                     "problems, sampled": "on the sampled problems"}[task]
             (stage.setdefault(f"{place} by level", {}) if group else stage)[group or place] = {
                 **measure(row), **({} if group else {"protocol": row["protocol"]})}
     return found
 
 # %% ../../nbs/44_ledger.ipynb #derive
 def derive(ledger: pd.DataFrame) -> dict[str, dict | pd.DataFrame]:
-    """Every published file of an evaluation by its name, computed from the ledger and nothing else."""
+    """Every published file of an evaluation by its name, computed from the ledger and nothing else.
+    """
     rows = ledger.to_dict("records")
     by_stage, by_task = {}, {}
     for row in rows:
         measure = {name: row[name] for name in [*MEASURES, "protocol"]}
         by_stage.setdefault(row["stage"], {}).setdefault(row["task"], {})[row["metric"]] = measure
         by_task.setdefault(row["task"], {}).setdefault(row["metric"], {})[row["stage"]] = measure
-    files: dict = {f"{stage}_eval.json": {"stage": stage, "tasks": tasks} for stage, tasks in by_stage.items()}
-    return files | {"task_metrics.json": by_task, "stage_gains.csv": stage_gains(ledger), "stage_ledger.csv": stage_ledger(ledger),
-                    "comparison_table.csv": comparison_table(ledger), "gsm8k_analysis.json": problem_analysis(ledger)}
+    files: dict = {f"{stage}_eval.json": {"stage": stage, "tasks": tasks}
+                   for stage, tasks in by_stage.items()}
+    return files | {"task_metrics.json": by_task, "stage_gains.csv": stage_gains(ledger),
+                    "stage_ledger.csv": stage_ledger(ledger),
+                    "comparison_table.csv": comparison_table(ledger),
+                    "gsm8k_analysis.json": problem_analysis(ledger)}
 
 
 def write_derived(folder: str | Path) -> dict[str, dict | pd.DataFrame]:

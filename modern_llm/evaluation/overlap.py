@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..data import synth
 from ..config import PipelineConfig
+from ..data import synth
 from ..data.reading import documents, rows
 from ..data.sources import dataset_info
 
@@ -29,7 +29,9 @@ _WORD, _NO_WORD = re.compile(r"[^\W_]+"), re.compile(r"[\W_]")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case: runs of letters and digits; everything else only separates them."""
+    """The words of a text in lower case: runs of letters and digits; everything else only separates
+    them.
+    """
     return _WORD.findall(text.lower())
 
 # %% ../../nbs/29_overlap.ipynb #ngram-hashes
@@ -38,12 +40,15 @@ _INVERSE = pow(BASE, -1, 2**64)
 
 
 class _WordHashes(dict):
-    """Word -> 64 bits of BLAKE2, the same in every process; kept for the next time, forgotten when they become too many."""
+    """Word -> 64 bits of BLAKE2, the same in every process; kept for the next time, forgotten when
+    they become too many.
+    """
 
     def __missing__(self, word: str) -> int:
         if len(self) >= 2**20:
             self.clear()
-        self[word] = value = int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+        self[word] = value = int.from_bytes(
+            blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
         return value
 
 
@@ -62,7 +67,9 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 def rolling_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
-    """From the hashes of words those of all n-grams, in order: uint64 (len(hashes) - n + 1,), empty if there are fewer than n."""
+    """From the hashes of words those of all n-grams, in order: uint64 (len(hashes) - n + 1,), empty
+    if there are fewer than n.
+    """
     count = len(hashes) - n + 1
     if count < 1:
         return np.zeros(0, np.uint64)
@@ -72,7 +79,9 @@ def rolling_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 def ngram_hashes(words: Sequence[str], n: int = 13) -> np.ndarray:
-    """64 bits for every run of n words: uint64 (len(words) - n + 1,). ValueError if n is not positive."""
+    """64 bits for every run of n words: uint64 (len(words) - n + 1,). ValueError if n is not
+    positive.
+    """
     if n < 1:
         raise ValueError(f"ngram_hashes: n={n} must be at least 1; 13 words are usual")
     return rolling_hashes(word_hashes(words), n)
@@ -112,7 +121,9 @@ _SHIFT = np.uint64(42)  # the first 22 of 64 bits are the place in a table of 4 
 
 
 class NgramIndex:
-    """The n-grams of one length of some evaluation items, and which of them training text has shown so far."""
+    """The n-grams of one length of some evaluation items, and which of them training text has shown
+    so far.
+    """
 
     def __init__(self, length: int, numbers: Sequence[int], items: Sequence[list[str]]):
         """numbers: which item each list of words is; each has at least `length` words."""
@@ -129,7 +140,9 @@ class NgramIndex:
         self.table[self.hashes >> _SHIFT] = True
 
     def look(self, words: list[str], hashes: np.ndarray, ends: np.ndarray) -> None:
-        """Mark the n-grams that occur in a batch of training words; `ends` are those of its documents."""
+        """Mark the n-grams that occur in a batch of training words; `ends` are those of its
+        documents.
+        """
         grams = rolling_hashes(hashes, self.length)
         at = np.flatnonzero(self.table[grams >> _SHIFT])
         gram = np.searchsorted(self.hashes, grams[at]).clip(max=len(self.hashes) - 1)
@@ -139,14 +152,15 @@ class NgramIndex:
         begins, stops = np.concatenate([[0], ends])[document], ends[document]
         for i, k, begin, stop in zip(at.tolist(), gram.tolist(), begins.tolist(), stops.tolist()):
             end, place = i + self.length, self.place[k]
-            if end <= stop and not self.found[k] and words[i:end] == self.words[place:place + self.length]:
+            if (end <= stop and not self.found[k]
+                    and words[i:end] == self.words[place:place + self.length]):
                 before, after = words[max(begin, i - 6):i], words[end:min(stop, end + 6)]
                 self.context[k] = " ".join([*before, f"«{' '.join(words[i:end])}»", *after])
                 self.found[k] = True
 
 # %% ../../nbs/29_overlap.ipynb #find-overlap
-def find_overlap(sets: Mapping[str, Sequence[str]], training: Iterable[str], n: int = 13, shortest: int = 8,
-                 progress: str = "") -> pd.DataFrame:
+def find_overlap(sets: Mapping[str, Sequence[str]], training: Iterable[str], n: int = 13,
+                 shortest: int = 8, progress: str = "") -> pd.DataFrame:
     """How much of every evaluation item stands in a training text, word for word.
 
     Args:
@@ -155,30 +169,38 @@ def find_overlap(sets: Mapping[str, Sequence[str]], training: Iterable[str], n: 
         n: words of an n-gram. An item of fewer, but at least `shortest`, is compared whole.
 
     Returns:
-        set, item (its number in the set), ngrams (0 if the item is too short to say), found (how many of them), share (NaN if
-        too short), example (a run that was found, in «», amid the training text; "" if none).
+        set, item (its number in the set), ngrams (0 if the item is too short to say), found (how
+        many of them), share (NaN if too short), example (a run that was found, in «», amid the
+        training text; "" if none).
 
     Raises:
-        ValueError: a bad n, an empty set, or a training text without words. Source of n and of the shortest length: Brown et al.
-            2020, 2005.14165, appendix C.
+        ValueError: a bad n, an empty set, or a training text without words. Source of n and of the
+            shortest length: Brown et al. 2020, 2005.14165, appendix C.
     """
     if not 1 <= shortest <= n:
-        raise ValueError(f"find_overlap: n={n} and shortest={shortest} must obey 1 <= shortest <= n")
+        raise ValueError(
+            f"find_overlap: n={n} and shortest={shortest} must obey 1 <= shortest <= n")
     if not sets or (empty := [name for name, texts in sets.items() if not len(texts)]):
-        raise ValueError(f"find_overlap: {'set ' + repr(empty[0]) + ' has no items' if sets else 'no evaluation set was given'}")
-    table = pd.DataFrame([(name, i, words(text)) for name, texts in sets.items() for i, text in enumerate(texts)],
-                         columns=["set", "item", "words"])
+        raise ValueError(
+            "find_overlap: "
+            f"{'set ' + repr(empty[0]) + ' has no items' if sets else 'no evaluation set was given'}")
+    table = pd.DataFrame([(name, i, words(text)) for name, texts in sets.items()
+                          for i, text in enumerate(texts)], columns=["set", "item", "words"])
     lengths = np.array([min(n, len(item)) for item in table.words])
-    indexes = [NgramIndex(length, np.flatnonzero(lengths == length), [table.words[i] for i in np.flatnonzero(lengths == length)])
+    indexes = [NgramIndex(length, np.flatnonzero(lengths == length),
+                          [table.words[i] for i in np.flatnonzero(lengths == length)])
                for length in np.unique(lengths[lengths >= shortest]).tolist()]
     read = 0
-    for batch, ends in word_batches(tqdm(training, progress, disable=not progress, mininterval=5), overlap=n - 1):
+    for batch, ends in word_batches(tqdm(training, progress, disable=not progress, mininterval=5),
+                                    overlap=n - 1):
         hashes, read = word_hashes(batch), read + len(batch)
         for index in indexes:
             index.look(batch, hashes, ends)
     if not read:
-        raise ValueError("find_overlap: the training text has no words, so no hit would mean nothing; is the source empty?")
-    ngrams, found, examples = np.zeros(len(table), int), np.zeros(len(table), int), [""] * len(table)
+        raise ValueError("find_overlap: the training text has no words, so no hit would mean "
+                         "nothing; is the source empty?")
+    ngrams, found, examples = (np.zeros(len(table), int),
+                               np.zeros(len(table), int), [""] * len(table))
     for index in indexes:
         hit = index.found[index.gram]
         ngrams += np.bincount(index.item, minlength=len(table))
@@ -191,12 +213,14 @@ def find_overlap(sets: Mapping[str, Sequence[str]], training: Iterable[str], n: 
 # %% ../../nbs/29_overlap.ipynb #training-texts
 def _built_in_problems() -> Iterator[synth.Problem]:
     """The levels in turn, as the stages draw them."""
-    return chain.from_iterable(zip(*(synth.problems("train", 0, [level]) for level in (1, 2, 3, 4, 5))))
+    return chain.from_iterable(
+        zip(*(synth.problems("train", 0, [level]) for level in (1, 2, 3, 4, 5))))
 
 
 _BUILT_IN = {
     "text": lambda world: (d.text for d in synth.documents("train", 0, world)),
-    "instruction": lambda world: (f"{i.instruction}\n{i.input}\n{i.output}" for i in synth.instructions("train", 0, world)),
+    "instruction": lambda world: (f"{i.instruction}\n{i.input}\n{i.output}"
+                                  for i in synth.instructions("train", 0, world)),
     "preference": lambda world: (f"{p.prompt}\n{text}" for p in synth.preferences("train", 0, world)
                                  for text in (p.chosen, p.rejected)),
     "problem": lambda world: (f"{p.question}\n{p.answer}" for p in _built_in_problems()),
@@ -204,50 +228,61 @@ _BUILT_IN = {
 }
 
 
-def training_texts(name: str, kind: str = "", limit: int | None = None, world_seed: int = 0) -> Iterator[str]:
+def training_texts(name: str, kind: str = "", limit: int | None = None,
+                   world_seed: int = 0) -> Iterator[str]:
     """The training documents of a source, whatever kind it is.
 
     Args:
         name: a name of DATASET_REGISTRY, or your own file.
-        kind: which of the built-in sources: text, instruction, preference, problem or sentiment. Other sources have one kind.
+        kind: which of the built-in sources: text, instruction, preference, problem or sentiment.
+            Other sources have one kind.
         limit: documents to read; None = all, and of the built-in source, which never ends, 20,000.
 
     Raises:
-        ValueError: the built-in source has no such kind. DatasetNotFound: the source is unknown or not here.
+        ValueError: the built-in source has no such kind. DatasetNotFound: the source is unknown or
+            not here.
     """
     info = dataset_info(name)
     if info.name == "synthetic":
         if (kind := kind or "text") not in _BUILT_IN:
-            raise ValueError(f"training_texts: the built-in source has no kind {kind!r}; use one of {', '.join(_BUILT_IN)}")
+            raise ValueError(f"training_texts: the built-in source has no kind {kind!r}; use one "
+                             f"of {', '.join(_BUILT_IN)}")
         return islice(_BUILT_IN[kind](world_seed), 20_000 if limit is None else limit)
     if info.kind == "preference":  # both answers were read, with the dialogue before them
-        return islice((row[side] for row in rows(name, "train") for side in ("chosen", "rejected") if row.get(side)), limit)
+        return islice((row[side] for row in rows(name, "train")
+                       for side in ("chosen", "rejected") if row.get(side)), limit)
     return islice(documents(name, "train", world_seed), limit)
 
 
-def training_sources(config: PipelineConfig, stages: Iterable[str] = ("pretrain", "sft", "dpo", "verifier")) -> pd.DataFrame:
-    """What the stages of a run train on: source (a label), name, kind, stages ("sft, verifier"), one line each."""
+def training_sources(
+    config: PipelineConfig, stages: Iterable[str] = ("pretrain", "sft", "dpo", "verifier")
+) -> pd.DataFrame:
+    """What the stages of a run train on: source (a label), name, kind, stages ("sft, verifier"),
+    one line each.
+    """
     kinds = {"synthetic-problems": ("synthetic", "problem")}
     read = {"pretrain": [(name, "text") for name in config.data.sources],
             "sft": [kinds.get(name, (name, "instruction")) for name in config.sft.sources],
             "dpo": [(name, "preference") for name in config.dpo.sources],
             "verifier": [(config.verifier.problems, "problem")]}
     if config.dpo.replay_weight:
-        read["dpo"] += [kinds.get(name, (name, "instruction")) for name in config.dpo.replay_sources if name != "text"]
+        read["dpo"] += [kinds.get(name, (name, "instruction"))
+                        for name in config.dpo.replay_sources if name != "text"]
         read["dpo"] += read["pretrain"] * ("text" in config.dpo.replay_sources)
     by_source: dict[tuple[str, str], list[str]] = {}
     for stage in stages:
         for name, kind in read[stage]:
             info = dataset_info(name)
-            place = by_source.setdefault((name, kind if info.name == "synthetic" else info.kind), [])
+            place = by_source.setdefault(
+                (name, kind if info.name == "synthetic" else info.kind), [])
             place += [stage] * (stage not in place)
     label = lambda name, kind: f"built-in {kind}" if name == "synthetic" else name
-    return pd.DataFrame([{"source": label(name, kind), "name": name, "kind": kind, "stages": ", ".join(used)}
-                         for (name, kind), used in by_source.items()])
+    return pd.DataFrame([{"source": label(name, kind), "name": name, "kind": kind,
+                          "stages": ", ".join(used)} for (name, kind), used in by_source.items()])
 
 # %% ../../nbs/29_overlap.ipynb #run-overlap
-def run_overlap(sets: Mapping[str, Sequence[str]], sources: pd.DataFrame, limit: int | None = None, world_seed: int = 0,
-                progress: bool = False, **options) -> pd.DataFrame:
+def run_overlap(sets: Mapping[str, Sequence[str]], sources: pd.DataFrame, limit: int | None = None,
+                world_seed: int = 0, progress: bool = False, **options) -> pd.DataFrame:
     """`find_overlap` of the sets with each line of `training_sources`: its columns behind "source".
 
     Args:
@@ -255,22 +290,27 @@ def run_overlap(sets: Mapping[str, Sequence[str]], sources: pd.DataFrame, limit:
         options: n and shortest of `find_overlap`.
     """
     return pd.concat([find_overlap(sets, training_texts(row.name_, row.kind, limit, world_seed),
-                                   progress=f"overlap with {row.source}" * progress, **options).assign(source=row.source)
-                      for row in sources.rename(columns={"name": "name_"}).itertuples()], ignore_index=True)[
-        ["source", "set", "item", "ngrams", "found", "share", "example"]]
+                                   progress=f"overlap with {row.source}" * progress, **options)
+                          .assign(source=row.source)
+                      for row in sources.rename(columns={"name": "name_"}).itertuples()],
+                     ignore_index=True)[["source", "set", "item", "ngrams", "found", "share",
+                                         "example"]]
 
 
 def overlap_summary(overlap: pd.DataFrame) -> pd.DataFrame:
-    """One line for each source and set: items, too_short, hit (items), hit_share (of those long enough), ngrams, found,
-    found_share, example (of the item with the largest share)."""
+    """One line for each source and set: items, too_short, hit (items), hit_share (of those long
+    enough), ngrams, found, found_share, example (of the item with the largest share)."""
     lines = []
-    for keys, part in overlap.groupby([name for name in ("source", "set") if name in overlap], sort=False):
+    for keys, part in overlap.groupby([name for name in ("source", "set") if name in overlap],
+                                      sort=False):
         long_enough = part[part.ngrams > 0]
         hit, ngrams = int((long_enough.found > 0).sum()), int(part.ngrams.sum())
-        lines.append({**dict(zip(("source", "set")[-len(keys):], keys)), "items": len(part),
-                      "too_short": len(part) - len(long_enough), "hit": hit, "hit_share": hit / max(1, len(long_enough)),
-                      "ngrams": ngrams, "found": int(part.found.sum()), "found_share": part.found.sum() / max(1, ngrams),
-                      "example": part.example[part.share.fillna(-1).idxmax()]})
+        lines.append(
+            {**dict(zip(("source", "set")[-len(keys):], keys)),
+             "items": len(part), "too_short": len(part) - len(long_enough), "hit": hit,
+             "hit_share": hit / max(1, len(long_enough)), "ngrams": ngrams,
+             "found": int(part.found.sum()), "found_share": part.found.sum() / max(1, ngrams),
+             "example": part.example[part.share.fillna(-1).idxmax()]})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/29_overlap.ipynb #clean-rows
@@ -282,27 +322,32 @@ def item_subsets(overlap: pd.DataFrame, above: float = 0.0) -> pd.Series:
     """"clean", "overlapping" or "too short" for each (set, item), whatever source it was found in.
 
     Args:
-        above: an item overlaps if a source holds more than this share of its n-grams; 0 = any of them.
+        above: an item overlaps if a source holds more than this share of its n-grams; 0 = any of
+            them.
     """
     worst = overlap.groupby(["set", "item"]).agg(share=("share", "max"), ngrams=("ngrams", "max"))
-    return pd.Series(np.where(worst.ngrams == 0, "too short", np.where(worst.share > above, "overlapping", "clean")), worst.index)
+    return pd.Series(np.where(worst.ngrams == 0, "too short",
+                              np.where(worst.share > above, "overlapping", "clean")), worst.index)
 
 
-def clean_rows(items: pd.DataFrame, overlap: pd.DataFrame, set_of: Mapping[str | tuple[str, str], str] | None = None,
+def clean_rows(items: pd.DataFrame, overlap: pd.DataFrame,
+               set_of: Mapping[str | tuple[str, str], str] | None = None,
                above: float = 0.0) -> list[dict]:
     """Every score on all items and on those of each subset, as rows like a ledger's.
 
     Args:
-        items: stage, task, metric, item, value, weight and perhaps group (a level, a kind), one row per item.
+        items: stage, task, metric, item, value, weight and perhaps group (a level, a kind), one row
+            per item.
         overlap: what `find_overlap` or `run_overlap` found; `item` there is the item's number here.
-        set_of: the set of a (task, metric) or of a task. By default a task's set is named like it, up to a comma. Tasks without
-            a set are left out.
+        set_of: the set of a (task, metric) or of a task. By default a task's set is named like it,
+            up to a comma. Tasks without a set are left out.
         above: see `item_subsets`.
 
     Returns:
-        Rows of stage, task, metric ("exact match, clean"; on all items just "exact match"), subset (one of SUBSETS), value, low,
-        high, n, protocol. A subset without items has no row. Where items have groups, SAME_MIX is the clean score with each group
-        weighted as in all items: easy groups often overlap more.
+        Rows of stage, task, metric ("exact match, clean"; on all items just "exact match"), subset
+        (one of SUBSETS), value, low, high, n, protocol. A subset without items has no row. Where
+        items have groups, SAME_MIX is the clean score with each group weighted as in all items:
+        easy groups often overlap more.
 
     Raises:
         ValueError: an item has no number in its set.
@@ -316,8 +361,9 @@ def clean_rows(items: pd.DataFrame, overlap: pd.DataFrame, set_of: Mapping[str |
             continue
         which = part.item.map(subsets[name])
         if which.isna().any():
-            raise ValueError(f"clean_rows: {task}, item {part.item[which.isna()].iloc[0]} is not in set {name!r} of "
-                             f"{len(subsets[name])} texts; give the overlap the same items that were scored")
+            raise ValueError(f"clean_rows: {task}, item {part.item[which.isna()].iloc[0]} is not "
+                             f"in set {name!r} of {len(subsets[name])} texts; give the overlap the "
+                             "same items that were scored")
         counts = ", ".join(f"{(which == subset).sum()} {subset}" for subset in SUBSETS[1:])
         scores = {subset: part[(which == subset) | (subset == "all")] for subset in SUBSETS}
         if "group" in part and part.group.nunique() > 1 and len(scores["clean"]):
@@ -326,11 +372,13 @@ def clean_rows(items: pd.DataFrame, overlap: pd.DataFrame, set_of: Mapping[str |
             if len(chosen):
                 label = metric if subset == "all" else f"{metric}, {subset}"
                 rows.append({"stage": stage, "task": task, "metric": label, "subset": subset,
-                             **items_interval(chosen.value, chosen.weight), "protocol": f"of {len(part)} items {counts}"})
+                             **items_interval(chosen.value, chosen.weight),
+                             "protocol": f"of {len(part)} items {counts}"})
     return rows
 
 
 def _same_mix(everything: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     """The chosen items, those of each group weighted so that the groups count as in all items."""
-    factor = chosen.group.map(everything.group.value_counts(normalize=True) / chosen.group.value_counts(normalize=True))
+    factor = chosen.group.map(
+        everything.group.value_counts(normalize=True) / chosen.group.value_counts(normalize=True))
     return chosen.assign(value=chosen.value * factor, weight=chosen.weight * factor)

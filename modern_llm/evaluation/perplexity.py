@@ -17,14 +17,14 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from ..models.generation import evaluating
+from ..data.sources import dataset_info, find_source
+from ..data.tokens import encode_documents, end_of_text_id
 from modern_llm.evaluation.held_out import (
     cut_texts, detokenise, held_out_pages, joined_tokens, scored_split, wikitext_rows,
     words_and_bytes,
 )
+from ..models.generation import evaluating
 from ..statistics import perplexity_of, ratio_interval
-from ..data.sources import dataset_info, find_source
-from ..data.tokens import encode_documents, end_of_text_id
 
 # %% auto #0
 __all__ = ['LOGITS_AT_ONCE', 'PROTOCOLS', 'LEGACY_LINES', 'LEGACY_TOKENS', 'LONGEST_CONTEXT', 'windows', 'window_nats',
@@ -33,10 +33,12 @@ __all__ = ['LOGITS_AT_ONCE', 'PROTOCOLS', 'LEGACY_LINES', 'LEGACY_TOKENS', 'LONG
 
 # %% ../../nbs/42_perplexity.ipynb #windows
 def windows(length: int, context_length: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows (begin, end, first_scored) that score every token but the first of a sequence exactly once.
+    """Windows (begin, end, first_scored) that score every token but the first of a sequence exactly
+    once.
 
-    A window reads tokens begin to end - 2, at most `context_length`, and scores first_scored to end - 1. A later one re-reads
-    context_length - stride tokens, the last one as many as it has room for.
+    A window reads tokens begin to end - 2, at most `context_length`, and scores first_scored to
+    end - 1. A later one re-reads context_length - stride tokens, the last one as many as it has
+    room for.
 
     Raises:
         ValueError: an empty sequence, a context below 2, or a stride outside 1..context_length.
@@ -44,9 +46,11 @@ def windows(length: int, context_length: int, stride: int) -> list[tuple[int, in
     if length < 1:
         raise ValueError("windows: the text has no tokens; is the file or its filter empty?")
     if context_length < 2:
-        raise ValueError(f"windows: a context of {context_length} shows nothing; use 2 tokens or more")
+        raise ValueError(
+            f"windows: a context of {context_length} shows nothing; use 2 tokens or more")
     if not 1 <= stride <= context_length:
-        raise ValueError(f"windows: stride={stride} is outside 1..{context_length}, the context; tokens would be skipped or never reached")
+        raise ValueError(f"windows: stride={stride} is outside 1..{context_length}, the context; "
+                         "tokens would be skipped or never reached")
     found, scored = [], 1
     while scored < length:
         end = min(length, scored + (stride if found else context_length))
@@ -59,9 +63,10 @@ LOGITS_AT_ONCE = 2**24  # numbers, 64 MB in float32
 
 
 @torch.inference_mode()
-def window_nats(model: nn.Module, pieces: Sequence[np.ndarray], firsts: Sequence[int], batch_rows: int = 8,
-                progress: str = "") -> list[np.ndarray]:
-    """Nats of piece[first:] for each piece of token ids (a window), every token given what stands before it there.
+def window_nats(model: nn.Module, pieces: Sequence[np.ndarray],
+                firsts: Sequence[int], batch_rows: int = 8, progress: str = "") -> list[np.ndarray]:
+    """Nats of piece[first:] for each piece of token ids (a window), every token given what stands
+    before it there.
 
     Args:
         batch_rows: windows of the greatest length in a batch; of shorter ones more fit.
@@ -71,18 +76,21 @@ def window_nats(model: nn.Module, pieces: Sequence[np.ndarray], firsts: Sequence
     found: list[np.ndarray] = [np.zeros(0)] * len(pieces)
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
     room, start = batch_rows * max(map(len, pieces), default=1), 0
-    with evaluating(model), tqdm(total=len(pieces), desc=progress, disable=not progress, mininterval=5) as bar:
+    with evaluating(model), tqdm(total=len(pieces), desc=progress, disable=not progress,
+                                 mininterval=5) as bar:
         while start < len(order):
             width = len(pieces[order[start]])
             part = order[start:start + max(1, room // width)]
             ids, scored = np.zeros((len(part), width), np.int64), np.zeros((len(part), width), bool)
             for row, i in enumerate(part):
                 ids[row, :len(pieces[i])], scored[row, firsts[i]:len(pieces[i])] = pieces[i], True
-            ids, scored = torch.from_numpy(ids).to(device), torch.from_numpy(scored[:, 1:]).to(device)
+            ids, scored = (torch.from_numpy(ids).to(device),
+                           torch.from_numpy(scored[:, 1:]).to(device))
             hidden, labels = model.hidden(ids[:, :-1])[0][scored], ids[:, 1:][scored]
             rows_at_once = max(1, LOGITS_AT_ONCE // model.cfg.vocab_size)
-            nats = torch.cat([F.cross_entropy(model.lm_head(h).float(), y, reduction="none")
-                              for h, y in zip(hidden.split(rows_at_once), labels.split(rows_at_once))])
+            nats = torch.cat(
+                [F.cross_entropy(model.lm_head(h).float(), y, reduction="none")
+                 for h, y in zip(hidden.split(rows_at_once), labels.split(rows_at_once))])
             for i, scores in zip(part, nats.cpu().double().split(scored.sum(1).tolist())):
                 found[i] = scores.numpy()
             start += len(part)
@@ -95,78 +103,100 @@ def _checked(ids: Sequence[int], number: int, prefix_id: int | None, vocab_size:
     if not len(ids):
         raise ValueError(f"text {number} has no tokens; is the file or its filter empty?")
     if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
-        raise ValueError(f"text {number} has token {wrong[0]}, outside the model's vocabulary 0..{vocab_size - 1}: was another "
-                         "tokenizer used?")
+        raise ValueError(f"text {number} has token {wrong[0]}, outside the model's vocabulary "
+                         f"0..{vocab_size - 1}: was another tokenizer used?")
     return ids if prefix_id is None else np.concatenate([[prefix_id], ids])
 
 
-def sequence_nats(model: nn.Module, sequences: Sequence[Sequence[int]], context_length: int | None = None,
-                  strides: Sequence[int] | None = None, prefix_id: int | None = None, batch_rows: int = 8,
-                  progress: str = "") -> list[np.ndarray]:
-    """For every sequence of ids, float64 (strides, tokens): each token's nats with the windows of each stride.
+def sequence_nats(model: nn.Module,
+                  sequences: Sequence[Sequence[int]], context_length: int | None = None,
+                  strides: Sequence[int] | None = None, prefix_id: int | None = None,
+                  batch_rows: int = 8, progress: str = "") -> list[np.ndarray]:
+    """For every sequence of ids, float64 (strides, tokens): each token's nats with the windows of
+    each stride.
 
     Args:
-        model: has `hidden(ids) -> (hidden, aux)`, `lm_head`, `cfg.context_length` and `cfg.vocab_size`.
+        model: has `hidden(ids) -> (hidden, aux)`, `lm_head`, `cfg.context_length` and
+            `cfg.vocab_size`.
         context_length: None = the model's.
         strides: None = (context_length,): no overlap.
-        prefix_id: a token put before the very first one; without it, that one has nothing before it and is NaN.
+        prefix_id: a token put before the very first one; without it, that one has nothing before it
+            and is NaN.
 
     Raises:
-        ValueError: an empty sequence, ids outside the vocabulary, a context the model does not have, losses that are not finite.
+        ValueError: an empty sequence, ids outside the vocabulary, a context the model does not
+            have, losses that are not finite.
     """
     context_length = context_length or model.cfg.context_length
     if context_length > model.cfg.context_length:
-        raise ValueError(f"context_length={context_length} exceeds the model's {model.cfg.context_length}; use that or less")
+        raise ValueError(f"context_length={context_length} exceeds the model's "
+                         f"{model.cfg.context_length}; use that or less")
     strides, found, jobs = strides or (context_length,), [], {}
-    padded = [_checked(ids, number, prefix_id, model.cfg.vocab_size) for number, ids in enumerate(sequences)]
+    padded = [_checked(ids, number, prefix_id, model.cfg.vocab_size)
+              for number, ids in enumerate(sequences)]
     for number, ids in enumerate(padded):
         plans = [windows(len(ids), context_length, stride) for stride in strides]
         found.append((np.full((len(strides), len(ids)), np.nan), plans))
         for begin, end, first in itertools.chain(*plans):
             jobs[number, begin, end] = min(first, jobs.get((number, begin, end), first))
-    nats = dict(zip(jobs, window_nats(model, [padded[number][begin:end] for number, begin, end in jobs],
-                                      [first - begin for (_, begin, _), first in jobs.items()], batch_rows, progress)))
+    nats = dict(
+        zip(jobs, window_nats(model, [padded[number][begin:end] for number, begin, end in jobs],
+                              [first - begin for (_, begin, _), first in jobs.items()], batch_rows,
+                              progress)))
     for number, (table, plans) in enumerate(found):
         for row, plan in zip(table, plans):
             for begin, end, first in plan:
                 row[first:end] = nats[number, begin, end][first - end:]
         if not np.isfinite(table[:, 1:]).all():
-            raise ValueError(f"text {number}: the model's losses are not finite: its weights have diverged or are damaged")
+            raise ValueError(f"text {number}: the model's losses are not finite: its weights have "
+                             "diverged or are damaged")
     return [table[:, prefix_id is not None:] for table, _ in found]
 
 
-def token_nats(model: nn.Module, ids: Sequence[int], context_length: int | None = None, stride: int | None = None,
-               prefix_id: int | None = None, batch_rows: int = 8, progress: str = "") -> np.ndarray:
-    """Nats of each token of one text, float64 (tokens,); see `sequence_nats`. `stride` None: no overlap."""
+def token_nats(model: nn.Module, ids: Sequence[int], context_length: int | None = None,
+               stride: int | None = None, prefix_id: int | None = None, batch_rows: int = 8,
+               progress: str = "") -> np.ndarray:
+    """Nats of each token of one text, float64 (tokens,); see `sequence_nats`. `stride` None: no
+    overlap.
+    """
     strides = None if stride is None else (stride,)
-    return sequence_nats(model, [ids], context_length, strides, prefix_id, batch_rows, progress)[0][0]
+    return sequence_nats(model, [ids], context_length, strides, prefix_id, batch_rows,
+                         progress)[0][0]
 
 # %% ../../nbs/42_perplexity.ipynb #protocols
 PROTOCOLS = {
-    "T0": "the first 100 non-empty lines of the validation split, each alone, cut at 512 tokens, per token",
+    "T0": "the first 100 non-empty lines of the validation split, each alone, cut at 512 tokens, "
+          "per token",
     "T1": "the text joined, windows without overlap, per token",
     "T2": "the text joined, overlapping windows, per token",
-    "T3": "each document alone behind the end-of-text token, rolling windows without overlap, per word and per byte",
+    "T3": "each document alone behind the end-of-text token, rolling windows without overlap, per "
+          "word and per byte",
 }
 LEGACY_LINES, LEGACY_TOKENS, LONGEST_CONTEXT = 100, 512, 1024
 
 
 def context_and_stride(model: nn.Module) -> tuple[int, int]:
-    """The context of T1 to T3, the model's but at most 1,024, and the stride of T2: 512, or half of a smaller context."""
+    """The context of T1 to T3, the model's but at most 1,024, and the stride of T2: 512, or half of
+    a smaller context.
+    """
     context = min(model.cfg.context_length, LONGEST_CONTEXT)
     return context, 512 if context > 512 else context // 2
 
 # %% ../../nbs/42_perplexity.ipynb #score-lines
 def _table(nats: Iterable[np.ndarray], texts: Iterable[str], setting: str) -> pd.DataFrame:
-    found = [(i, np.nansum(n), int(np.isfinite(n).sum()), *words_and_bytes(text), setting) for i, (n, text) in enumerate(zip(nats, texts))]
+    found = [(i, np.nansum(n), int(np.isfinite(n).sum()), *words_and_bytes(text), setting)
+             for i, (n, text) in enumerate(zip(nats, texts))]
     table = pd.DataFrame(found, columns=["document", "nats", "tokens", "words", "bytes", "setting"])
     return table[table.tokens > 0].reset_index(drop=True)
 
 
-def score_lines(model: nn.Module, tokenizer: Tokenizer, lines: Iterable[str], **options) -> pd.DataFrame:
-    """T0: document (the line), nats, tokens, words, bytes and the setting of the first 100 non-empty lines, each alone.
+def score_lines(model: nn.Module, tokenizer: Tokenizer,
+                lines: Iterable[str], **options) -> pd.DataFrame:
+    """T0: document (the line), nats, tokens, words, bytes and the setting of the first 100
+    non-empty lines, each alone.
 
-    The first token of a line has nothing before it and is not scored. `options`: batch_rows, progress.
+    The first token of a line has nothing before it and is not scored. `options`: batch_rows,
+    progress.
 
     Raises:
         ValueError: no line has two tokens.
@@ -175,7 +205,8 @@ def score_lines(model: nn.Module, tokenizer: Tokenizer, lines: Iterable[str], **
     kept = list(itertools.islice((line for line in lines if line.strip()), LEGACY_LINES))
     ids = [line[:longest] for line in encode_documents(tokenizer, kept) if len(line) > 1]
     if not ids:
-        raise ValueError(f"score_lines: none of {len(kept)} lines has two tokens; is the validation split empty?")
+        raise ValueError(f"score_lines: none of {len(kept)} lines has two tokens; is the "
+                         "validation split empty?")
     setting = f"{len(ids)} lines, at most {longest} tokens of each, the first not scored"
     if short := len(kept) - len(ids):
         setting += f"; lines of one token left out: {short}"
@@ -183,8 +214,9 @@ def score_lines(model: nn.Module, tokenizer: Tokenizer, lines: Iterable[str], **
     return _table(nats, map(tokenizer.decode, ids), setting)
 
 # %% ../../nbs/42_perplexity.ipynb #score-joined
-def score_joined(model: nn.Module, tokenizer: Tokenizer, ids: np.ndarray, owners: np.ndarray, strides: Sequence[int] | None = None,
-                 context_length: int | None = None, **options) -> list[pd.DataFrame]:
+def score_joined(model: nn.Module, tokenizer: Tokenizer, ids: np.ndarray, owners: np.ndarray,
+                 strides: Sequence[int] | None = None, context_length: int | None = None,
+                 **options) -> list[pd.DataFrame]:
     """T1 and T2: for each stride, the table of the documents of a stream that `joined_tokens` made.
 
     Args:
@@ -197,16 +229,21 @@ def score_joined(model: nn.Module, tokenizer: Tokenizer, ids: np.ndarray, owners
     nats = sequence_nats(model, [ids], context, strides, **options)[0]
     edges = np.flatnonzero(np.diff(owners)) + 1
     texts = [tokenizer.decode(part.tolist()) for part in np.split(ids, edges)]
-    named = [f"context {context}, " + ("no overlap" if s == context else f"stride {s}") + f", {len(ids) - 1} tokens" for s in strides]
+    named = [f"context {context}, " + ("no overlap" if s == context else f"stride {s}")
+             + f", {len(ids) - 1} tokens" for s in strides]
     return [_table(np.split(row, edges), texts, setting) for row, setting in zip(nats, named)]
 
 # %% ../../nbs/42_perplexity.ipynb #score-documents
-def score_documents(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], context_length: int | None = None,
-                    transform: Callable[[str], str] | None = None, prefix_id: int | None = None, **options) -> pd.DataFrame:
-    """T3: the table of documents read one by one, as `loglikelihood_rolling` of lm-evaluation-harness reads them.
+def score_documents(
+    model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], context_length: int | None = None,
+    transform: Callable[[str], str] | None = None, prefix_id: int | None = None, **options
+) -> pd.DataFrame:
+    """T3: the table of documents read one by one, as `loglikelihood_rolling` of
+    lm-evaluation-harness reads them.
 
     Args:
-        transform: what is scored of a text, such as `detokenise`; words and bytes are those of the text itself.
+        transform: what is scored of a text, such as `detokenise`; words and bytes are those of the
+            text itself.
         prefix_id: the token before the first; None = end-of-text.
         options: batch_rows, progress.
 
@@ -216,66 +253,84 @@ def score_documents(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str]
     texts = list(texts)
     kept = [text for text in texts if text.strip()]
     if not kept:
-        raise ValueError(f"score_documents: none of {len(texts)} documents has a word; is the file or its filter empty?")
+        raise ValueError(f"score_documents: none of {len(texts)} documents has a word; is the file "
+                         "or its filter empty?")
     context = context_length or context_and_stride(model)[0]
     prefix = end_of_text_id(tokenizer) if prefix_id is None else prefix_id
     ids = encode_documents(tokenizer, [transform(text) if transform else text for text in kept])
     nats = [n[0] for n in sequence_nats(model, ids, context, prefix_id=prefix, **options)]
-    setting = f"context {context}, {sum(map(len, ids))} tokens, {'scored in ordinary spacing' if transform else 'scored as they are'}"
+    setting = (f"context {context}, {sum(map(len, ids))} tokens, "
+               f"{'scored in ordinary spacing' if transform else 'scored as they are'}")
     if wordless := len(texts) - len(kept):
         setting += f"; documents without words left out: {wordless}"
     return _table(nats, kept, setting)
 
 # %% ../../nbs/42_perplexity.ipynb #perplexity-tables
-def perplexity_tables(model: nn.Module, tokenizer: Tokenizer, name: str, max_tokens: int | None = None, world_seed: int = 0,
-                      protocols: Sequence[str] = tuple(PROTOCOLS), **options) -> dict[str, pd.DataFrame]:
+def perplexity_tables(
+    model: nn.Module, tokenizer: Tokenizer, name: str, max_tokens: int | None = None,
+    world_seed: int = 0, protocols: Sequence[str] = tuple(PROTOCOLS), **options
+) -> dict[str, pd.DataFrame]:
     """The tables of the protocols T0 to T3 for a source of the registry, or your own file.
 
     Args:
-        max_tokens: of T1 to T3; needed for the synthetic source, which is endless. T0 has its own limit.
+        max_tokens: of T1 to T3; needed for the synthetic source, which is endless. T0 has its own
+            limit.
         options: batch_rows, progress.
 
     Raises:
-        ValueError: an unknown protocol, a limit below 2, no limit for an endless source, or a split without text.
+        ValueError: an unknown protocol, a limit below 2, no limit for an endless source, or a split
+            without text.
     """
     if unknown := set(protocols) - set(PROTOCOLS):
-        raise ValueError(f"protocol {sorted(unknown)[0]!r} is unknown; there are {', '.join(PROTOCOLS)}")
-    if max_tokens is not None and max_tokens < 2 or max_tokens is None and find_source(name).where == "built-in":
-        raise ValueError(f"max_tokens={max_tokens} for {name!r}: give 2 or more" + (", the source is endless" if max_tokens is None else ""))
+        raise ValueError(
+            f"protocol {sorted(unknown)[0]!r} is unknown; there are {', '.join(PROTOCOLS)}")
+    if (max_tokens is not None and max_tokens < 2
+            or max_tokens is None and find_source(name).where == "built-in"):
+        raise ValueError(f"max_tokens={max_tokens} for {name!r}: give 2 or more"
+                         + (", the source is endless" if max_tokens is None else ""))
     split, wikitext, found = scored_split(name), dataset_info(name).is_wikitext, {}
     if "T0" in protocols:
         pages = held_out_pages(name, "validation", world_seed)
-        lines = (line for page in pages for line in (wikitext_rows(page) if wikitext else page.split("\n")))
+        lines = (line for page in pages
+                 for line in (wikitext_rows(page) if wikitext else page.split("\n")))
         lines = list(itertools.islice((line for line in lines if line.strip()), LEGACY_LINES))
         marks = " with <unk> for rare words" if any("<unk>" in line for line in lines) else ""
         found["T0"] = score_lines(model, tokenizer, lines, **options).assign(
             setting=lambda table: f"validation split{marks}; " + table.setting)
     if joined := [protocol for protocol in ("T1", "T2") if protocol in protocols]:
-        ids, owners = joined_tokens(tokenizer, held_out_pages(name, split, world_seed), max_tokens, wikitext)
+        ids, owners = joined_tokens(tokenizer,
+                                    held_out_pages(name, split, world_seed), max_tokens, wikitext)
         context, stride = context_and_stride(model)
-        tables = score_joined(model, tokenizer, ids, owners, [{"T1": context, "T2": stride}[p] for p in joined], **options)
+        tables = score_joined(model, tokenizer, ids, owners,
+                              [{"T1": context, "T2": stride}[p] for p in joined], **options)
         how = "rows joined by blank lines" if wikitext else "<|endoftext|> between documents"
-        found |= {p: table.assign(setting=f"{split} split, {how}; " + table.setting) for p, table in zip(joined, tables)}
+        found |= {p: table.assign(setting=f"{split} split, {how}; " + table.setting)
+                  for p, table in zip(joined, tables)}
     if "T3" in protocols:
         texts = cut_texts(tokenizer, held_out_pages(name, split, world_seed), max_tokens)
-        found["T3"] = score_documents(model, tokenizer, texts, transform=detokenise if wikitext else None, **options).assign(
-            setting=lambda table: f"{split} split; " + table.setting)
+        found["T3"] = (score_documents(model, tokenizer, texts,
+                                       transform=detokenise if wikitext else None, **options)
+                           .assign(setting=lambda table: f"{split} split; " + table.setting))
     return found
 
 # %% ../../nbs/42_perplexity.ipynb #protocol-rows
 def protocol_rows(tables: dict[str, pd.DataFrame], source: str) -> list[dict]:
-    """Rows of a results table: metric, value, low, high, n (documents) and protocol, intervals by resampling documents.
+    """Rows of a results table: metric, value, low, high, n (documents) and protocol, intervals by
+    resampling documents.
 
     T0 to T2 give a perplexity per token; T3 one per word, one per byte, and bits per byte.
     """
     found = []
     for name, table in tables.items():
-        forms = {"perplexity": (table.tokens, perplexity_of)} if name != "T3" else {
-            "word perplexity": (table.words, perplexity_of), "byte perplexity": (table.bytes, perplexity_of),
-            "bits per byte": (table.bytes, lambda nats: nats / math.log(2))}
-        setting = table.setting.iloc[0] + ("; one document, so the interval says nothing" if len(table) == 1 else "")
+        forms = ({"perplexity": (table.tokens, perplexity_of)} if name != "T3"
+                 else {"word perplexity": (table.words, perplexity_of),
+                       "byte perplexity": (table.bytes, perplexity_of),
+                       "bits per byte": (table.bytes, lambda nats: nats / math.log(2))})
+        setting = (table.setting.iloc[0]
+                   + ("; one document, so the interval says nothing" if len(table) == 1 else ""))
         for metric, (counts, form) in forms.items():
             measured = ratio_interval(table.nats, counts)
-            found.append({"metric": f"{metric} {name}, {source}", **{k: form(measured[k]) for k in ("value", "low", "high")},
+            found.append({"metric": f"{metric} {name}, {source}",
+                          **{k: form(measured[k]) for k in ("value", "low", "high")},
                           "n": measured["n"], "protocol": f"{name}, {PROTOCOLS[name]}: {setting}"})
     return found

@@ -1,7 +1,9 @@
-"""A checkpoint for others: plain Hugging Face files, in shards where they are large, and a model card from the run's own files.
+"""A checkpoint for others: plain Hugging Face files, in shards where they are large, and a model
+card from the run's own files.
 
-A checkpoint folder is a Hugging Face folder as it stands; an export leaves out what only this package reads, may change the
-dtype, and says where the model comes from. Imports no torch before it must.
+A checkpoint folder is a Hugging Face folder as it stands; an export leaves out what only this
+package reads, may change the dtype, and says where the model comes from. Imports no torch before it
+must.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from modern_llm.messages import say
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_GB = 5.0  # of 10**9 bytes, as the Hugging Face hub counts them
-Card = Callable[[Path, ModelConfig, str, str, int, str], str]  # checkpoint, config, architecture, dtype, bytes, name -> README.md
+# checkpoint, config, architecture, dtype, bytes, name -> README.md
+Card = Callable[[Path, ModelConfig, str, str, int, str], str]
 
 
 class ExportError(ValueError):
@@ -28,23 +31,29 @@ class ExportError(ValueError):
 
 
 def counterpart(folder: Path) -> tuple[ModelConfig, str]:
-    """A checkpoint's own config, and the transformers class that computes the same. ExportError names what none of them has."""
+    """A checkpoint's own config, and the transformers class that computes the same. ExportError
+    names what none of them has.
+    """
     from modern_llm.models.decoder import hugging_face_layout, read_config
 
     cfg = read_config(folder)
     architecture = hugging_face_layout(cfg)[0]
     if architecture == "ModernDecoderLM":
-        raise ExportError(f"{folder}: model.use_attention_sinks=true has no counterpart: no Llama, Mistral, Mixtral or Qwen3 of "
-                          "transformers adds a learned logit to the softmax. Train with model.use_attention_sinks=false to export; "
+        raise ExportError(f"{folder}: model.use_attention_sinks=true has no counterpart: no Llama, "
+                          "Mistral, Mixtral or Qwen3 of transformers adds a learned logit to the "
+                          "softmax. Train with model.use_attention_sinks=false to export; "
                           "modern-llm itself reads this folder as it is")
     if (folder / "verifier.json").is_file():
-        raise ExportError(f"{folder} is a verifier: its score comes from a head beside the language model, which no causal model of "
+        raise ExportError(f"{folder} is a verifier: its score comes from a head beside the "
+                          "language model, which no causal model of "
                           "transformers has. Export the generator: --stage dpo, sft or pretrain")
     return cfg, architecture
 
 
 def shards(sizes: dict[str, int], limit: float) -> list[list[str]]:
-    """Names in their order, cut into groups of at most `limit` bytes; a tensor larger than that stands alone."""
+    """Names in their order, cut into groups of at most `limit` bytes; a tensor larger than that
+    stands alone.
+    """
     groups, room = [[]], limit
     for name, size in sizes.items():
         if size > room and groups[-1]:
@@ -56,7 +65,9 @@ def shards(sizes: dict[str, int], limit: float) -> list[list[str]]:
 
 
 def check_values(source: Path, dtype: str) -> None:
-    """Raise ExportError, naming the tensor, if a weight is NaN or `dtype` cannot hold one; say how many become 0."""
+    """Raise ExportError, naming the tensor, if a weight is NaN or `dtype` cannot hold one; say how
+    many become 0.
+    """
     import torch
     from safetensors import safe_open
 
@@ -66,7 +77,8 @@ def check_values(source: Path, dtype: str) -> None:
     with safe_open(source, "pt") as file:
         for name in file.keys():
             try:
-                made = converted(name, tensor := file.get_tensor(name), getattr(torch, dtype), source)
+                made = converted(name, tensor := file.get_tensor(name),
+                                 getattr(torch, dtype), source)
             except ValueError as error:
                 raise ExportError(str(error)) from error
             zeros, count = zeros + int((tensor.bool() & ~made.bool()).sum()), count + tensor.numel()
@@ -75,7 +87,9 @@ def check_values(source: Path, dtype: str) -> None:
 
 
 def write_weights(source: Path, folder: Path, dtype: str, shard_bytes: float) -> int:
-    """Copy the tensors of a safetensors file in another dtype, one shard in memory at a time; returns their bytes."""
+    """Copy the tensors of a safetensors file in another dtype, one shard in memory at a time;
+    returns their bytes.
+    """
     import torch
     from safetensors import safe_open
 
@@ -83,49 +97,62 @@ def write_weights(source: Path, folder: Path, dtype: str, shard_bytes: float) ->
 
     kind = getattr(torch, dtype)
     with safe_open(source, "pt") as file:
-        sizes = {name: math.prod(file.get_slice(name).get_shape()) * kind.itemsize for name in file.keys()}
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) * kind.itemsize
+                 for name in file.keys()}
         groups = shards(sizes, shard_bytes)
         names = ["model.safetensors"] if len(groups) == 1 else [
             f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
         for name, group in zip(names, groups):
-            write_tensors({tensor: file.get_tensor(tensor).to(kind).contiguous() for tensor in group}, folder / name)
+            write_tensors(
+                {tensor: file.get_tensor(tensor).to(kind).contiguous() for tensor in group},
+                folder / name)
     total = sum(sizes.values())
     if len(groups) > 1:
         where = {tensor: name for name, group in zip(names, groups) for tensor in group}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": total}, "weight_map": where})
     return total
 
 
 @contextlib.contextmanager
 def writing_errors(folder: str | Path) -> Iterator[None]:
-    """Turn what an operating system says against a place into an ExportError that names it and the way out."""
+    """Turn what an operating system says against a place into an ExportError that names it and the
+    way out.
+    """
     try:
         yield
     except OSError as error:
-        raise ExportError(f"--to {str(folder)!r} cannot be written: {error.strerror or error}; choose a folder with room that you may write "
-                          "to. Nothing was left there") from error
+        raise ExportError(
+            f"--to {str(folder)!r} cannot be written: {error.strerror or error}; choose a folder "
+            "with room that you may write to. Nothing was left there") from error
 
 
 def target_folder(folder: str | Path, checkpoint: Path) -> Path:
-    """The absolute path of a folder to be made. ExportError if it is not a name, is there already, or lies in the checkpoint."""
+    """The absolute path of a folder to be made. ExportError if it is not a name, is there already,
+    or lies in the checkpoint.
+    """
     if not str(folder).strip() or "\0" in str(folder):
         raise ExportError(f"--to {str(folder)!r} names no folder")
     place = Path(os.path.abspath(os.path.expanduser(folder)))
-    if os.path.lexists(place) and (not place.is_dir() or any(place.iterdir()) or place == Path.cwd()):
-        raise ExportError(f"--to {str(place)!r} is there already and is never overwritten: choose another folder, or delete it first")
+    if (os.path.lexists(place)
+            and (not place.is_dir() or any(place.iterdir()) or place == Path.cwd())):
+        raise ExportError(f"--to {str(place)!r} is there already and is never overwritten: choose "
+                          "another folder, or delete it first")
     if Path(os.path.realpath(checkpoint)) in Path(os.path.realpath(place)).parents:
-        raise ExportError(f"--to {str(place)!r} lies in the checkpoint {checkpoint} itself, whose files stay as they are: choose another folder")
+        raise ExportError(f"--to {str(place)!r} lies in the checkpoint {checkpoint} itself, whose "
+                          "files stay as they are: choose another folder")
     return place
 
 
-def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None, shard_gb: float = SHARD_GB,
-                 card: Card | None = None) -> Path:
+def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None,
+                 shard_gb: float = SHARD_GB, card: Card | None = None) -> Path:
     """Write a checkpoint as a Hugging Face model folder; it appears whole or not at all.
 
     Args:
         checkpoint: a checkpoint folder of this package.
         folder: where; nothing that is there is overwritten.
-        dtype: of the written weights: "fp32", "bf16", "fp16" or torch's names; None keeps that of the checkpoint.
+        dtype: of the written weights: "fp32", "bf16", "fp16" or torch's names; None keeps that of
+            the checkpoint.
         shard_gb: weights beyond so many gigabytes are cut into several files with an index.
         card: writes README.md; `modern_llm.report.card.export_with_card` brings it.
 
@@ -133,8 +160,8 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | Non
         `folder`.
 
     Raises:
-        ExportError: the folder is not empty or cannot be written, the dtype is unknown or cannot hold a weight, or transformers has no
-            such model.
+        ExportError: the folder is not empty or cannot be written, the dtype is unknown or cannot
+            hold a weight, or transformers has no such model.
         DamagedFolder: a file of the checkpoint is truncated or changed.
     """
     checkpoint = Path(checkpoint)
@@ -148,15 +175,23 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | Non
     meta = check_folder(checkpoint) if (checkpoint / "meta.json").is_file() else {}
     cfg, architecture = counterpart(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    config = {key: value for key, value in read_json(checkpoint / "config.json").items() if key != "modern_llm"}
+    config = {key: value for key, value in read_json(checkpoint / "config.json").items()
+              if key != "modern_llm"}
     dtype, begin = known[dtype or config["dtype"]], end_of_text_id(tokenizer)
     config |= {"dtype": dtype, "torch_dtype": dtype, "bos_token_id": begin}
-    settings = read_json(checkpoint / "tokenizer_config.json") | {"model_max_length": cfg.context_length}
+    settings = (read_json(checkpoint / "tokenizer_config.json")
+                | {"model_max_length": cfg.context_length})
     names = settings.pop("modern_llm", {}).get("end_tokens", [])
-    ends = list(dict.fromkeys([config["eos_token_id"], *(i for name in names if (i := tokenizer.token_to_id(name)) is not None)]))
-    # Padding by another token than the last one would make `generate` take that token, wherever it stands, for padding.
-    generation = {"bos_token_id": begin, "eos_token_id": ends if len(ends) > 1 else config["eos_token_id"], "pad_token_id": config["eos_token_id"]}
-    facts = {"exported": {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "step": meta.get("step"), "dtype": dtype,
+    ends = list(
+        dict.fromkeys([config["eos_token_id"],
+                       *(i for name in names if (i := tokenizer.token_to_id(name)) is not None)]))
+    # Padding by another token than the last one would make `generate` take that token, wherever it
+    # stands, for padding.
+    generation = {"bos_token_id": begin,
+                  "eos_token_id": ends if len(ends) > 1 else config["eos_token_id"],
+                  "pad_token_id": config["eos_token_id"]}
+    facts = {"exported": {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}",
+                          "step": meta.get("step"), "dtype": dtype,
                           "sha256": meta.get("sha256", {}).get("model.safetensors")}}
     check_values(checkpoint / "model.safetensors", dtype)
     with writing_errors(folder), atomic_folder(folder, facts) as temporary:
@@ -166,5 +201,6 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | Non
         write_json(temporary / "tokenizer_config.json", settings)
         shutil.copyfile(checkpoint / "tokenizer.json", temporary / "tokenizer.json")
         if card:
-            write_text(temporary / "README.md", card(checkpoint, cfg, architecture, dtype, size, folder.name))
+            write_text(temporary / "README.md",
+                       card(checkpoint, cfg, architecture, dtype, size, folder.name))
     return folder

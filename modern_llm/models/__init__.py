@@ -1,9 +1,12 @@
-"""Language models and what is computed with them; torch is imported when one of these names is used."""
+"""Language models and what is computed with them; torch is imported when one of these names is
+used.
+"""
 
 from importlib import import_module
 
-PLACES = {"ModernDecoderLM": "decoder", "Block": "decoder", "load_model": "decoder", "save_model": "decoder",
-          "VerifierModel": "verifier", "load_verifier": "verifier", "generate": "generation", "stream": "generation"}
+PLACES = {"ModernDecoderLM": "decoder", "Block": "decoder", "load_model": "decoder",
+          "save_model": "decoder", "VerifierModel": "verifier", "load_verifier": "verifier",
+          "generate": "generation", "stream": "generation"}
 __all__ = list(PLACES)
 
 

@@ -29,7 +29,8 @@ def attention_weights(
     mask: Bool[Tensor, "#b 1 t s"] | None = None,
     sinks: Float[Tensor, "h"] | None = None,
 ) -> Float[Tensor, "b h t s"]:
-    """The attention probabilities written out, for pictures and for checking `attend`: O(t·s) memory.
+    """The attention probabilities written out, for pictures and for checking `attend`: O(t·s)
+    memory.
 
     Args:
         q: queries, the last t of the s positions.
@@ -40,7 +41,8 @@ def attention_weights(
     t, s = q.shape[-2], k.shape[-2]
     if mask is None:
         mask = torch.ones(1, 1, t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / math.sqrt(q.shape[-1])
+    scores = (q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT
+              / math.sqrt(q.shape[-1]))
     scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is None:
         return scores.softmax(-1)
@@ -49,15 +51,17 @@ def attention_weights(
 
 # %% ../../nbs/01_attention.ipynb #rotary-frequencies
 def rotary_frequencies(
-    head_width: int, theta: float = 10_000.0, device: torch.device | str | None = None, factor: float = 1.0, trained_context: int = 8192
+    head_width: int, theta: float = 10_000.0, device: torch.device | str | None = None,
+    factor: float = 1.0, trained_context: int = 8192
 ) -> Float[Tensor, "pairs"]:
     """Angular speeds of the d/2 channel pairs, in radians per token, from 1 down to almost 1/theta.
 
-    Source: Su et al. 2021 (2104.09864), section 3.2.2. With a `factor` over 1, pairs that turn less than once in
-    `trained_context` tokens are so many times slower, those that turn over four times are not, and the others lie between:
-    the rule "llama3" of Llama 3.1's checkpoints.
+    Source: Su et al. 2021 (2104.09864), section 3.2.2. With a `factor` over 1, pairs that turn less
+    than once in `trained_context` tokens are so many times slower, those that turn over four times
+    are not, and the others lie between: the rule "llama3" of Llama 3.1's checkpoints.
     """
-    speeds = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
+    speeds = theta ** (
+        -torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
     if factor == 1:
         return speeds
     turns = trained_context * speeds / (2 * math.pi)
@@ -66,11 +70,13 @@ def rotary_frequencies(
 
 # %% ../../nbs/01_attention.ipynb #rotary-tables
 def rotary_tables(
-    positions: Int[Tensor, "*b t"], head_width: int, theta: float = 10_000.0, factor: float = 1.0, trained_context: int = 8192
+    positions: Int[Tensor, "*b t"], head_width: int, theta: float = 10_000.0, factor: float = 1.0,
+    trained_context: int = 8192
 ) -> tuple[Float[Tensor, "*b t d"], Float[Tensor, "*b t d"]]:
     """Cosines and sines of every position's angles, in float32.
 
-    The angles are written twice, because channel i turns with channel i + d/2 (the layout of Llama checkpoints).
+    The angles are written twice, because channel i turns with channel i + d/2 (the layout of Llama
+    checkpoints).
 
     Args:
         positions: (t,) shared by the batch, or (b, t).
@@ -78,7 +84,8 @@ def rotary_tables(
         theta: base of the wavelengths.
         factor, trained_context: for contexts longer than trained on, see `rotary_frequencies`.
     """
-    angles = positions[..., None].float() * rotary_frequencies(head_width, theta, positions.device, factor, trained_context)
+    angles = positions[..., None].float() * rotary_frequencies(head_width, theta, positions.device,
+                                                               factor, trained_context)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -86,7 +93,9 @@ def rotary_tables(
 def apply_rotary(
     x: Float[Tensor, "b h t d"], cos: Float[Tensor, "*b t d"], sin: Float[Tensor, "*b t d"]
 ) -> Float[Tensor, "b h t d"]:
-    """Turn each channel pair (i, i + d/2) of queries or keys by its position's angle; computed in float32."""
+    """Turn each channel pair (i, i + d/2) of queries or keys by its position's angle; computed in
+    float32.
+    """
     left, right = x.chunk(2, dim=-1)
     turned = torch.cat([-right, left], dim=-1)
     return (x * cos.unsqueeze(-3) + turned * sin.unsqueeze(-3)).to(x.dtype)
@@ -101,10 +110,12 @@ def attention_mask(
     pad_lengths: Int[Tensor, "b"] | None = None,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "#b 1 t s"] | None:
-    """Which keys each query may read, or None where causality alone decides (`attend` then needs no mask).
+    """Which keys each query may read, or None where causality alone decides (`attend` then needs no
+    mask).
 
-    The t queries are the last t of the s keys. A query always reads itself: a row that allows nothing would be a
-    softmax over nothing, so padding queries compute something finite that nobody reads.
+    The t queries are the last t of the s keys. A query always reads itself: a row that allows
+    nothing would be a softmax over nothing, so padding queries compute something finite that nobody
+    reads.
 
     Args:
         t: queries.
@@ -131,12 +142,15 @@ def attention_mask(
 
 # %% ../../nbs/01_attention.ipynb #with-sink-key
 def add_sink_key(
-    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"], v: Float[Tensor, "b g s d"], sinks: Float[Tensor, "h"]
+    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"],
+    v: Float[Tensor, "b g s d"], sinks: Float[Tensor, "h"]
 ) -> tuple[Float[Tensor, "b h t D"], Float[Tensor, "b g s1 D"], Float[Tensor, "b g s1 D"]]:
-    """Turn the sink logit of each head into one more key, with value 0, that plain attention understands.
+    """Turn the sink logit of each head into one more key, with value 0, that plain attention
+    understands.
 
-    A new channel holds the head's logit (times the square root of d, which the scale takes off again) in every query,
-    1 in the new key 0 and 0 in all other keys. Widths are padded to a multiple of 8, as fused kernels like them.
+    A new channel holds the head's logit (times the square root of d, which the scale takes off
+    again) in every query, 1 in the new key 0 and 0 in all other keys. Widths are padded to a
+    multiple of 8, as fused kernels like them.
 
     Args:
         q: queries of width d.
@@ -163,7 +177,8 @@ def attend(
     mask: Bool[Tensor, "#b 1 t s"] | None = None,
     sinks: Float[Tensor, "h"] | None = None,
 ) -> Float[Tensor, "b h t d"]:
-    """Causal grouped-query attention by the fused kernel: `attention_weights(q, k, mask, sinks) @ v`.
+    """Causal grouped-query attention by the fused kernel:
+    `attention_weights(q, k, mask, sinks) @ v`.
 
     Args:
         q: queries, the last t of the s positions.
@@ -177,7 +192,8 @@ def attend(
     """
     (h, t, d), s = q.shape[1:], k.shape[-2]
     if mask is None and t not in (1, s):
-        raise ValueError(f"attend: {t} queries of {s} keys need a mask; build it with attention_mask({t}, {s})")
+        raise ValueError(
+            f"attend: {t} queries of {s} keys need a mask; build it with attention_mask({t}, {s})")
     causal = mask is None and t > 1
     if sinks is not None:
         q, k, v = add_sink_key(q, k, v, sinks)
@@ -187,18 +203,20 @@ def attend(
             q = F.pad(q, (0, 0, 1, 0))  # a query for the sink's own row keeps the triangle square
     if t == 1:  # the heads of a group become queries of the same keys, which are then read once
         q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
-    elif q.is_cuda and (mask is not None or q.dtype == torch.float32):  # those kernels want a key for every head
+    elif q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # those kernels want a key for every head
         k, v = (x.repeat_interleave(h // x.shape[1], dim=1) for x in (k, v))
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=1 / math.sqrt(d), enable_gqa=k.shape[1] != q.shape[1]
-    )
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                       scale=1 / math.sqrt(d), enable_gqa=k.shape[1] != q.shape[1])
     return (y.reshape(len(y), h, 1, -1) if t == 1 else y)[..., -t:, :d]
 
 # %% ../../nbs/01_attention.ipynb #kv-cache
 class KVCache:
-    """Keys and values of every layer, in memory allocated once, so that decoding computes each token once.
+    """Keys and values of every layer, in memory allocated once, so that decoding computes each
+    token once.
 
-    Rows of different length are padded at the left: all of them then end, and grow, at the same index.
+    Rows of different length are padded at the left: all of them then end, and grow, at the same
+    index.
 
     Args:
         num_layers: layers to remember.
@@ -211,9 +229,9 @@ class KVCache:
         pad_lengths: padding at the left of each row; None is no padding.
     """
 
-    def __init__(self, num_layers: int, batch: int, num_kv_heads: int, max_length: int, head_width: int,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-                 pad_lengths: Int[Tensor, "b"] | None = None):
+    def __init__(self, num_layers: int, batch: int, num_kv_heads: int, max_length: int,
+                 head_width: int, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu", pad_lengths: Int[Tensor, "b"] | None = None):
         shape = (num_layers, batch, num_kv_heads, max_length, head_width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -226,9 +244,12 @@ class KVCache:
         return self.keys.shape[3]
 
     def positions(self, t: int) -> Int[Tensor, "*b t"]:
-        """Rotary positions of the next t tokens: the index without the padding; padding itself sits at 0."""
+        """Rotary positions of the next t tokens: the index without the padding; padding itself sits
+        at 0.
+        """
         index = torch.arange(self.length, self.length + t, device=self.keys.device)
-        return index if self.pad_lengths is None else (index - self.pad_lengths[:, None]).clamp(min=0)
+        return (index if self.pad_lengths is None
+                else (index - self.pad_lengths[:, None]).clamp(min=0))
 
     def update(
         self, layer: int, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t d"]
@@ -240,7 +261,8 @@ class KVCache:
         """
         end = self.length + k.shape[2]
         if end > self.max_length:
-            raise ValueError(f"KVCache: {end} tokens do not fit max_length={self.max_length}; allocate a longer cache")
+            raise ValueError(f"KVCache: {end} tokens do not fit max_length={self.max_length}; "
+                             "allocate a longer cache")
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -250,7 +272,9 @@ class KVCache:
         self.length += t
 
     def select(self, rows: Int[Tensor, "rows"]) -> None:
-        """Keep these rows, in this order: finished rows leave, or a prompt is repeated for several samples."""
+        """Keep these rows, in this order: finished rows leave, or a prompt is repeated for several
+        samples.
+        """
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         if self.pad_lengths is not None:
             self.pad_lengths = self.pad_lengths[rows]
@@ -260,7 +284,8 @@ class CausalSelfAttention(nn.Module):
     """Project to queries, keys and values, turn them, attend, project back.
 
     Args:
-        cfg: reads width, num_heads, num_kv_heads, use_qk_norm, norm_eps, use_attention_sinks, sliding_window.
+        cfg: reads width, num_heads, num_kv_heads, use_qk_norm, norm_eps, use_attention_sinks,
+            sliding_window.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -299,15 +324,18 @@ class CausalSelfAttention(nn.Module):
             ValueError: segment_ids together with a cache.
         """
         if cache is not None and segment_ids is not None:
-            raise ValueError("CausalSelfAttention: segment_ids belong to packed training rows; leave them out with a cache")
+            raise ValueError("CausalSelfAttention: segment_ids belong to packed training rows; "
+                             "leave them out with a cache")
         q, k, v = self.project(x, rotary)
         pad_lengths = None if cache is None else cache.pad_lengths
         if cache is not None:
             k, v = cache.update(layer, k, v)
         t, s = q.shape[2], k.shape[2]
-        if self.window is not None and s > self.window + t - 1:  # no query of this call sees that far back
+        # no query of this call sees that far back
+        if self.window is not None and s > self.window + t - 1:
             first = s - (self.window + t - 1)
             k, v, s = k[:, :, first:], v[:, :, first:], s - first
             pad_lengths = None if pad_lengths is None else (pad_lengths - first).clamp(min=0)
-        mask = attention_mask(t, s, window=self.window, segment_ids=segment_ids, pad_lengths=pad_lengths, device=x.device)
+        mask = attention_mask(t, s, window=self.window, segment_ids=segment_ids,
+                              pad_lengths=pad_lengths, device=x.device)
         return self.o_proj(attend(q, k, v, mask, self.sinks).transpose(1, 2).flatten(2))

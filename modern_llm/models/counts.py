@@ -35,10 +35,12 @@ def parameter_count(cfg: ModelConfig) -> dict[str, int]:
 
 # %% ../../nbs/11_counts.ipynb #forward-flops
 def forward_flops(cfg: ModelConfig, context: int | None = None) -> dict[str, int]:
-    """Floating-point operations of one token's forward pass by part: matrix products only, 2 for each multiply-add.
+    """Floating-point operations of one token's forward pass by part: matrix products only, 2 for
+    each multiply-add.
 
-    Attention over s keys costs 4·s·heads·head_width per layer (scores and mixture), with s = `context`, or the sliding window if
-    that is shorter: like PaLM (Chowdhery et al. 2022, 2204.02311, appendix B) this does not halve for the causal mask.
+    Attention over s keys costs 4·s·heads·head_width per layer (scores and mixture), with s =
+    `context`, or the sliding window if that is shorter: like PaLM (Chowdhery et al. 2022,
+    2204.02311, appendix B) this does not halve for the causal mask.
 
     Args:
         cfg: the architecture.
@@ -57,9 +59,11 @@ def forward_flops(cfg: ModelConfig, context: int | None = None) -> dict[str, int
 
 # %% ../../nbs/11_counts.ipynb #flops-per-token
 def flops_per_token(cfg: ModelConfig, context: int | None = None) -> int:
-    """FLOPs to train on one token: the forward pass once, and twice that backwards (one product for each operand).
+    """FLOPs to train on one token: the forward pass once, and twice that backwards (one product for
+    each operand).
 
-    This is 6·N + 12·layers·context·heads·head_width for N matrix parameters, the figure that model FLOPs utilisation divides.
+    This is 6·N + 12·layers·context·heads·head_width for N matrix parameters, the figure that model
+    FLOPs utilisation divides.
     """
     return 3 * sum(forward_flops(cfg, context).values())
 
@@ -67,59 +71,77 @@ def flops_per_token(cfg: ModelConfig, context: int | None = None) -> int:
 def activation_bytes(cfg: ModelConfig, value_bytes: int) -> int:
     """Bytes that one token leaves behind in one layer for the backward pass, in eager mode.
 
-    Norms work in float32; under autocast each matrix makes its own low-precision copy of what the norm gave it.
+    Norms work in float32; under autocast each matrix makes its own low-precision copy of what the
+    norm gave it.
 
     Args:
         cfg: the architecture.
         value_bytes: 4 in float32, 2 under autocast.
     """
     q_width, kv_width = cfg.num_heads * cfg.head_width, cfg.num_kv_heads * cfg.head_width
-    copies = 2 if value_bytes == 4 else 5  # float32: shared; else one each for q, k, v and for gate, up
+    # float32: shared; else one each for q, k, v and for gate, up
+    copies = 2 if value_bytes == 4 else 5
     norms = 2 * 2 * 4 * cfg.width + copies * value_bytes * cfg.width
     qk_norm = 2 * 4 * (q_width + kv_width) if cfg.use_qk_norm else 0
-    attention = value_bytes * (3 * q_width + 2 * kv_width)  # q, k, v, answer, and the answer laid out for o_proj
+    # q, k, v, answer, and the answer laid out for o_proj
+    attention = value_bytes * (3 * q_width + 2 * kv_width)
     if not cfg.num_experts:
-        return norms + qk_norm + attention + 4 * value_bytes * cfg.ffn_width  # gate, SiLU of it, linear path, product
-    sorted_copies = 2 if value_bytes == 4 else 3  # a token as its expert read it (twice under autocast), and the answer
+        # gate, SiLU of it, linear path, product
+        return norms + qk_norm + attention + 4 * value_bytes * cfg.ffn_width
+    # a token as its expert read it (twice under autocast), and the answer
+    sorted_copies = 2 if value_bytes == 4 else 3
     expert = sorted_copies * value_bytes * cfg.width + 4 * value_bytes * cfg.ffn_width
     return norms + qk_norm + attention + cfg.experts_per_token * expert
 
 # %% ../../nbs/11_counts.ipynb #training-memory
-def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1, strategy: str = "ddp") -> dict[str, int]:
-    """Bytes that training needs on the GPU of each rank, by part: an estimate for eager mode; `torch.compile` needs less.
+def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1,
+                    strategy: str = "ddp") -> dict[str, int]:
+    """Bytes that training needs on the GPU of each rank, by part: an estimate for eager mode;
+    `torch.compile` needs less.
 
-    A row of a DPOConfig is a pair, two sequences, with a third one where something is replayed; the log-probabilities of all their tokens
-    over the vocabulary stay until the backward pass. A VerifierConfig compares the tokens of a row with each other.
+    A row of a DPOConfig is a pair, two sequences, with a third one where something is replayed; the
+    log-probabilities of all their tokens over the vocabulary stay until the backward pass. A
+    VerifierConfig compares the tokens of a row with each other.
 
-    Weights and gradients are float32, with a low-precision copy of the weights under autocast, which
-    `precision="auto"` is taken to mean. AdamW keeps two float32 values per parameter, Muon one. Not counted: dropout masks,
-    learned sinks, what the allocator wastes, and about half a gigabyte that CUDA takes for itself.
+    Weights and gradients are float32, with a low-precision copy of the weights under autocast,
+    which `precision="auto"` is taken to mean. AdamW keeps two float32 values per parameter, Muon
+    one. Not counted: dropout masks, learned sinks, what the allocator wastes, and about half a
+    gigabyte that CUDA takes for itself.
     """
     count = parameter_count(cfg)
     block_matrices = count["attention"] + count["feed_forward"] + count["router"]
     value_bytes = 4 if train.precision == "fp32" else 2
-    rows = min(train.micro_batch, max(1, train.batch_size // ranks))  # that pass through the model at once
+    # that pass through the model at once
+    rows = min(train.micro_batch, max(1, train.batch_size // ranks))
     one_pass = rows * ranks >= train.batch_size
     kept = 0  # bytes of each token's log-probabilities, until the backward pass
     if isinstance(train, DPOConfig):
         rows, kept = rows * (2 + bool(train.replay_weight)), 4 * cfg.vocab_size
     tokens = rows * cfg.context_length
-    logits = min(tokens, 8 * cfg.context_length if kept else train.loss_chunk_tokens)  # tokens whose logits are in hand
-    share = ranks if strategy == "fsdp" else 1  # of weights, gradients, averages; a block, the embedding and the head are gathered
-    whole = 4 * (count["total"] - block_matrices + block_matrices // cfg.num_layers) if share > 1 else 0
-    layers = tokens * activation_bytes(cfg, value_bytes) * (1 if train.gradient_checkpointing else cfg.num_layers)
+    # tokens whose logits are in hand
+    logits = min(tokens, 8 * cfg.context_length if kept else train.loss_chunk_tokens)
+    # of weights, gradients, averages; a block, the embedding and the head are gathered
+    share = ranks if strategy == "fsdp" else 1
+    whole = (4 * (count["total"] - block_matrices + block_matrices // cfg.num_layers)
+             if share > 1 else 0)
+    layers = (tokens * activation_bytes(cfg, value_bytes)
+              * (1 if train.gradient_checkpointing else cfg.num_layers))
     block_inputs = cfg.num_layers * tokens * 4 * cfg.width if train.gradient_checkpointing else 0
     parts = {
         "weights": 4 * count["total"] // share + whole,
         "autocast_copies": 2 * count["total"] if value_bytes == 2 else 0,
-        "gradients": 4 * count["total"] // (share if one_pass else 1),  # whole until the last micro-batch
-        "optimizer": (8 * count["total"] - (4 * block_matrices if train.optimizer == "muon" else 0)) // share,
+        # whole until the last micro-batch
+        "gradients": 4 * count["total"] // (share if one_pass else 1),
+        "optimizer": (8 * count["total"] - (4 * block_matrices if train.optimizer == "muon" else 0))
+                     // share,
         "ema": 4 * count["total"] // share if train.ema_decay else 0,
-        "activations": layers + block_inputs + tokens * (8 + value_bytes) * cfg.width,  # the last: the last norm
+        # the last: the last norm
+        "activations": layers + block_inputs + tokens * (8 + value_bytes) * cfg.width,
         "logits": tokens * kept + logits * cfg.vocab_size * (value_bytes + 4 + 4),
     }
     if isinstance(train, VerifierConfig):
-        parts["comparisons"] = tokens * cfg.context_length * (1 + 4 + 4)  # which token belongs to whose answer so far, and two such tables
+        # which token belongs to whose answer so far, and two such tables
+        parts["comparisons"] = tokens * cfg.context_length * (1 + 4 + 4)
     return {**parts, "total": sum(parts.values())}
 
 # %% ../../nbs/11_counts.ipynb #reading-bytes
@@ -132,19 +154,26 @@ def prefill_bytes(cfg: ModelConfig, value_bytes: int) -> int:
         cfg: the architecture.
         value_bytes: of weights and activations.
     """
-    q_width, kv_width, k = cfg.num_heads * cfg.head_width, cfg.num_kv_heads * cfg.head_width, cfg.experts_per_token
-    rotation = max(value_bytes * (2 * cfg.width + (2 + cfg.use_qk_norm) * q_width + 2 * kv_width) + 12 * q_width,  # of queries, in float32
-                   value_bytes * (2 * cfg.width + 2 * q_width + (3 + cfg.use_qk_norm) * kv_width) + 12 * kv_width)  # then of keys
-    if cfg.num_experts:  # tokens as sorted, answers, the last expert at work; then the answers three times
-        feed_forward = value_bytes * max((4 + 2 * k) * cfg.width + 3 * cfg.ffn_width * k // cfg.num_experts, (4 + 4 * k) * cfg.width)
+    q_width, kv_width, k = (cfg.num_heads * cfg.head_width, cfg.num_kv_heads * cfg.head_width,
+                            cfg.experts_per_token)
+    rotation = max(value_bytes * (2 * cfg.width + (2 + cfg.use_qk_norm) * q_width + 2 * kv_width)
+                   + 12 * q_width,  # of queries, in float32
+                   value_bytes * (2 * cfg.width + 2 * q_width + (3 + cfg.use_qk_norm) * kv_width)
+                   + 12 * kv_width)  # then of keys
+    # tokens as sorted, answers, the last expert at work; then the answers three times
+    if cfg.num_experts:
+        feed_forward = (value_bytes
+                        * max((4 + 2 * k) * cfg.width + 3 * cfg.ffn_width * k // cfg.num_experts,
+                              (4 + 4 * k) * cfg.width))
     else:
         feed_forward = value_bytes * (4 * cfg.width + 3 * cfg.ffn_width)
     return 8 * cfg.head_width + max(rotation, feed_forward)
 
 # %% ../../nbs/11_counts.ipynb #inference-memory
-def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = None, bytes_per_value: int = 2,
-                     prompt: int | None = None) -> dict[str, int]:
-    """Bytes that `batch` rows of `context` tokens need to be written, by part; `work` is the largest thing in hand at once.
+def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = None,
+                     bytes_per_value: int = 2, prompt: int | None = None) -> dict[str, int]:
+    """Bytes that `batch` rows of `context` tokens need to be written, by part; `work` is the
+    largest thing in hand at once.
 
     Not counted: attention masks, what the allocator wastes, the interpreter and its libraries.
 
@@ -153,13 +182,16 @@ def inference_memory(cfg: ModelConfig, batch: int = 1, context: int | None = Non
         batch: rows written together.
         context: tokens of a row, prompt and answer; None = `context_length`.
         bytes_per_value: of weights and cache.
-        prompt: tokens of a row that are read at once, before the first is written; None = all of the context.
+        prompt: tokens of a row that are read at once, before the first is written; None = all of
+            the context.
     """
     context = context or cfg.context_length
     weights = parameter_count(cfg)["total"] * bytes_per_value
-    cache = 2 * cfg.num_layers * batch * context * cfg.num_kv_heads * cfg.head_width * bytes_per_value
+    cache = (2 * cfg.num_layers * batch * context * cfg.num_kv_heads * cfg.head_width
+             * bytes_per_value)
     reading = batch * (prompt or context) * prefill_bytes(cfg, bytes_per_value)
-    drawing = batch * cfg.vocab_size * 20  # logits, their log-softmax, and what a token is drawn from
+    # logits, their log-softmax, and what a token is drawn from
+    drawing = batch * cfg.vocab_size * 20
     leaving = cache // 2 if batch > 1 else 0  # the rows that stay, copied
     work = max(reading, drawing, leaving)
     return {"weights": weights, "cache": cache, "work": work, "total": weights + cache + work}

@@ -26,26 +26,36 @@ __all__ = ['GREEDY_BELOW', 'Sampling', 'next_token_probabilities', 'penalise_rep
            'check_prompts', 'left_padded', 'evaluating', 'Row', 'choose', 'decode', 'generate', 'stream']
 
 # %% ../../nbs/12_generation.ipynb #sampling
-GREEDY_BELOW = 1e-5  # a temperature at which a difference of 0.001 in a logit is a factor of e^100; smaller ones overflow float32
+# a temperature at which a difference of 0.001 in a logit is a factor of e^100; smaller ones
+# overflow float32
+GREEDY_BELOW = 1e-5
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue a prompt. The filters are intersected, each computed on the full distribution.
+    """How to continue a prompt. The filters are intersected, each computed on the full
+    distribution.
 
     Args:
         max_new_tokens: at most so many; generation also ends where the context is full.
-        temperature: divides the logits; 0, and anything below GREEDY_BELOW, always takes the most likely token.
+        temperature: divides the logits; 0, and anything below GREEDY_BELOW, always takes the most
+            likely token.
         top_k: keep the k most likely tokens.
-        top_p: keep the fewest most likely tokens whose mass reaches p (Holtzman et al. 2019, 1904.09751).
-        min_p: keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024, 2407.01082).
-        repetition_penalty: above 1 makes tokens seen before less likely (Keskar et al. 2019, 1909.05858, section 4.1).
+        top_p: keep the fewest most likely tokens whose mass reaches p (Holtzman et al. 2019,
+            1904.09751).
+        min_p: keep tokens at least min_p times as likely as the most likely one (Nguyen et al.
+            2024, 2407.01082).
+        repetition_penalty: above 1 makes tokens seen before less likely (Keskar et al. 2019,
+            1909.05858, section 4.1).
         stop: token sequences that end a row; they are not part of the answer.
         eos_id: a token that ends a row; not part of the answer.
         seed: of the draws. Row i draws its own stream of numbers, whatever the other rows do.
-        samples: answers to every prompt, which is read once; the rows of a prompt follow each other.
-        streams: numbers of the rows' streams, if not 0, 1, 2 …: a row's draws then do not depend on its place in the batch.
-        force: given the tokens of an answer so far, those that must come next; empty where the model is free.
+        samples: answers to every prompt, which is read once; the rows of a prompt follow each
+            other.
+        streams: numbers of the rows' streams, if not 0, 1, 2 …: a row's draws then do not depend on
+            its place in the batch.
+        force: given the tokens of an answer so far, those that must come next; empty where the
+            model is free.
     """
 
     max_new_tokens: int
@@ -68,8 +78,10 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or more, or None"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or None"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1], or None"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite; 1 is off"),
-            ("stop", all(len(sequence) > 0 for sequence in self.stop), "sequences of at least one token"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf,
+             "above 0 and finite; 1 is off"),
+            ("stop", all(len(sequence) > 0 for sequence in self.stop),
+             "sequences of at least one token"),
             ("samples", self.samples >= 1, "1 or more"),
         ):
             if not ok:
@@ -78,14 +90,19 @@ class Sampling:
     @property
     def endings(self) -> list[list[int]]:
         """Every sequence that ends a row."""
-        return [list(sequence) for sequence in self.stop] + ([[self.eos_id]] if self.eos_id is not None else [])
+        return ([list(sequence) for sequence in self.stop]
+                + ([[self.eos_id]] if self.eos_id is not None else []))
 
 # %% ../../nbs/12_generation.ipynb #probabilities
-def next_token_probabilities(logits: Float[Tensor, "b v"], sampling: Sampling) -> Float[Tensor, "b v"]:
-    """The distribution that a token is drawn from: temperature, then the filters, then rescaled to sum to 1."""
+def next_token_probabilities(logits: Float[Tensor, "b v"],
+                             sampling: Sampling) -> Float[Tensor, "b v"]:
+    """The distribution that a token is drawn from: temperature, then the filters, then rescaled to
+    sum to 1.
+    """
     if sampling.temperature < GREEDY_BELOW:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    p = (logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature).softmax(-1)
+    p = ((logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature)
+             .softmax(-1))
     if (sampling.top_k, sampling.top_p, sampling.min_p) == (None, None, None):
         return p  # a pass over the vocabulary is not free
     keep = torch.ones_like(p, dtype=torch.bool)
@@ -101,8 +118,10 @@ def next_token_probabilities(logits: Float[Tensor, "b v"], sampling: Sampling) -
     return p * keep / (p * keep).sum(-1, keepdim=True)
 
 # %% ../../nbs/12_generation.ipynb #penalise
-def penalise_repetition(logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"], penalty: float) -> Float[Tensor, "b v"]:
-    """Shrink the odds of the tokens marked in `seen`: positive logits are divided by the penalty, negative ones multiplied.
+def penalise_repetition(logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"],
+                        penalty: float) -> Float[Tensor, "b v"]:
+    """Shrink the odds of the tokens marked in `seen`: positive logits are divided by the penalty,
+    negative ones multiplied.
 
     Source: Keskar et al. 2019 (1909.05858), section 4.1, which divides all of them.
     """
@@ -112,16 +131,20 @@ def penalise_repetition(logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"],
 
 # %% ../../nbs/12_generation.ipynb #draw
 def row_uniforms(seed: int, streams: Sequence[int], steps: int) -> Float[Tensor, "rows steps"]:
-    """Numbers in [0, 1), a generator of its own for each row, always made on the CPU: the same on every device.
+    """Numbers in [0, 1), a generator of its own for each row, always made on the CPU: the same on
+    every device.
 
     A longer row begins with the numbers of a shorter one.
     """
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63) for stream in streams]
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+                  for stream in streams]
     return torch.stack([torch.rand(steps, generator=generator) for generator in generators])
 
 
 def draw(p: Float[Tensor, "b v"], u: Float[Tensor, "b"]) -> Int[Tensor, "b"]:
-    """The token at which the cumulative probability first exceeds u: one uniform number makes one sample."""
+    """The token at which the cumulative probability first exceeds u: one uniform number makes one
+    sample.
+    """
     cumulative = p.cumsum(-1)
     level = u[:, None] * (1 - 1e-6) * cumulative[:, -1:]  # rounding must not lift it to the total
     return torch.searchsorted(cumulative, level, right=True).squeeze(-1)
@@ -135,28 +158,35 @@ def ready_tokens(tokens: list[int], endings: list[list[int]]) -> tuple[int, bool
     for ending in endings:
         if tokens[-len(ending):] == ending:
             return len(tokens) - len(ending), True
-    held = max((n for ending in endings for n in range(1, len(ending)) if tokens[-n:] == ending[:n]), default=0)
+    held = max((n for ending in endings for n in range(1, len(ending))
+                if tokens[-n:] == ending[:n]), default=0)
     return len(tokens) - held, False
 
 # %% ../../nbs/12_generation.ipynb #check-prompts
 def check_prompts(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
-    """Raise ValueError naming the first prompt that is empty, has an unknown token, or leaves no room for an answer."""
+    """Raise ValueError naming the first prompt that is empty, has an unknown token, or leaves no
+    room for an answer.
+    """
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"generate: prompt {row} is empty; begin with the end-of-text token")
         if len(prompt) >= cfg.context_length:
-            raise ValueError(f"generate: prompt {row} has {len(prompt)} tokens and the context {cfg.context_length}, which leaves no "
-                             f"room for an answer; keep the last {cfg.context_length - 1} tokens or fewer")
+            raise ValueError(f"generate: prompt {row} has {len(prompt)} tokens and the context "
+                             f"{cfg.context_length}, which leaves no room for an answer; keep the "
+                             f"last {cfg.context_length - 1} tokens or fewer")
         if not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
-            raise ValueError(f"generate: prompt {row} has token {min(prompt) if min(prompt) < 0 else max(prompt)}, outside "
+            raise ValueError(f"generate: prompt {row} has token "
+                             f"{min(prompt) if min(prompt) < 0 else max(prompt)}, outside "
                              f"0..{cfg.vocab_size - 1}: was another tokenizer used?")
 
 # %% ../../nbs/12_generation.ipynb #left-padded
-def left_padded(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Int[Tensor, "b t"], Int[Tensor, "b"]]:
+def left_padded(prompts: Sequence[Sequence[int]],
+                device: torch.device | str = "cpu") -> tuple[Int[Tensor, "b t"], Int[Tensor, "b"]]:
     """The prompts as rows that end together, and how many zeros stand before each."""
     longest = max(map(len, prompts))
     ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    return (torch.tensor(ids, device=device),
+            torch.tensor([longest - len(prompt) for prompt in prompts], device=device))
 
 # %% ../../nbs/12_generation.ipynb #evaluating
 @contextlib.contextmanager
@@ -195,9 +225,11 @@ class Row:
         return new
 
 # %% ../../nbs/12_generation.ipynb #choose
-def choose(log_p: Float[Tensor, "b v"], sampling: Sampling, u: Float[Tensor, "b"], forced: Sequence[Sequence[int]] = ()
-           ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"]]:
-    """The next token of each row, drawn with its u or the first of its `forced` ones, and its log-probability in `log_p`."""
+def choose(log_p: Float[Tensor, "b v"], sampling: Sampling, u: Float[Tensor, "b"],
+           forced: Sequence[Sequence[int]] = ()) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"]]:
+    """The next token of each row, drawn with its u or the first of its `forced` ones, and its
+    log-probability in `log_p`.
+    """
     tokens = draw(next_token_probabilities(log_p, sampling), u)
     for row, coming in enumerate(forced):
         if coming:
@@ -206,24 +238,27 @@ def choose(log_p: Float[Tensor, "b v"], sampling: Sampling, u: Float[Tensor, "b"
 
 # %% ../../nbs/12_generation.ipynb #decode
 @torch.inference_mode()
-def decode(
-    model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: Sampling, answers: list[Row] | None = None
-) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) as the rows grow together; finished rows leave once they are half of the batch.
+def decode(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: Sampling,
+           answers: list[Row] | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) as the rows grow together; finished rows leave once they are half of the
+    batch.
 
-    `answers`, an empty list, is filled with the `Row`s, whose log-probabilities the caller may want.
+    `answers`, an empty list, is filled with the `Row`s, whose log-probabilities the caller may
+    want.
     """
     device = model.embed_tokens.weight.device
     ids, pad_lengths = left_padded(prompts, device)
     answers = [] if answers is None else answers
-    answers += [Row(min(sampling.max_new_tokens, model.cfg.context_length - len(prompt))) for prompt in prompts
-                for _ in range(sampling.samples)]
+    answers += [Row(min(sampling.max_new_tokens, model.cfg.context_length - len(prompt)))
+                for prompt in prompts for _ in range(sampling.samples)]
     rows, steps = list(range(len(answers))), max(row.room for row in answers)
     active = {i for i, row in enumerate(answers) if row.room}
     cache = model.new_cache(len(prompts), ids.shape[1] + steps, pad_lengths)
-    uniforms = row_uniforms(sampling.seed, sampling.streams or range(len(answers)), steps).to(device)
+    uniforms = row_uniforms(sampling.seed, sampling.streams or range(len(answers)),
+                            steps).to(device)
     penalised = sampling.repetition_penalty != 1
-    seen = torch.zeros(len(answers) if penalised else 0, model.cfg.vocab_size, dtype=torch.bool, device=device)
+    seen = torch.zeros(len(answers) if penalised else 0, model.cfg.vocab_size, dtype=torch.bool,
+                       device=device)
     for i in range(len(seen)):
         seen[i, list(prompts[i // sampling.samples])] = True
     for step in range(steps):
@@ -237,14 +272,17 @@ def decode(
             logits = penalise_repetition(logits, seen[rows], sampling.repetition_penalty)
         log_p = logits.log_softmax(-1)
         if not log_p[:, 0].isfinite().all():  # one bad logit spoils its whole row
-            raise ValueError(f"generate: the model's logits are not finite at new token {step}: its weights have diverged or are "
-                             "damaged; load an earlier checkpoint")
-        tokens, log_probs = choose(log_p, sampling, uniforms[rows, step], [answers[row].forced for row in rows])
+            raise ValueError(
+                f"generate: the model's logits are not finite at new token {step}: its weights "
+                "have diverged or are damaged; load an earlier checkpoint")
+        tokens, log_probs = choose(log_p, sampling, uniforms[rows, step],
+                                   [answers[row].forced for row in rows])
         if penalised:
             seen[rows, tokens] = True
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist()):
             if row in active:
-                yield from ((row, shown) for shown in answers[row].advance(token, log_prob, sampling))
+                yield from ((row, shown)
+                            for shown in answers[row].advance(token, log_prob, sampling))
                 if answers[row].done:
                     active.discard(row)
         if 2 * len(active) <= len(rows):
@@ -256,26 +294,27 @@ def decode(
         ids = tokens[:, None]
 
 # %% ../../nbs/12_generation.ipynb #generate
-def generate(
-    model: ModernDecoderLM, prompts: Sequence[Sequence[int]], *, on_token: Callable[[int, int], None] | None = None,
-    log_probs: list[list[float]] | None = None, **sampling
-) -> list[list[int]]:
+def generate(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], *,
+             on_token: Callable[[int, int], None] | None = None,
+             log_probs: list[list[float]] | None = None, **sampling) -> list[list[int]]:
     """Continue every prompt, together in one left-padded batch with a cache of keys and values.
 
     Args:
         model: left in the mode (training or evaluation) that it came in.
         prompts: token ids of each.
         on_token: called with (row, token) as soon as a token is known to be part of the answer.
-        log_probs: an empty list; every row's log-probabilities at temperature 1 are put there, that of the ending included.
+        log_probs: an empty list; every row's log-probabilities at temperature 1 are put there, that
+            of the ending included.
         sampling: the fields of `Sampling`; `max_new_tokens` is required.
 
     Returns:
-        The new tokens of every row (prompt by prompt, sample by sample), without the ending. A row ends at a stop sequence, at `eos_id`, after
-        `max_new_tokens`, or when prompt and answer fill the context.
+        The new tokens of every row (prompt by prompt, sample by sample), without the ending. A row
+        ends at a stop sequence, at `eos_id`, after `max_new_tokens`, or when prompt and answer fill
+        the context.
 
     Raises:
-        ValueError: a setting out of range, a prompt that is empty, too long, or of another tokenizer, or logits that are
-            not finite.
+        ValueError: a setting out of range, a prompt that is empty, too long, or of another
+            tokenizer, or logits that are not finite.
     """
     settings, rows = Sampling(**sampling), []
     answers = [[] for _ in range(len(prompts) * settings.samples)]

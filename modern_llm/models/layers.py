@@ -21,7 +21,8 @@ __all__ = ['RMSNorm', 'SwiGLU', 'TopKRouter', 'load_balancing_loss', 'router_z_l
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, then scale every channel by a learned weight.
 
-    The statistics are computed in float32 whatever the input is. Source: Zhang and Sennrich 2019 (1910.07467), equation 4.
+    The statistics are computed in float32 whatever the input is. Source: Zhang and Sennrich 2019
+    (1910.07467), equation 4.
 
     Args:
         width: channels c of the vectors.
@@ -60,8 +61,9 @@ class SwiGLU(nn.Module):
 class TopKRouter(nn.Module):
     """Choose k experts for every token, and how much each of them counts.
 
-    Softmax over all experts, the k largest kept and rescaled to sum to 1, as in Mixtral (Jiang et al. 2024,
-    2401.04088, section 2.1). Computed in float32 even under autocast: a rounded logit can change the choice.
+    Softmax over all experts, the k largest kept and rescaled to sum to 1, as in Mixtral (Jiang et
+    al. 2024, 2401.04088, section 2.1). Computed in float32 even under autocast: a rounded logit can
+    change the choice.
 
     Args:
         width: channels c of a token.
@@ -75,7 +77,8 @@ class TopKRouter(nn.Module):
     def __init__(self, width: int, num_experts: int, experts_per_token: int):
         super().__init__()
         if not 1 <= experts_per_token <= num_experts:
-            raise ValueError(f"TopKRouter: experts_per_token={experts_per_token} must lie in 1..num_experts={num_experts}")
+            raise ValueError(f"TopKRouter: experts_per_token={experts_per_token} must lie in "
+                             f"1..num_experts={num_experts}")
         self.experts_per_token = experts_per_token
         self.gate = nn.Linear(width, num_experts, bias=False)
 
@@ -88,10 +91,13 @@ class TopKRouter(nn.Module):
         return weights / weights.sum(-1, keepdim=True), indices, logits
 
 # %% ../../nbs/00_layers.ipynb #balance-loss
-def load_balancing_loss(logits: Float[Tensor, "n e"], indices: Int[Tensor, "n k"]) -> Float[Tensor, ""]:
-    """How unevenly the tokens are spread: 1 when uniform, e / k when all tokens choose the same k experts.
+def load_balancing_loss(logits: Float[Tensor, "n e"],
+                        indices: Int[Tensor, "n k"]) -> Float[Tensor, ""]:
+    """How unevenly the tokens are spread: 1 when uniform, e / k when all tokens choose the same k
+    experts.
 
-    Source: Fedus et al. 2021 (2101.03961), equations 4 to 6, with the share counted over the n·k choices.
+    Source: Fedus et al. 2021 (2101.03961), equations 4 to 6, with the share counted over the n·k
+    choices.
 
     Args:
         logits: router logits of n tokens.
@@ -136,9 +142,11 @@ def dispatch(
 
 # %% ../../nbs/00_layers.ipynb #moe
 class MixtureOfExperts(nn.Module):
-    """Many SwiGLU experts, of which each token visits k: more parameters at the same cost per token.
+    """Many SwiGLU experts, of which each token visits k: more parameters at the same cost per
+    token.
 
-    The (token, expert) pairs are sorted by expert, so each expert computes its own tokens and no others.
+    The (token, expert) pairs are sorted by expert, so each expert computes its own tokens and no
+    others.
 
     Args:
         width: channels c of a token.
@@ -157,7 +165,8 @@ class MixtureOfExperts(nn.Module):
         self.router = TopKRouter(width, num_experts, experts_per_token)
         self.experts = nn.ModuleList(SwiGLU(width, ffn_width) for _ in range(num_experts))
 
-    def forward(self, x: Float[Tensor, "b t c"]) -> tuple[Float[Tensor, "b t c"], Float[Tensor, ""]]:
+    def forward(self,
+                x: Float[Tensor, "b t c"]) -> tuple[Float[Tensor, "b t c"], Float[Tensor, ""]]:
         """The mixed output, and the two router losses already weighted and summed."""
         tokens = x.flatten(0, 1)
         weights, indices, logits = self.router(tokens)

@@ -17,13 +17,17 @@ __all__ = ['document_nats', 'completion_log_probs']
 
 # %% ../../nbs/14_likelihoods.ipynb #document-nats
 @torch.inference_mode()
-def document_nats(model: nn.Module, batches: Iterable[dict[str, Tensor]], isolate_documents: bool = False) -> pd.DataFrame:
+def document_nats(model: nn.Module, batches: Iterable[dict[str, Tensor]],
+                  isolate_documents: bool = False) -> pd.DataFrame:
     """Nats and tokens of every document, one row each, indexed by its number in the corpus.
 
     Args:
-        model: has `hidden(input_ids, segment_ids) -> (hidden, aux)` and `lm_head`; scored in eval mode.
-        batches: dicts of input_ids, labels and document_ids, each (b, t); labels of -100 are not scored.
-        isolate_documents: attention stops at document boundaries, as it should if the model was trained so.
+        model: has `hidden(input_ids, segment_ids) -> (hidden, aux)` and `lm_head`; scored in eval
+            mode.
+        batches: dicts of input_ids, labels and document_ids, each (b, t); labels of -100 are not
+            scored.
+        isolate_documents: attention stops at document boundaries, as it should if the model was
+            trained so.
 
     Raises:
         ValueError: no batch has a labelled token.
@@ -35,21 +39,28 @@ def document_nats(model: nn.Module, batches: Iterable[dict[str, Tensor]], isolat
         labels = batch["labels"]
         segments = batch["document_ids"].to(device) + 1 if isolate_documents else None
         hidden, _ = model.hidden(batch["input_ids"].to(device), segments)
-        nats = torch.stack([F.cross_entropy(model.lm_head(h).float(), y, reduction="none", ignore_index=-100)
-                            for h, y in zip(hidden, labels.to(device))]).cpu()
+        nats = torch.stack([
+            F.cross_entropy(model.lm_head(h).float(), y, reduction="none", ignore_index=-100)
+            for h, y in zip(hidden, labels.to(device))
+        ]).cpu()
         scored = labels != -100
-        found.append(pd.DataFrame({"document": batch["document_ids"][scored].numpy(), "nats": nats[scored].double().numpy()}))
+        found.append(pd.DataFrame({"document": batch["document_ids"][scored].numpy(),
+                                   "nats": nats[scored].double().numpy()}))
     model.train(was_training)
     if not sum(map(len, found)):
-        raise ValueError("document_nats: no batch has a labelled token; is the held-out split empty?")
+        raise ValueError(
+            "document_nats: no batch has a labelled token; is the held-out split empty?")
     return pd.concat(found).groupby("document").nats.agg(nats="sum", tokens="size")
 
 # %% ../../nbs/14_likelihoods.ipynb #completion-log-probs
-def completion_log_probs(model: nn.Module, batch: dict[str, Tensor], chunk_rows: int = 8) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's labelled tokens, summed, and how many they are: two (b,) tensors.
+def completion_log_probs(model: nn.Module, batch: dict[str, Tensor],
+                         chunk_rows: int = 8) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's labelled tokens, summed, and how many they are: two (b,)
+    tensors.
 
     Args:
-        batch: input_ids and labels (b, t), labels shifted, -100 where nothing is counted; one answer per row.
+        batch: input_ids and labels (b, t), labels shifted, -100 where nothing is counted; one
+            answer per row.
         chunk_rows: rows whose logits exist at once when no gradient is wanted.
     """
     hidden, _ = model.hidden(batch["input_ids"])
@@ -57,6 +68,7 @@ def completion_log_probs(model: nn.Module, batch: dict[str, Tensor], chunk_rows:
     scored = labels != -100
     log_probs = []
     for h, y in zip(hidden.split(chunk_rows), labels.split(chunk_rows)):
-        nats = F.cross_entropy(model.lm_head(h).float().flatten(0, 1), y.flatten(), reduction="none", ignore_index=-100)
+        nats = F.cross_entropy(model.lm_head(h).float().flatten(0, 1), y.flatten(),
+                               reduction="none", ignore_index=-100)
         log_probs.append(-nats.view_as(y).sum(1))
     return torch.cat(log_probs), scored.sum(1)

@@ -26,25 +26,33 @@ __all__ = ['shared_length', 'read_rows', 'continuation_log_probs', 'word_log_pro
 def shared_length(rows: Sequence[Sequence[int]]) -> int:
     """With how many tokens all rows begin alike."""
     first, last = min(rows), max(rows)  # in lexicographic order all other rows lie between these
-    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b),
+                min(len(first), len(last)))
 
 # %% ../../nbs/13_prefix.ipynb #read-rows
-def read_rows(model: nn.Module, rows: Sequence[Sequence[int]], starts: Sequence[int], batch_rows: int = 32,
-              groups: Sequence[int] | None = None, share: bool = True, progress: str = "") -> Iterator[tuple[list[int], Float[Tensor, "n c"]]]:
-    """Yield (numbers of some rows, their hidden states from position starts[i] to the end, one row behind the other).
+def read_rows(model: nn.Module, rows: Sequence[Sequence[int]], starts: Sequence[int],
+              batch_rows: int = 32, groups: Sequence[int] | None = None, share: bool = True,
+              progress: str = "") -> Iterator[tuple[list[int], Float[Tensor, "n c"]]]:
+    """Yield (numbers of some rows, their hidden states from position starts[i] to the end, one row
+    behind the other).
 
-    What the rows of a group have in common is read once; rows of similar length are read together, padded at the right.
+    What the rows of a group have in common is read once; rows of similar length are read together,
+    padded at the right.
 
     Args:
-        model: has `hidden(input_ids, cache=…) -> (hidden, aux)`, `new_cache(batch, max_length)` and `cfg`.
-        groups: rows of one group begin alike, as those behind equally many demonstrations; None is one group.
+        model: has `hidden(input_ids, cache=…) -> (hidden, aux)`, `new_cache(batch, max_length)` and
+            `cfg`.
+        groups: rows of one group begin alike, as those behind equally many demonstrations; None is
+            one group.
         share: False reads every row whole, to compare.
 
     Raises:
         ValueError: a token that the model does not have.
     """
-    if rows and not 0 <= min(map(min, rows)) <= (highest := max(map(max, rows))) < model.cfg.vocab_size:
-        raise ValueError(f"token {highest} is outside the model's 0..{model.cfg.vocab_size - 1}: the tokenizer is another model's")
+    if (rows and not 0 <= min(map(min, rows))
+                     <= (highest := max(map(max, rows))) < model.cfg.vocab_size):
+        raise ValueError(f"token {highest} is outside the model's 0..{model.cfg.vocab_size - 1}: "
+                         "the tokenizer is another model's")
     device, members = next(model.parameters()).device, {}
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         members.setdefault(groups[i] if groups is not None else 0, []).append(i)
@@ -55,56 +63,76 @@ def read_rows(model: nn.Module, rows: Sequence[Sequence[int]], starts: Sequence[
 
     def batches() -> Iterator[tuple[list[int], int, object]]:
         for order in members.values():
-            shared = min(shared_length([rows[i] for i in order]), *(starts[i] for i in order)) if share else 0
+            shared = (min(shared_length([rows[i] for i in order]), *(starts[i] for i in order))
+                      if share else 0)
             prefix = model.new_cache(1, len(rows[order[-1]])) if shared else None
             if shared:
                 read([rows[order[0]][:shared]], prefix)
-            yield from ((order[begin:begin + batch_rows], shared, prefix) for begin in range(0, len(order), batch_rows))
+            yield from ((order[begin:begin + batch_rows], shared, prefix)
+                        for begin in range(0, len(order), batch_rows))
 
-    with evaluating(model), tqdm(total=len(rows), desc=progress, unit="row", disable=not progress, mininterval=5) as bar:
+    with evaluating(model), tqdm(total=len(rows), desc=progress, unit="row", disable=not progress,
+                                 mininterval=5) as bar:
         for part, shared, prefix in batches():
             cache = copy.deepcopy(prefix)
             if shared:
                 cache.select(torch.zeros(len(part), dtype=torch.long, device=device))
             width = len(rows[part[-1]])
             hidden = read([[*rows[i][shared:], *[0] * (width - len(rows[i]))] for i in part], cache)
-            yield part, torch.cat([h[starts[i] - shared:len(rows[i]) - shared] for i, h in zip(part, hidden)])
+            yield part, torch.cat([h[starts[i] - shared:len(rows[i]) - shared]
+                                   for i, h in zip(part, hidden)])
             bar.update(len(part))
 
 # %% ../../nbs/13_prefix.ipynb #log-probs
 def _log_softmax(model: nn.Module, hidden: Float[Tensor, "n c"]) -> Float[Tensor, "n v"]:
     logits = model.lm_head(hidden).float()
     if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights have diverged or are damaged; load an earlier checkpoint")
+        raise ValueError("the model's logits are not finite: its weights have diverged or are "
+                         "damaged; load an earlier checkpoint")
     return logits.log_softmax(-1)
 
 
 @torch.inference_mode()
-def continuation_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequence[int], batch_rows: int = 32,
-                           groups: Sequence[int] | None = None, share: bool = True, progress: str = "", chunk: int = 512) -> np.ndarray:
-    """log p of the tokens rows[i][begins[i]:] given those before, summed, in nats; begins[i] is at least 1."""
+def continuation_log_probs(model: nn.Module, rows: Sequence[Sequence[int]], begins: Sequence[int],
+                           batch_rows: int = 32, groups: Sequence[int] | None = None,
+                           share: bool = True, progress: str = "", chunk: int = 512) -> np.ndarray:
+    """log p of the tokens rows[i][begins[i]:] given those before, summed, in nats; begins[i] is at
+    least 1.
+    """
     found, inputs = np.zeros(len(rows)), [row[:-1] for row in rows]
-    for part, hidden in read_rows(model, inputs, [begin - 1 for begin in begins], batch_rows, groups, share, progress):
+    for part, hidden in read_rows(model, inputs, [begin - 1 for begin in begins], batch_rows,
+                                  groups, share, progress):
         counts = [len(rows[i]) - begins[i] for i in part]
-        targets = torch.tensor([token for i in part for token in rows[i][begins[i]:]], device=hidden.device)
-        picked = torch.cat([_log_softmax(model, h).gather(1, t[:, None]) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+        targets = torch.tensor(
+            [token for i in part for token in rows[i][begins[i]:]], device=hidden.device)
+        picked = torch.cat([_log_softmax(model, h).gather(1, t[:, None])
+                            for h, t in zip(hidden.split(chunk), targets.split(chunk))])
         found[part] = [one.sum().item() for one in picked.cpu().double().split(counts)]
     return found
 
 
 @torch.inference_mode()
-def word_log_probs(model: nn.Module, prompts: Sequence[Sequence[int]], words: Sequence[Sequence[int]], batch_rows: int = 32,
-                   groups: Sequence[int] | None = None, share: bool = True, progress: str = "") -> np.ndarray:
-    """(prompts, words): log p of every word (token ids) behind every prompt, in nats; NaN behind an empty prompt."""
-    found, present = np.full((len(prompts), len(words)), np.nan), [i for i, prompt in enumerate(prompts) if prompt]
-    rows, of_row = [prompts[i] for i in present], [0 if groups is None else groups[i] for i in present]
+def word_log_probs(model: nn.Module, prompts: Sequence[Sequence[int]],
+                   words: Sequence[Sequence[int]], batch_rows: int = 32,
+                   groups: Sequence[int] | None = None, share: bool = True,
+                   progress: str = "") -> np.ndarray:
+    """(prompts, words): log p of every word (token ids) behind every prompt, in nats; NaN behind an
+    empty prompt.
+    """
+    found, present = (np.full((len(prompts), len(words)), np.nan),
+                      [i for i, prompt in enumerate(prompts) if prompt])
+    rows, of_row = ([prompts[i] for i in present],
+                    [0 if groups is None else groups[i] for i in present])
     if all(len(word) == 1 for word in words):
         ids = [word[0] for word in words]
-        for part, hidden in read_rows(model, rows, [len(row) - 1 for row in rows], batch_rows, of_row, share, progress):
-            found[[present[i] for i in part]] = _log_softmax(model, hidden)[:, ids].cpu().double().numpy()
+        for part, hidden in read_rows(model, rows, [len(row) - 1 for row in rows], batch_rows,
+                                      of_row, share, progress):
+            found[[present[i]
+                   for i in part]] = _log_softmax(model, hidden)[:, ids].cpu().double().numpy()
     else:
         tails = [[*row, *word] for row in rows for word in words]
         begins = [len(row) for row in rows for _ in words]
         of_tail = np.repeat(of_row, len(words)).tolist()
-        found[present] = continuation_log_probs(model, tails, begins, batch_rows, of_tail, share, progress).reshape(len(rows), len(words))
+        found[present] = continuation_log_probs(model, tails, begins, batch_rows, of_tail, share,
+                                                progress).reshape(len(rows), len(words))
     return found

@@ -27,16 +27,20 @@ __all__ = ['answer_so_far', 'running_surprise', 'token_log_probs', 'small_encode
 
 # %% ../../nbs/15_verifier_model.ipynb #running-surprise
 def answer_so_far(runs: Int[Tensor, "b t"]) -> Bool[Tensor, "b t s"]:
-    """Whether token s belongs to the part of token t's answer that ends at t. `runs`: an answer's number, 0 for none."""
+    """Whether token s belongs to the part of token t's answer that ends at t. `runs`: an answer's
+    number, 0 for none.
+    """
     return ((runs[:, :, None] == runs[:, None, :]) & (runs[:, None, :] > 0)).tril()
 
 
-def running_surprise(log_p: Float[Tensor, "b t"], runs: Int[Tensor, "b t"]) -> Float[Tensor, "b t 2"]:
+def running_surprise(log_p: Float[Tensor, "b t"],
+                     runs: Int[Tensor, "b t"]) -> Float[Tensor, "b t 2"]:
     """Sum and minimum of log p over the answer so far, at every token; 0 outside of answers.
 
     Args:
         log_p: what the language model gave each token.
-        runs: the number of the answer that a token belongs to, 0 for none; a row may hold several answers.
+        runs: the number of the answer that a token belongs to, 0 for none; a row may hold several
+            answers.
     """
     so_far = answer_so_far(runs)
     values = log_p[:, None, :].expand_as(so_far)
@@ -45,53 +49,66 @@ def running_surprise(log_p: Float[Tensor, "b t"], runs: Int[Tensor, "b t"]) -> F
 
 # %% ../../nbs/15_verifier_model.ipynb #token-log-probs
 def token_log_probs(
-    model: ModernDecoderLM, hidden: Float[Tensor, "b t c"], input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"],
-    chunk_tokens: int = 4096,
+    model: ModernDecoderLM, hidden: Float[Tensor, "b t c"],
+    input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"], chunk_tokens: int = 4096,
 ) -> Float[Tensor, "b t"]:
-    """log p of every token of an answer, given what stands before it; 0 elsewhere. Few logits exist at once."""
+    """log p of every token of an answer, given what stands before it; 0 elsewhere. Few logits exist
+    at once.
+    """
     def chunk(h: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(model.lm_head(h).float(), y, reduction="none")
 
     before, tokens = hidden[:, :-1][answer[:, 1:]], input_ids[:, 1:][answer[:, 1:]]
-    found = [recomputed(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
-             for h, y in zip(before.split(chunk_tokens), tokens.split(chunk_tokens))]
+    found = [
+        recomputed(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
+        for h, y in zip(before.split(chunk_tokens), tokens.split(chunk_tokens))]
     log_p = torch.zeros(answer.shape, device=answer.device)
     log_p[:, 1:] = log_p[:, 1:].masked_scatter(answer[:, 1:], torch.cat(found))
     return log_p
 
 # %% ../../nbs/15_verifier_model.ipynb #small-encoder
 def small_encoder(cfg: ModelConfig, seed: int = 0) -> ModernDecoderLM:
-    """A fresh body for kind="encoder": two layers, at most 64 wide, with the tokens and the context of `cfg`."""
+    """A fresh body for kind="encoder": two layers, at most 64 wide, with the tokens and the context
+    of `cfg`.
+    """
     heads = 2 if min(cfg.width, 64) % 4 == 0 else 1
-    small = replace(cfg, width=min(cfg.width, 64), num_layers=2, num_heads=heads, num_kv_heads=heads,
-                    ffn_width=min(cfg.ffn_width, 192), num_experts=0)
+    small = replace(cfg, width=min(cfg.width, 64), num_layers=2, num_heads=heads,
+                    num_kv_heads=heads, ffn_width=min(cfg.ffn_width, 192), num_experts=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ModernDecoderLM(small)
 
 # %% ../../nbs/15_verifier_model.ipynb #verifier-model
 class VerifierModel(nn.Module):
-    """A language model with a second head: at every token of an answer, the logit of "this answer is right".
+    """A language model with a second head: at every token of an answer, the logit of "this answer
+    is right".
 
-    Source: Cobbe et al. 2021 (2110.14168), section 4.2 and appendix E; the surprise is an addition of this project.
+    Source: Cobbe et al. 2021 (2110.14168), section 4.2 and appendix E; the surprise is an addition
+    of this project.
 
     Args:
-        model: the body, changed by training: a copy of the generator, or of `small_encoder` for kind="encoder".
-        cfg: of it are read kind, surprise, head_dropout and loss_chunk_tokens. An "encoder" reads the mean hidden state
-            of the answer so far and has no surprise, since it is no language model.
+        model: the body, changed by training: a copy of the generator, or of `small_encoder` for
+            kind="encoder".
+        cfg: of it are read kind, surprise, head_dropout and loss_chunk_tokens. An "encoder" reads
+            the mean hidden state of the answer so far and has no surprise, since it is no language
+            model.
     """
 
     def __init__(self, model: ModernDecoderLM, cfg: VerifierConfig):
         super().__init__()
-        self.model, self.chunk_tokens, self.dropout = model, cfg.loss_chunk_tokens, nn.Dropout(cfg.head_dropout)
+        self.model, self.chunk_tokens, self.dropout = (
+            model, cfg.loss_chunk_tokens, nn.Dropout(cfg.head_dropout))
         self.is_encoder = cfg.kind == "encoder"
         if self.is_encoder and not model.cfg.tie_embeddings:
-            model.lm_head.requires_grad_(False)  # an encoder predicts no token; what gets no gradient is not trained
+            # an encoder predicts no token; what gets no gradient is not trained
+            model.lm_head.requires_grad_(False)
         self.head = nn.Linear(model.cfg.width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("calibration", torch.zeros(4))  # weights of head, sum and minimum, and a shift
-        self.surprise = nn.Parameter(torch.zeros(2)) if cfg.surprise and not self.is_encoder else None
+        # weights of head, sum and minimum, and a shift
+        self.register_buffer("calibration", torch.zeros(4))
+        self.surprise = (nn.Parameter(torch.zeros(2)) if cfg.surprise and not self.is_encoder
+                         else None)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -99,9 +116,13 @@ class VerifierModel(nn.Module):
         return self.model.layers
 
     def forward(
-        self, input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None = None,
-    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t 2"], Float[Tensor, "b t"], Float[Tensor, ""]]:
-        """What the head says, the surprise, log p of the answers' tokens (all meant only where `answer`), the routers' loss."""
+        self, input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"],
+        segment_ids: Int[Tensor, "b t"] | None = None,
+    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t 2"],
+               Float[Tensor, "b t"], Float[Tensor, ""]]:
+        """What the head says, the surprise, log p of the answers' tokens (all meant only where
+        `answer`), the routers' loss.
+        """
         hidden, aux = self.model.hidden(input_ids, segment_ids)
         runs = answer * (torch.ones_like(input_ids) if segment_ids is None else segment_ids)
         if self.is_encoder:
@@ -112,16 +133,20 @@ class VerifierModel(nn.Module):
             log_p = token_log_probs(self.model, hidden, input_ids, answer, self.chunk_tokens)
         said = self.head(self.dropout(hidden))[..., 0].float()
         features = running_surprise(log_p.detach(), runs)
-        return said, features if self.surprise is not None else torch.zeros_like(features), log_p, aux
+        return (said, features if self.surprise is not None else torch.zeros_like(features),
+                log_p, aux)
 
     def combine(self, said: Tensor, features: Tensor) -> Tensor:
         """The logit that is trained: the head's word and the weighted surprise."""
         return said if self.surprise is None else said + features @ self.surprise
 
     def weigh(self, said: Tensor, features: Tensor) -> Tensor:
-        """The logit that is reported: weighted as the calibration says, or as trained where there was none yet."""
+        """The logit that is reported: weighted as the calibration says, or as trained where there
+        was none yet.
+        """
         scale, *surprise, shift = self.calibration
-        return said * scale + features @ torch.stack(surprise) + shift if self.calibration.any() else self.combine(said, features)
+        return (said * scale + features @ torch.stack(surprise) + shift if self.calibration.any()
+                else self.combine(said, features))
 
     def score_logits(self, input_ids: Int[Tensor, "b t"], answer: Bool[Tensor, "b t"],
                      segment_ids: Int[Tensor, "b t"] | None = None) -> Float[Tensor, "b t"]:
@@ -130,18 +155,22 @@ class VerifierModel(nn.Module):
 
 # %% ../../nbs/15_verifier_model.ipynb #load-verifier
 def load_verifier(folder: str | Path, device: str | torch.device = "cpu") -> VerifierModel:
-    """The verifier that `save_verifier` wrote, in evaluation mode; its files are checked if the folder has a meta.json.
+    """The verifier that `save_verifier` wrote, in evaluation mode; its files are checked if the
+    folder has a meta.json.
 
     Raises FileNotFoundError if there is no model, or only a model without a verifier's head.
     """
     model = load_model(folder, device)
     folder = Path(folder) if (Path(folder) / "config.json").is_file() else find_folder(folder)
     if not (folder / "verifier.json").is_file():
-        raise FileNotFoundError(f"{folder} holds a language model but no verifier.json: train a verifier with stage=verifier, "
-                                "and give its checkpoint here")
+        raise FileNotFoundError(f"{folder} holds a language model but no verifier.json: train a "
+                                "verifier with stage=verifier, and give its checkpoint here")
     verifier = VerifierModel(model, VerifierConfig(**read_json(folder / "verifier.json")))
-    missing, surplus = verifier.load_state_dict(load_file(folder / "verifier.safetensors"), strict=False)
+    missing, surplus = verifier.load_state_dict(
+        load_file(folder / "verifier.safetensors"), strict=False)
     if surplus or any(not name.startswith("model.") for name in missing):
-        raise ValueError(f"{folder / 'verifier.safetensors'} does not fit verifier.json: missing or surplus "
-                         f"{[*surplus, *(n for n in missing if not n.startswith('model.'))]}; copy the folder again")
+        raise ValueError(
+            f"{folder / 'verifier.safetensors'} does not fit verifier.json: missing or surplus "
+            f"{[*surplus, *(n for n in missing if not n.startswith('model.'))]}; copy the folder "
+            "again")
     return verifier.to(device).eval()

@@ -1,4 +1,6 @@
-"""What a report is made of: the files of a run, read when asked for, and a page of Markdown with pictures. No torch."""
+"""What a report is made of: the files of a run, read when asked for, and a page of Markdown with
+pictures. No torch.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval", "attention")
-MEASURED = ("ledger.csv", "contamination.csv", "clean_scores.csv", "verifier_mistakes.json", "baseline_comparison.json")
-EVAL_FILES = (*MEASURED, "stage_gains.csv", "stage_ledger.csv", "comparison_table.csv", "task_metrics.json", "gsm8k_analysis.json",
-              "base_eval.json", "sft_eval.json", "dpo_eval.json", "verifier_eval.json")  # the others follow from the ledger
+MEASURED = ("ledger.csv", "contamination.csv", "clean_scores.csv", "verifier_mistakes.json",
+            "baseline_comparison.json")
+EVAL_FILES = (*MEASURED, "stage_gains.csv", "stage_ledger.csv", "comparison_table.csv",
+              "task_metrics.json", "gsm8k_analysis.json", "base_eval.json", "sft_eval.json",
+              "dpo_eval.json", "verifier_eval.json")  # the others follow from the ledger
 
 
 class ReportError(ValueError):
     """The report cannot be written. The message names the value, the place and the remedy."""
 
 
-# ---- Markdown --------------------------------------------------------------------------------------------------------
+# ---- Markdown ------------------------------------------------------------------------------------
 
 
 def number(value: object) -> str:
-    """Three decimals, fewer of large numbers, thousands apart; what is not a number, as it is; nothing for None."""
+    """Three decimals, fewer of large numbers, thousands apart; what is not a number, as it is;
+    nothing for None.
+    """
     if value is None or value != value:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -43,16 +49,21 @@ def number(value: object) -> str:
 
 
 def interval(row: dict) -> str:
-    """`0.397 [0.388, 0.406]`, or the value alone; of a single item the resampled interval would say nothing."""
+    """`0.397 [0.388, 0.406]`, or the value alone; of a single item the resampled interval would say
+    nothing.
+    """
     low, high = row.get("low"), row.get("high")
     if row.get("n") == 1 and low == high is not None:
         return f"{number(row.get('value'))} (n = 1)"
     known = low is not None and high is not None and low == low and high == high
-    return f"{number(row.get('value'))} [{number(low)}, {number(high)}]" if known else number(row.get("value"))
+    return (f"{number(row.get('value'))} [{number(low)}, {number(high)}]" if known
+            else number(row.get("value")))
 
 
 def measured(rows: Iterable[dict]) -> pd.DataFrame:
-    """Rows as a table to draw from: what is not known of value, low and high is NaN, even where nothing is."""
+    """Rows as a table to draw from: what is not known of value, low and high is NaN, even where
+    nothing is.
+    """
     import pandas as pd
 
     table = pd.DataFrame(list(rows))
@@ -65,13 +76,15 @@ def markdown_table(rows: Iterable[dict], columns: Sequence[str] | None = None) -
     columns = list(columns or dict.fromkeys(name for row in rows for name in row))
     cell = lambda value: number(value).replace("|", "\\|").replace("\n", " ⏎ ")
     lines = ["| " + " | ".join(map(cell, columns)) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows])
+    return "\n".join(
+        lines + ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows])
 
 
 def measures(table: Iterable[dict]) -> str:
     """A stage's own table: metric, value with interval, n, protocol."""
-    return markdown_table([{"metric": row["metric"], "value [95% interval]": interval(row), "n": row.get("n"),
-                            "protocol": row.get("protocol", "")} for row in table])
+    return markdown_table([{"metric": row["metric"], "value [95% interval]": interval(row),
+                            "n": row.get("n"), "protocol": row.get("protocol", "")}
+                           for row in table])
 
 
 def folded(summary: str, text: str) -> str:
@@ -86,7 +99,7 @@ def text_block(pairs: Iterable[tuple[str, object]], longest: int = 600) -> str:
     return "```text\n" + body.replace("```", "'''") + "\n```"
 
 
-# ---- the files of a run ----------------------------------------------------------------------------------------------
+# ---- the files of a run --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -134,15 +147,19 @@ class Run:
         named = [config.get("data", {}).get("sources", [])]
         for stage in self.results:
             section = config.get(stage, {})
-            found = [section[key] for key in ("sources", "problems", "sentiment", "protocol_sources") if section.get(key)]
+            found = [
+                section[key] for key in ("sources", "problems", "sentiment", "protocol_sources")
+                if section.get(key)]
             named += [value if isinstance(value, list) else [value] for value in found]
-        return list(dict.fromkeys(name for names in named for name in names if name != "text"))  # "text": data.sources
+        # "text": data.sources
+        return list(dict.fromkeys(name for names in named for name in names if name != "text"))
 
     def command(self, stage: str, preset: str = "") -> str:
         """The command that runs this stage as it was run, or would be."""
         given = self.params.get(stage, {})
         preset = str(given.get("preset") or preset or self.preset)
-        words = ["modern-llm", "run", "--preset", preset, "--run", self.folder.name, "--stage", stage]
+        words = ["modern-llm", "run", "--preset", preset, "--run", self.folder.name,
+                 "--stage", stage]
         for name in ("checkpoint", "output_dir", "max_steps"):
             if given.get(name) not in (None, ""):
                 words += [f"--{name.replace('_', '-')}", self._from_the_checkout(str(given[name]))]
@@ -152,7 +169,9 @@ class Run:
         return shlex.join(words)
 
     def _from_the_checkout(self, value: str) -> str:
-        """A path beside this run's folder, as one writes it where runs/ lies: another machine has another root."""
+        """A path beside this run's folder, as one writes it where runs/ lies: another machine has
+        another root.
+        """
         root = self.folder.resolve().parent.parent
         return str(Path(value).relative_to(root)) if Path(value).is_relative_to(root) else value
 
@@ -170,14 +189,17 @@ class Run:
 
     def sources_of_the_report(self) -> list[Path]:
         """The files a report is made from."""
-        names = [f"{stage}/{name}" for stage in STAGES for name in ("params.json", "metrics.jsonl", "results.json")]
+        names = [f"{stage}/{name}" for stage in STAGES
+                 for name in ("params.json", "metrics.jsonl", "results.json")]
         paths = [self.folder / name for name in [*names, *(f"eval/{name}" for name in EVAL_FILES)]]
         return [path for path in paths if path.is_file()]
 
 
 @dataclass
 class Page:
-    """A report in the making: its run, where its pictures go, how the text calls them, and the text so far."""
+    """A report in the making: its run, where its pictures go, how the text calls them, and the text
+    so far.
+    """
 
     run: Run
     pictures: Path
@@ -189,7 +211,8 @@ class Page:
         self.parts += [text for text in texts if text]
 
     def picture(self, name: str, draw: Callable, *arguments, caption: str = "", **options) -> None:
-        """Draw a figure into the pictures' folder and show it; nothing if there is nothing to draw."""
+        """Draw a figure into the pictures' folder and show it; nothing if there is nothing to draw.
+        """
         if draw(*arguments, self.pictures / name, **options) is not None:
             self.add(f"![{caption or name}]({self.link}/{name})", f"*{caption}*" if caption else "")
 
@@ -211,6 +234,7 @@ class Page:
             real = [name for name in names if name not in made_up]
             text = f"**Synthetic data:** {', '.join(f'`{name}`' for name in made_up)}"
             if not short:
-                text += (" are written by a program, with known answers: numbers on them say what the method does, not how the "
-                         "model fares on human text")
-            self.add(f"> {text}." + (f" Real data: {', '.join(f'`{name}`' for name in real)}." if real else ""))
+                text += (" are written by a program, with known answers: numbers on them say what "
+                         "the method does, not how the model fares on human text")
+            self.add(f"> {text}."
+                     + (f" Real data: {', '.join(f'`{name}`' for name in real)}." if real else ""))

@@ -22,7 +22,8 @@ def summarise_seeds(runs: list[Path]) -> pd.DataFrame:
         stage, task, metric, median, low, high, runs (how many have it), values (one per run).
 
     Raises:
-        ReportError: fewer than two runs, two of the same seed, different presets, or other settings that differ.
+        ReportError: fewer than two runs, two of the same seed, different presets, or other settings
+            that differ.
     """
     import pandas as pd
 
@@ -33,17 +34,21 @@ def summarise_seeds(runs: list[Path]) -> pd.DataFrame:
     rows = [row for run in found for row in summarise(run)]
     table = pd.DataFrame(rows, columns=["stage", "task", "metric", "value"]).dropna(subset="value")
     grouped = table.groupby(["stage", "task", "metric"], sort=False).value
-    return grouped.agg(median="median", low="min", high="max", runs="size", values=list).reset_index()
+    return (
+        grouped.agg(median="median", low="min", high="max", runs="size", values=list).reset_index())
 
 
 def summarise(run: Run) -> list[dict]:
     """Every measure of one run: stage, task, metric, value."""
-    rows = [{"stage": stage, "task": "", "metric": "minutes", "value": entry.get("seconds", 0) / 60} for stage, entry in run.stages.items()]
+    rows = [{"stage": stage, "task": "", "metric": "minutes", "value": entry.get("seconds", 0) / 60}
+            for stage, entry in run.stages.items()]
     for stage, results in run.results.items():
         if stage != "eval":
-            rows += [{"stage": stage, "task": "own table", "metric": row["metric"], "value": row["value"]} for row in results.get("table", [])]
+            rows += [{"stage": stage, "task": "own table", "metric": row["metric"],
+                      "value": row["value"]} for row in results.get("table", [])]
     ledger = run.frame("eval/ledger.csv")
-    return rows + (ledger[["stage", "task", "metric", "value"]].to_dict("records") if len(ledger) else [])
+    return rows + (ledger[["stage", "task", "metric", "value"]].to_dict("records")
+                   if len(ledger) else [])
 
 
 def not_comparable(runs: Sequence[Run]) -> str:
@@ -55,35 +60,40 @@ def not_comparable(runs: Sequence[Run]) -> str:
             return f"summarise_seeds: {run.folder} has no run.json; give folders of runs"
     seeds = [run.record.get("seed") for run in runs]
     if len(set(seeds)) < len(seeds):
-        return (f"summarise_seeds: seeds {seeds} of {[run.folder.name for run in runs]} are not all different; "
-                "leave one of the same seed out")
+        return (f"summarise_seeds: seeds {seeds} of {[run.folder.name for run in runs]} are not "
+                "all different; leave one of the same seed out")
     first = _recipe(runs[0])
     for run in runs[1:]:
         other = _recipe(run)
         differing = [name for name in first.keys() & other.keys() if first[name] != other[name]]
         if differing:
-            return (f"summarise_seeds: runs {runs[0].folder.name!r} and {run.folder.name!r} differ in "
-                    f"{', '.join(sorted(differing))}, not only in their seed; leave one out")
+            return (f"summarise_seeds: runs {runs[0].folder.name!r} and {run.folder.name!r} differ "
+                    f"in {', '.join(sorted(differing))}, not only in their seed; leave one out")
     return ""
 
 
 def _recipe(run: Run) -> dict[str, str]:
-    """The settings of the stages that ran, but for the seed and what follows from the machine's memory."""
+    """The settings of the stages that ran, but for the seed and what follows from the machine's
+    memory.
+    """
     config = json.loads(json.dumps(run.record.get("config", {})))
     for section in config.values():
         if isinstance(section, dict):
             section.pop("micro_batch_size", None)
     kept = {"name", "model", "data", *run.results}
-    return {name: json.dumps(value, sort_keys=True) for name, value in config.items() if name in kept}
+    return {name: json.dumps(value, sort_keys=True)
+            for name, value in config.items() if name in kept}
 
 
 def runs_of_other_seeds(run: str, runs: Path) -> list[Run]:
-    """`run` and its siblings `<run>-seed…` that have results and the same settings, by seed; of one seed the first only.
+    """`run` and its siblings `<run>-seed…` that have results and the same settings, by seed; of one
+    seed the first only.
 
     A sibling that cannot be read is left out, and a line says so.
     """
     stem = re.sub(r"-seed\d+$", "", run)
-    siblings = sorted(path.name for path in runs.glob(f"{stem}-seed*") if path.name.removeprefix(f"{stem}-seed").isdigit())
+    siblings = sorted(path.name for path in runs.glob(f"{stem}-seed*")
+                      if path.name.removeprefix(f"{stem}-seed").isdigit())
     names = [run, stem, *siblings]
     kept: list[Run] = []
     for name in dict.fromkeys(names):
@@ -95,5 +105,6 @@ def runs_of_other_seeds(run: str, runs: Path) -> list[Run]:
         except (ReportError, AttributeError, KeyError, TypeError, ValueError) as error:
             if name == run:
                 raise
-            print(f"{name} is left out of the report across seeds: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{name} is left out of the report across seeds: {type(error).__name__}: {error}",
+                  file=sys.stderr)
     return sorted(kept, key=lambda one: one.record.get("seed", 0))

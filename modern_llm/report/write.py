@@ -1,7 +1,9 @@
-"""`report/<run>_report.md` from the files of a run and nothing else: the same files give the same text.
+"""`report/<run>_report.md` from the files of a run and nothing else: the same files give the same
+text.
 
-A plain module without torch, so that a report can be written on a machine that could not train. A section whose stage
-has not run says so, with the command that fills it. Nothing that is there is overwritten.
+A plain module without torch, so that a report can be written on a machine that could not train. A
+section whose stage has not run says so, with the command that fills it. Nothing that is there is
+overwritten.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modern_llm.config import ModelConfig
-from modern_llm.models.counts import flops_per_token, parameter_count
-from modern_llm.files import write_text
 from modern_llm.config import override
+from modern_llm.files import write_text
+from modern_llm.models.counts import flops_per_token, parameter_count
 from modern_llm.report.evaluation import (
     baselines, contamination, perplexities, results, sentiment, stage_gains, verifier,
 )
@@ -28,15 +30,17 @@ from modern_llm.report.page import (
 )
 from modern_llm.report.seeds import not_comparable, runs_of_other_seeds, summarise_seeds
 
-TITLES = {"pretrain": "Pretraining", "sft": "Instruction tuning (SFT)", "dpo": "Preference optimisation (DPO)",
-          "verifier": "Verifier", "eval": "Evaluation", "attention": "Attention"}
+TITLES = {"pretrain": "Pretraining", "sft": "Instruction tuning (SFT)",
+          "dpo": "Preference optimisation (DPO)", "verifier": "Verifier", "eval": "Evaluation",
+          "attention": "Attention"}
 # What is shown of a stage in one line: the first metric of its table that begins so.
-HEADLINES = {"pretrain": ("bits per byte",), "sft": ("ends by itself and parses", "instruction exact match, SFT"),
-             "dpo": ("preference accuracy, after",), "verifier": ("within-problem AUC",), "eval": (),
-             "attention": ("induction, best head",)}
+HEADLINES = {"pretrain": ("bits per byte",),
+             "sft": ("ends by itself and parses", "instruction exact match, SFT"),
+             "dpo": ("preference accuracy, after",), "verifier": ("within-problem AUC",),
+             "eval": (), "attention": ("induction, best head",)}
 
 
-# ---- sections --------------------------------------------------------------------------------------------------------
+# ---- sections ------------------------------------------------------------------------------------
 
 
 def model_of(run: Run) -> ModelConfig | None:
@@ -48,7 +52,9 @@ def model_of(run: Run) -> ModelConfig | None:
 def headline(run: Run, stage: str) -> str:
     """The stage's most telling figure."""
     rows = run.results.get(stage, {}).get("table", [])
-    found = next((row for start in HEADLINES[stage] for row in rows if row["metric"].startswith(start)), None)
+    found = next(
+        (row for start in HEADLINES[stage] for row in rows if row["metric"].startswith(start)), None
+    )
     if stage == "eval" and stage in run.results:
         return f"{len(run.frame('eval/ledger.csv')) or len(rows)} measures"
     return f"{found['metric']}: {interval(found)}" if found else ""
@@ -61,8 +67,9 @@ def summary(page: Page) -> None:
     cfg = model_of(run)
     size = f"{parameter_count(cfg)['total']:,} parameters" if cfg else "unknown size"
     page.add(f"# Report of the run `{run.folder.name}`",
-             f"Preset `{run.preset}`, {size}, seed {record.get('seed', 'unknown')}; {len(run.results)} of {len(STAGES)} stages "
-             f"finished, {seconds / 60:.1f} minutes in all{f', begun {min(started)}' if started else ''}.")
+             f"Preset `{run.preset}`, {size}, seed {record.get('seed', 'unknown')}; "
+             f"{len(run.results)} of {len(STAGES)} stages finished, {seconds / 60:.1f} minutes in "
+             f"all{f', begun {min(started)}' if started else ''}.")
     page.origin(short=False)
 
 
@@ -71,14 +78,16 @@ def pipeline(page: Page) -> None:
     rows = []
     for stage in STAGES:
         entry, results = page.run.stages.get(stage, {}), page.run.results.get(stage, {})
-        rows.append({"stage": stage, "status": entry.get("status", "not run"), "steps": results.get("steps"),
-                     "tokens": results.get("tokens"), "minutes": entry["seconds"] / 60 if "seconds" in entry else None,
+        rows.append({"stage": stage, "status": entry.get("status", "not run"),
+                     "steps": results.get("steps"), "tokens": results.get("tokens"),
+                     "minutes": entry["seconds"] / 60 if "seconds" in entry else None,
                      "ended by": results.get("ended_by"), "headline": headline(page.run, stage)})
     page.add(markdown_table(rows))
     for stage in STAGES:
         status = page.run.stages.get(stage, {}).get("status")
         if stage not in page.run.results:
-            page.add(f"`{stage}` {'was not run' if not status else f'is {status}'}: `{page.run.command(stage)}`")
+            page.add(f"`{stage}` {'was not run' if not status else f'is {status}'}: "
+                     f"`{page.run.command(stage)}`")
 
 
 def architecture(page: Page) -> None:
@@ -90,21 +99,25 @@ def architecture(page: Page) -> None:
         page.add("`run.json` holds no settings of a model.")
         return
     counts = parameter_count(cfg)
-    kind = f"mixture of {cfg.num_experts} experts, {cfg.experts_per_token} a token" if cfg.num_experts else "SwiGLU"
+    kind = (f"mixture of {cfg.num_experts} experts, {cfg.experts_per_token} a token"
+            if cfg.num_experts else "SwiGLU")
     page.add(markdown_table([{"": name, "value": value} for name, value in {
         "kind": "decoder-only transformer, RMSNorm before each branch, rotary positions",
         "layers × width": f"{cfg.num_layers} × {cfg.width}",
-        "attention": f"{cfg.num_heads} heads of {cfg.head_width} channels, {cfg.num_kv_heads} key/value groups"
-                     + (", QK-norm" if cfg.use_qk_norm else "") + (", learned sinks" if cfg.use_attention_sinks else "")
+        "attention": f"{cfg.num_heads} heads of {cfg.head_width} channels, {cfg.num_kv_heads} "
+                     "key/value groups" + (", QK-norm" if cfg.use_qk_norm else "")
+                     + (", learned sinks" if cfg.use_attention_sinks else "")
                      + (f", window {cfg.sliding_window}" if cfg.sliding_window else ""),
         "feed-forward": f"{kind}, hidden width {cfg.ffn_width}",
-        "vocabulary": f"{cfg.vocab_size:,}, embedding {'tied to' if cfg.tie_embeddings else 'apart from'} the head",
+        "vocabulary": f"{cfg.vocab_size:,}, embedding "
+                      f"{'tied to' if cfg.tie_embeddings else 'apart from'} the head",
         "context": f"{cfg.context_length:,} tokens",
         "parameters": f"{counts['total']:,}, {counts['active']:,} of them work on a token",
         "training FLOPs per token": f"{flops_per_token(cfg):.2e}",
     }.items()]))
     parts = {name: count for name, count in counts.items() if name not in ("total", "active")}
-    page.picture("parameters.png", report_figures.parameters, parts, caption="Where the parameters are.")
+    page.picture("parameters.png", report_figures.parameters, parts,
+                 caption="Where the parameters are.")
 
 
 def data(page: Page) -> None:
@@ -135,11 +148,14 @@ def training(page: Page) -> None:
             page.picture("dpo_preferences.png", report_figures.preference_curves, metrics,
                          caption="Dots: held-out pairs; lines: training batches.")
         floor = results.get("floor")
-        page.picture(f"{stage}.png", report_figures.curves, metrics, floor=floor,
-                     caption="Training and held-out loss against tokens."
-                             + (" Dashed: the entropy floor, below which no model's expected loss lies." if floor else ""))
+        page.picture(
+            f"{stage}.png", report_figures.curves, metrics, floor=floor,
+            caption="Training and held-out loss against tokens."
+                    + (" Dashed: the entropy floor, below which no model's expected loss lies."
+                       if floor else ""))
         if "alarms" in results:
-            raised = [f"**{a.get('alarm')}** at step {number(a.get('step'))} ({a.get('detail')})" for a in results["alarms"]]
+            raised = [f"**{a.get('alarm')}** at step {number(a.get('step'))} ({a.get('detail')})"
+                      for a in results["alarms"]]
             page.add(f"Alarms: {'; '.join(raised) or 'none'}.")
         page.add(measures(results.get("table", [])))
         if results.get("variants"):
@@ -171,15 +187,18 @@ def attention(page: Page) -> None:
         there.append(path.name)
     page.add("\n".join(f"* {sentence}" for sentence in found.get("observations", [])))
     if found.get("roles"):
-        rules = [f"{role} ({name} ≥ {threshold:g})" for role, (name, threshold) in found["roles"].items()]
+        rules = [f"{role} ({name} ≥ {threshold:g})"
+                 for role, (name, threshold) in found["roles"].items()]
         page.add(f"Roles by threshold: {', '.join(rules)}; a head that reaches none is mixed.")
     if "attention_heads.png" in there:
-        page.add(f"![heads]({page.link}/attention_heads.png)", "*Every square is a head; dark is 1.*")
+        page.add(f"![heads]({page.link}/attention_heads.png)",
+                 "*Every square is a head; dark is 1.*")
     for name in found.get("examples", {}):
         files = [f"attention_{kind}_{name.replace(', ', '_')}.png" for kind in ("keys", "maps")]
         shown = [f"![{name}]({page.link}/{file})" for file in files if file in there]
         if shown:
-            page.add(folded(f"{name}: the head that reads the key words most, and all heads", " ".join(shown)))
+            page.add(folded(f"{name}: the head that reads the key words most, and all heads",
+                            " ".join(shown)))
     if found.get("heads"):
         page.add(folded("The table of heads", markdown_table(found["heads"])))
     page.add(measures(found.get("table", [])))
@@ -189,8 +208,9 @@ def across_seeds(page: Page) -> None:
     page.add("## Across seeds")
     if len(page.seeds) < 2:
         seed = page.run.record.get("seed", 0)
-        page.add("**Not run: one seed only.** Intervals elsewhere in this report are over held-out items. For another seed: "
-                 f"`modern-llm run --preset {shlex.quote(page.run.preset)} --run {page.run.folder.name}-seed{seed + 1} "
+        page.add("**Not run: one seed only.** Intervals elsewhere in this report are over "
+                 "held-out items. For another seed: `modern-llm run --preset "
+                 f"{shlex.quote(page.run.preset)} --run {page.run.folder.name}-seed{seed + 1} "
                  f"--stage all -p seed={seed + 1}`, then write the report again.")
         return
     table = summarise_seeds([run.folder for run in page.seeds])
@@ -198,8 +218,9 @@ def across_seeds(page: Page) -> None:
     named = [f"`{run.folder.name}` (seed {run.record.get('seed')})" for run in page.seeds]
     page.add(f"Median and range of {len(named)} runs: {', '.join(named)}.")
     kept = table[~table.metric.str.contains(r"level \d|error, |-shot, ", regex=True)]
-    rows = [{"stage": row["stage"], "task": row["task"], "metric": row["metric"], "median": row["median"],
-             "range": f"{number(row['low'])} … {number(row['high'])}", "runs": row["runs"]} for row in kept.to_dict("records")]
+    rows = [{"stage": row["stage"], "task": row["task"], "metric": row["metric"],
+             "median": row["median"], "range": f"{number(row['low'])} … {number(row['high'])}",
+             "runs": row["runs"]} for row in kept.to_dict("records")]
     page.add(markdown_table(rows))
 
 
@@ -208,12 +229,17 @@ def reproduce(page: Page) -> None:
     commit = record.get("git_commit", "unknown")
     lines = [f"git checkout {commit.removesuffix('+changes')}"] if commit != "unknown" else []
     lines += [run.command(stage) for stage in STAGES if stage in run.params]
-    lines.append(f"modern-llm run --preset {shlex.quote(run.preset)} --run {run.folder.name} --stage report")
-    page.add("## Commands", "Stage by stage, exactly as it was run:", "```bash\n" + "\n".join(lines) + "\n```")
+    lines.append(
+        f"modern-llm run --preset {shlex.quote(run.preset)} --run {run.folder.name} --stage report")
+    page.add("## Commands", "Stage by stage, exactly as it was run:",
+             "```bash\n" + "\n".join(lines) + "\n```")
     if commit.endswith("+changes"):
-        page.add("The tree had changes that were not committed: the commit alone does not give this run back.")
-    machine = {"commit": commit, "device": f"{record.get('device', '')} ({record.get('device_name', '')})",
-               **{name: record.get(name) for name in ("threads", "platform", "seed")}, **record.get("versions", {})}
+        page.add("The tree had changes that were not committed: the commit alone does not give "
+                 "this run back.")
+    machine = {"commit": commit,
+               "device": f"{record.get('device', '')} ({record.get('device_name', '')})",
+               **{name: record.get(name) for name in ("threads", "platform", "seed")},
+               **record.get("versions", {})}
     page.add("## Hardware, versions, seed", "Of the stage that ran last.",
              markdown_table({"": name, "value": value} for name, value in machine.items()))
 
@@ -225,15 +251,19 @@ def cost(page: Page) -> None:
     cfg, rows, device = model_of(page.run), [], page.run.record.get("device", "cpu")
     unit = "GPU minutes" if device.startswith("cuda") else "CPU minutes (threads × minutes)"
     threads = 1 if device.startswith("cuda") else page.run.record.get("threads") or 1
-    ranks = page.run.record.get("config", {}).get("hardware", {}).get("ranks", 1)  # of the stages that train
+    # of the stages that train
+    ranks = page.run.record.get("config", {}).get("hardware", {}).get("ranks", 1)
     for stage in STAGES:
-        seconds, found = page.run.stages.get(stage, {}).get("seconds"), page.run.results.get(stage, {})
+        seconds, found = (page.run.stages.get(stage, {}).get("seconds"),
+                          page.run.results.get(stage, {}))
         if seconds is None:
             continue
         tokens = found.get("tokens")
         trained = found.get("train_seconds")
-        rows.append({"stage": stage, "minutes": seconds / 60, "of them training": trained / 60 if trained else None,
-                     unit: seconds / 60 * threads * (ranks if trained else 1), "tokens": tokens, "tokens/s": found.get("tokens_per_s"),
+        rows.append({"stage": stage, "minutes": seconds / 60,
+                     "of them training": trained / 60 if trained else None,
+                     unit: seconds / 60 * threads * (ranks if trained else 1), "tokens": tokens,
+                     "tokens/s": found.get("tokens_per_s"),
                      "training FLOPs": tokens * flops_per_token(cfg) if tokens and cfg else None})
     if not rows:
         page.add("No stage has run.")
@@ -244,20 +274,23 @@ def cost(page: Page) -> None:
     rows.append({"stage": "all", **{name: sum(row[name] or 0 for row in rows) for name in summed}})
     for row in rows:
         row["training FLOPs"] = row["training FLOPs"] and f"{row['training FLOPs']:.2e}"
-    page.add(markdown_table(rows), "FLOPs are the closed form of chapter 11, 3 × the forward pass per token.")
+    page.add(markdown_table(rows),
+             "FLOPs are the closed form of chapter 11, 3 × the forward pass per token.")
 
 
 def provenance(page: Page) -> None:
-    files = [{"file": str(path.relative_to(page.run.folder)), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+    files = [{"file": str(path.relative_to(page.run.folder)),
+              "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
              for path in page.run.sources_of_the_report()]
     page.add("## Made from", folded(f"{len(files)} files", markdown_table(files)))
 
 
-SECTIONS = (summary, pipeline, results, stage_gains, verifier, across_seeds, perplexities, sentiment, contamination, baselines, training,
-            samples, attention, architecture, data, cost, reproduce, provenance)
+SECTIONS = (summary, pipeline, results, stage_gains, verifier, across_seeds, perplexities,
+            sentiment, contamination, baselines, training, samples, attention, architecture, data,
+            cost, reproduce, provenance)
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 LINK = "@figures@"  # stands for the pictures' folder until the report has a name
 
@@ -271,7 +304,9 @@ def render(run: Run, pictures: Path, link: str, seeds: list[Run]) -> str:
 
 
 def publish_results(run: Run, folder: Path) -> None:
-    """Copy the numbers behind a report beside it: each stage's results.json, and what the evaluation measured."""
+    """Copy the numbers behind a report beside it: each stage's results.json, and what the
+    evaluation measured.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for stage in run.results:
         shutil.copyfile(run.folder / stage / "results.json", folder / f"{stage}.json")
@@ -280,15 +315,17 @@ def publish_results(run: Run, folder: Path) -> None:
             shutil.copyfile(path, folder / name)
 
 
-def write_report(run: str, runs: Path, out: Path, force: bool = False, seeds: Sequence[str] = ()) -> Path:
-    """Write `out`/<run>_report.md, its pictures to `out`/figures/<run>/ and its numbers to `out`/results/<run>/.
+def write_report(run: str, runs: Path, out: Path, force: bool = False,
+                 seeds: Sequence[str] = ()) -> Path:
+    """Write `out`/<run>_report.md, its pictures to `out`/figures/<run>/ and its numbers to
+    `out`/results/<run>/.
 
     Args:
         run: name of the run.
         runs: the folder that holds it.
         out: where reports are kept.
-        force: overwrite the report that is there. Without it a report that would say the same is kept, and another one
-            gets the time in its name.
+        force: overwrite the report that is there. Without it a report that would say the same is
+            kept, and another one gets the time in its name.
         seeds: names of runs to summarise as seeds of one recipe; those named <run>-seed… if empty.
 
     Returns:
@@ -301,7 +338,8 @@ def write_report(run: str, runs: Path, out: Path, force: bool = False, seeds: Se
     found = Run(runs / run)
     if not found.record:
         there = sorted(path.parent.name for path in runs.glob("*/run.json"))
-        raise ReportError(f"run {run!r}: {found.folder} has no run.json; the runs in {runs} are {', '.join(there) or 'none'}")
+        raise ReportError(f"run {run!r}: {found.folder} has no run.json; the runs in {runs} are "
+                          f"{', '.join(there) or 'none'}")
     siblings = [Run(runs / name) for name in seeds]
     if seeds and (why := not_comparable(siblings)):
         raise ReportError(why)
@@ -320,11 +358,14 @@ def write_report(run: str, runs: Path, out: Path, force: bool = False, seeds: Se
                 write_text(path, text.replace(LINK, f"figures/{run}{ending}"))
             return path
     except OSError as error:
-        raise ReportError(f"cannot write the report to {out}: {error.strerror}; choose another output folder") from error
+        raise ReportError(f"cannot write the report to {out}: {error.strerror}; choose another "
+                          "output folder") from error
 
 
 def free_ending(run: str, out: Path, text: str) -> str | None:
-    """What to add to the names of a report so that none is overwritten; None if the one that is there says the same."""
+    """What to add to the names of a report so that none is overwritten; None if the one that is
+    there says the same.
+    """
     path = out / f"{run}_report.md"
     if not path.is_file():
         return ""

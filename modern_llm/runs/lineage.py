@@ -1,4 +1,6 @@
-"""What a stage starts from: earlier checkpoints of its run, or a model given by hand. Imports no torch."""
+"""What a stage starts from: earlier checkpoints of its run, or a model given by hand. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,15 @@ def own_checkpoint(run_folder: Path, stage: str) -> Path | None:
 
 
 def own_inputs(stage: str, run_folder: Path) -> dict[str, Path]:
-    """The checkpoints of earlier stages of the same run that the stage starts from or judges; empty if there are none."""
+    """The checkpoints of earlier stages of the same run that the stage starts from or judges; empty
+    if there are none.
+    """
     there = {name: folder for name in FIRST_OF.get(stage, ALL_OF.get(stage, ()))
              if (folder := own_checkpoint(run_folder, name))}
     if stage in FIRST_OF:
         return dict(list(there.items())[:1])
-    if "sft" in there and "pretrain" not in there:  # a run that began at SFT: its base is what it was given
+    # a run that began at SFT: its base is what it was given
+    if "sft" in there and "pretrain" not in there:
         made_from = read_record(run_folder / "sft" / "params.json").get("inputs", {})
         given = made_from.get("checkpoint") or made_from.get("pretrain")
         if given and is_model(Path(given["path"])):
@@ -37,31 +42,38 @@ def own_inputs(stage: str, run_folder: Path) -> dict[str, Path]:
 
 
 def found_inputs(stage: str, run_folder: Path, config: PipelineConfig) -> dict[str, Path]:
-    """`own_inputs`, or the third-party model that the preset starts from. StageError says how to get that."""
+    """`own_inputs`, or the third-party model that the preset starts from. StageError says how to
+    get that.
+    """
     own = own_inputs(stage, run_folder)
     if own or stage == "pretrain" or not config.start_from:
         return own
     try:
         return {"checkpoint": find_checkpoint(hub.find_model(config.start_from))}
     except FileNotFoundError as error:
-        raise StageError(f"preset {config.name!r} starts from a model instead of pretraining, and it is not here: {error}; or name a folder "
-                         "with --checkpoint PATH (in a notebook, checkpoint = \"PATH\")") from error
+        raise StageError(f"preset {config.name!r} starts from a model instead of pretraining, and "
+                         f"it is not here: {error}; or name a folder with --checkpoint PATH (in a "
+                         "notebook, checkpoint = \"PATH\")") from error
 
 
 def start_of(inputs: dict[str, Path]) -> Path | None:
-    """The checkpoint to start from: the one given by hand, else of the last stage that made a language model."""
+    """The checkpoint to start from: the one given by hand, else of the last stage that made a
+    language model.
+    """
     return next((inputs[name] for name in ("checkpoint", *GENERATORS) if name in inputs), None)
 
 
 def described(inputs: dict[str, Path]) -> dict[str, dict[str, str]]:
     """Path and digest of every input, as they go into `params.json`."""
-    return {name: {"path": str(folder), "sha256": weights_digest(folder)} for name, folder in inputs.items()}
+    return {name: {"path": str(folder), "sha256": weights_digest(folder)}
+            for name, folder in inputs.items()}
 
 
 def no_inputs(stage: str, run_folder: Path, preset: str) -> StageError:
     """The error of a stage that has nothing to start from."""
     needs = BASES[stage][-1] if stage != "attention" else "pretrain"
     return StageError(
-        f"stage {stage} starts from an earlier checkpoint, and {run_folder} has none: no finished stage "
-        f"{' or '.join(FIRST_OF.get(stage, GENERATORS))}. Run `modern-llm run --preset {preset} --run {run_folder.name} --stage "
-        f"{needs}` first, or `--stage all`, or give a checkpoint: --checkpoint PATH (in a notebook, checkpoint = \"PATH\").")
+        f"stage {stage} starts from an earlier checkpoint, and {run_folder} has none: no finished "
+        f"stage {' or '.join(FIRST_OF.get(stage, GENERATORS))}. Run `modern-llm run --preset "
+        f"{preset} --run {run_folder.name} --stage {needs}` first, or `--stage all`, or give a "
+        "checkpoint: --checkpoint PATH (in a notebook, checkpoint = \"PATH\").")

@@ -1,6 +1,8 @@
-"""What a stage is told: its parameters, refused when they are wrong, and the config and the folder that they come to.
+"""What a stage is told: its parameters, refused when they are wrong, and the config and the folder
+that they come to.
 
-Shared by the stages, which get them from papermill, and the pipeline, which gets them from the command line. Imports no torch.
+Shared by the stages, which get them from papermill, and the pipeline, which gets them from the
+command line. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,22 +15,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modern_llm.config import ConfigError, PipelineConfig, nearest
+from modern_llm.config import override, parse_overrides
+from modern_llm.config import get_pipeline_preset
 from modern_llm.files import CHECKOUT
 from modern_llm.messages import StageError
 from modern_llm.runs.locks import owner_of
-from modern_llm.config import override, parse_overrides
-from modern_llm.config import get_pipeline_preset
 from modern_llm.runs.resume import begun, changed_settings, params_of, run_record
 
-LONGEST_NAME = 100  # letters of a run's name: file systems allow 255, and reports and figures have longer ones
-LONGEST_PATH = 3800  # bytes of a run's folder: Linux allows 4096 for a whole path, and the files inside have longer ones
+# letters of a run's name: file systems allow 255, and reports and figures have longer ones
+LONGEST_NAME = 100
+# bytes of a run's folder: Linux allows 4096 for a whole path, and the files inside have longer ones
+LONGEST_PATH = 3800
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-KINDS = {"preset": (str,), "run": (str, int), "overrides": (str,), "device": (str,), "output_dir": (str,),
-         "checkpoint": (str,), "resume": (bool,), "force": (bool,)}
+KINDS = {"preset": (str,), "run": (str, int), "overrides": (str,), "device": (str,),
+         "output_dir": (str,), "checkpoint": (str,), "resume": (bool,), "force": (bool,)}
 
 
 def injected_parameters(cells: list[str]) -> list[str]:
-    """The names assigned in papermill's injected cell, found among the executed cells (IPython's `In`)."""
+    """The names assigned in papermill's injected cell, found among the executed cells (IPython's
+    `In`).
+    """
     found = []
     for source in cells:
         if source.startswith("# Parameters\n"):
@@ -46,16 +52,21 @@ def refuse_unknown(given: Iterable[str], declared: Iterable[str]) -> None:
 
 
 def resolve(stage: str, parameters: dict) -> PipelineConfig:
-    """The preset with the notebook's parameters put in: overrides, seed, device, and the stage's max_steps/minutes."""
+    """The preset with the notebook's parameters put in: overrides, seed, device, and the stage's
+    max_steps/minutes.
+    """
     for name, kind in KINDS.items():
         if not isinstance(value := parameters.get(name), (*kind, type(None))):
             wanted = "True or False" if bool in kind else "text"
-            raise ConfigError(f"parameters: {name}={value!r} is {type(value).__name__}, should be {wanted}")
+            raise ConfigError(
+                f"parameters: {name}={value!r} is {type(value).__name__}, should be {wanted}")
     if parameters.get("resume") and parameters.get("force"):
-        raise ConfigError("parameters: resume=True goes on with what is there, force=True deletes it: say one of them")
+        raise ConfigError("parameters: resume=True goes on with what is there, force=True deletes "
+                          "it: say one of them")
     resolved = get_pipeline_preset(parameters["preset"])
     resolved = override(resolved, parse_overrides(parameters.get("overrides") or ""), "overrides")
-    train = {k: parameters[k] for k in ("max_steps", "max_minutes") if parameters.get(k) is not None}
+    train = {k: parameters[k] for k in ("max_steps", "max_minutes")
+             if parameters.get(k) is not None}
     values: dict = {stage: train} if train else {}
     if parameters.get("seed") is not None:
         values["seed"] = parameters["seed"]
@@ -64,11 +75,13 @@ def resolve(stage: str, parameters: dict) -> PipelineConfig:
     return override(resolved, values, "parameters")
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 
 
 def runs_folder() -> Path:
-    """`$MODERN_LLM_RUNS`, else `runs/` of the checkout the package is installed from, else `runs/` here. ConfigError for an unknown `~name`."""
+    """`$MODERN_LLM_RUNS`, else `runs/` of the checkout the package is installed from, else `runs/`
+    here. ConfigError for an unknown `~name`.
+    """
     if chosen := os.environ.get("MODERN_LLM_RUNS"):
         try:
             return Path(chosen).expanduser()
@@ -78,31 +91,41 @@ def runs_folder() -> Path:
 
 
 def report_folder(run_folder: Path) -> Path:
-    """`report/` of the checkout for a run that is kept in its `runs/`; a run elsewhere keeps its report with it."""
-    inside = (CHECKOUT / "settings.ini").is_file() and run_folder.resolve().parent == CHECKOUT / "runs"
+    """`report/` of the checkout for a run that is kept in its `runs/`; a run elsewhere keeps its
+    report with it.
+    """
+    inside = ((CHECKOUT / "settings.ini").is_file()
+              and run_folder.resolve().parent == CHECKOUT / "runs")
     return CHECKOUT / "report" if inside else run_folder / "report"
 
 
 def preempted(folder: Path, wanted: PipelineConfig) -> bool:
-    """Whether a scheduler ended this stage, and it was begun with the settings that are wanted now."""
+    """Whether a scheduler ended this stage, and it was begun with the settings that are wanted now.
+    """
     if not (folder / "params.json").is_file():
         return False
     ended = run_record(folder.parent)["stages"].get(folder.name, {}).get("status")
     return ended == "preempted" and not changed_settings(params_of(folder), folder.name, wanted)
 
 
-def choose_folder(stage: str, parameters: dict, wanted: PipelineConfig | None = None) -> tuple[str, Path, bool]:
-    """Run name, stage folder and whether to resume. An existing stage is never touched without `resume` or `force`.
+def choose_folder(stage: str, parameters: dict,
+                  wanted: PipelineConfig | None = None) -> tuple[str, Path, bool]:
+    """Run name, stage folder and whether to resume. An existing stage is never touched without
+    `resume` or `force`.
 
-    With `wanted`, the config asked for, a stage that was preempted under the same settings is resumed without being told.
+    With `wanted`, the config asked for, a stage that was preempted under the same settings is
+    resumed without being told.
     """
     given = parameters.get("run")
     name = Path(parameters["preset"]).stem if given in (None, "") else str(given)
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?", name) or RESERVED.fullmatch(name):
-        raise ConfigError(f"run={name!r:.80} is not a folder name everywhere: use letters, digits, '.', '_' and '-', begin with one of the first two, do "
+    if (not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?", name)
+            or RESERVED.fullmatch(name)):
+        raise ConfigError(f"run={name!r:.80} is not a folder name everywhere: use letters, digits, "
+                          "'.', '_' and '-', begin with one of the first two, do "
                           "not end with a dot, and leave out what Windows reserves (con, nul, …)")
     if len(name) > LONGEST_NAME:
-        raise ConfigError(f"run={name[:20]!r}… has {len(name)} letters, and files are named after it: use at most {LONGEST_NAME}")
+        raise ConfigError(f"run={name[:20]!r}… has {len(name)} letters, and files are named after "
+                          f"it: use at most {LONGEST_NAME}")
     root = place_for_runs(parameters.get("output_dir") or runs_folder(), name)
     folder, resume, force = root / name / stage, parameters.get("resume"), parameters.get("force")
     resume = resume or (wanted is not None and not force and preempted(folder, wanted))
@@ -110,8 +133,9 @@ def choose_folder(stage: str, parameters: dict, wanted: PipelineConfig | None = 
     if there and named and not (resume or force):
         params_of(folder)  # whose error is the better one
         how = "is finished" if (folder / "results.json").exists() else "was begun"
-        raise StageError(f"run {name!r} exists: stage {stage} {how} in {folder}; say resume=True to go on, "
-                         "force=True to delete it and start over, or choose another run name")
+        raise StageError(
+            f"run {name!r} exists: stage {stage} {how} in {folder}; say resume=True to go on, "
+            "force=True to delete it and start over, or choose another run name")
     if not (named or resume or force) and (there or is_in_use(root / name)):
         name += datetime.datetime.now().strftime("-%Y%m%d-%H%M%S")
         folder = root / name / stage
@@ -119,19 +143,25 @@ def choose_folder(stage: str, parameters: dict, wanted: PipelineConfig | None = 
 
 
 def place_for_runs(given: str | Path, name: str) -> Path:
-    """The folder that runs are kept in, as a whole path. ConfigError or StageError if `name` cannot lie in it."""
+    """The folder that runs are kept in, as a whole path. ConfigError or StageError if `name` cannot
+    lie in it.
+    """
     try:
         root = Path(given).expanduser().resolve()
         for place in (root, root / name):
             if place.exists() and not place.is_dir():
-                raise StageError(f"cannot write to {place}: it is a file, where the folder {'of the runs' if place == root else 'of the run'} should "
-                                 "be; choose another run name, or choose another place with output_dir=…")
+                raise StageError(
+                    f"cannot write to {place}: it is a file, where the "
+                    f"folder {'of the runs' if place == root else 'of the run'} should "
+                    "be; choose another run name, or choose another place with output_dir=…")
         if len(os.fsencode(root / name)) > LONGEST_PATH:
-            raise ConfigError(f"output_dir={str(given)!r:.80} makes a path of over {LONGEST_PATH} letters: choose another")
+            raise ConfigError(f"output_dir={str(given)!r:.80} makes a path of over {LONGEST_PATH} "
+                              "letters: choose another")
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, (ConfigError, StageError)):
             raise
-        raise ConfigError(f"output_dir={str(given)!r:.80} cannot hold a run: {getattr(error, 'strerror', None) or error}; choose another") from error
+        raise ConfigError(f"output_dir={str(given)!r:.80} cannot hold a run: "
+                          f"{getattr(error, 'strerror', None) or error}; choose another") from error
     return root
 
 

@@ -1,7 +1,8 @@
-"""Plan and run stages: each is its notebook, executed by papermill into the run's folder; the last writes the report.
+"""Plan and run stages: each is its notebook, executed by papermill into the run's folder; the last
+writes the report.
 
-What has to be done is read from the disk alone, stage by stage, so that the same command goes on after any stop.
-Imports no torch.
+What has to be done is read from the disk alone, stage by stage, so that the same command goes on
+after any stop. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, nearest
+from modern_llm.config import override, parse_overrides
+from modern_llm.config import get_pipeline_preset
 from modern_llm.files import read_json, write_json
 from modern_llm.interchange.hub import find_checkpoint
 from modern_llm.messages import Preempted, StageError
 from modern_llm.runs.data_files import changed_data, check_splits, missing_data
-from modern_llm.runs.lineage import described, found_inputs, no_inputs
-from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
-from modern_llm.runs.spec import NOTEBOOKS, changes, notebooks_folder
 from modern_llm.runs.launch import start_papermill
+from modern_llm.runs.lineage import described, found_inputs, no_inputs
 from modern_llm.runs.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
-from modern_llm.config import override, parse_overrides
 from modern_llm.runs.parameters import choose_folder, refuse_unknown, report_folder, resolve
-from modern_llm.config import get_pipeline_preset
 from modern_llm.runs.record import writes_to
 from modern_llm.runs.resume import begun, changed_settings, params_of, resume_blocker, run_record
+from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
 from modern_llm.runs.scheduler import this_job
+from modern_llm.runs.spec import NOTEBOOKS, changes, notebooks_folder
 
 STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
 # Errors whose message says what to do; a reader of any other wants its traceback.
-USER_ERRORS = ("StageError", "ConfigError", "DataError", "DatasetNotFound", "CheckpointError", "DamagedFolder", "CannotImport", "TemplateError",
-               "TrainingDiverged", "Preempted")
-EXIT_PREEMPTED = 75  # of `modern-llm run`, EX_TEMPFAIL of sysexits.h: start it again, and it goes on
+USER_ERRORS = ("StageError", "ConfigError", "DataError", "DatasetNotFound", "CheckpointError",
+               "DamagedFolder", "CannotImport", "TemplateError", "TrainingDiverged", "Preempted")
+# of `modern-llm run`, EX_TEMPFAIL of sysexits.h: start it again, and it goes on
+EXIT_PREEMPTED = 75
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,18 @@ class Step:
     stage: str
     folder: Path
     parameters: dict
-    action: str  # "run", "resume", "skip", or "look again" in a plan where an earlier stage is still to run
+    # "run", "resume", "skip", or "look again" in a plan where an earlier stage is still to run
+    action: str
     why: str = ""
 
 
-# ---- what to do ------------------------------------------------------------------------------------------------------
+# ---- what to do ----------------------------------------------------------------------------------
 
 
 def chosen_stages(stage: str, given: object) -> list[str]:
-    """The stages that `stage` ("all" or one name) stands for. Where a checkpoint is `given`, "all" begins behind pretraining."""
+    """The stages that `stage` ("all" or one name) stands for. Where a checkpoint is `given`, "all"
+    begins behind pretraining.
+    """
     if stage not in (*STAGES, "all"):
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, [*STAGES, 'all'])}")
     if stage != "all":
@@ -70,34 +75,44 @@ def chosen_stages(stage: str, given: object) -> list[str]:
 
 
 def declared_parameters(stage: str) -> dict:
-    """Names and defaults in the `parameters` cell of the stage's notebook; empty if there is none."""
+    """Names and defaults in the `parameters` cell of the stage's notebook; empty if there is none.
+    """
     if stage == "report":
         return {"preset": "", "run": "", "output_dir": "", "force": False}
     path = notebooks_folder() / NOTEBOOKS[stage]
     if not path.is_file():
         return {}
-    cells = [cell for cell in read_json(path)["cells"] if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    cells = [cell for cell in read_json(path)["cells"]
+             if "parameters" in cell.get("metadata", {}).get("tags", [])]
     body = ast.parse("".join(cells[0]["source"])).body if cells else []
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)}
+    return {node.targets[0].id: ast.literal_eval(node.value)
+            for node in body if isinstance(node, ast.Assign)}
 
 
 class Plan:
-    """What a command asks for: its stages, each with the parameters it declares. Wrong ones are refused here, at once.
+    """What a command asks for: its stages, each with the parameters it declares. Wrong ones are
+    refused here, at once.
 
-    Raises ConfigError for an unknown stage, preset or parameter, StageError for data that is not here.
+    Raises ConfigError for an unknown stage, preset or parameter, StageError for data that is not
+    here.
     """
 
     def __init__(self, stage: str = "all", no_overwrite: bool = False, **parameters):
-        preset = override(get_pipeline_preset(parameters["preset"]), parse_overrides(parameters.get("overrides") or ""), "overrides")
+        preset = override(get_pipeline_preset(parameters["preset"]),
+                          parse_overrides(parameters.get("overrides") or ""), "overrides")
         self.start = parameters.get("checkpoint") or preset.start_from
-        self.stages, self.alone, self.no_overwrite = chosen_stages(stage, self.start), stage != "all", no_overwrite
+        self.stages, self.alone, self.no_overwrite = (
+            chosen_stages(stage, self.start), stage != "all", no_overwrite)
         if stage in ("pretrain", "report") and parameters.get("checkpoint"):
-            raise ConfigError(f"stage {stage} does not start from a checkpoint; leave --checkpoint out, or choose a later stage")
+            raise ConfigError(f"stage {stage} does not start from a checkpoint; leave --checkpoint "
+                              "out, or choose a later stage")
         if stage == "pretrain" and preset.start_from:
-            raise ConfigError(f"preset {preset.name!r} starts from {preset.start_from!r} and pretrains nothing; choose a later stage")
+            raise ConfigError(f"preset {preset.name!r} starts from {preset.start_from!r} and "
+                              "pretrains nothing; choose a later stage")
         if self.stages == ["report"] and parameters.get("overrides"):
-            raise ConfigError(f"stage report has no settings: {parameters['overrides']} would change nothing in it, as it is made from the files of "
-                              "the other stages; leave that out, or run the stage that it belongs to")
+            raise ConfigError(f"stage report has no settings: {parameters['overrides']} would "
+                              "change nothing in it, as it is made from the files of the other "
+                              "stages; leave that out, or run the stage that it belongs to")
         run = parameters.get("run")
         given = {**parameters, "run": preset.name if run in (None, "") else str(run)}
         if given.get("checkpoint"):
@@ -109,14 +124,18 @@ class Plan:
         for name in self.stages:
             own = {key: value for key, value in given.items() if key in declared[name]}
             if name != self.stages[0]:
-                own.pop("checkpoint", None)  # "all" from a checkpoint: only its first stage starts there
+                # "all" from a checkpoint: only its first stage starts there
+                own.pop("checkpoint", None)
             self.parameters[name] = own
-            self.configs[name] = preset if name == "report" else resolve(name, {**declared[name], **own})
+            self.configs[name] = (preset if name == "report"
+                                  else resolve(name, {**declared[name], **own}))
         _, folder, _ = choose_folder(self.stages[0], {**given, "force": True})
         self.run_folder = folder.parent
 
     def step(self, stage: str, pending: bool = False) -> Step:
-        """What to do about a stage, given what is on disk now; `pending` if an earlier stage of the plan is still to run."""
+        """What to do about a stage, given what is on disk now; `pending` if an earlier stage of the
+        plan is still to run.
+        """
         folder, given = self.run_folder / stage, self.parameters[stage]
         if stage == "report":
             return self._report_step(pending)
@@ -132,78 +151,102 @@ class Plan:
         except StageError as error:  # nobody knows what it was begun with
             settings, inputs, against = [], [str(error)], ""
         changed = settings + inputs
-        if given.get("force") and (self.alone or changed) and not (not changed and begun_by_this_job(folder)):
-            return Step(stage, folder, given, "run", "started over" + (f": {'; '.join(changed)}" if changed else ""))
+        if (given.get("force") and (self.alone or changed)
+                and not (not changed and begun_by_this_job(folder))):
+            return Step(stage, folder, given, "run",
+                        "started over" + (f": {'; '.join(changed)}" if changed else ""))
         kept = {name: value for name, value in given.items() if name != "force"}
         if not changed:
             if pending:
                 return Step(stage, folder, kept, "look again", "its inputs may change")
             action = "skip" if done else "resume"
-            return Step(stage, folder, {**kept, "resume": True}, action, "finished before, nothing has changed" if done else "")
+            return Step(stage, folder, {**kept, "resume": True}, action,
+                        "finished before, nothing has changed" if done else "")
         if given.get("resume") and not inputs and not against:
             return Step(stage, folder, {**kept, "resume": True}, "resume", "; ".join(settings))
         raise StageError(
-            f"stage {stage} {'is finished' if done else 'was begun'} in {folder}, and since then this has changed:\n  - "
-            + "\n  - ".join(changed) + "\n" + f"To go on with that cannot be: {against}. " * bool(against) + "Say --force to delete it and start over"
+            f"stage {stage} {'is finished' if done else 'was begun'} in {folder}, and since then "
+            "this has changed:\n  - " + "\n  - ".join(changed)
+            + "\n" + f"To go on with that cannot be: {against}. " * bool(against)
+            + "Say --force to delete it and start over"
             + (" (with --stage all: only what has changed)" if not self.alone else "")
-            + ", or --run NAME for another run" + (", or --resume to go on with the new settings" if not inputs and not against else "")
+            + ", or --run NAME for another run"
+            + (", or --resume to go on with the new settings" if not inputs and not against else "")
             + (", or --no-overwrite to keep it" if done else "") + ".")
 
     def _inputs(self, stage: str) -> dict[str, Path]:
         given = self.parameters[stage].get("checkpoint")
-        return {"checkpoint": Path(given)} if given else found_inputs(stage, self.run_folder, self.configs[stage])
+        return ({"checkpoint": Path(given)} if given
+                else found_inputs(stage, self.run_folder, self.configs[stage]))
 
     def _need_inputs(self, stage: str, pending: bool) -> None:
-        if stage != "pretrain" and not pending and not self._inputs(stage) and self.configs[stage].name != "lesson":
+        if (stage != "pretrain" and not pending
+                and not self._inputs(stage) and self.configs[stage].name != "lesson"):
             raise no_inputs(stage, self.run_folder, self.configs[stage].name)
 
     def _changed(self, stage: str, folder: Path, pending: bool) -> tuple[list[str], list[str]]:
-        """What differs from what the stage was begun with: its settings, and the data it reads and the weights it starts from."""
+        """What differs from what the stage was begun with: its settings, and the data it reads and
+        the weights it starts from.
+        """
         record = params_of(folder)
         settings = changed_settings(record, stage, self.configs[stage])
         data = changed_data(self.configs[stage], stage, record.get("data_files", {}))
         now, former = described(self._inputs(stage)), record.get("inputs", {})
-        if pending or (not now and self.configs[stage].name == "lesson"):  # not made yet, or a base from the cache
+        # not made yet, or a base from the cache
+        if pending or (not now and self.configs[stage].name == "lesson"):
             return settings, data
-        digests = [{name: entry["sha256"][:12] for name, entry in side.items()} for side in (former, now)]
+        digests = [{name: entry["sha256"][:12] for name, entry in side.items()}
+                   for side in (former, now)]
         return settings, data + changes(*digests, "weights of ")
 
     def _report_step(self, pending: bool) -> Step:
         folder, given = self.run_folder, self.parameters["report"]
         if not pending and not any(folder.glob("*/results.json")):
-            raise StageError(f"run {folder.name!r} has no finished stage in {folder}: there is nothing to report yet")
+            raise StageError(f"run {folder.name!r} has no finished stage in {folder}: there is "
+                             "nothing to report yet")
         former = run_record(folder).get("report")
         former = former if isinstance(former, dict) else {}
         there = os.path.isfile(str(former.get("path") or ""))
         if there and self.no_overwrite:
             return Step("report", folder, given, "skip", "there is one, which --no-overwrite keeps")
-        if there and not pending and not (self.alone or given.get("force")) and former.get("of") == results_digest(folder):
-            return Step("report", folder, given, "skip", f"written before from these results: {former['path']}")
+        if (there and not pending and not (self.alone or given.get("force"))
+                and former.get("of") == results_digest(folder)):
+            return Step("report", folder, given, "skip",
+                        f"written before from these results: {former['path']}")
         return Step("report", folder, given, "look again" if pending and there else "run")
 
     def check_data(self) -> None:
-        """StageError naming every data set that the stages still to run will want and that is not here, or cannot be split."""
-        steps = [name for name in self.stages if name != "report" and not (self.run_folder / name / "results.json").is_file()]
+        """StageError naming every data set that the stages still to run will want and that is not
+        here, or cannot be split.
+        """
+        steps = [name for name in self.stages
+                 if name != "report" and not (self.run_folder / name / "results.json").is_file()]
         problems = missing_data(self.configs[steps[0]], steps) if steps else []
-        problems += dict.fromkeys(problem for name in steps for problem in check_splits(self.configs[name], name)[1])
+        problems += dict.fromkeys(problem for name in steps
+                                  for problem in check_splits(self.configs[name], name)[1])
         if problems:
-            raise StageError(f"preset {self.configs[steps[0]].name!r} cannot run here:\n  - " + "\n  - ".join(problems))
+            raise StageError(f"preset {self.configs[steps[0]].name!r} cannot run here:\n  - "
+                             + "\n  - ".join(problems))
 
 
 def begun_by_this_job(folder: Path) -> bool:
-    """Whether an earlier start of this SLURM job, which was queued again, began the stage: what it was to delete is deleted."""
+    """Whether an earlier start of this SLURM job, which was queued again, began the stage: what it
+    was to delete is deleted.
+    """
     noted, params = folder.parent / "jobs" / f"{this_job()}.json", folder / "params.json"
     again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    return again and noted.is_file() and params.is_file() and noted.stat().st_mtime_ns < params.stat().st_mtime_ns
+    return (again and noted.is_file() and params.is_file()
+            and noted.stat().st_mtime_ns < params.stat().st_mtime_ns)
 
 
 def results_digest(run_folder: Path) -> str:
     """A digest of everything the stages of a run found."""
     parts = [(run_folder / name / "results.json") for name in NOTEBOOKS]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.is_file())).hexdigest()
+    return hashlib.sha256(b"".join(
+        path.read_bytes() for path in parts if path.is_file())).hexdigest()
 
 
-# ---- doing it --------------------------------------------------------------------------------------------------------
+# ---- doing it ------------------------------------------------------------------------------------
 
 
 def raise_on_preemption() -> None:
@@ -218,7 +261,9 @@ def raise_on_preemption() -> None:
 
 
 def lock_for(run_folder: Path, stages: list[str]) -> RunLock:
-    """The lock of a command on a run: a second command is refused for as long as the first one runs, between two stages too."""
+    """The lock of a command on a run: a second command is refused for as long as the first one
+    runs, between two stages too.
+    """
     with writes_to(run_folder, "or choose another --output-dir"):
         return RunLock(run_folder, f"modern-llm run, {', '.join(stages)}", COMMAND_LOCK).take()
 
@@ -226,17 +271,20 @@ def lock_for(run_folder: Path, stages: list[str]) -> RunLock:
 def execute(step: Step) -> int:
     """Run one stage with its output shown live; returns the exit code.
 
-    Ctrl-C asks a stage that trains to stop: it finishes its optimizer step, writes a checkpoint and ends. A second one
-    kills it; a stage that does not train is killed at once and starts over, or where its kept work ends. A scheduler's warning
-    is passed on to the stage, which ends in the same way; then, and when the stage was preempted by itself, Preempted is raised.
+    Ctrl-C asks a stage that trains to stop: it finishes its optimizer step, writes a checkpoint and
+    ends. A second one kills it; a stage that does not train is killed at once and starts over, or
+    where its kept work ends. A scheduler's warning is passed on to the stage, which ends in the
+    same way; then, and when the stage was preempted by itself, Preempted is raised.
     """
     if step.stage == "report":
         return write_the_report(step)
     output = step.folder / "notebook.ipynb"
-    if (step.folder / "results.json").is_file():  # the record of what is finished stays until the stage's own checks pass
+    # the record of what is finished stays until the stage's own checks pass
+    if (step.folder / "results.json").is_file():
         output = step.folder.parent / f".{step.stage}.ipynb"
     with writes_to(step.folder, "or choose another --output-dir"):
-        RunLock(step.folder.parent, "modern-llm run").take().release()  # refuses, before the notebook is touched, if a kernel works there
+        # refuses, before the notebook is touched, if a kernel works there
+        RunLock(step.folder.parent, "modern-llm run").take().release()
         output.parent.mkdir(parents=True, exist_ok=True)
     notebook = notebooks_folder() / NOTEBOOKS[step.stage]
     process = start_papermill(notebook, output, step.parameters)
@@ -246,14 +294,16 @@ def execute(step: Step) -> int:
     while code is None:
         try:
             code = process.wait(1 if warning or asked else None)
-        except subprocess.TimeoutExpired:  # again, since a stage that has not begun does not listen yet, and clears its folder
+        except subprocess.TimeoutExpired:
+            # again, since a stage that has not begun does not listen yet, and clears its folder
             if warning:
                 pass_on(step, process.pid)
             elif step.folder.is_dir():
                 (step.folder / STOP_FILE).touch()
         except Preempted as caught:
             warning = caught
-            print(f"{warning}: ending stage {step.stage}, with a checkpoint if it trains", file=sys.stderr, flush=True)
+            print(f"{warning}: ending stage {step.stage}, with a checkpoint if it trains",
+                  file=sys.stderr, flush=True)
             pass_on(step, process.pid)
         except KeyboardInterrupt:
             if asked or not trains(step.stage):
@@ -261,7 +311,8 @@ def execute(step: Step) -> int:
                 mark(step, "interrupted")
                 raise
             asked = True
-            print("stopping after this step, with a checkpoint; Ctrl-C again kills", file=sys.stderr, flush=True)
+            print("stopping after this step, with a checkpoint; Ctrl-C again kills",
+                  file=sys.stderr, flush=True)
     relay.join(timeout=5)
     if asked:
         (step.folder / STOP_FILE).unlink(missing_ok=True)
@@ -272,15 +323,19 @@ def execute(step: Step) -> int:
         output.unlink(missing_ok=True)
     if warning and status(step) in ("running", "stopped"):
         mark(step, "preempted")
-    if code and warning and status(step) == "failed":  # another rank failed, and the launcher's warning was only meant to end this one
+    # another rank failed, and the launcher's warning was only meant to end this one
+    if code and warning and status(step) == "failed":
         return code
-    if warning or (code and status(step) == "preempted"):  # the kernel alone was warned, or knows when its job ends
+    # the kernel alone was warned, or knows when its job ends
+    if warning or (code and status(step) == "preempted"):
         raise warning or Preempted(f"stage {step.stage} was preempted")
     return code
 
 
 def pass_on(step: Step, papermill: int) -> None:
-    """Send SIGTERM to the kernel that runs a stage, once it has begun; and leave a STOP file for processes of other hosts."""
+    """Send SIGTERM to the kernel that runs a stage, once it has begun; and leave a STOP file for
+    processes of other hosts.
+    """
     import psutil
 
     owner = owner_of(step.folder.parent)
@@ -302,7 +357,9 @@ def trains(stage: str) -> bool:
 
 
 def status(step: Step) -> str:
-    """What `run.json` says of the stage: "running", "finished", "stopped", …; "unknown" if it never began."""
+    """What `run.json` says of the stage: "running", "finished", "stopped", …; "unknown" if it never
+    began.
+    """
     return run_record(step.folder.parent)["stages"].get(step.stage, {}).get("status", "unknown")
 
 
@@ -316,25 +373,31 @@ def mark(step: Step, status: str) -> None:
 
 def write_the_report(step: Step) -> int:
     """Write the report of the run and note it in `run.json`."""
-    os.environ["MPLBACKEND"] = "Agg"  # figures are files here, whatever window the user's notebooks draw in
+    # figures are files here, whatever window the user's notebooks draw in
+    os.environ["MPLBACKEND"] = "Agg"
     from modern_llm.report.write import ReportError, write_report
 
     try:
-        path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder), force=bool(step.parameters.get("force")))
+        path = write_report(step.folder.name, step.folder.parent, report_folder(step.folder),
+                            force=bool(step.parameters.get("force")))
     except ReportError as error:
         raise StageError(str(error)) from error
     record = read_json(step.folder / "run.json")
-    write_json(step.folder / "run.json", {**record, "report": {"path": str(path), "of": results_digest(step.folder)}})
+    write_json(step.folder / "run.json",
+               {**record, "report": {"path": str(path), "of": results_digest(step.folder)}})
     return 0
 
 
 RULE = 75 * "-"  # between which papermill says in which cell an error came up
-NOISE = ("[IPKernelApp]", "Executing Cell", "Ending Cell", "Input Notebook:", "Output Notebook:", "Executing notebook with kernel",
-         "<Figure size", "<IPython.core.display", "Black is not installed", "Starting kernel", "Kernel is running over TCP")
+NOISE = ("[IPKernelApp]", "Executing Cell", "Ending Cell", "Input Notebook:", "Output Notebook:",
+         "Executing notebook with kernel", "<Figure size", "<IPython.core.display",
+         "Black is not installed", "Starting kernel", "Kernel is running over TCP")
 
 
 def show(stream) -> None:
-    """Pass on what papermill prints; if nobody listens any more, read it all the same, so that the stage is not held up."""
+    """Pass on what papermill prints; if nobody listens any more, read it all the same, so that the
+    stage is not held up.
+    """
     try:
         _show(stream)
     except (BrokenPipeError, ValueError):
@@ -343,11 +406,14 @@ def show(stream) -> None:
 
 
 def _show(stream) -> None:
-    """Text and tables as they are, progress bars on one line, papermill's own messages left out, a cell's error last (`user_message`)."""
+    """Text and tables as they are, progress bars on one line, papermill's own messages left out, a
+    cell's error last (`user_message`).
+    """
     bar, due, held, error = False, 0.0, None, []
     for raw in stream:
         line = raw.decode("utf-8", "replace").rstrip("\n")
-        if line.startswith("\r") or (bar and not line.strip()):  # papermill ends every refresh of a bar with a newline
+        # papermill ends every refresh of a bar with a newline
+        if line.startswith("\r") or (bar and not line.strip()):
             text = line.rsplit("\r", 1)[-1]
             if text.strip() and (sys.stderr.isatty() or time.time() >= due or "100%" in text):
                 sys.stderr.write(f"\r{text}\x1b[K" if sys.stderr.isatty() else f"{text}\n")
@@ -364,7 +430,8 @@ def _show(stream) -> None:
             held.append(line)
             if line.startswith("papermill.exceptions.PapermillExecutionError"):
                 held = None
-        elif error[1:] or (error and line.startswith("Exception encountered at ")) or (not error and line == RULE):
+        elif (error[1:] or (error and line.startswith("Exception encountered at "))
+              or (not error and line == RULE)):
             error.append(line)
         elif error:  # a line of dashes, and no error behind it
             print(error.pop(), line, sep="\n", flush=True)
@@ -375,9 +442,13 @@ def _show(stream) -> None:
 
 
 def user_message(error: list[str]) -> list[str]:
-    """What to show of the lines with a cell's traceback: of an error that its user can fix only the message, of others everything."""
-    names = [line.split()[0] for line in error if line.endswith("Traceback (most recent call last)")]
+    """What to show of the lines with a cell's traceback: of an error that its user can fix only the
+    message, of others everything.
+    """
+    names = [line.split()[0]
+             for line in error if line.endswith("Traceback (most recent call last)")]
     if names and names[-1].rpartition(".")[2] in USER_ERRORS:
-        begin = max((i for i, line in enumerate(error) if line.startswith(f"{names[-1]}: ")), default=0)
+        begin = max((i for i, line in enumerate(error) if line.startswith(f"{names[-1]}: ")),
+                    default=0)
         return [error[begin].removeprefix(f"{names[-1]}: "), *error[begin + 1:]] if begin else error
     return error

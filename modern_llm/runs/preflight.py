@@ -1,4 +1,5 @@
-"""Can a stage run here? Its device, its memory by a closed-form estimate, its data: looked at before anything is written.
+"""Can a stage run here? Its device, its memory by a closed-form estimate, its data: looked at
+before anything is written.
 
 torch is imported where it is needed, not at the top.
 """
@@ -8,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from modern_llm.models import counts
 from modern_llm.config import PipelineConfig, TrainConfig
 from modern_llm.messages import StageError
+from modern_llm.models import counts
 from modern_llm.runs.data_files import check_splits, missing_data
 from modern_llm.runs.spec import DATA
 
@@ -33,22 +34,31 @@ def available_memory() -> int:
 
 
 def fit_micro_batch(config: PipelineConfig, stage: str, memory: int) -> PipelineConfig:
-    """The config with the largest micro-batch whose training memory fits in `memory` bytes (the result is the same)."""
+    """The config with the largest micro-batch whose training memory fits in `memory` bytes (the
+    result is the same).
+    """
     train = getattr(config, stage)
     hardware = config.hardware
     sizes = [m for m in range(train.micro_batch, 0, -1) if train.batch_size % m == 0]
     for size in sizes:
         smaller = dataclasses.replace(train, micro_batch_size=size)
-        if counts.training_memory(config.model, smaller, hardware.ranks, hardware.strategy)["total"] <= 0.9 * memory:
-            return config if size == train.micro_batch else dataclasses.replace(config, **{stage: smaller})
-    need = counts.training_memory(config.model, dataclasses.replace(train, micro_batch_size=1), hardware.ranks, hardware.strategy)["total"]
-    raise StageError(f"memory: even one sequence at a time needs {need / GIB:.1f} GB, there are {memory / GIB:.1f} GB")
+        if counts.training_memory(config.model, smaller, hardware.ranks,
+                                  hardware.strategy)["total"] <= 0.9 * memory:
+            return (config if size == train.micro_batch
+                    else dataclasses.replace(config, **{stage: smaller}))
+    need = counts.training_memory(config.model, dataclasses.replace(train, micro_batch_size=1),
+                                  hardware.ranks, hardware.strategy)["total"]
+    raise StageError(f"memory: even one sequence at a time needs {need / GIB:.1f} GB, there are "
+                     f"{memory / GIB:.1f} GB")
 
 
 def memory_needed(config: PipelineConfig, stage: str) -> int:
-    """Bytes to train in this stage, or to run the model where it does not train: a closed-form estimate."""
+    """Bytes to train in this stage, or to run the model where it does not train: a closed-form
+    estimate.
+    """
     if isinstance(train := settings_of(config, stage), TrainConfig):
-        return counts.training_memory(config.model, train, config.hardware.ranks, config.hardware.strategy)["total"]
+        return counts.training_memory(config.model, train, config.hardware.ranks,
+                                      config.hardware.strategy)["total"]
     return counts.inference_memory(config.model, batch=16, bytes_per_value=4)["total"]
 
 
@@ -57,15 +67,17 @@ def fit_to_memory(config: PipelineConfig, stage: str, memory: int) -> PipelineCo
     if isinstance(settings_of(config, stage), TrainConfig):
         return fit_micro_batch(config, stage, memory)
     if (need := memory_needed(config, stage)) > 0.9 * memory:
-        raise StageError(f"memory: the model needs {need / GIB:.1f} GB, there are {memory / GIB:.1f} GB")
+        raise StageError(
+            f"memory: the model needs {need / GIB:.1f} GB, there are {memory / GIB:.1f} GB")
     return config
 
 
 def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
-    """Check device, memory and the data the stage reads before anything is written; returns the fitted config and the device.
+    """Check device, memory and the data the stage reads before anything is written; returns the
+    fitted config and the device.
 
-    Raises StageError that lists everything missing at once and says what to run instead. A device named by hand
-    (not "auto") lifts the preset's demands on the GPU.
+    Raises StageError that lists everything missing at once and says what to run instead. A device
+    named by hand (not "auto") lifts the preset's demands on the GPU.
     """
     import torch
 
@@ -77,17 +89,24 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
         device = str(pick_device(hardware.device))
         if hardware.device == "auto" and hardware.min_gpu_memory_gb:
             if not device.startswith("cuda"):
-                missing.append(f"device: needs a CUDA GPU with {hardware.min_gpu_memory_gb:g} GB, this machine has none")
-            elif torch.cuda.get_device_properties(device).total_memory < hardware.min_gpu_memory_gb * GIB * 0.93:
+                missing.append(f"device: needs a CUDA GPU with {hardware.min_gpu_memory_gb:g} GB, "
+                               "this machine has none")
+            elif (torch.cuda.get_device_properties(device).total_memory
+                  < hardware.min_gpu_memory_gb * GIB * 0.93):
                 there = torch.cuda.get_device_properties(device).total_memory / GIB
-                missing.append(f"device: needs {hardware.min_gpu_memory_gb:g} GB of GPU memory, there are {there:.0f} GB")
+                missing.append(f"device: needs {hardware.min_gpu_memory_gb:g} GB of GPU memory, "
+                               f"there are {there:.0f} GB")
             elif hardware.needs_bf16 and not torch.cuda.is_bf16_supported():
-                missing.append(f"device: needs bf16, which {torch.cuda.get_device_name(device)} has not")
-        local, there = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count() if device.startswith("cuda") else 0
+                missing.append(
+                    f"device: needs bf16, which {torch.cuda.get_device_name(device)} has not")
+        local, there = (int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
+                        torch.cuda.device_count() if device.startswith("cuda") else 0)
         if hardware.ranks > 1 and device.startswith("mps"):
-            missing.append(f"device: hardware.ranks={hardware.ranks} need a GPU each, and there is one: say hardware.ranks=1, or device=cpu")
+            missing.append(f"device: hardware.ranks={hardware.ranks} need a GPU each, and there is "
+                           "one: say hardware.ranks=1, or device=cpu")
         elif hardware.ranks > 1 and there and local > there:
-            missing.append(f"device: {local} ranks on this machine need a GPU each, and there are {there}: say hardware.ranks={there}, or device=cpu")
+            missing.append(f"device: {local} ranks on this machine need a GPU each, and there are "
+                           f"{there}: say hardware.ranks={there}, or device=cpu")
     except ValueError as error:
         missing.append(f"device: {error}")
     memory = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
@@ -95,14 +114,17 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
     try:
         fitted = fit_to_memory(config, stage, memory)
         if missing:
-            missing.append(f"memory: estimated {memory_needed(fitted, stage) / GIB:.1f} GB, {memory / GIB:.1f} GB free on {device}")
+            missing.append(f"memory: estimated {memory_needed(fitted, stage) / GIB:.1f} GB, "
+                           f"{memory / GIB:.1f} GB free on {device}")
     except StageError as error:
         missing.append(str(error))
     missing += missing_data(config, [stage])
     if missing:
-        raise StageError(f"preset {config.name!r} cannot run here:\n  - " + "\n  - ".join(missing) + "\nInstead: "
-                         + "preset=local-cpu (real text on a CPU) or " * (config.name != "local-cpu")
-                         + "preset=local-smoke (built-in data, needs nothing)." + _forced(config, stage))
+        raise StageError(
+            f"preset {config.name!r} cannot run here:\n  - "
+            + "\n  - ".join(missing) + "\nInstead: "
+            + "preset=local-cpu (real text on a CPU) or " * (config.name != "local-cpu")
+            + "preset=local-smoke (built-in data, needs nothing)." + _forced(config, stage))
     if unusable := check_splits(config, stage)[1]:
         raise StageError("\n".join(unusable))
     return fitted, device
@@ -110,13 +132,16 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
 
 def _forced(config: PipelineConfig, stage: str) -> str:
     """How to try the stage all the same, on another device and built-in data."""
-    words = [f"{path}=synthetic" for path in DATA[stage] if path != "dpo.replay_sources"] + ["dpo.replay_sources=text"] * (stage == "dpo")
+    words = ([f"{path}=synthetic" for path in DATA[stage] if path != "dpo.replay_sources"]
+             + ["dpo.replay_sources=text"] * (stage == "dpo"))
     if "sft.sources=synthetic" in words:
         words.append("sft.weights=1")
     if stage == "pretrain":
         words += ["data.tokenizer=bpe", "data.max_validation_tokens=2000"]
     steps = ""
     if isinstance(settings_of(config, stage), TrainConfig):
-        words = [f"{stage}.batch_size=2", f"{stage}.micro_batch_size=1", f"{stage}.compile=false", *words]
+        words = [f"{stage}.batch_size=2", f"{stage}.micro_batch_size=1",
+                 f"{stage}.compile=false", *words]
         steps = "max_steps=2 and "
-    return f" To force the device, say device=cpu, with {steps}overrides such as '{' '.join(words)}'." if words else ""
+    return (f" To force the device, say device=cpu, with {steps}overrides such as "
+            f"'{' '.join(words)}'." if words else "")

@@ -1,7 +1,8 @@
-"""What every stage notebook does before its own work: `begin` makes a `StageRun` of its parameters, `config_table` shows what it will do.
+"""What every stage notebook does before its own work: `begin` makes a `StageRun` of its parameters,
+`config_table` shows what it will do.
 
-Plain plumbing shared by chapters 03–08, so that a stage's first cells stay three lines long. torch is imported where it is needed, not
-at the top.
+Plain plumbing shared by chapters 03–08, so that a stage's first cells stay three lines long. torch
+is imported where it is needed, not at the top.
 """
 
 from __future__ import annotations
@@ -16,34 +17,35 @@ import threading
 import time
 from pathlib import Path
 
-from modern_llm.models import counts
-from modern_llm.runs.bases import make_bases
 from modern_llm.config import GPT2_VOCAB_SIZE, PipelineConfig, TrainConfig
+from modern_llm.config import override, to_dict
 from modern_llm.files import read_json
 from modern_llm.interchange.hub import find_checkpoint, is_model
 from modern_llm.messages import Preempted, StageError, say
+from modern_llm.models import counts
+from modern_llm.runs.bases import make_bases
 from modern_llm.runs.data_files import changed_data, check_splits, data_files
 from modern_llm.runs.launch import SLOW_AND_UNUSED
 from modern_llm.runs.lineage import described, found_inputs, no_inputs, own_inputs, start_of
-from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
-from modern_llm.runs.spec import DATA, NOTEBOOKS, changes, notebooks_folder, setting
 from modern_llm.runs.locks import RunLock
-from modern_llm.config import override, to_dict
 from modern_llm.runs.parameters import choose_folder, injected_parameters, refuse_unknown, resolve
 from modern_llm.runs.preflight import GIB, memory_needed, preflight, settings_of
-from modern_llm.training.ranks import rank_info
 from modern_llm.runs.record import StageRun, write_record, writes_to
 from modern_llm.runs.resume import (
     archive_results, changed_settings, history, params_of, resume_blocker, run_record,
 )
+from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
+from modern_llm.runs.spec import DATA, NOTEBOOKS, changes, notebooks_folder, setting
+from modern_llm.training.ranks import rank_info
 
 
 def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     """Start a stage from a notebook: `begin("pretrain", globals(), [names of the parameters])`.
 
-    Resolves the preset, refuses unknown parameters, takes the run's lock, finds the checkpoints to start from, checks the machine and
-    the data, makes `runs/<run>/<stage>/`, and writes `params.json` and `run.json`. Nothing is written when a check fails.
-    From then until `finish`, SIGTERM and SIGUSR1 end the stage: with a checkpoint while it trains, at once where it does not.
+    Resolves the preset, refuses unknown parameters, takes the run's lock, finds the checkpoints to
+    start from, checks the machine and the data, makes `runs/<run>/<stage>/`, and writes
+    `params.json` and `run.json`. Nothing is written when a check fails. From then until `finish`,
+    SIGTERM and SIGUSR1 end the stage: with a checkpoint while it trains, at once where it does not.
     """
     refuse_unknown(injected_parameters(namespace.get("In", [])), declared)
     parameters = {name: namespace[name] for name in declared}
@@ -56,7 +58,8 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
         if os.environ.get("RANK", "0") == "0":  # the other ranks of a job write nothing
             with writes_to(folder, "or choose another place with output_dir=…"):
                 lock = RunLock(folder.parent, f"stage {stage}").take()
-        _, _, resume = choose_folder(stage, {**parameters, "run": name}, config)  # again: another process may just have finished it
+        # again: another process may just have finished it
+        _, _, resume = choose_folder(stage, {**parameters, "run": name}, config)
         stage_run = _begin(stage, name, folder, resume, parameters, config, lock)
     except BaseException:
         if lock:
@@ -67,46 +70,55 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     return stage_run
 
 
-def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict, resolved: PipelineConfig, lock: RunLock | None) -> StageRun:
+def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict,
+           resolved: PipelineConfig, lock: RunLock | None) -> StageRun:
     """The checks of `begin`, and the stage's record, once nobody else works on the run."""
     config, former = resolved, params_of(folder) if resume else {}
     changed = changed_settings(former, stage, config) if resume else []
     if against := resume_blocker(folder, config, changed):
-        raise StageError(f"stage {stage} {'is finished' if (folder / 'results.json').exists() else 'was begun'} in {folder} and cannot go on with "
-                         "other settings:\n  - " + "\n  - ".join(changed) + f"\n{against[0].upper()}{against[1:]}. Ask for the former settings, or "
-                         "say force=True to delete the stage and start over, or choose another run name")
+        raise StageError(
+            f"stage {stage} {'is finished' if (folder / 'results.json').exists() else 'was begun'} "
+            f"in {folder} and cannot go on with other settings:\n  - " + "\n  - ".join(changed)
+            + f"\n{against[0].upper()}{against[1:]}. Ask for the former settings, or "
+              "say force=True to delete the stage and start over, or choose another run name")
     if resume and not parameters.get("resume"):
         say(f"{stage}: was preempted, goes on")
     inputs = choose_inputs(stage, config, parameters, folder, former)
     if start := start_of(inputs):
         config = with_model_of(config, start)
-    if resume and isinstance(settings_of(config, stage), TrainConfig):  # another micro-batch would round differently
+    # another micro-batch would round differently
+    if resume and isinstance(settings_of(config, stage), TrainConfig):
         config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     config, device = preflight(config, stage)
     for line in check_splits(config, stage)[0]:
         say(f"{stage}: {line}")
     if other := changed_data(config, stage, former.get("data_files", {})):
-        raise StageError(f"stage {stage} was begun with other data: {'; '.join(other)}. Put the former file back, or say force=True to "
+        raise StageError(f"stage {stage} was begun with other data: {'; '.join(other)}. Put the "
+                         "former file back, or say force=True to "
                          "delete the stage and start over, or choose another run name")
-    stage_run = StageRun(stage, name, config, device, folder, resume, time.time(), inputs, lock=lock)
+    stage_run = StageRun(stage, name, config, device, folder, resume, time.time(), inputs,
+                         lock=lock)
     stage_run.world = rank_zero_world(stage_run, parameters)
     record_so_far = run_record(folder.parent)
-    data, under_way = data_files(config, stage, former.get("data_files")), history(folder, former, changed)
+    data, under_way = (data_files(config, stage, former.get("data_files")),
+                       history(folder, former, changed))
     with writes_to(folder, "or choose another place with output_dir=…"):
         if parameters.get("force") and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if changed:  # it trains on: what was found out about the model as it was is no result of the one to come
+        # it trains on: what was found out about the model as it was is no result of the one to come
+        if changed:
             archive_results(folder)
         write_record(stage_run, parameters, resolved, record_so_far, data, under_way)
     return stage_run
 
 
-# ---- the ranks -------------------------------------------------------------------------------------------------------
+# ---- the ranks -----------------------------------------------------------------------------------
 
 
 def rank_zero_world(run: StageRun, parameters: dict):
-    """The ranks that will train with this process (hardware.ranks), and what they have to run for it; None if nothing is trained.
+    """The ranks that will train with this process (hardware.ranks), and what they have to run for
+    it; None if nothing is trained.
 
     StageError if they were not started.
     """
@@ -116,10 +128,12 @@ def rank_zero_world(run: StageRun, parameters: dict):
 
     hardware, (_, size, _) = run.config.hardware, rank_info()
     if hardware.ranks > 1 and size != hardware.ranks:
-        raise StageError(f"hardware.ranks={hardware.ranks}, but {size} process{'es were' if size > 1 else ' was'} started: run "
-                         f"`modern-llm run --stage {run.stage} -p hardware.ranks={hardware.ranks} …`, or set hardware.ranks={size}")
-    task = {"notebook": str(notebooks_folder() / NOTEBOOKS[run.stage]), "run": run.run, "folder": str(run.folder),
-            "resume": run.resume, "parameters": parameters}
+        raise StageError(f"hardware.ranks={hardware.ranks}, but {size} "
+                         f"process{'es were' if size > 1 else ' was'} started: run "
+                         f"`modern-llm run --stage {run.stage} -p hardware.ranks={hardware.ranks} "
+                         f"…`, or set hardware.ranks={size}")
+    task = {"notebook": str(notebooks_folder() / NOTEBOOKS[run.stage]), "run": run.run,
+            "folder": str(run.folder), "resume": run.resume, "parameters": parameters}
     return World(0, hardware.ranks, hardware.strategy, task)
 
 
@@ -129,32 +143,40 @@ def begin_on_worker(stage: str, config: PipelineConfig, task: dict) -> StageRun:
     from modern_llm.training.distributed import World
 
     folder = Path(task["folder"])
-    inputs = {name: Path(entry["path"]) for name, entry in read_json(folder / "params.json")["inputs"].items()}
+    inputs = {name: Path(entry["path"])
+              for name, entry in read_json(folder / "params.json")["inputs"].items()}
     if start := start_of(inputs):
         config = with_model_of(config, start)
     config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     world = World(rank_info()[0], config.hardware.ranks, config.hardware.strategy)
-    return StageRun(stage, task["run"], config, str(pick_device(config.hardware.device)), folder, task["resume"], time.time(), inputs, world)
+    return StageRun(stage, task["run"], config, str(pick_device(config.hardware.device)), folder,
+                    task["resume"], time.time(), inputs, world)
 
 
 def former_micro_batch(folder: Path, stage: str) -> int | None:
     """The micro-batch that an earlier session of the stage was fitted to."""
-    record = read_json(folder / "params.json").get("config") or read_json(folder.parent / "run.json")["config"]
+    record = (read_json(folder / "params.json").get("config")
+              or read_json(folder.parent / "run.json")["config"])
     return record[stage]["micro_batch_size"]
 
 
-# ---- what it starts from ---------------------------------------------------------------------------------------------
+# ---- what it starts from -------------------------------------------------------------------------
 
 
-def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: Path, former: dict) -> dict[str, Path]:
-    """The checkpoints a stage starts from; a line says which. `former` is its `params.json` when it is resumed."""
+def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: Path,
+                  former: dict) -> dict[str, Path]:
+    """The checkpoints a stage starts from; a line says which. `former` is its `params.json` when it
+    is resumed.
+    """
     if stage == "pretrain":
         return {}
     run_folder = folder.parent
-    named = run_folder.parent / str(parameters.get("run") or Path(parameters["preset"]).stem)  # run_folder may carry a time
+    # run_folder may carry a time
+    named = run_folder.parent / str(parameters.get("run") or Path(parameters["preset"]).stem)
     if parameters.get("checkpoint"):
         inputs = {"checkpoint": find_checkpoint(parameters["checkpoint"])}
-    elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named) or found_inputs(stage, run_folder, config)):
+    elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named)
+                        or found_inputs(stage, run_folder, config)):
         if config.name != "lesson":
             raise no_inputs(stage, run_folder, config.name)
         inputs = {name: Path(entry["path"]) for name, entry in former.get("inputs", {}).items()}
@@ -162,34 +184,46 @@ def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: 
             _, device = preflight(config, stage)
             inputs = make_bases(stage, config, parameters, device)
     now = described(inputs)
-    if changed := changes(*({n: e["sha256"][:12] for n, e in side.items()} for side in (former.get("inputs", now), now))):
-        raise StageError(f"stage {stage} was begun from other weights ({'; '.join(changed)}): say force=True to delete it and "
-                         "start over, or choose another run name")
-    say(f"{stage}: starts from {start_of(inputs)}" + (f"; uses {', '.join(inputs)}" if len(inputs) > 1 else ""))
+    if changed := changes(*({n: e["sha256"][:12] for n, e in side.items()}
+                            for side in (former.get("inputs", now), now))):
+        raise StageError(f"stage {stage} was begun from other weights ({'; '.join(changed)}): say "
+                         "force=True to delete it and start over, or choose another run name")
+    say(f"{stage}: starts from {start_of(inputs)}"
+        + (f"; uses {', '.join(inputs)}" if len(inputs) > 1 else ""))
     return inputs
 
 
 def with_model_of(config: PipelineConfig, checkpoint: Path) -> PipelineConfig:
-    """The config with the architecture of a checkpoint in place of the preset's, but rows no longer than the preset's; a line says what differs."""
+    """The config with the architecture of a checkpoint in place of the preset's, but rows no longer
+    than the preset's; a line says what differs.
+    """
     from modern_llm.models.decoder import read_config
 
     own = read_config(checkpoint)
-    model = dataclasses.replace(own, context_length=min(own.context_length, config.model.context_length))
+    model = dataclasses.replace(own,
+                                context_length=min(own.context_length, config.model.context_length))
     if model != own:
-        say(f"  rows of {model.context_length} tokens, as the preset says; the model itself keeps its context of {own.context_length}")
+        say(f"  rows of {model.context_length} tokens, as the preset says; the model itself keeps "
+            f"its context of {own.context_length}")
     if differing := changes(to_dict(config.model), to_dict(model), "model."):
         say("  the model is the checkpoint's, not the preset's: " + "; ".join(differing))
-    data = config.data  # later stages read the checkpoint's tokenizer, not these two settings; they must only fit each other
+    # later stages read the checkpoint's tokenizer, not these two settings; they must only fit each
+    # other
+    data = config.data
     if data.tokenizer == "bpe" or model.vocab_size < GPT2_VOCAB_SIZE:
-        data = dataclasses.replace(data, tokenizer="bpe", tokenizer_vocab_size=min(data.tokenizer_vocab_size, model.vocab_size))
+        data = dataclasses.replace(
+            data, tokenizer="bpe",
+            tokenizer_vocab_size=min(data.tokenizer_vocab_size, model.vocab_size))
     return dataclasses.replace(config, model=model, data=data)
 
 
-# ---- the kernel ------------------------------------------------------------------------------------------------------
+# ---- the kernel ----------------------------------------------------------------------------------
 
 
 def _mark_failures(stage: StageRun, namespace: dict) -> None:
-    """From now on a cell that raises marks the stage as failed in `run.json` (unless it says how it ended), a scheduler's warning as preempted."""
+    """From now on a cell that raises marks the stage as failed in `run.json` (unless it says how it
+    ended), a scheduler's warning as preempted.
+    """
     shell = namespace.get("get_ipython", lambda: None)()
     if shell is None:
         return
@@ -199,12 +233,15 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
     def after_cell(result) -> None:
         busy.clear()
         error = result.error_in_exec
-        if error is None or isinstance(error, (StageError, Preempted)) or warned.is_set():  # code in C may turn Preempted into another error
+        # code in C may turn Preempted into another error
+        if error is None or isinstance(error, (StageError, Preempted)) or warned.is_set():
             return
         if isinstance(error, getattr(sys.modules.get("torch"), "AcceleratorError", ())):
-            say(f"{stage.stage}: the device {stage.device} is lost. What {stage.folder} holds is whole: run again with run={stage.run!r} and "
+            say(f"{stage.stage}: the device {stage.device} is lost. What {stage.folder} holds is "
+                f"whole: run again with run={stage.run!r} and "
                 "resume=True, here, on another machine or with device=cpu")
-        stage.mark("finished" if (stage.folder / "results.json").is_file() else "failed")  # a finished stage stays one
+        # a finished stage stays one
+        stage.mark("finished" if (stage.folder / "results.json").is_file() else "failed")
 
     def end(number: int, frame) -> None:
         for other in PREEMPTION_SIGNALS:
@@ -213,22 +250,28 @@ def _mark_failures(stage: StageRun, namespace: dict) -> None:
         name = signal.Signals(number).name
         if busy.is_set():
             warned.set()
-            raise Preempted(f"{name}: stage {stage.stage} was ended between two of its results; what it has kept in {stage.folder} stays, "
-                            "and the same start goes on there")
+            raise Preempted(
+                f"{name}: stage {stage.stage} was ended between two of its results; what it has "
+                f"kept in {stage.folder} stays, and the same start goes on there")
         say(f"{stage.stage}: ended by {name}")
         os._exit(1)  # between two cells nobody would see an exception
 
     shell.events.register("pre_run_cell", lambda info: busy.set())
     shell.events.register("post_run_cell", after_cell)
-    if type(shell).__name__ == "ZMQInteractiveShell" and threading.current_thread() is threading.main_thread():  # a kernel of its own
+    # a kernel of its own
+    if (type(shell).__name__ == "ZMQInteractiveShell"
+            and threading.current_thread() is threading.main_thread()):
         end.stage = stage
         for number in PREEMPTION_SIGNALS:
             signal.signal(number, end)
 
 
 def notebook_path(namespace: dict) -> Path | None:
-    """Where the executing notebook is being saved: by papermill (its output), or by Jupyter; None if nobody says."""
-    if path := namespace.get("PAPERMILL_OUTPUT_PATH") or os.environ.get("MODERN_LLM_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME"):
+    """Where the executing notebook is being saved: by papermill (its output), or by Jupyter; None
+    if nobody says.
+    """
+    if (path := namespace.get("PAPERMILL_OUTPUT_PATH") or os.environ.get("MODERN_LLM_NOTEBOOK")
+                or os.environ.get("JPY_SESSION_NAME")):
         return Path(path)
     try:
         import psutil
@@ -238,15 +281,19 @@ def notebook_path(namespace: dict) -> Path | None:
 
         parent = psutil.Process().parent()
         words = parent.cmdline()
-        start = next(i for i, word in enumerate(words) if Path(word).name in ("papermill", "__main__.py"))
-        output = papermill.make_context("papermill", words[start + 1:], resilient_parsing=True).params["output_path"]
+        start = next(i for i, word in enumerate(words)
+                     if Path(word).name in ("papermill", "__main__.py"))
+        output = papermill.make_context("papermill", words[start + 1:],
+                                        resilient_parsing=True).params["output_path"]
         return Path(parent.cwd()) / output if output and output != "-" else None
     except (ImportError, StopIteration, psutil.Error, ValueError):
         return None
 
 
 def _keep_notebook(target: Path, namespace: dict) -> None:
-    """When the kernel ends, copy the executed notebook into the run's folder (papermill saves after every cell)."""
+    """When the kernel ends, copy the executed notebook into the run's folder (papermill saves after
+    every cell).
+    """
     source = notebook_path(namespace)
     if source is None or "ipykernel" not in sys.modules:
         return
@@ -258,11 +305,13 @@ def _keep_notebook(target: Path, namespace: dict) -> None:
     atexit.register(copy)
 
 
-# ---- what it will do -------------------------------------------------------------------------------------------------
+# ---- what it will do -----------------------------------------------------------------------------
 
 
 def config_table(config: PipelineConfig, stage: str):
-    """What the stage will do, as a table: the model, the data it reads, its optimisation, and its own settings."""
+    """What the stage will do, as a table: the model, the data it reads, its optimisation, and its
+    own settings.
+    """
     import pandas as pd
 
     model, settings = config.model, settings_of(config, stage)
@@ -272,26 +321,33 @@ def config_table(config: PipelineConfig, stage: str):
     rows = [
         ("preset", config.name, config.description),
         ("parameters", f"{parameters['total']:,}", f"{parameters['active']:,} active for a token"),
-        ("shape", f"{model.num_layers} layers × {model.width}", f"{model.num_heads} heads, {model.num_kv_heads} key/value "
+        ("shape", f"{model.num_layers} layers × {model.width}",
+         f"{model.num_heads} heads, {model.num_kv_heads} key/value "
          f"groups, feed-forward {model.ffn_width}, context {model.context_length}"),
     ]
     if stage == "pretrain":
-        rows.append(("data", ", ".join(data), f"tokenizer {config.data.tokenizer}, vocabulary {model.vocab_size}"))
+        rows.append(("data", ", ".join(data),
+                     f"tokenizer {config.data.tokenizer}, vocabulary {model.vocab_size}"))
     elif data:
         rows.append(("data", ", ".join(data), ""))
     if isinstance(settings, TrainConfig):
         rows += _optimisation(config, stage, settings)
     rows.append(("memory", f"{memory_needed(config, stage) / GIB:.2f} GB",
-                 "estimated, to train" if isinstance(settings, TrainConfig) else "estimated, to run the model"))
+                 "estimated, to train" if isinstance(settings, TrainConfig)
+                 else "estimated, to run the model"))
     if settings is not None:
-        shared = {field.name for field in dataclasses.fields(TrainConfig)} | {path.split(".")[1] for path in DATA[stage]}
-        own = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name not in shared}
-        rows += [(name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), "")
+        shared = ({field.name for field in dataclasses.fields(TrainConfig)}
+                  | {path.split(".")[1] for path in DATA[stage]})
+        own = {field.name: getattr(settings, field.name)
+               for field in dataclasses.fields(settings) if field.name not in shared}
+        rows += [(name.replace("_", " "),
+                  ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), "")
                  for name, value in own.items()]
     return pd.DataFrame(rows, columns=["", "value", "detail"]).set_index("")
 
 
-def _optimisation(config: PipelineConfig, stage: str, train: TrainConfig) -> list[tuple[str, str, str]]:
+def _optimisation(config: PipelineConfig, stage: str,
+                  train: TrainConfig) -> list[tuple[str, str, str]]:
     """Batch, budget and optimizer; only in pretraining is every row as long as the context."""
     limit = f"at most {train.max_minutes:g} minutes" if train.max_minutes else ""
     batch, budget, detail = f"{train.batch_size} rows", f"{train.max_steps:,} steps", limit
@@ -299,11 +355,14 @@ def _optimisation(config: PipelineConfig, stage: str, train: TrainConfig) -> lis
         tokens = train.max_steps * train.batch_size * config.model.context_length
         batch = f"{train.batch_size} × {config.model.context_length} tokens"
         budget += f" = {tokens / 1e6:,.1f}M tokens"
-        detail = f"{tokens * counts.flops_per_token(config.model):.1e} FLOPs" + (f", {limit}" if limit else "")
+        detail = (f"{tokens * counts.flops_per_token(config.model):.1e} FLOPs"
+                  + (f", {limit}" if limit else ""))
     return [
         ("batch", batch, f"in micro-batches of {train.micro_batch}" + (
-            f", shared by {config.hardware.ranks} ranks ({config.hardware.strategy})" if config.hardware.ranks > 1 else "")),
+            f", shared by {config.hardware.ranks} ranks ({config.hardware.strategy})"
+            if config.hardware.ranks > 1 else "")),
         ("budget", budget, detail),
-        ("optimizer", train.optimizer, f"lr {train.lr:g}" + (f", Muon {train.muon_lr:g}" if train.optimizer == "muon" else "")
+        ("optimizer", train.optimizer,
+         f"lr {train.lr:g}" + (f", Muon {train.muon_lr:g}" if train.optimizer == "muon" else "")
          + f", weight decay {train.weight_decay:g}, {train.schedule}"),
     ]

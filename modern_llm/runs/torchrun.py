@@ -1,8 +1,9 @@
 """How the processes of one run are started, and what the others do while rank 0 runs the stages.
 
-Every rank is the same command, `modern-llm run …`, started by torchrun, by srun, or by srun torchrun. Rank 0 plans and executes the
-stages as it does alone. The others wait; when a stage of rank 0 is about to train, they run the cells of its notebook up to there,
-without keeping a page, train with it, and wait again. Imports no torch at the top.
+Every rank is the same command, `modern-llm run …`, started by torchrun, by srun, or by srun
+torchrun. Rank 0 plans and executes the stages as it does alone. The others wait; when a stage of
+rank 0 is about to train, they run the cells of its notebook up to there, without keeping a page,
+train with it, and wait again. Imports no torch at the top.
 """
 
 from __future__ import annotations
@@ -28,20 +29,26 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextlib.contextmanager
 def launch_ranks(wanted: int):
-    """Around the stages of `modern-llm run`: inside there is rank 0 only, with the others (`hardware.ranks=wanted` in all) behind it.
+    """Around the stages of `modern-llm run`: inside there is rank 0 only, with the others
+    (`hardware.ranks=wanted` in all) behind it.
 
-    Started alone, the process becomes torchrun for `wanted` copies of itself; started once on each node of a SLURM job, it
-    becomes torchrun for its node's share of them. Leaves the program on every other rank.
+    Started alone, the process becomes torchrun for `wanted` copies of itself; started once on each
+    node of a SLURM job, it becomes torchrun for its node's share of them. Leaves the program on
+    every other rank.
     """
-    if wanted > 1:  # before torch is imported: DDP's advice, and every rank's sockets telling at length that another one died
+    # before torch is imported: DDP's advice, and every rank's sockets telling at length that
+    # another one died
+    if wanted > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     rank, size, _ = rank_info()
     if size == 1 and wanted > 1:
         sys.exit(torchrun(wanted))
-    if wanted > size and wanted % size == 0 and "RANK" not in os.environ and os.environ.get("SLURM_NNODES") == str(size):
+    if (wanted > size and wanted % size == 0 and "RANK" not in os.environ
+            and os.environ.get("SLURM_NNODES") == str(size)):
         sys.exit(torchrun(wanted // size, nodes=size, node=rank))
     if size > 1 and wanted != size and (rank or "RANK" in os.environ):
-        raise ConfigError(f"hardware.ranks={wanted}, but {size} processes were started: say -p hardware.ranks={size}, or start {wanted}")
+        raise ConfigError(f"hardware.ranks={wanted}, but {size} processes were started: say -p "
+                          f"hardware.ranks={size}, or start {wanted}")
     if wanted == 1:
         yield
         return
@@ -56,7 +63,8 @@ def launch_ranks(wanted: int):
 
 
 def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
-    """This very command as so many ranks on this machine, one of several `nodes` that meet at `address()`; returns its exit code.
+    """This very command as so many ranks on this machine, one of several `nodes` that meet at
+    `address()`; returns its exit code.
 
     Signals are passed on to rank 0, which stops; the ranks agree on that between two steps.
     """
@@ -77,22 +85,30 @@ def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
     meet = ["--standalone"]
     if nodes > 1:
         host, port = address()
-        meet = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", os.environ["SLURM_JOB_ID"], "--rdzv-endpoint", f"{host}:{port}",
-                "--rdzv-conf", f"is_host={int(node == 0)},read_timeout=600"]  # seconds: nodes do not come up at the same moment
-    words = [*meet, "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", "--no-python", sys.executable, "-c",
-             SAME_PACKAGE + "import json, os; from modern_llm.cli import main; main(json.loads(os.environ['MODERN_LLM_WORDS']), 'modern-llm')"]
-    os.environ["MODERN_LLM_WORDS"] = json.dumps(sys.argv[1:])  # torchrun's parser would take --run for its own --run-path
+        # seconds: nodes do not come up at the same moment
+        meet = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id",
+                os.environ["SLURM_JOB_ID"], "--rdzv-endpoint", f"{host}:{port}", "--rdzv-conf",
+                f"is_host={int(node == 0)},read_timeout=600"]
+    words = [*meet, "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", "--no-python",
+             sys.executable, "-c",
+             SAME_PACKAGE + "import json, os; from modern_llm.cli import main; "
+                            "main(json.loads(os.environ['MODERN_LLM_WORDS']), 'modern-llm')"]
+    # torchrun's parser would take --run for its own --run-path
+    os.environ["MODERN_LLM_WORDS"] = json.dumps(sys.argv[1:])
     try:
         run.run(run.parse_args(words))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if rank:
-            print(f"rank {rank} ended first, with exit code {failure.exitcode}; so all were ended", file=sys.stderr)
+            print(f"rank {rank} ended first, with exit code {failure.exitcode}; so all were ended",
+                  file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except RendezvousConnectionError:  # the first node has ended, and its exit code says why; srun takes the highest of all
+    except RendezvousConnectionError:
+        # the first node has ended, and its exit code says why; srun takes the highest of all
         return 1
     finally:
-        for number in STOPS:  # srun ends the tasks of a step together: a word too late must not change the exit code
+        # srun ends the tasks of a step together: a word too late must not change the exit code
+        for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
     return 0
 
@@ -100,7 +116,8 @@ def torchrun(ranks: int, nodes: int = 1, node: int = 0) -> int:
 def worker_loop() -> None:
     """What every rank but the first does, until rank 0 has finished all stages."""
     rank = rank_info()[0]
-    for number in (signal.SIGINT, signal.SIGUSR1):  # only while it trains does a rank handle them; rank 0 ends it
+    # only while it trains does a rank handle them; rank 0 ends it
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.environ["MPLBACKEND"] = "Agg"
     import torch
@@ -127,11 +144,13 @@ def worker_loop() -> None:
 def run_cells(task: dict) -> None:
     """Run the code of a stage's notebook with a task's parameters, its output muted."""
     namespace: dict = {"__name__": "__main__", "TASK": task}
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere),
+          contextlib.redirect_stderr(nowhere)):
         for cell in read_json(Path(task["notebook"]))["cells"]:
             if cell["cell_type"] == "code":
                 lines = "".join(cell["source"]).splitlines()
                 source = "\n".join("" if line.startswith(("%", "!")) else line for line in lines)
-                exec(compile(source, f"{Path(task['notebook']).name}, cell {cell['id']}", "exec"), namespace)
+                exec(compile(source, f"{Path(task['notebook']).name}, cell {cell['id']}", "exec"),
+                     namespace)
                 if "parameters" in cell["metadata"].get("tags", []):
                     namespace.update(task["parameters"])

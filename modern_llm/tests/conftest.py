@@ -1,22 +1,28 @@
-"""Shared by all tests: every run and cache goes to a temporary folder, no test reaches a model hub, and the longest files begin first."""
+"""Shared by all tests: every run and cache goes to a temporary folder, no test reaches a model hub,
+and the longest files begin first.
+"""
 
 import os
 import tempfile
 
-LONGEST = ["test_slurm", "test_pipeline", "test_readme", "test_notebooks", "test_docs", "test_golden", "test_jupyterlab", "test_faults",
-           "test_pretrain", "test_signals"]
+LONGEST = ["test_slurm", "test_pipeline", "test_readme", "test_notebooks", "test_docs",
+           "test_golden", "test_jupyterlab", "test_faults", "test_pretrain", "test_signals"]
 
-# Set before anything of the package is imported, also for the notebooks' kernels and for the workers, which inherit it: one cache for all.
+# Set before anything of the package is imported, also for the notebooks' kernels and for the
+# workers, which inherit it: one cache for all.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _scratch = tempfile.TemporaryDirectory(prefix="modern-llm-tests-")
     os.environ["MODERN_LLM_CACHE"] = os.path.join(_scratch.name, "cache")
 else:
     os.environ["OMP_NUM_THREADS"] = "1"  # more threads than cores only wait for each other
-os.environ["MODERN_LLM_RUNS"] = os.path.join(os.path.dirname(os.environ["MODERN_LLM_CACHE"]), os.environ.get("PYTEST_XDIST_WORKER", "runs"))
+os.environ["MODERN_LLM_RUNS"] = os.path.join(
+    os.path.dirname(os.environ["MODERN_LLM_CACHE"]), os.environ.get("PYTEST_XDIST_WORKER", "runs"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long come first, so that no worker is left alone with one of them at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Files that take long come first, so that no worker is left alone with one of them at the end.
+    """
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST
+                                else len(LONGEST))

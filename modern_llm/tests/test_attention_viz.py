@@ -1,4 +1,6 @@
-"""Attention pictures: weights of every kind of model, the tokens of the examples, and what the observations may say."""
+"""Attention pictures: weights of every kind of model, the tokens of the examples, and what the
+observations may say.
+"""
 
 import math
 import string
@@ -8,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from modern_llm.config import ModelConfig
+from modern_llm.data.tokens import end_of_text_id, train_tokenizer
 from modern_llm.evaluation.attention import (
     ROLES, attention_maps, examples, head_role, head_table, heads_figure, induction_attention,
     key_table, maps_figure, observations, planted_repetition, repetition_gain, row_measures,
     tokenise_example, without_head,
 )
-from modern_llm.config import ModelConfig
 from modern_llm.figures import small_png
 from modern_llm.models.decoder import ModernDecoderLM
-from modern_llm.data.tokens import end_of_text_id, train_tokenizer
 
 KINDS = {
     "plain": {}, "one group": {"num_kv_heads": 1}, "every head its own": {"num_kv_heads": 4},
@@ -28,8 +30,9 @@ KINDS = {
 
 def made(**changes) -> ModernDecoderLM:
     torch.manual_seed(1)
-    model = ModernDecoderLM(ModelConfig(vocab_size=128, context_length=64, width=32, num_layers=2, ffn_width=32, init_std=0.5,
-                                        zero_init_outputs=False, **changes))
+    model = ModernDecoderLM(
+        ModelConfig(vocab_size=128, context_length=64, width=32, num_layers=2, ffn_width=32,
+                    init_std=0.5, zero_init_outputs=False, **changes))
     for block in model.layers:
         if block.self_attn.sinks is not None:
             nn.init.normal_(block.self_attn.sinks)
@@ -38,17 +41,20 @@ def made(**changes) -> ModernDecoderLM:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([string.printable * 2, *(example.text for example in examples(True))], 512)
+    return train_tokenizer(
+        [string.printable * 2, *(example.text for example in examples(True))], 512)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_every_kind_of_model(kind):
     model = made(**KINDS[kind])
     ids = torch.randint(0, 128, (3, 10), generator=torch.Generator().manual_seed(0))
-    maps = attention_maps(model, ids)  # refuses by itself when they do not rebuild the layers' outputs
+    # refuses by itself when they do not rebuild the layers' outputs
+    maps = attention_maps(model, ids)
     assert maps.shape == (2, 3, 4, 10, 10) and maps.triu(1).abs().max() == 0
     share = 1 - maps.sum(-1)
-    assert share.min() > (0.001 if "sinks" in kind else -1e-5) and ("sinks" in kind or share.max() < 1e-5)
+    assert (share.min() > (0.001 if "sinks" in kind else -1e-5)
+            and ("sinks" in kind or share.max() < 1e-5))
     if "window" in kind:
         assert maps.tril(-3).abs().max() == 0
     assert not any(block.self_attn._forward_hooks for block in model.layers)
@@ -73,7 +79,8 @@ def test_a_learned_sink_counts_as_sink_and_as_a_choice():
     measures = row_measures(even[None, None] * (1 - share))
     assert torch.allclose(measures["sink"], measures["first"] + share)
     row = torch.tensor([share, *[(1 - share) / 3] * 3])
-    assert math.isclose(measures["entropy"][0, 0, 0].item(), -(row * row.log()).sum().item(), rel_tol=1e-5)
+    assert math.isclose(measures["entropy"][0, 0, 0].item(),
+                        -(row * row.log()).sum().item(), rel_tol=1e-5)
     assert measures["evenness"].max() <= 1
     with pytest.raises(ValueError, match="no third query"):
         row_measures(even[None, None, :2, :2])
@@ -82,7 +89,8 @@ def test_a_learned_sink_counts_as_sink_and_as_a_choice():
 def test_planted_repetition():
     planted, control = planted_repetition(range(10, 50), 8, 5, start_id=3, seed=1)
     assert planted.shape == control.shape == (5, 17) and (planted[:, 0] == 3).all()
-    assert torch.equal(planted[:, 1:9], planted[:, 9:]) and torch.equal(planted[:, :9], control[:, :9])
+    assert (torch.equal(planted[:, 1:9], planted[:, 9:])
+            and torch.equal(planted[:, :9], control[:, :9]))
     assert all(len(set(row[1:].tolist())) == 16 for row in control)
     assert torch.equal(planted, planted_repetition(range(10, 50), 8, 5, start_id=3, seed=1)[0])
     perfect = torch.zeros(1, 1, 1, 17, 17)
@@ -130,13 +138,15 @@ def test_without_head_is_the_model_with_zeroed_columns():
 
 def test_from_model_to_sentences(tokenizer):
     torch.manual_seed(0)
-    model = ModernDecoderLM(ModelConfig(vocab_size=512, width=32, num_layers=2, ffn_width=32)).eval()
+    model = ModernDecoderLM(ModelConfig(
+        vocab_size=512, width=32, num_layers=2, ffn_width=32)).eval()
     items = [tokenise_example(tokenizer, example, 0) for example in examples(True)[2:]]
     maps = [attention_maps(model, item.input_ids)[:, 0] for item in items]
     planted, control = planted_repetition(range(5, 105), 10, 4, 0)
     heads = head_table(maps, attention_maps(model, planted), attention_maps(model, control))
     assert len(heads) == 8 and heads.notna().all().all()
-    keys = {item.example.name: key_table(model, item, weights) for item, weights in zip(items, maps)}
+    keys = {item.example.name: key_table(model, item, weights)
+            for item, weights in zip(items, maps)}
     for table in keys.values():  # a fresh model with zeroed outputs does not depend on any head
         assert abs(table["answer without it"] - table.attrs["answer"]).max() < 1e-6
     saved = repetition_gain(model, planted, control)
@@ -145,7 +155,8 @@ def test_from_model_to_sentences(tokenizer):
     assert len(told) == 6 + len(items) and "threshold of induction: 0." in told[5]
     strongest = heads.copy()
     strongest.loc[(1, 3), ["induction", "role"]] = [0.9, "induction"]
-    assert "head 1.3 puts 0.90" in (said := observations(strongest, gain, 0.05, keys)[5]) and "threshold of induction: 1." in said
+    assert ("head 1.3 puts 0.90" in (said := observations(strongest, gain, 0.05, keys)[5])
+            and "threshold of induction: 1." in said)
     for name, fig in {"heads": heads_figure(heads), "maps": maps_figure(maps[0])}.items():
         assert small_png(fig).startswith(b"\x89PNG"), name
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from modern_llm.models import counts
 from modern_llm.config import ConfigError
 from modern_llm.config import override, to_dict
 from modern_llm.config import ALIASES, PRESETS, get_pipeline_preset, local_cpu, tacc_h100
+from modern_llm.models import counts
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
@@ -26,7 +26,8 @@ def test_json_preset_starts_from_a_base(tmp_path):
     path = tmp_path / "wide.json"
     path.write_text(json.dumps({"base": "local-cpu", "model": {"width": 512}}))
     wide = get_pipeline_preset(str(path))
-    assert wide == replace(local_cpu(), name="wide", model=replace(local_cpu().model, width=512))  # its run is another one than the base's
+    # its run is another one than the base's
+    assert wide == replace(local_cpu(), name="wide", model=replace(local_cpu().model, width=512))
 
 
 @pytest.mark.parametrize("values, message", [
@@ -37,7 +38,8 @@ def test_json_preset_starts_from_a_base(tmp_path):
     ({"model": 3}, r"model=3 must be a JSON object"),
     ({"data": {"sources": "synthetic"}}, r"data\.sources='synthetic' is str, should be a list"),
     ({"model": {"num_heads": 3}}, r"num_heads=3 does not divide model\.width=128; use one of"),
-    ({"model": {"num_kv_heads": 3}}, r"num_kv_heads=3 does not divide model\.num_heads=4; use one of \[1, 2, 4\]"),
+    ({"model": {"num_kv_heads": 3}},
+     r"num_kv_heads=3 does not divide model\.num_heads=4; use one of \[1, 2, 4\]"),
     ({"pretrain": {"optimizer": "adam"}}, r"optimizer='adam' is unknown; did you mean 'adamw'"),
     ({"pretrain": {"micro_batch_size": 5}}, r"micro_batch_size=5 does not divide"),
     ({"data": {"tokenizer": "gpt2"}}, r"vocab_size=512 is under"),
@@ -70,7 +72,8 @@ def test_what_json_would_swallow_is_refused(text, message, tmp_path):
         get_pipeline_preset(str(tmp_path / "mine.json"))
 
 
-@pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[]", "must hold a JSON object")])
+@pytest.mark.parametrize("text, message",
+                         [("{", "not valid JSON"), ("[]", "must hold a JSON object")])
 def test_file_that_is_no_preset(text, message, tmp_path):
     path = tmp_path / "broken.json"
     path.write_text(text)
@@ -100,13 +103,17 @@ def test_published_model_has_253m_parameters():
 
 
 def test_config_and_cli_import_no_torch():
-    code = "import sys, modern_llm.cli, modern_llm.runs.pipeline, modern_llm.runs.stage, modern_llm.config; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    code = ("import sys, modern_llm.cli, modern_llm.runs.pipeline, modern_llm.runs.stage, "
+            "modern_llm.config; print('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=True).stdout == "False\n"
 
 
 @pytest.mark.fault("messages")
 @pytest.mark.parametrize("length", [1, 2, 8, 10, 15])
 def test_a_context_too_short_for_any_stage_is_refused_with_the_shortest(length):
-    with pytest.raises(ConfigError, match=f"model.context_length={length} leaves no room .* use at least 16"):
+    with pytest.raises(ConfigError,
+                       match=f"model.context_length={length} leaves no room .* use at least 16"):
         override(get_pipeline_preset("lesson"), {"model": {"context_length": length}}, "overrides")
-    assert override(get_pipeline_preset("lesson"), {"model": {"context_length": 16}}, "overrides").model.context_length == 16
+    assert override(get_pipeline_preset("lesson"),
+                    {"model": {"context_length": 16}}, "overrides").model.context_length == 16

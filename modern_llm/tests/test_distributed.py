@@ -1,4 +1,6 @@
-"""Several real processes make the run that one makes: the trainer itself, over gloo on this machine."""
+"""Several real processes make the run that one makes: the trainer itself, over gloo on this
+machine.
+"""
 
 import dataclasses
 import os
@@ -8,22 +10,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modern_llm.training.checkpoints import load_checkpoint
 from modern_llm.config import ConfigError, HardwareConfig, PipelineConfig, TrainConfig
+from modern_llm.tests.test_trainer import any_number, batches, lm_loss, save_weights, toy, trainer
+from modern_llm.training.checkpoints import load_checkpoint
 from modern_llm.training.distributed import DataParallelLoss, RankFailed, World, on_ranks
 from modern_llm.training.ranks import address, rank_info
-from modern_llm.tests.test_trainer import any_number, batches, lm_loss, save_weights, toy, trainer
 
-CONFIG = TrainConfig(max_steps=12, batch_size=8, micro_batch_size=2, warmup_steps=3, ema_decay=0.9, log_every=1, eval_every=6,
-                     checkpoint_every=4, lr=3e-3, muon_lr=5e-3, keep_checkpoints=1)
+CONFIG = TrainConfig(max_steps=12, batch_size=8, micro_batch_size=2, warmup_steps=3, ema_decay=0.9,
+                     log_every=1, eval_every=6, checkpoint_every=4, lr=3e-3, muon_lr=5e-3,
+                     keep_checkpoints=1)
 
 
 def run(folder, cfg=CONFIG, dropout=0.0, **options):
     """A function of a world: train in `folder`, return the history and how it ended."""
     def train(world: World):
         model = toy(seed=1, dropout=dropout)
-        result = trainer(model, folder, cfg, world=world, save_model=save_weights, evaluate=lambda m: {"loss": m.norm.weight.sum()},
-                         **options).fit()
+        result = trainer(model, folder, cfg, world=world, save_model=save_weights,
+                         evaluate=lambda m: {"loss": m.norm.weight.sum()}, **options).fit()
         return result.history, (result.step, result.stopped, result.tokens)
 
     return train
@@ -37,24 +40,31 @@ def saved(folder) -> dict:
     return torch.load(folder / "checkpoint" / "weights.pt")
 
 
-@pytest.mark.parametrize("strategy, size, optimizer", [("ddp", 2, "muon"), ("fsdp", 2, "muon"), ("fsdp", 2, "adamw"), ("ddp", 4, "adamw")])
+@pytest.mark.parametrize("strategy, size, optimizer", [("ddp", 2, "muon"), ("fsdp", 2, "muon"),
+                                                       ("fsdp", 2, "adamw"), ("ddp", 4, "adamw")])
 def test_ranks_train_like_one_process(tmp_path, strategy, size, optimizer):
-    """Micro-batches, clipping, averaged weights, validation: the same losses, and the same model saved."""
+    """Micro-batches, clipping, averaged weights, validation: the same losses, and the same model
+    saved.
+    """
     cfg = dataclasses.replace(CONFIG, optimizer=optimizer, grad_clip=0.5)
     alone, ended = run(tmp_path / "alone", cfg)(World())
     found = on_ranks(run(tmp_path / "together", cfg), size, strategy)
     assert [f[1] for f in found] == [ended] * size == [(12, "finished", 12 * 48)] * size, found
     for name in ("loss", "nats", "grad_norm", "val_loss"):
-        assert losses(found[0][0], name) == pytest.approx(losses(alone, name), rel=1e-6 if name != "grad_norm" else 1e-4), name
+        assert losses(found[0][0], name) == pytest.approx(
+            losses(alone, name), rel=1e-6 if name != "grad_norm" else 1e-4), name
     assert max(losses(alone, "grad_norm")) > 0.5, "nothing was clipped"
     one, other = saved(tmp_path / "alone"), saved(tmp_path / "together")
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
-    assert not list((tmp_path / "together").glob(".*")) and (tmp_path / "together" / "checkpoints" / "step-000006").is_dir()
+    assert (not list((tmp_path / "together").glob(".*"))
+            and (tmp_path / "together" / "checkpoints" / "step-000006").is_dir())
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
-    """One process, two with divided weights, four with whole ones, one again: one file format, the losses of a run by itself."""
+    """One process, two with divided weights, four with whole ones, one again: one file format, the
+    losses of a run by itself.
+    """
     straight, _ = run(tmp_path / "a")(World())
     for steps, size, strategy in ((3, 1, ""), (6, 2, "fsdp"), (9, 4, "ddp")):
         calls = iter(range(1, 100))
@@ -68,12 +78,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
 
 @pytest.mark.parametrize("strategy, size", [("ddp", 2), ("fsdp", 2), ("ddp", 4)])
 def test_resume_with_as_many_ranks_is_exact(tmp_path, strategy, size):
-    """With dropout, which each rank draws for itself; stopped by a signal to the second rank at any step."""
+    """With dropout, which each rank draws for itself; stopped by a signal to the second rank at any
+    step.
+    """
     stop_at = any_number("signal after step", 1, 11)
     calls = iter(range(1, 100))
 
     def signalled(world: World):
-        stop = lambda: world.rank == 1 and next(calls) == stop_at and os.kill(os.getpid(), signal.SIGUSR1) and False
+        stop = (lambda: world.rank == 1 and next(calls) == stop_at
+                        and os.kill(os.getpid(), signal.SIGUSR1) and False)
         return run(tmp_path / "b", dropout=0.2, should_stop=stop)(world)[1]
 
     straight = on_ranks(run(tmp_path / "a", dropout=0.2), size, strategy)
@@ -84,7 +97,8 @@ def test_resume_with_as_many_ranks_is_exact(tmp_path, strategy, size):
     assert all(torch.equal(one["module"][name], other["module"][name]) for name in one["module"])
     assert losses(straight[0][0]) == losses(resumed[0][0])
     alone, _ = run(tmp_path / "c", dropout=0.2)(World())
-    assert losses(alone)[1:] != pytest.approx(losses(straight[0][0])[1:], rel=1e-4), "dropout is expected to depend on the ranks"
+    assert losses(alone)[1:] != pytest.approx(losses(straight[0][0])[1:], rel=1e-4), (
+        "dropout is expected to depend on the ranks")
 
 
 def test_ranks_draw_different_dropout(tmp_path):
@@ -114,7 +128,8 @@ def failing(folder, number: int):
         try:
             trainer(toy(), folder, CONFIG, data=data, world=world).fit()
         except (ValueError, RankFailed) as error:
-            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # the launcher's word must not make of this failure a preemption
+            # the launcher's word must not make of this failure a preemption
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
             return type(error).__name__, str(error), getattr(error, "reported", None)
 
     return train
@@ -123,7 +138,8 @@ def failing(folder, number: int):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_failing_rank_ends_the_first_which_shows_its_traceback(tmp_path, strategy):
     (kind, message, _), = on_ranks(failing(tmp_path, 1), 2, strategy, survivors=1)
-    assert kind == "RankFailed" and "rank 1 of 2 failed" in message and "in data" in message and "row 7 is empty" in message
+    assert (kind == "RankFailed" and "rank 1 of 2 failed" in message and "in data" in message
+            and "row 7 is empty" in message)
 
 
 def test_a_failing_first_rank_ends_the_others(tmp_path):
@@ -141,13 +157,15 @@ def test_a_killed_rank_ends_the_others(tmp_path):
 
         trainer(toy(), tmp_path, CONFIG, data=data, world=world).fit()
 
-    assert "RankFailed: another rank is gone and left no message: it was killed" in str(on_ranks(train, survivors=1)[0])
+    assert ("RankFailed: another rank is gone and left no message: it was killed"
+            in str(on_ranks(train, survivors=1)[0]))
 
 
 def test_gradients_are_exchanged_after_the_last_micro_batch_only(tmp_path):
     def count(world: World):
         exchanged = []
-        run_ = trainer(toy(), tmp_path / "run", dataclasses.replace(CONFIG, max_steps=3), world=world)
+        run_ = trainer(toy(), tmp_path / "run",
+                       dataclasses.replace(CONFIG, max_steps=3), world=world)
         assert isinstance(run_.loss_fn, DataParallelLoss)
 
         def hook(state, bucket):
@@ -167,20 +185,28 @@ def test_gradients_are_exchanged_after_the_last_micro_batch_only(tmp_path):
 def test_a_used_folder_and_a_wrong_batch_are_refused_on_all_ranks(tmp_path):
     run(tmp_path, dataclasses.replace(CONFIG, max_steps=1))(World())
     found = on_ranks(run(tmp_path))
-    assert "FileExistsError" in str(found[0]) and "FileExistsError" in str(found[1]) and "RankFailed" in str(found[1])
-    assert "batch_size=8 cannot be shared equally by 3 ranks" in str(on_ranks(run(tmp_path / "other"), 3)[0])
+    assert ("FileExistsError" in str(found[0]) and "FileExistsError" in str(found[1])
+            and "RankFailed" in str(found[1]))
+    assert ("batch_size=8 cannot be shared equally by 3 ranks"
+            in str(on_ranks(run(tmp_path / "other"), 3)[0]))
 
 
 def test_who_was_launched():
-    assert rank_info({"RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == (1, 2, 0)
-    assert rank_info({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, 0), "a batch script"
-    assert address({"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_JOB_ID": "20003"}) == ("10.0.0.1", 20_003)
-    assert address({"MASTER_ADDR": "n1", "MASTER_PORT": "29500", "SLURM_JOB_ID": "3"}) == ("n1", 29_500)
+    assert rank_info({"RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0",
+                      "SLURM_NTASKS": "1"}) == (1, 2, 0)
+    assert (rank_info({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+            == (0, 1, 0)), ("a batch script")
+    assert (address({"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_JOB_ID": "20003"})
+            == ("10.0.0.1", 20_003))
+    assert (address({"MASTER_ADDR": "n1", "MASTER_PORT": "29500", "SLURM_JOB_ID": "3"})
+            == ("n1", 29_500))
 
 
-@pytest.mark.parametrize("hardware, message", [({"ranks": 0}, "hardware.ranks=0 must be at least 1"),
-                                               ({"strategy": "fdsp"}, "did you mean 'fsdp'"),
-                                               ({"ranks": 3}, r"hardware.ranks=3 does not divide pretrain.batch_size=32; use one of \[1, 2, 4")])
+@pytest.mark.parametrize("hardware, message",
+                         [({"ranks": 0}, "hardware.ranks=0 must be at least 1"),
+                          ({"strategy": "fdsp"}, "did you mean 'fsdp'"),
+                          ({"ranks": 3}, r"hardware.ranks=3 does not divide "
+                                         r"pretrain.batch_size=32; use one of \[1, 2, 4")])
 def test_settings_that_cannot_be(hardware, message):
     with pytest.raises(ConfigError, match=message):
         PipelineConfig(hardware=HardwareConfig(**hardware))

@@ -1,6 +1,7 @@
 """The documentation site: built once, read as files, then opened in a browser.
 
-`bash scripts/environment.sh docs,browser` installs what these tests need beside a Chromium or Chrome; without it they skip.
+`bash scripts/environment.sh docs,browser` installs what these tests need beside a Chromium or
+Chrome; without it they skip.
 """
 
 import json
@@ -23,7 +24,8 @@ from modern_llm.tests.browser import chromium_page
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("sphinx", "furo", "myst_nb", "sphinx_copybutton", "sphinx-mathjax-offline")
 if missing := [name for name in TOOLS if not find_spec(name)]:
-    pytest.skip(f"no {', '.join(missing)}: the site is built where the extra `docs` is installed", allow_module_level=True)
+    pytest.skip(f"no {', '.join(missing)}: the site is built where the extra `docs` is installed",
+                allow_module_level=True)
 
 
 class Page(HTMLParser):
@@ -31,7 +33,8 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.links, self.resources, self.ids, self.text, self.formulas, self.open = [], [], set(), [], 0, []
+        self.links, self.resources, self.ids, self.text, self.formulas, self.open = (
+            [], [], set(), [], 0, [])
         self.next = self.previous = None
         self.feed(path.read_text(encoding="utf-8"))
 
@@ -42,11 +45,13 @@ class Page(HTMLParser):
             self.links.append(found["href"])
         elif tag == "link" and found.get("rel") in ("next", "prev"):
             setattr(self, {"next": "next", "prev": "previous"}[found["rel"]], found["href"])
-        elif tag in ("script", "img", "source", "link", "iframe") and (address := found.get("src") or found.get("href")):
+        elif (tag in ("script", "img", "source", "link", "iframe")
+              and (address := found.get("src") or found.get("href"))):
             self.resources.append(address)
         formula = "math" in (found.get("class") or "").split()
         self.formulas += formula
-        if tag in ("pre", "code", "script", "style") or formula or (self.open and tag == self.open[-1]):
+        if (tag in ("pre", "code", "script", "style") or formula
+                or (self.open and tag == self.open[-1])):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -61,22 +66,27 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site():
     """The site, built in `_docs/html`; Sphinx treats warnings as errors."""
-    done = subprocess.run([sys.executable, ROOT / "docs" / "build.py"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, ROOT / "docs" / "build.py"], capture_output=True,
+                          text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return ROOT / "_docs" / "html"
 
 
 @pytest.fixture(scope="module")
 def pages(site):
-    return {path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html") if "_static" not in path.parts}
+    return {path.relative_to(site).as_posix(): Page(path)
+            for path in site.rglob("*.html") if "_static" not in path.parts}
 
 
 def notebooks() -> dict[str, list[dict]]:
     """Chapter -> cells, in reading order."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in (ROOT / "nbs").glob("*.ipynb")}
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8"))["cells"]
+             for path in (ROOT / "nbs").glob("*.ipynb")}
     del found["index"]
-    order = {stem: float(re.search(r"^- order: (\S+)", "".join(cells[0]["source"]), re.M)[1]) for stem, cells in found.items()}
-    return {stem: found[stem] for stem in sorted(found, key=lambda stem: (order[stem], stem + ".ipynb"))}
+    order = {stem: float(re.search(r"^- order: (\S+)", "".join(cells[0]["source"]), re.M)[1])
+             for stem, cells in found.items()}
+    return {stem: found[stem]
+            for stem in sorted(found, key=lambda stem: (order[stem], stem + ".ipynb"))}
 
 
 def test_every_link_leads_somewhere(site, pages):
@@ -89,7 +99,8 @@ def test_every_link_leads_somewhere(site, pages):
                 if address in page.resources and url.scheme != "data":
                     broken.append(f"{name} loads {address} from elsewhere")
                 continue
-            target = (site / name).parent.joinpath(unquote(url.path)).resolve() if url.path else site / name
+            target = ((site / name).parent.joinpath(unquote(url.path)).resolve() if url.path
+                      else site / name)
             place = os.path.relpath(target, site)
             checked += 1
             if not target.is_file():
@@ -100,12 +111,17 @@ def test_every_link_leads_somewhere(site, pages):
 
 
 def test_formulas_are_mathematics(pages):
-    """Every formula of the chapters is marked as one, and no TeX is left in the text around them."""
+    """Every formula of the chapters is marked as one, and no TeX is left in the text around them.
+    """
     for name, page in pages.items():
-        text = re.sub(r"\$[A-Z][A-Z_]+", "", "".join(page.text))  # variables of the environment are none
-        assert not re.search(r"\$|\\(frac|tfrac|sum|mathrm|text|sqrt|log|cdot|qquad|le|sigma|beta)\b", text), f"{name} shows TeX"
+        # variables of the environment are none
+        text = re.sub(r"\$[A-Z][A-Z_]+", "", "".join(page.text))
+        assert not re.search(
+            r"\$|\\(frac|tfrac|sum|mathrm|text|sqrt|log|cdot|qquad|le|sigma|beta)\b", text
+        ), f"{name} shows TeX"
     for stem, cells in notebooks().items():
-        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        text = "\n".join("".join(cell["source"])
+                         for cell in cells if cell["cell_type"] == "markdown")
         text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
         expected = len(re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", text, re.S))
         assert pages[f"nbs/{stem}.html"].formulas >= expected, stem
@@ -122,23 +138,30 @@ def test_chapters_follow_each_other(pages):
 def test_chapters_can_be_downloaded(site, pages):
     for stem in notebooks():
         target, = {link for link in pages[f"nbs/{stem}.html"].links if link.endswith(".ipynb")}
-        assert (site / "nbs" / target).resolve().read_bytes() == (ROOT / "nbs" / f"{stem}.ipynb").read_bytes()
+        assert ((site / "nbs" / target).resolve().read_bytes()
+                == (ROOT / "nbs" / f"{stem}.ipynb").read_bytes())
 
 
 def test_reference_leads_to_the_cell_that_defines(site, pages):
-    """Every exported name is in the reference and linked to a place in its chapter; there, the next code is its definition."""
+    """Every exported name is in the reference and linked to a place in its chapter; there, the next
+    code is its definition.
+    """
     names = 0
     for path in (ROOT / "modern_llm").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         if not (chapter := re.search(r"File to edit: \.\./nbs/(\S+)\.ipynb", text)):
             continue
-        page, html = pages[f"api/{path.stem}.html"], (site / "nbs" / f"{chapter[1]}.html").read_text(encoding="utf-8")
+        page, html = (pages[f"api/{path.stem}.html"],
+                      (site / "nbs" / f"{chapter[1]}.html").read_text(encoding="utf-8"))
         for name in re.findall(r"'(\w+)'", re.search(r"^__all__ = \[.*?\]", text, re.S | re.M)[0]):
             assert f"modern_llm.{path.stem}.{name}" in page.ids, name
             back = f"../api/{path.stem}.html#modern_llm.{path.stem}.{name}"
             assert back in pages[f"nbs/{chapter[1]}.html"].links, name
-            code = re.sub(r"<[^>]+>", "", html[html.index(f'href="{back}"'):].split('<div class="highlight', 1)[1].split("</pre>", 1)[0])
-            assert re.search(rf"(^|\W)((def|class) {name}\b|{name}\b.* = |{name}: )", code), f"{name} is not where {path.stem} says"
+            code = re.sub(r"<[^>]+>", "",
+                          html[html.index(f'href="{back}"'):].split('<div class="highlight', 1)[1]
+                              .split("</pre>", 1)[0])
+            assert re.search(rf"(^|\W)((def|class) {name}\b|{name}\b.* = |{name}: )",
+                             code), f"{name} is not where {path.stem} says"
             names += 1
     assert names > 200
 
@@ -163,12 +186,17 @@ def browser():
 
 
 def test_every_page_in_a_browser(address, pages, browser):
-    """On a phone: no error on the console, nothing missing, nothing from elsewhere, nothing wider than the screen; every formula drawn."""
+    """On a phone: no error on the console, nothing missing, nothing from elsewhere, nothing wider
+    than the screen; every formula drawn.
+    """
     complaints = []
-    listeners = {"console": lambda m: m.type in ("error", "warning") and complaints.append(f"{browser.url}: {m.text}"),
+    listeners = {"console": lambda m: m.type in ("error", "warning")
+                                      and complaints.append(f"{browser.url}: {m.text}"),
                  "pageerror": lambda e: complaints.append(f"{browser.url}: {e}"),
-                 "requestfailed": lambda r: r.failure == "net::ERR_ABORTED" or complaints.append(f"{browser.url}: {r.url} failed, {r.failure}"),
-                 "request": lambda r: r.url.startswith((address, "data:")) or complaints.append(f"{browser.url}: asks {r.url}")}
+                 "requestfailed": lambda r: r.failure == "net::ERR_ABORTED"
+                 or complaints.append(f"{browser.url}: {r.url} failed, {r.failure}"),
+                 "request": lambda r: r.url.startswith((address, "data:"))
+                                      or complaints.append(f"{browser.url}: asks {r.url}")}
     for event, listener in listeners.items():
         browser.on(event, listener)
     browser.set_viewport_size({"width": 390, "height": 844})
@@ -182,7 +210,8 @@ def test_every_page_in_a_browser(address, pages, browser):
             [...document.querySelectorAll('.math mjx-math')].filter(e => e.getBoundingClientRect().width > 3).length,
             document.querySelectorAll('mjx-merror').length]""")
         if wide > 0 or raw or wrong or drawn != pages[name].formulas:
-            complaints.append(f"{name}: {wide} pixels too wide; of {pages[name].formulas} formulas {drawn} drawn, {raw} raw, {wrong} wrong")
+            complaints.append(f"{name}: {wide} pixels too wide; of {pages[name].formulas} formulas "
+                              f"{drawn} drawn, {raw} raw, {wrong} wrong")
     for event, listener in listeners.items():
         browser.remove_listener(event, listener)
     assert complaints == []
@@ -191,23 +220,28 @@ def test_every_page_in_a_browser(address, pages, browser):
 def test_search(address, browser):
     browser.goto(f"{address}/search.html?q=RoPE")
     browser.wait_for_selector("#search-results ul.search li a")
-    found = browser.eval_on_selector_all("#search-results ul.search li a", "links => links.map(a => a.getAttribute('href'))")
+    found = browser.eval_on_selector_all("#search-results ul.search li a",
+                                         "links => links.map(a => a.getAttribute('href'))")
     assert any("01_attention.html" in link for link in found)
 
 
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_screenshots(address, browser, scheme, width):
-    """Pictures for the eye in `_docs/screenshots`; text stands out from its background in both schemes."""
+    """Pictures for the eye in `_docs/screenshots`; text stands out from its background in both
+    schemes.
+    """
     from matplotlib.image import imread
 
     folder = ROOT / "_docs" / "screenshots"
     folder.mkdir(exist_ok=True)
     browser.emulate_media(color_scheme=scheme)
     browser.set_viewport_size({"width": width, "height": 844})
-    for name in ("index", "nbs/01_attention", "nbs/05_dpo", "api/attention", "report/local-smoke_report"):
+    for name in ("index", "nbs/01_attention", "nbs/05_dpo", "api/attention",
+                 "report/local-smoke_report"):
         browser.goto(f"{address}/{name}.html")
         picture = folder / f"{name.replace('/', '-')}-{scheme}-{width}.png"
         browser.screenshot(path=picture)
         brightness = imread(picture)[..., :3].mean(axis=-1)
-        assert (brightness.mean() > 0.5) == (scheme == "light") and brightness.max() - brightness.min() > 0.6, picture.name
+        assert ((brightness.mean() > 0.5) == (scheme == "light")
+                and brightness.max() - brightness.min() > 0.6), picture.name

@@ -9,38 +9,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modern_llm.cli import main
-from modern_llm.config import ConfigError
 from modern_llm.cluster.duration import clock, minutes_of
+from modern_llm.config import ConfigError
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 NUMBER = st.integers(0, 500)
 WRITTEN = st.sampled_from(["{}", "{:02d}", "{:03d}"])
 FORMS = {  # of sbatch(1), --time, with what each number counts, in seconds
-    "{}": (60,), "{}:{}": (60, 1), "{}:{}:{}": (3600, 60, 1), "{}-{}": (86400, 3600), "{}-{}:{}": (86400, 3600, 60),
-    "{}-{}:{}:{}": (86400, 3600, 60, 1),
+    "{}": (60,), "{}:{}": (60, 1), "{}:{}:{}": (3600, 60, 1), "{}-{}": (86400, 3600),
+    "{}-{}:{}": (86400, 3600, 60), "{}-{}:{}:{}": (86400, 3600, 60, 1),
 }
 
 
 @pytest.mark.fault("counts")
-@pytest.mark.parametrize("text, minutes", [
-    ("1-12", 2160), ("2-00", 2880), ("0-1", 60), ("7-0", 10080), ("1-12:30", 2190), ("0-00:30", 30), ("1-12:30:00", 2190), ("2-00:00:00", 2880),
-    ("90", 90), ("30:00", 30), ("02:00:00", 120), ("100:00:00", 6000), ("0:30", 1), ("30:01", 31), ("0-0:0:59", 1), (" 2-00:00:00\n", 2880),
-    ("UNLIMITED", None), ("infinite", None), ("INFINITE", None), ("n/a", None), ("N/A", None), ("0", None), ("00:00:00", None)])
+@pytest.mark.parametrize(
+    "text, minutes",
+    [("1-12", 2160), ("2-00", 2880), ("0-1", 60), ("7-0", 10080), ("1-12:30", 2190),
+     ("0-00:30", 30), ("1-12:30:00", 2190), ("2-00:00:00", 2880), ("90", 90),
+     ("30:00", 30), ("02:00:00", 120), ("100:00:00", 6000), ("0:30", 1), ("30:01", 31),
+     ("0-0:0:59", 1), (" 2-00:00:00\n", 2880), ("UNLIMITED", None), ("infinite", None),
+     ("INFINITE", None), ("n/a", None), ("N/A", None), ("0", None), ("00:00:00", None)])
 def test_times_as_slurm_writes_them(text, minutes):
     assert minutes_of(text) == minutes
 
 
 @pytest.mark.fault("counts")
-@pytest.mark.parametrize("text", ["", " ", "-5", "1-", "-", "1--2", "1-2-3", "1:2:3:4", "1-2:3:4:5", ":30", "30:", "1.5", "1e3", "two", "1h", "1-12h", "+5", "0x10",
-                                  "1 - 12", "1: 30", "\u0661\u0662", "infinite-", "-infinite", "INVALID", "none", "Partition_Limit"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "-5", "1-", "-", "1--2", "1-2-3", "1:2:3:4", "1-2:3:4:5", ":30", "30:", "1.5",
+             "1e3", "two", "1h", "1-12h", "+5", "0x10", "1 - 12", "1: 30", "\u0661\u0662",
+             "infinite-", "-infinite", "INVALID", "none", "Partition_Limit"])
 def test_what_is_no_time_is_named(text):
-    with pytest.raises(ConfigError, match=re.escape(repr(text)) + " is not a time as SLURM writes it: .*days-hours:minutes:seconds"):
+    with pytest.raises(ConfigError,
+                       match=re.escape(repr(text))
+                             + " is not a time as SLURM writes it: .*days-hours:minutes:seconds"):
         minutes_of(text)
 
 
 @pytest.mark.fault("counts")
 @EXAMPLES
-@given(form=st.sampled_from(list(FORMS)), numbers=st.lists(NUMBER, min_size=4, max_size=4), written=WRITTEN)
+@given(form=st.sampled_from(list(FORMS)), numbers=st.lists(NUMBER, min_size=4, max_size=4),
+       written=WRITTEN)
 def test_every_form_counts_what_the_manual_says(form, numbers, written):
     text = form.format(*(written.format(number) for number in numbers))
     seconds = sum(number * unit for number, unit in zip(numbers, FORMS[form]))
@@ -57,7 +65,8 @@ def test_there_and_back(minutes):
 @EXAMPLES
 @given(st.floats(0, 10**5))
 def test_what_is_asked_for_is_never_less_nor_no_limit(minutes):
-    assert minutes <= minutes_of(clock(minutes)) < minutes + 1 or minutes_of(clock(minutes)) == 1 >= minutes
+    assert (minutes <= minutes_of(clock(minutes)) < minutes + 1
+            or minutes_of(clock(minutes)) == 1 >= minutes)
 
 
 @EXAMPLES
@@ -72,9 +81,12 @@ def test_any_text_is_a_time_or_a_config_error(text):
 
 
 @pytest.mark.fault("counts")
-@pytest.mark.parametrize("limit, code", [("1-12", 0), ("90", 0), ("ten", 2), ("-1", 2), ("1h30", 2)])
+@pytest.mark.parametrize(
+    "limit, code", [("1-12", 0), ("90", 0), ("ten", 2), ("-1", 2), ("1h30", 2)])
 def test_a_time_that_is_none_is_refused_before_sbatch(limit, code, tmp_path, monkeypatch):
     monkeypatch.setenv("MODERN_LLM_RUNS", str(tmp_path))
-    result = CliRunner().invoke(main, ["submit", "--preset", "local-smoke", "--dry-run", f"--time={limit}"])
+    result = CliRunner().invoke(main, ["submit", "--preset", "local-smoke", "--dry-run",
+                                       f"--time={limit}"])
     assert result.exit_code == code, result.output
-    assert (f"--time={limit} " if code == 0 else "is not a time as SLURM writes it") in result.output
+    assert ((f"--time={limit} " if code == 0 else "is not a time as SLURM writes it")
+            in result.output)

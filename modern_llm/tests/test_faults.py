@@ -1,4 +1,6 @@
-"""Everything that can go wrong with a run does, in real processes; the scenarios are those of the fault table."""
+"""Everything that can go wrong with a run does, in real processes; the scenarios are those of the
+fault table.
+"""
 
 import csv
 import json
@@ -19,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def inject(times: int, *names: str) -> dict[str, dict]:
     """What scenarios gave, in one prepared process."""
     try:
-        done = prepared("modern_llm.tests.faults", "--times", str(times), "--only", *names, capture_output=True, text=True, timeout=500)
+        done = prepared("modern_llm.tests.faults", "--times",
+                        str(times), "--only", *names, capture_output=True, text=True, timeout=500)
     except CannotInject as error:
         pytest.skip(str(error))
     assert done.returncode == 0, done.stderr
@@ -31,28 +34,34 @@ def test_a_checkpoint_disturbed_at_any_file_operation_costs_no_step_and_no_bit(n
     row = inject(0, name)[name]
     seen = row["seen"]
     kinds = [one["operation"] for one in seen]
-    assert row["times"] == len(seen) > 60 and {"open", "write", "fsync", "rename", "mkdir", "unlink"} <= set(kinds)
-    assert [one for one in seen if not one["same"]] == [] and row["survived"] == row["times"] and row["lost"] == 0
+    assert (row["times"] == len(seen) > 60
+            and {"open", "write", "fsync", "rename", "mkdir", "unlink"} <= set(kinds))
+    assert ([one for one in seen if not one["same"]] == []
+            and row["survived"] == row["times"] and row["lost"] == 0)
     assert {one["start"] for one in seen} == {4, 6}, "some disturb before the rename, some after"
     if name == "dying-operation":
         assert {one["code"] for one in seen} == {137}
     else:
         errors = [one["error"] for one in seen if one["code"]]
-        assert len(errors) > 50 and all(error.startswith("CheckpointError: ") and ("cannot write" in error) for error in errors)
+        assert len(errors) > 50 and all(
+            error.startswith("CheckpointError: ") and ("cannot write" in error) for error in errors)
 
 
 def test_every_other_fault_of_the_table_is_survived_or_refused():
     if os.geteuid() or sys.platform != "linux":
         pytest.skip("mounting a small disk needs root")
-    rows = inject(2, "full-disk", "read-only", "kill", "warning", "device", "checkpoint", "tokens", "data")
-    assert {name: (row["survived"], row["lost"]) for name, row in rows.items()} == {name: (row["times"], 0) for name, row in rows.items()}
+    rows = inject(2, "full-disk", "read-only", "kill", "warning", "device", "checkpoint",
+                  "tokens", "data")
+    assert ({name: (row["survived"], row["lost"]) for name, row in rows.items()}
+            == {name: (row["times"], 0) for name, row in rows.items()})
     assert all(row["times"] > 0 for row in rows.values()) and "tmpfs" in rows["full-disk"]["fault"]
 
 
 def test_no_file_that_is_loaded_can_run_code():
     row = inject(0, "pickles")["pickles"]
     assert row["survived"] == row["times"] == len(row["seen"]) == 20
-    for file in ("training_state.pt", "model.safetensors", "config.json", "tokens.bin", "offsets.npy", "reference.jsonl"):
+    for file in ("training_state.pt", "model.safetensors", "config.json", "tokens.bin",
+                 "offsets.npy", "reference.jsonl"):
         answers = [said for name, said in row["seen"].items() if file in name]
         assert len(answers) == 2 and all(file in said for said in answers), answers
 
@@ -71,15 +80,19 @@ def test_the_table_is_written_and_says_how_it_was_made(tmp_path):
     assert [list(row.values()) for row in rows] == [["a fault", "3", "2", "1", "somehow, loudly"]]
     assert "steps lost beyond the last checkpoint" in rows[0]
     text = (tmp_path / "faults.md").read_text()
-    assert "3 faults were injected and 2 survived" in text and "`the command`" in text and "| a fault | 3 | 2 | 1 | somehow, loudly |" in text
+    assert ("3 faults were injected and 2 survived" in text and "`the command`" in text
+            and "| a fault | 3 | 2 | 1 | somehow, loudly |" in text)
     assert "Found by people" not in text
-    (tmp_path / "results" / "fault_cases.csv").write_text('kind,places found,cases,what happens now\nmarking,"here, there",12,read whole\n')
+    (tmp_path / "results" / "fault_cases.csv").write_text(
+        'kind,places found,cases,what happens now\nmarking,"here, there",12,read whole\n')
     text = table.write_page(tmp_path).read_text()
-    assert "12 cases are tests" in text and "| marking | here, there | 12 | read whole |" in text and "3 faults were injected" in text
+    assert ("12 cases are tests" in text and "| marking | here, there | 12 | read whole |" in text
+            and "3 faults were injected" in text)
 
 
 def test_the_published_page_is_what_its_files_say(tmp_path):
-    shutil.copytree(ROOT / "report" / "results", tmp_path / "results", ignore=lambda folder, names: [n for n in names if not n.startswith("fault")])
+    shutil.copytree(ROOT / "report" / "results", tmp_path / "results",
+                    ignore=lambda folder, names: [n for n in names if not n.startswith("fault")])
     assert table.write_page(tmp_path).read_text() == (ROOT / "report" / "faults.md").read_text()
 
 
@@ -87,11 +100,14 @@ def test_the_published_table_counts_the_cases(request):
     """As `scripts/fault_cases.py --check` does, where all tests are collected anyway."""
     config, files = request.config, Path(__file__).parent.glob("test_*.py")
     marked = {path for path in files if 'mark.fault("' in path.read_text(encoding="utf-8")}
-    if config.option.keyword or config.option.markexpr or not marked <= {item.path for item in request.session.items}:
+    if (config.option.keyword or config.option.markexpr
+            or not marked <= {item.path for item in request.session.items}):
         pytest.skip("some tests are not collected here: python scripts/fault_cases.py --check")
-    collected = Counter(kind for item in request.session.items for mark in item.iter_markers("fault") for kind in mark.args)
+    collected = Counter(kind for item in request.session.items
+                        for mark in item.iter_markers("fault") for kind in mark.args)
     rows, _ = table.table_of(ROOT / "report" / "results" / "fault_cases.csv")
-    assert {row["kind"]: int(row["cases"]) for row in rows} == collected, "python scripts/fault_cases.py"
+    assert {row["kind"]: int(row["cases"]) for row in rows} == collected, (
+        "python scripts/fault_cases.py")
 
 
 def test_a_machine_that_cannot_inject_says_why(tmp_path, monkeypatch):

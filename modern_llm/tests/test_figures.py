@@ -15,7 +15,8 @@ def test_a_notebook_stores_figures_with_a_palette():
     notebook = CaptureShell()
     notebook.run("from modern_llm.figures import figure")
     outputs = notebook.run("fig, ax = figure(3, 2)\nax.plot([1, 2, 3]);")
-    [stored] = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    [stored] = [output["data"]["image/png"] for output in outputs
+                if "image/png" in output.get("data", {})]
     assert Image.open(io.BytesIO(base64.b64decode(stored))).mode == "P"
 
 
@@ -26,6 +27,8 @@ def test_a_small_png_is_the_figure_to_the_eye():
         ax.fill_between(range(20), np.sin(np.arange(20) + i), alpha=0.1)
     ax.legend()
     whole, small = print_figure(fig, "png"), small_png(fig)
-    one, other = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) for data in (whole, small))
-    assert len(small) < 0.5 * len(whole) and one.shape == other.shape and np.abs(one - other).mean() < 3
+    one, other = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
+                  for data in (whole, small))
+    assert (len(small) < 0.5 * len(whole) and one.shape == other.shape
+            and np.abs(one - other).mean() < 3)
     assert (np.abs(one - other).max(-1) < 60).mean() > 0.999

@@ -76,7 +76,9 @@ def test_the_former_content_is_kept_on_request(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_before_any_file_operation_loses_one_generation_at_most(tmp_path):
-    """kill -9 of a process that replaces a folder with two generations: before its 1st, 2nd, … file operation, until it comes through."""
+    """kill -9 of a process that replaces a folder with two generations: before its 1st, 2nd, … file
+    operation, until it comes through.
+    """
     operations = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
     for number in range(100):
         folder = tmp_path / str(number) / "checkpoint"
@@ -86,7 +88,8 @@ def test_a_kill_before_any_file_operation_loses_one_generation_at_most(tmp_path)
         child = os.fork()
         if child == 0:
             left = iter(range(number, -1, -1))
-            sys.addaudithook(lambda event, _: event in operations and next(left) == 0 and os.kill(os.getpid(), signal.SIGKILL))
+            sys.addaudithook(lambda event, _: event in operations and next(left) == 0
+                                              and os.kill(os.getpid(), signal.SIGKILL))
             with files.atomic_folder(folder, {"version": "three"}, keep_previous=True) as temporary:
                 (temporary / "a.txt").write_text("three")
             os._exit(0)
@@ -109,7 +112,8 @@ def test_any_flipped_bit_is_noticed(tmp_path):
         path = folder / name
         whole = path.read_bytes()
         position, bit = draw.randrange(len(whole)), draw.randrange(8)
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1:])
+        path.write_bytes(
+            whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1:])
         with pytest.raises(files.DamagedFolder):
             print(f"{name}: byte {position}, bit {bit}: {files.check_folder(folder)}")
         path.write_bytes(whole)
@@ -153,7 +157,8 @@ def test_text_is_replaced_or_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("unknown", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
 def test_what_is_not_known_is_null(unknown, tmp_path):
     value = {"loss": unknown, "table": [{"floor": unknown, "n": 3}, (unknown, "NaN")], "lr": 0.1}
-    read = json.loads(files.write_json(tmp_path / "f.json", value).read_text(), parse_constant=pytest.fail)
+    read = json.loads(files.write_json(tmp_path / "f.json", value).read_text(),
+                      parse_constant=pytest.fail)
     assert read == {"loss": None, "table": [{"floor": None, "n": 3}, [None, "NaN"]], "lr": 0.1}
     with files.atomic_folder(tmp_path / "folder", {"floor": unknown}) as folder:
         (folder / "a").write_text("a")
@@ -165,7 +170,8 @@ def test_kept_frame_makes_a_table_once(tmp_path):
 
     def make():
         made.append(1)
-        return pd.DataFrame({"value": [1.5, None], "text": ["12", "a\nb"], "nothing": [None, None], "right": [True, False]})
+        return pd.DataFrame({"value": [1.5, None], "text": ["12", "a\nb"],
+                             "nothing": [None, None], "right": [True, False]})
 
     first, again = (files.cached_frame(tmp_path / "deep" / "table.jsonl", make) for _ in range(2))
     assert made == [1] and first.equals(again)

@@ -32,21 +32,21 @@ import numpy as np
 import pytest
 import torch
 
-from modern_llm.data import chat
-from modern_llm.training.checkpoints import STATE_FILE, read_checkpoint
 from modern_llm.config import TrainConfig
-from modern_llm.files import read_json, write_json
-from modern_llm.runs.lineage import own_inputs
-from modern_llm.runs.spec import NOTEBOOKS, notebooks_folder
-from modern_llm.models.decoder import load_model
-from modern_llm.training.optim import lm_loss
-from modern_llm.runs.outcomes import runs_table
 from modern_llm.config import override
-from modern_llm.runs.pipeline import Plan
+from modern_llm.data import chat
 from modern_llm.data.tasks import Problem
 from modern_llm.data.tokens import load_tokenizer
-from modern_llm.training.trainer import Trainer
+from modern_llm.files import read_json, write_json
+from modern_llm.models.decoder import load_model
 from modern_llm.models.verifier import load_verifier
+from modern_llm.runs.lineage import own_inputs
+from modern_llm.runs.outcomes import runs_table
+from modern_llm.runs.pipeline import Plan
+from modern_llm.runs.spec import NOTEBOOKS, notebooks_folder
+from modern_llm.training.checkpoints import STATE_FILE, read_checkpoint
+from modern_llm.training.optim import lm_loss
+from modern_llm.training.trainer import Trainer
 from modern_llm.training.verifier import read_answers, score
 
 GOLDEN = Path(__file__).parent / "golden"

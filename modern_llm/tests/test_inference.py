@@ -1,4 +1,6 @@
-"""The memory of a model that writes: measured in a process of its own, by its closed form, and against a limit."""
+"""The memory of a model that writes: measured in a process of its own, by its closed form, and
+against a limit.
+"""
 
 import mmap
 import os
@@ -9,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from modern_llm.config import ModelConfig
 from modern_llm.data import synth
 from modern_llm.data.chat import CHAT_TEMPLATE, end_id
-from modern_llm.config import ModelConfig
-from modern_llm.files import atomic_folder, read_json
+from modern_llm.data.tokens import save_tokenizer, train_tokenizer
 from modern_llm.evaluation.inference import check_inference, current_rss, peak_rss, reset_peak_rss
+from modern_llm.files import atomic_folder, read_json
 from modern_llm.messages import StageError
 from modern_llm.models.decoder import ModernDecoderLM, save_model
-from modern_llm.data.tokens import save_tokenizer, train_tokenizer
 
-SMALL = ModelConfig(vocab_size=512, context_length=256, width=32, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=64)
-LARGE = ModelConfig(vocab_size=512, context_length=512, width=768, num_layers=8, num_heads=12, num_kv_heads=4, ffn_width=2048)  # 50M
+SMALL = ModelConfig(vocab_size=512, context_length=256, width=32, num_layers=1, num_heads=2,
+                    num_kv_heads=1, ffn_width=64)
+# 50M
+LARGE = ModelConfig(vocab_size=512, context_length=512, width=768, num_layers=8, num_heads=12,
+                    num_kv_heads=4, ffn_width=2048)
 
 
 def saved(folder: Path, cfg: ModelConfig, chat: bool = True) -> Path:
@@ -32,47 +37,60 @@ def saved(folder: Path, cfg: ModelConfig, chat: bool = True) -> Path:
 
 
 def command(*words: object, cwd: Path) -> tuple[int, str]:
-    done = subprocess.run([Path(sys.executable).parent / "modern-llm", "check-inference", *map(str, words)], cwd=cwd, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([Path(sys.executable).parent / "modern-llm", "check-inference",
+                           *map(str, words)],
+                          cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's account of a process's memory")
+@pytest.mark.skipif(not sys.platform.startswith("linux"),
+                    reason="reads the kernel's account of a process's memory")
 def test_the_estimate_is_within_ten_percent_of_what_the_process_took(tmp_path):
     folder = saved(tmp_path / "checkpoint", LARGE)
     for dtype, rows, tokens in (("fp32", 4, 24), ("bf16", 2, 2)):
-        code, text = command("--checkpoint", folder, "--device", "cpu", "--count", rows, "--max-new-tokens", tokens, "--dtype", dtype, cwd=tmp_path)
+        code, text = command("--checkpoint", folder, "--device", "cpu", "--count", rows,
+                             "--max-new-tokens", tokens, "--dtype", dtype, cwd=tmp_path)
         found = read_json(tmp_path / "inference_ok.json")
         assert code == 0 and text.startswith("ok: peak") and found["ok"], text
         assert found["added_over_estimate"] == pytest.approx(1, abs=0.1), found
         assert found["added_gb"] < found["peak_gb"] < 12 and found["batch"] == rows
-        assert ("loading" in found["estimate_gb"]) == (dtype == "bf16")  # read from disk in float32 first
+        # read from disk in float32 first
+        assert ("loading" in found["estimate_gb"]) == (dtype == "bf16")
 
 
 def test_too_little_memory_is_an_exit_code(tmp_path):
     saved(tmp_path / "checkpoint", SMALL)
-    code, text = command("--checkpoint", tmp_path / "checkpoint", "--limit-gb", 0.01, "--count", 2, "--max-new-tokens", 4, "--to", "mine.json",
-                         "--device", "cpu", cwd=tmp_path)
-    assert code == 1 and text.startswith("not ok: peak") and read_json(tmp_path / "mine.json")["ok"] is False
+    code, text = command("--checkpoint", tmp_path / "checkpoint", "--limit-gb", 0.01, "--count", 2,
+                         "--max-new-tokens", 4, "--to", "mine.json", "--device", "cpu",
+                         cwd=tmp_path)
+    assert (code == 1 and text.startswith("not ok: peak")
+            and read_json(tmp_path / "mine.json")["ok"] is False)
     code, text = command("--checkpoint", tmp_path / "nothing", cwd=tmp_path)
     assert code == 2 and "Tried" in text and len(text.splitlines()) == 1
 
 
 def test_base_models_and_short_contexts(tmp_path):
-    found = check_inference(saved(tmp_path / "base", SMALL, chat=False), device="cpu", count=3, batch=2, max_new_tokens=5)
-    assert found["ok"] and found["problems"]["exact match"]["n"] == 3 and found["batch"] == 2 and found["sample"]["question"]
-    assert found["full_context_estimate_gb"] > found["estimate_gb"]["total"] and len(found["sha256"]) == 64
+    found = check_inference(saved(tmp_path / "base", SMALL, chat=False), device="cpu", count=3,
+                            batch=2, max_new_tokens=5)
+    assert (found["ok"] and found["problems"]["exact match"]["n"] == 3
+            and found["batch"] == 2 and found["sample"]["question"])
+    assert (found["full_context_estimate_gb"] > found["estimate_gb"]["total"]
+            and len(found["sha256"]) == 64)
     short = ModelConfig(**{**vars(SMALL), "context_length": 16})
-    with pytest.raises(StageError, match=r"leaves room for an answer in a context of 16 tokens: the shortest has \d+$"):
+    with pytest.raises(StageError, match=r"leaves room for an answer in a context of 16 tokens: "
+                                         r"the shortest has \d+$"):
         check_inference(saved(tmp_path / "short", short), device="cpu", count=2)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's account of a process's memory")
+@pytest.mark.skipif(not sys.platform.startswith("linux"),
+                    reason="reads the kernel's account of a process's memory")
 def test_the_high_water_mark_sees_what_is_gone_again():
     reset_peak_rss()
     before = current_rss()
     assert peak_rss() < before + 20e6
-    with mmap.mmap(-1, 100_000_000) as pages:  # of the system: an allocator might hand out what it has kept from other tests
+    # of the system: an allocator might hand out what it has kept from other tests
+    with mmap.mmap(-1, 100_000_000) as pages:
         for start in range(0, len(pages), mmap.PAGESIZE):
             pages[start] = 1
     assert peak_rss() > before + 95e6 and current_rss() < before + 20e6

@@ -1,4 +1,6 @@
-"""JupyterLab as `make lab` starts it, driven in a browser: chapters run without an error and show their plots, training draws its curve live."""
+"""JupyterLab as `make lab` starts it, driven in a browser: chapters run without an error and show
+their plots, training draws its curve live.
+"""
 
 import json
 import os
@@ -33,24 +35,32 @@ def page():
 def lab(page, tmp_path_factory):
     """The server `make lab` starts, on a copy of the notebooks, and the page it opens first."""
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(ROOT / "nbs", folder / "nbs",
+                    ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copytree(ROOT / "report", folder / "report")
-    made = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    made = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout.splitlines()[-1]
     words = shlex.split(made.replace(str(ROOT), str(folder)))
     words = words[words.index("jupyter"):]
-    config = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
+    config = {
+        name: str(folder / name.lower())
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
     env = {**os.environ, **config, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [*words, "--no-browser", "--ServerApp.port=0", "--allow-root", "--LabApp.news_url=None"]
+    command = [*words, "--no-browser", "--ServerApp.port=0", "--allow-root",
+               "--LabApp.news_url=None"]
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
         try:
-            opened = wait_for(lambda: next(folder.glob("jupyter_runtime_dir/jpserver-file-to-run-*.html"), None), 60)
+            opened = wait_for(
+                lambda: next(folder.glob("jupyter_runtime_dir/jpserver-file-to-run-*.html"), None),
+                60)
             page.goto(opened.as_uri())
             page.wait_for_url("**/lab/tree/**", timeout=60_000)
             yield server, page.url
         finally:
-            for process in [*psutil.Process(server.pid).children(recursive=True), server]:  # kernels outlive a killed server
+            # kernels outlive a killed server
+            for process in [*psutil.Process(server.pid).children(recursive=True), server]:
                 process.kill()
             server.wait()
 
@@ -65,7 +75,8 @@ def wait_for(found, seconds: float):
 
 def run_all(page, seconds: float = 180, watch=lambda cells: None) -> list[dict]:
     """Choose Run > Run All Cells and wait until every code cell has its number."""
-    page.wait_for_selector('.jp-Toolbar-kernelName:has-text("ipykernel")', timeout=60_000)  # without a kernel, Run asks for one
+    # without a kernel, Run asks for one
+    page.wait_for_selector('.jp-Toolbar-kernelName:has-text("ipykernel")', timeout=60_000)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -96,17 +107,21 @@ def test_lab_opens_at_the_index(page, lab):
     assert address.split("?")[0].endswith("/lab/tree/nbs/index.ipynb")
     page.wait_for_selector(".jp-Notebook", timeout=60_000)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
-    started = lambda: [p.cmdline() for p in psutil.Process(server.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+    started = lambda: [p.cmdline() for p in psutil.Process(server.pid).children(recursive=True)
+                       if "ipykernel_launcher" in " ".join(p.cmdline())]
     kernels = wait_for(started, 60)
-    assert {Path(words[0]).parent.resolve() for words in kernels} == {Path(sys.executable).parent.resolve()}
+    assert ({Path(words[0]).parent.resolve() for words in kernels}
+            == {Path(sys.executable).parent.resolve()})
     assert wait_for(lambda: "Two commands" in page.inner_text(".jp-Notebook"), 60)
-    drawn = "() => [...document.querySelectorAll('.jp-Notebook img')].some(i => i.alt.includes('notebook') && i.naturalWidth > 100)"
+    drawn = ("() => [...document.querySelectorAll('.jp-Notebook img')].some(i => "
+             "i.alt.includes('notebook') && i.naturalWidth > 100)")
     assert wait_for(lambda: page.evaluate(drawn), 60), "the figure of the pipeline"
     page.hover(".jp-Notebook")
 
     def formulas_in_view() -> bool:  # cells are drawn as they come into view
         page.mouse.wheel(0, 400)
-        return page.locator(".jp-Notebook mjx-container").count() >= 4 and "RMSNorm" in page.text_content(".jp-Notebook")
+        return (page.locator(".jp-Notebook mjx-container").count() >= 4
+                and "RMSNorm" in page.text_content(".jp-Notebook"))
 
     assert wait_for(formulas_in_view, 60)
 
@@ -118,8 +133,10 @@ def test_a_chapter_runs(page, lab, name):
     page.get_by_role("menuitem", name="Clear Outputs of All Cells", exact=True).click()
     cells = run_all(page)
     stored = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    figures = sum("image/png" in o.get("data", {}) for cell in stored for o in cell.get("outputs", []))
-    assert len(cells) == len(sources(name)) and sum(len(cell["images"]) for cell in cells) == figures > 0
+    figures = sum("image/png" in o.get("data", {}) for cell in stored
+                  for o in cell.get("outputs", []))
+    assert (len(cells) == len(sources(name))
+            and sum(len(cell["images"]) for cell in cells) == figures > 0)
 
 
 def test_the_curve_is_drawn_while_training(page, lab):

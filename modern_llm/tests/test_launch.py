@@ -1,4 +1,6 @@
-"""What lies about on a user's machine does not come between a stage and its kernel; a kernel that dies is named with its last words."""
+"""What lies about on a user's machine does not come between a stage and its kernel; a kernel that
+dies is named with its last words.
+"""
 
 import json
 import os
@@ -14,7 +16,8 @@ from modern_llm.runs import pipeline
 from modern_llm.runs.launch import KERNEL_DIED, SAME_PACKAGE, stage_environment, start_papermill
 
 pytestmark = pytest.mark.fault("kernel")
-SHADOWS = ("random", "datasets", "torch", "json", "token", "numpy", "papermill", "ipykernel", "logging", "modern_llm")
+SHADOWS = ("random", "datasets", "torch", "json", "token", "numpy", "papermill", "ipykernel",
+           "logging", "modern_llm")
 LOOK = f"""
 import datasets, json, locale, os, random, sys
 import matplotlib.pyplot as plt
@@ -38,9 +41,11 @@ print("é ▸ 日本")
 
 def page(folder, *cells):
     """A small notebook, with a cell of parameters."""
-    parameters = nbformat.v4.new_code_cell("name, count, text = '', 0, ''", metadata={"tags": ["parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[parameters, *map(nbformat.v4.new_code_cell, cells)], metadata={
-        "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    parameters = nbformat.v4.new_code_cell(
+        "name, count, text = '', 0, ''", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(
+        cells=[parameters, *map(nbformat.v4.new_code_cell, cells)], metadata={
+            "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(notebook, folder / "page.ipynb")
     return folder / "page.ipynb"
 
@@ -48,21 +53,27 @@ def page(folder, *cells):
 def surroundings(place: Path) -> dict[str, str]:
     """Every bad neighbour at once: files in `place`, the working folder, and an environment."""
     for name in SHADOWS:
-        path = place / name / "__init__.py" if name in ("datasets", "modern_llm") else place / f"{name}.py"
+        path = (place / name / "__init__.py" if name in ("datasets", "modern_llm")
+                else place / f"{name}.py")
         path.parent.mkdir(exist_ok=True)
         path.write_text("SHADOW = True\nraise SystemExit('shadowed')\n")
     foreign = place / "share" / "kernels" / "python3"
     foreign.mkdir(parents=True)
-    (foreign / "kernel.json").write_text(json.dumps({"argv": ["/no/such/python", "-f", "{connection_file}"], "display_name": "other", "language": "python"}))
+    (foreign / "kernel.json").write_text(json.dumps(
+        {"argv": ["/no/such/python", "-f", "{connection_file}"], "display_name": "other",
+         "language": "python"}))
     startup = place / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "00.py").write_text("from_profile = True\n")
-    (startup.parent / "ipython_kernel_config.py").write_text("raise RuntimeError('a broken profile')\n")
+    (startup.parent / "ipython_kernel_config.py").write_text(
+        "raise RuntimeError('a broken profile')\n")
     (place / "startup.py").write_text("from_startup = True\n")
     (place / "rc").write_text("figure.figsize: 50, 50\n")
-    return {"JUPYTER_PATH": str(place / "share"), "IPYTHONDIR": str(place / "ipython"), "PYTHONSTARTUP": str(place / "startup.py"),
-            "MATPLOTLIBRC": str(place / "rc"), "MPLBACKEND": "Qt5Agg", "PYTHONOPTIMIZE": "1", "PYTHONINSPECT": "1", "PYTHONWARNINGS": "error",
-            "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "HOME": "/dev/null", "JUPYTER_RUNTIME_DIR": "/dev/null/runtime", "TMPDIR": "/no/where",
+    return {"JUPYTER_PATH": str(place / "share"), "IPYTHONDIR": str(place / "ipython"),
+            "PYTHONSTARTUP": str(place / "startup.py"), "MATPLOTLIBRC": str(place / "rc"),
+            "MPLBACKEND": "Qt5Agg", "PYTHONOPTIMIZE": "1", "PYTHONINSPECT": "1",
+            "PYTHONWARNINGS": "error", "PYTHONIOENCODING": "ascii", "LC_ALL": "C",
+            "HOME": "/dev/null", "JUPYTER_RUNTIME_DIR": "/dev/null/runtime", "TMPDIR": "/no/where",
             "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
 
@@ -74,11 +85,13 @@ def seen(tmp_path_factory):
         for name, value in surroundings(place).items():
             patch.setenv(name, value)
         patch.chdir(place)
-        process = start_papermill(page(place, LOOK), place / "out.ipynb", {"name": "123", "count": 3, "text": "a 'b' \"c\" é None"})
+        process = start_papermill(page(place, LOOK), place / "out.ipynb",
+                                  {"name": "123", "count": 3, "text": "a 'b' \"c\" é None"})
         text = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, text
     assert "é ▸ 日本" in text
-    return {**json.loads(next(line for line in text.splitlines() if line.startswith("FACTS "))[6:]), "place": str(place)}
+    return {**json.loads(next(line for line in text.splitlines() if line.startswith("FACTS "))[6:]),
+            "place": str(place)}
 
 
 SAME = str(Path(modern_llm.__file__).resolve())
@@ -86,7 +99,8 @@ SAME = str(Path(modern_llm.__file__).resolve())
 
 @pytest.mark.parametrize("case, holds", [
     ("a foreign kernel named python3", lambda seen: seen["executable"] == sys.executable),
-    ("the working folder", lambda seen: "" not in seen["path"] and seen["place"] not in seen["path"] and seen["folder"] == seen["place"]),
+    ("the working folder", lambda seen: "" not in seen["path"] and seen["place"] not in seen["path"]
+                                        and seen["folder"] == seen["place"]),
     ("random.py", lambda seen: not seen["random"].startswith(seen["place"])),
     ("a folder named datasets", lambda seen: not seen["datasets"].startswith(seen["place"])),
     ("a folder named modern_llm", lambda seen: str(Path(seen["package"]).resolve()) == SAME),
@@ -96,7 +110,8 @@ SAME = str(Path(modern_llm.__file__).resolve())
     ("startup files and a broken profile", lambda seen: seen["startup"] == []),
     ("an encoding that knows no é", lambda seen: seen["encoding"] == ["utf-8", "utf-8"]),
     ("figures of another size", lambda seen: seen["figure size"] != [50, 50]),
-    ("texts that look like numbers", lambda seen: (seen["name"], seen["count"], seen["text"]) == ("123", 3, "a 'b' \"c\" é None")),
+    ("texts that look like numbers",
+     lambda seen: (seen["name"], seen["count"], seen["text"]) == ("123", 3, "a 'b' \"c\" é None")),
 ], ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "")
 def test_a_stage_is_not_disturbed_by(seen, case, holds):
     assert holds(seen), seen
@@ -104,7 +119,9 @@ def test_a_stage_is_not_disturbed_by(seen, case, holds):
 
 def test_a_kernel_that_dies_keeps_its_page_and_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null")
-    dying = page(tmp_path, "print('so far')", "import os, sys; print('my last words', file=sys.__stderr__, flush=True); os._exit(9)", "never")
+    dying = page(tmp_path, "print('so far')",
+                 "import os, sys; print('my last words', file=sys.__stderr__, flush=True); "
+                 "os._exit(9)", "never")
     process = start_papermill(dying, tmp_path / "out.ipynb", {})
     text = process.communicate(timeout=300)[0].decode()
     assert process.returncode == KERNEL_DIED and "my last words" in text and "Traceback" not in text
@@ -114,19 +131,26 @@ def test_a_kernel_that_dies_keeps_its_page_and_is_named(tmp_path, monkeypatch):
 
 def test_a_kernel_that_never_began_names_no_notebook_and_says_its_last_words(tmp_path):
     (tmp_path / "path" / "ipykernel").mkdir(parents=True)
-    (tmp_path / "path" / "ipykernel" / "__init__.py").write_text("raise ImportError('no kernel today')\n")
-    done = subprocess.run([Path(sys.executable).parent / "modern-llm", "run", "--preset", "lesson", "--stage", "pretrain", "--run", "it", "--output-dir",
-                           tmp_path / "runs"], env={**os.environ, "PYTHONPATH": str(tmp_path / "path")}, cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "path" / "ipykernel" / "__init__.py").write_text(
+        "raise ImportError('no kernel today')\n")
+    done = subprocess.run([Path(sys.executable).parent / "modern-llm", "run", "--preset", "lesson",
+                           "--stage", "pretrain", "--run", "it", "--output-dir", tmp_path / "runs"],
+                          env={**os.environ, "PYTHONPATH": str(tmp_path / "path")}, cwd=tmp_path,
+                          capture_output=True, text=True)
     text = done.stdout + done.stderr
-    assert done.returncode == KERNEL_DIED and "no kernel today" in text and "ended by itself before the first cell" in text
-    assert "it got no notebook" in text and "notebook.ipynb" not in text and not list((tmp_path / "runs").rglob("*.ipynb"))
+    assert (done.returncode == KERNEL_DIED and "no kernel today" in text
+            and "ended by itself before the first cell" in text)
+    assert ("it got no notebook" in text and "notebook.ipynb" not in text
+            and not list((tmp_path / "runs").rglob("*.ipynb")))
 
 
 def test_other_interpreters_run_this_very_package_too(tmp_path):
     """As the ranks do that torchrun starts."""
     surroundings(tmp_path)
-    code = SAME_PACKAGE + "import json, random, modern_llm.config; print(json.dumps([modern_llm.__file__, random.__file__]))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    code = (SAME_PACKAGE + "import json, random, modern_llm.config; "
+                           "print(json.dumps([modern_llm.__file__, random.__file__]))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, check=True)
     package, random = json.loads(done.stdout)
     assert str(Path(package).resolve()) == SAME and not random.startswith(str(tmp_path))
 
@@ -137,7 +161,8 @@ def test_the_report_draws_into_files(monkeypatch):
 
     monkeypatch.setenv("MPLBACKEND", "Qt5Agg")
     seen = []
-    monkeypatch.setattr(write, "write_report", lambda *_, **__: seen.append(os.environ["MPLBACKEND"]) or Path("page"))
+    monkeypatch.setattr(write, "write_report",
+                        lambda *_, **__: seen.append(os.environ["MPLBACKEND"]) or Path("page"))
     monkeypatch.setattr(pipeline, "read_json", lambda path: {})
     monkeypatch.setattr(pipeline, "write_json", lambda path, value: None)
     pipeline.write_the_report(pipeline.Step("report", Path("/no/run"), {}, "run"))
@@ -147,20 +172,26 @@ def test_the_report_draws_into_files(monkeypatch):
 def test_a_terminal_that_knows_no_accents_shows_the_rest():
     code = ("from modern_llm.cli import main; main(['presets'], standalone_mode=False)\n"
             "from modern_llm.runs.pipeline import show; show(['é ▸\\n'.encode(), b'after'])")
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code],
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
+                          text=True)
     assert done.stdout.endswith("\n\\xe9 \\u25b8\nafter\n") and done.returncode == 0, done
 
 
 RULE = 75 * "-"
-FAILED = [RULE, 'Exception encountered at "In [4]":', RULE, "{name}    Traceback (most recent call last)", "Cell In[4], line 2", "----> 2 begin()",
+FAILED = [RULE, 'Exception encountered at "In [4]":', RULE,
+          "{name}    Traceback (most recent call last)", "Cell In[4], line 2", "----> 2 begin()",
           "", "{name}: it cannot run here:", "  - device='cuda:7' is not there"]
 
 
 @pytest.mark.fault("messages")
-@pytest.mark.parametrize("name, short", [("StageError", True), ("modern_llm.data.sources.DataError", True), ("TypeError", False)])
+@pytest.mark.parametrize("name, short",
+                         [("StageError", True), ("modern_llm.data.sources.DataError", True),
+                          ("TypeError", False)])
 def test_what_its_user_can_mend_is_said_without_a_traceback(name, short, capsys):
     lines = [f"{RULE}\n", "a table\n", *(line.format(name=name) + "\n" for line in FAILED)]
     pipeline.show(line.encode() for line in lines)
     said = capsys.readouterr().out
-    assert said.startswith(f"{RULE}\na table\n") and said.endswith("it cannot run here:\n  - device='cuda:7' is not there\n")
+    assert (said.startswith(f"{RULE}\na table\n")
+            and said.endswith("it cannot run here:\n  - device='cuda:7' is not there\n"))
     assert ("Traceback" in said) is ("begin()" in said) is (not short)

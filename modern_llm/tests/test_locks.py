@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from modern_llm.runs import locks
 from modern_llm.messages import StageError
+from modern_llm.runs import locks
 from modern_llm.runs.locks import STAGE_LOCK, RunLock, is_alive, owner_of, this_process
 from modern_llm.tests.test_stage import begin
 
-TAKE = "import sys, time; from modern_llm.runs.locks import RunLock; RunLock(sys.argv[1], 'stage sft').take(); print('taken', flush=True); time.sleep(60)"
+TAKE = ("import sys, time; from modern_llm.runs.locks import RunLock; RunLock(sys.argv[1], 'stage "
+        "sft').take(); print('taken', flush=True); time.sleep(60)")
 ROUNDS = 100
 TWO = """
 import multiprocessing, os, sys
@@ -56,7 +57,8 @@ print(sum(wins[i] + wins[rounds + i] == 1 for i in range(rounds)), sum(wins[:rou
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of the run `it`."""
-    process = subprocess.Popen([sys.executable, "-c", TAKE, tmp_path / "it"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", TAKE, tmp_path / "it"],
+                               stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "taken\n"
     yield process
     process.kill()
@@ -64,7 +66,8 @@ def holder(tmp_path):
 
 
 def test_of_two_that_start_at_the_same_moment_exactly_one_works(tmp_path):
-    done = subprocess.run([sys.executable, "-c", TWO, tmp_path / "it", str(ROUNDS)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", TWO, tmp_path / "it", str(ROUNDS)],
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     one_owner, won_by_first = map(int, done.stdout.split())
     assert one_owner == ROUNDS and "took over the lock of stage pretrain, by process" in done.stderr
@@ -73,7 +76,8 @@ def test_of_two_that_start_at_the_same_moment_exactly_one_works(tmp_path):
 
 def test_the_second_is_refused_at_once_and_told_by_whom(tmp_path, holder):
     began = time.time()
-    with pytest.raises(StageError, match=f"run 'it' is in use: stage sft, by process {holder.pid} on {platform.node()}, since 20.*another run"):
+    with pytest.raises(StageError, match=f"run 'it' is in use: stage sft, by process {holder.pid} "
+                                         f"on {platform.node()}, since 20.*another run"):
         begin(tmp_path, run="it")
     assert time.time() - began < 3 and os.listdir(tmp_path / "it") == [STAGE_LOCK]
     assert owner_of(tmp_path / "it")["pid"] == holder.pid
@@ -93,8 +97,10 @@ def test_what_a_killed_process_leaves_is_taken_over_and_said(tmp_path, holder, c
 
 
 def test_a_kernel_whose_parent_died_is_waited_for(tmp_path, capsys):
-    """After `kill -9` of papermill its kernel lives on for a second: the next start waits for it."""
-    orphan = ("import subprocess, sys, os; p = subprocess.Popen([sys.executable, '-c', sys.argv[2].replace('60', '2'), sys.argv[1]], "
+    """After `kill -9` of papermill its kernel lives on for a second: the next start waits for it.
+    """
+    orphan = ("import subprocess, sys, os; p = subprocess.Popen([sys.executable, '-c', "
+              "sys.argv[2].replace('60', '2'), sys.argv[1]], "
               "stdout=subprocess.PIPE); p.stdout.readline(); os._exit(0)")
     subprocess.run([sys.executable, "-c", orphan, tmp_path / "it", TAKE], check=True)
     assert owner_of(tmp_path / "it")
@@ -105,7 +111,8 @@ def test_a_kernel_whose_parent_died_is_waited_for(tmp_path, capsys):
 
 def write_owner(folder: Path, seconds_ago: float, **entry) -> None:
     folder.mkdir(exist_ok=True)
-    owner = {**this_process(), "what": "stage sft", "since": "a while", "parent": {}, "job": "", "attempt": 0, "token": "t", **entry}
+    owner = {**this_process(), "what": "stage sft", "since": "a while", "parent": {}, "job": "",
+             "attempt": 0, "token": "t", **entry}
     (folder / STAGE_LOCK).write_text(json.dumps(owner))
     os.utime(folder / STAGE_LOCK, (time.time() - seconds_ago,) * 2)
 
@@ -114,7 +121,8 @@ def write_owner(folder: Path, seconds_ago: float, **entry) -> None:
     (3, {}, {}, False),
     (locks.HEARTBEAT_TIMEOUT + 5, {}, {}, True),
     (3, {"job": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),  # requeued
-    (3, {"job": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}, False),  # another task of the same attempt
+    # another task of the same attempt
+    (3, {"job": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}, False),
     (3, {"job": "8"}, {"SAYS": "RUNNING"}, False),
     (3, {"job": "8"}, {"SAYS": "PENDING"}, True),
     (3, {"job": "8"}, {"SAYS": ""}, True),
@@ -123,8 +131,10 @@ def test_an_owner_on_another_host(tmp_path, monkeypatch, seconds_ago, entry, env
     """By its last heartbeat, or by what SLURM's `squeue` says (played here by a script)."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    row = "sys.argv[-1].replace('%A', sys.argv[3]).replace('%i', sys.argv[3]).replace('%T', os.environ.get('SAYS', 'RUNNING'))"
-    (tmp_path / "squeue").write_text(f"#!{sys.executable}\nimport os, sys; print('Good morning,', 'RUNNING', {row}, sep='\\n')\n")
+    row = ("sys.argv[-1].replace('%A', sys.argv[3]).replace('%i', sys.argv[3]).replace('%T', "
+           "os.environ.get('SAYS', 'RUNNING'))")
+    (tmp_path / "squeue").write_text(f"#!{sys.executable}\nimport os, sys; print('Good morning,', "
+                                     f"'RUNNING', {row}, sep='\\n')\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     write_owner(tmp_path / "it", seconds_ago, host="c301-001", **entry)
@@ -150,7 +160,8 @@ def test_where_the_disk_has_no_locks_the_owner_decides(tmp_path, holder, monkeyp
 def test_two_hosts_that_do_not_see_each_others_locks_find_out(tmp_path, monkeypatch):
     """The other host signs after us, within the second that we wait inside a SLURM job."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(locks.time, "sleep", lambda seconds: write_owner(tmp_path / "it", 0, host="c301-001"))
+    monkeypatch.setattr(locks.time, "sleep",
+                        lambda seconds: write_owner(tmp_path / "it", 0, host="c301-001"))
     with pytest.raises(StageError, match="in use: stage sft, by process .* on c301-001"):
         RunLock(tmp_path / "it", "stage sft").take()
 
@@ -158,6 +169,7 @@ def test_two_hosts_that_do_not_see_each_others_locks_find_out(tmp_path, monkeypa
 def test_a_process_number_that_was_given_again_is_somebody_else(holder):
     import psutil
 
-    entry = {**this_process(), "pid": holder.pid, "pid_started": psutil.Process(holder.pid).create_time()}
+    entry = {**this_process(), "pid": holder.pid,
+             "pid_started": psutil.Process(holder.pid).create_time()}
     assert is_alive(entry) and not is_alive({**entry, "pid_started": entry["pid_started"] - 100})
     assert not is_alive({**entry, "host": "elsewhere"}) and not is_alive(this_process())

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modern_llm.models import counts
 from modern_llm.config import ConfigError, ModelConfig, TrainConfig
-from modern_llm.files import DamagedFolder, atomic_folder
-from modern_llm.models.generation import Sampling, generate, next_token_probabilities, stream
-from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
 from modern_llm.config import PRESETS
+from modern_llm.files import DamagedFolder, atomic_folder
+from modern_llm.models import counts
+from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
+from modern_llm.models.generation import Sampling, generate, next_token_probabilities, stream
 
-CFG = ModelConfig(vocab_size=64, context_length=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=64,
-                  zero_init_outputs=False, init_std=0.3)
+CFG = ModelConfig(vocab_size=64, context_length=32, width=32, num_layers=2, num_heads=4,
+                  num_kv_heads=2, ffn_width=64, zero_init_outputs=False, init_std=0.3)
 VARIANTS = {
     "plain": replace(CFG, use_qk_norm=False),
     "qk-norm": CFG,
@@ -44,7 +44,8 @@ def checkpoint(model, tmp_path):
 
 
 def test_counts_and_generation_import_alone():
-    code = "import sys, modern_llm.models.counts; assert 'torch' not in sys.modules; import modern_llm.models.generation"
+    code = ("import sys, modern_llm.models.counts; assert 'torch' not in sys.modules; import "
+            "modern_llm.models.generation")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -69,7 +70,8 @@ def test_variants_count_save_and_decode(cfg, tmp_path):
 def test_aux_loss_comes_from_every_layer():
     torch.manual_seed(0)
     ids = torch.randint(64, (2, 16))
-    one, two = (ModernDecoderLM(replace(VARIANTS["experts"], num_layers=n)).hidden(ids)[1] for n in (1, 2))
+    one, two = (ModernDecoderLM(replace(VARIANTS["experts"], num_layers=n)).hidden(ids)[1]
+                for n in (1, 2))
     assert two.item() > 1.5 * one.item() > 0
     assert ModernDecoderLM(CFG).hidden(ids)[1].item() == 0
 
@@ -91,7 +93,8 @@ def test_gradient_checkpointing_changes_nothing(name):
 def test_init_scales(preset):
     cfg = replace(PRESETS[preset]().model, num_layers=1, vocab_size=512)
     model = ModernDecoderLM(cfg)
-    assert all(p.abs().max() == 0 for n, p in model.named_parameters() if n.endswith(("o_proj.weight", "down_proj.weight")))
+    assert all(p.abs().max() == 0 for n, p in model.named_parameters()
+               if n.endswith(("o_proj.weight", "down_proj.weight")))
     assert abs(model.embed_tokens.weight.std().item() / cfg.init_std - 1) < 0.05
     assert 0 < model.norm.weight[0] <= 1
 
@@ -132,7 +135,8 @@ def test_missing_weights_and_bad_config(checkpoint):
     (checkpoint / "config.json").write_text("{")
     with pytest.raises(DamagedFolder, match="config.json is not JSON"):
         load_model(checkpoint)
-    (checkpoint / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    (checkpoint / "config.json").write_text(
+        '{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
     with pytest.raises(ValueError, match="GPT2LMHeadModel"):
         load_model(checkpoint)
     (checkpoint / "config.json").write_text('{"modern_llm": {"widht": 3}}')
@@ -140,9 +144,10 @@ def test_missing_weights_and_bad_config(checkpoint):
         load_model(checkpoint)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("vocab_size", 128), ("ffn_width", 96), ("num_kv_heads", 4), ("num_layers", 3), ("num_layers", 1),
-    ("use_qk_norm", False), ("use_attention_sinks", True), ("num_experts", 4), ("tie_embeddings", False), ("width", 64)])
+@pytest.mark.parametrize(
+    "field, value", [("vocab_size", 128), ("ffn_width", 96), ("num_kv_heads", 4), ("num_layers", 3),
+                     ("num_layers", 1), ("use_qk_norm", False), ("use_attention_sinks", True),
+                     ("num_experts", 4), ("tie_embeddings", False), ("width", 64)])
 def test_weights_of_another_shape_name_the_field(checkpoint, field, value):
     (checkpoint / "meta.json").unlink()
     values = json.loads((checkpoint / "config.json").read_text())
@@ -179,9 +184,11 @@ def test_surplus_tensor(checkpoint):
         load_model(checkpoint)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"temperature": -1}, "temperature=-1"), ({"top_k": 0}, "top_k=0"), ({"top_p": 0}, "top_p=0"), ({"min_p": 2}, "min_p=2"),
-    ({"repetition_penalty": 0}, "repetition_penalty=0"), ({"stop": [[]]}, "stop="), ({"max_new_tokens": -1}, "max_new_tokens=-1")])
+@pytest.mark.parametrize(
+    "options, message",
+    [({"temperature": -1}, "temperature=-1"), ({"top_k": 0}, "top_k=0"), ({"top_p": 0}, "top_p=0"),
+     ({"min_p": 2}, "min_p=2"), ({"repetition_penalty": 0}, "repetition_penalty=0"),
+     ({"stop": [[]]}, "stop="), ({"max_new_tokens": -1}, "max_new_tokens=-1")])
 def test_settings_out_of_range(model, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, [[1]], **{"max_new_tokens": 2, **options})
@@ -209,13 +216,15 @@ def test_on_token_sees_exactly_the_answer(model):
     plain = generate(model, [[1], [2]], max_new_tokens=10, seed=3)
     stop = [plain[0][3:6]]
     heard = [[], []]
-    answers = generate(model, [[1], [2]], max_new_tokens=10, seed=3, stop=stop, on_token=lambda r, t: heard[r].append(t))
+    answers = generate(model, [[1], [2]], max_new_tokens=10, seed=3, stop=stop,
+                       on_token=lambda r, t: heard[r].append(t))
     assert heard == answers and len(answers[0]) <= 3 and answers[0] == plain[0][: len(answers[0])]
 
 
 def test_unfinished_stop_sequence_is_shown_at_the_end(model):
     plain = generate(model, [[1]], max_new_tokens=4, temperature=0)[0]
-    assert generate(model, [[1]], max_new_tokens=4, temperature=0, stop=[[plain[3], 63, 62]])[0] == plain
+    assert generate(model, [[1]], max_new_tokens=4, temperature=0,
+                    stop=[[plain[3], 63, 62]])[0] == plain
 
 
 def test_padding_is_not_counted_as_seen(model):
@@ -233,8 +242,11 @@ def test_filters_keep_at_least_one_token():
 
 def test_training_memory_moves_the_right_way():
     cfg, train = PRESETS["tacc-h100"]().model, TrainConfig(batch_size=32)
-    total = lambda cfg=cfg, **changes: counts.training_memory(cfg, replace(train, **changes))["total"]
-    assert total(gradient_checkpointing=True) < total() < total(optimizer="adamw") < total(optimizer="adamw", ema_decay=0.99)
+    total = lambda cfg=cfg, **changes: counts.training_memory(cfg,
+                                                              replace(train, **changes))["total"]
+    assert (total(gradient_checkpointing=True) < total()
+            < total(optimizer="adamw") < total(optimizer="adamw", ema_decay=0.99))
     assert total(micro_batch_size=8) < total() < total(precision="fp32")
     assert counts.flops_per_token(cfg, context=2048) > counts.flops_per_token(cfg)
-    assert counts.flops_per_token(replace(cfg, sliding_window=64), 2048) == counts.flops_per_token(replace(cfg, sliding_window=64))
+    assert (counts.flops_per_token(replace(cfg, sliding_window=64), 2048)
+            == counts.flops_per_token(replace(cfg, sliding_window=64)))

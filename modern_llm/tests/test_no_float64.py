@@ -1,4 +1,6 @@
-"""Apple's GPUs have no float64: nothing on a device may become one, only what has been brought to the host by `.cpu()`."""
+"""Apple's GPUs have no float64: nothing on a device may become one, only what has been brought to
+the host by `.cpu()`.
+"""
 
 import pytest
 import torch
@@ -6,16 +8,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modern_llm.config import ModelConfig, VerifierConfig
-from modern_llm.training.dpo import pair_log_probs
-from modern_llm.models.decoder import ModernDecoderLM
-from modern_llm.data.pairs import encode_pairs, preference_pairs
-from modern_llm.models.prefix import continuation_log_probs, word_log_probs
 from modern_llm.config import get_pipeline_preset
-from modern_llm.models.likelihoods import document_nats
+from modern_llm.data.pairs import encode_pairs, preference_pairs
 from modern_llm.data.tasks import word_problems
-from modern_llm.tests.test_hardware import MODEL, rows_of, stage_of
 from modern_llm.data.tokens import make_tokenizer
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.likelihoods import document_nats
+from modern_llm.models.prefix import continuation_log_probs, word_log_probs
 from modern_llm.models.verifier import VerifierModel
+from modern_llm.tests.test_hardware import MODEL, rows_of, stage_of
+from modern_llm.training.dpo import pair_log_probs
 from modern_llm.training.verifier import score_answers, start_from_surprise
 
 CONFIG = ModelConfig(width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=16)
@@ -31,7 +33,8 @@ class NoFloat64(TorchDispatchMode):
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
                 if tensor.dtype == torch.float64 and given and not host:
-                    raise TypeError(f"{function}: cannot convert a tensor of this device to float64")
+                    raise TypeError(
+                        f"{function}: cannot convert a tensor of this device to float64")
                 if host:
                     tensor.on_host = True
         return made
@@ -56,12 +59,14 @@ def verifier() -> VerifierModel:
 
 def preferences() -> None:
     tokenizer = make_tokenizer(get_pipeline_preset("local-smoke").data)
-    pair_log_probs(ModernDecoderLM(CONFIG), encode_pairs(tokenizer, preference_pairs("synthetic", "test", 3)[0], 256)[0])
+    pair_log_probs(ModernDecoderLM(CONFIG),
+                   encode_pairs(tokenizer, preference_pairs("synthetic", "test", 3)[0], 256)[0])
 
 
 def judged() -> None:
     problems = word_problems("synthetic", "test", 2)
-    score_answers(verifier(), make_tokenizer(get_pipeline_preset("local-smoke").data), problems, [problem.answer for problem in problems])
+    score_answers(verifier(), make_tokenizer(get_pipeline_preset("local-smoke").data), problems,
+                  [problem.answer for problem in problems])
 
 
 def started() -> None:
@@ -70,7 +75,8 @@ def started() -> None:
 
 
 def documents() -> None:
-    document_nats(ModernDecoderLM(MODEL), [{**rows_of(0), "document_ids": rows_of(0)["segment_ids"]}])
+    document_nats(ModernDecoderLM(MODEL),
+                  [{**rows_of(0), "document_ids": rows_of(0)["segment_ids"]}])
 
 
 def answers() -> None:
@@ -78,7 +84,8 @@ def answers() -> None:
     word_log_probs(ModernDecoderLM(CONFIG), [[1, 2], [1, 3]], [[4], [5, 6]])
 
 
-WAYS = {"answers": answers, "preferences": preferences, "verifier": judged, "verifier's start": started, "held-out text": documents}
+WAYS = {"answers": answers, "preferences": preferences, "verifier": judged,
+        "verifier's start": started, "held-out text": documents}
 
 
 @pytest.mark.fault("ranks")

@@ -1,4 +1,6 @@
-"""The pretraining stage as it is really run: by papermill, from several folders, and from the CLI, stopped and resumed."""
+"""The pretraining stage as it is really run: by papermill, from several folders, and from the CLI,
+stopped and resumed.
+"""
 
 import json
 import os
@@ -12,22 +14,25 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from modern_llm.runs import pipeline
+from modern_llm.config import get_pipeline_preset
 from modern_llm.files import write_json
 from modern_llm.messages import StageError
+from modern_llm.runs import pipeline
 from modern_llm.runs.spec import sections
-from modern_llm.config import get_pipeline_preset
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {"preset": "lesson", "max_steps": 12, "overrides": "pretrain.checkpoint_every=4 pretrain.eval_every=6"}
+SMALL = {"preset": "lesson", "max_steps": 12,
+         "overrides": "pretrain.checkpoint_every=4 pretrain.eval_every=6"}
 
 
 def papermill(output: Path, cwd: Path = ROOT, **parameters) -> tuple[int, str]:
     notebook = os.path.relpath(ROOT / "nbs" / "03_pretrain.ipynb", cwd)
-    command = [sys.executable, "-m", "papermill", notebook, str(output), "--no-progress-bar", "--log-output"]
+    command = [sys.executable, "-m", "papermill", notebook,
+               str(output), "--no-progress-bar", "--log-output"]
     for name, value in {**SMALL, **parameters}.items():
         command += ["-p", name, str(value)]
-    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, timeout=300)
     return done.returncode, done.stdout
 
 
@@ -42,39 +47,52 @@ def straight(tmp_path_factory):
 
 def test_stage_leaves_its_record(straight):
     present = {p.name for p in straight.iterdir()}
-    assert {"notebook.ipynb", "params.json", "metrics.jsonl", "results.json", "checkpoint"} <= present
+    assert ({"notebook.ipynb", "params.json", "metrics.jsonl", "results.json", "checkpoint"}
+            <= present)
     metrics = pd.read_json(straight / "metrics.jsonl", lines=True)
-    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "val_loss"} <= set(metrics.columns)
+    assert ({"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "val_loss"}
+            <= set(metrics.columns))
     assert metrics.step.max() == 12
     results = json.loads((straight / "results.json").read_text())
     measures = {row["metric"]: row for row in results["table"]}
     bits = measures["bits per byte, synthetic"]
     assert bits["low"] < bits["value"] < bits["high"] and bits["n"] > 0
     notebook = json.loads((straight / "notebook.ipynb").read_text())
-    assert sum(1 for cell in notebook["cells"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})) >= 1
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
-            "training_state.pt", "meta.json"} <= {p.name for p in (straight / "checkpoint").iterdir()}
+    assert sum(1 for cell in notebook["cells"] for o in cell.get("outputs", [])
+               if "image/png" in o.get("data", {})) >= 1
+    assert ({"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+             "generation_config.json", "training_state.pt", "meta.json"}
+            <= {p.name for p in (straight / "checkpoint").iterdir()})
 
 
 @pytest.mark.fault("one-lacks")
 @pytest.mark.fault("small-splits")
 def test_a_source_that_knows_its_entropy_is_mixed_with_a_poem_that_does_not(tmp_path):
     poem = tmp_path / "poem.txt"
-    poem.write_text("\n".join(f"The {tree} by the {place} lets its leaves go." for tree in ("oak", "elm", "ash") for place in ("mill", "road", "lake")))
+    poem.write_text(
+        "\n".join(f"The {tree} by the {place} lets its leaves go."
+                  for tree in ("oak", "elm", "ash") for place in ("mill", "road", "lake")))
     code, text = papermill(tmp_path / "out.ipynb", run="mixed", output_dir=tmp_path, max_steps=2,
-                           overrides=f"data.sources=synthetic,{poem} data.max_train_tokens=20000 data.max_validation_tokens=2000")
+                           overrides=f"data.sources=synthetic,{poem} data.max_train_tokens=20000 "
+                                     "data.max_validation_tokens=2000")
     assert code == 0, text
-    assert re.search(r"pretrain: \S+poem.txt: of \d+ characters in 1 document the last \d+ held out for validation", text)
-    results = json.loads((tmp_path / "mixed" / "pretrain" / "results.json").read_text(), parse_constant=pytest.fail)
-    assert [row["floor bits per byte"] is None for row in results["data"]] == [False, True, False, True] and results["floor"] is None
-    assert {row["metric"] for row in results["table"]} >= {"above the floor, synthetic", f"bits per byte, {poem}"}
+    assert re.search(r"pretrain: \S+poem.txt: of \d+ characters in 1 document the last \d+ held "
+                     r"out for validation", text)
+    results = json.loads((tmp_path / "mixed" / "pretrain" / "results.json").read_text(),
+                         parse_constant=pytest.fail)
+    assert ([row["floor bits per byte"] is None for row in results["data"]]
+            == [False, True, False, True] and results["floor"] is None)
+    assert ({row["metric"] for row in results["table"]}
+            >= {"above the floor, synthetic", f"bits per byte, {poem}"})
 
 
 def test_a_stage_that_fails_says_so_in_its_record(tmp_path):
-    code, text = papermill(tmp_path / "out.ipynb", run="bad", output_dir=tmp_path,
-                           overrides="pretrain.muon_lr=1e9 pretrain.lr=1e9 pretrain.log_every=1 pretrain.grad_clip=0")
+    code, text = papermill(
+        tmp_path / "out.ipynb", run="bad", output_dir=tmp_path,
+        overrides="pretrain.muon_lr=1e9 pretrain.lr=1e9 pretrain.log_every=1 pretrain.grad_clip=0")
     assert code == 1 and "diverged by step" in text and "last good checkpoint" in text
-    assert json.loads((tmp_path / "bad" / "run.json").read_text())["stages"]["pretrain"]["status"] == "failed"
+    assert (json.loads((tmp_path / "bad" / "run.json").read_text())["stages"]["pretrain"]["status"]
+            == "failed")
     assert not (tmp_path / "bad" / "pretrain" / "results.json").exists()
 
 
@@ -86,37 +104,47 @@ def test_papermill_with_an_unknown_parameter_fails(tmp_path):
 
 def cli(*words, **environment):
     command = [Path(sys.executable).parent / "modern-llm", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, **environment}, cwd=ROOT)
 
 
 def test_cli_plans_skips_and_refuses(straight, tmp_path):
     """A run that papermill made alone is one of the command's, too."""
-    words = ("run", "--preset", "lesson", "--stage", "pretrain", "--run", "straight", "-p", f"overrides={SMALL['overrides']}")
+    words = ("run", "--preset", "lesson", "--stage", "pretrain", "--run", "straight", "-p",
+             f"overrides={SMALL['overrides']}")
     planned = cli(*words, "--max-steps", 12, "--output-dir", tmp_path, "--dry-run")
-    assert planned.returncode == 0 and "pretrain: run" in planned.stdout and list(tmp_path.iterdir()) == []
+    assert (planned.returncode == 0 and "pretrain: run" in planned.stdout
+            and list(tmp_path.iterdir()) == [])
     there = ("--output-dir", os.path.relpath(straight.parent.parent, ROOT))
     again = cli(*words, "--max-steps", 12, *there)
-    assert again.returncode == 0 and "pretrain: skipped, finished before" in again.stdout, again.stderr
+    assert again.returncode == 0 and "pretrain: skipped, finished before" in again.stdout, (
+        again.stderr)
     other = cli(*words, "--max-steps", 13, *there)
-    assert other.returncode == 2 and "max_steps: 12 -> 13" in other.stderr and "--force" in other.stderr
+    assert (other.returncode == 2 and "max_steps: 12 -> 13" in other.stderr
+            and "--force" in other.stderr)
 
 
 def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tmp_path):
-    command = [Path(sys.executable).parent / "modern-llm", "run", "--preset", "lesson", "--stage", "pretrain", "--max-steps", "40", "--output-dir",
-               str(tmp_path), "--run", "123"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    command = [Path(sys.executable).parent / "modern-llm", "run", "--preset", "lesson", "--stage",
+               "pretrain", "--max-steps", "40", "--output-dir", str(tmp_path), "--run", "123"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     folder = tmp_path / "123" / "pretrain"
     deadline = time.time() + 120
-    while not (folder / "metrics.jsonl").exists() and time.time() < deadline and process.poll() is None:
+    while (not (folder / "metrics.jsonl").exists() and time.time() < deadline
+           and process.poll() is None):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "the same command goes on from there" in text, text
-    assert json.loads((tmp_path / "123" / "run.json").read_text())["stages"]["pretrain"]["status"] == "stopped"
-    assert (folder / "checkpoint" / "model.safetensors").is_file() and not (folder / "results.json").exists()
+    assert (json.loads((tmp_path / "123" / "run.json").read_text())["stages"]["pretrain"]["status"]
+            == "stopped")
+    assert ((folder / "checkpoint" / "model.safetensors").is_file()
+            and not (folder / "results.json").exists())
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert again.returncode == 0 and "pretrain: resume" in again.stdout and "bits per byte" in again.stdout, again.stderr
+    assert (again.returncode == 0 and "pretrain: resume" in again.stdout
+            and "bits per byte" in again.stdout), again.stderr
     assert (folder / "notebook.ipynb").is_file()
     steps = pd.read_json(folder / "metrics.jsonl", lines=True).step
     assert steps.is_unique and steps.max() == 40
@@ -140,7 +168,8 @@ def test_cli_datasets_exit_code(tmp_path):
     environment = {"MODERN_LLM_DATA": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
     assert cli("datasets", "--preset", "local-smoke", **environment).returncode == 0
     missing = cli("datasets", "--preset", "local-cpu", **environment)
-    assert missing.returncode == 1 and "tinystories" in missing.stdout and "missing" in missing.stdout
+    assert (missing.returncode == 1 and "tinystories" in missing.stdout
+            and "missing" in missing.stdout)
 
 
 def test_plan_runs_resumes_skips_or_leaves_the_refusal_to_the_stage(tmp_path):
@@ -149,10 +178,12 @@ def test_plan_runs_resumes_skips_or_leaves_the_refusal_to_the_stage(tmp_path):
     assert action() == "run"
     folder = tmp_path / "lesson" / "pretrain"
     folder.mkdir(parents=True)
-    write_json(folder / "params.json", {"config": sections(get_pipeline_preset("lesson"), "pretrain"), "inputs": {}})
+    write_json(folder / "params.json",
+               {"config": sections(get_pipeline_preset("lesson"), "pretrain"), "inputs": {}})
     assert action() == "resume"
     write_json(folder / "results.json", {})
     assert action() == "skip"
-    assert action(force=True) == "run" and action(max_steps=4, resume=True) == "resume" and action(seed=1, no_overwrite=True) == "skip"
+    assert (action(force=True) == "run" and action(max_steps=4, resume=True) == "resume"
+            and action(seed=1, no_overwrite=True) == "skip")
     with pytest.raises(StageError, match="seed: 0 -> 1"):
         action(seed=1)

@@ -16,14 +16,20 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "modern_llm"
 
-# The folders of the package in one direction: each imports only what stands before it, and its own modules without a circle.
+# The folders of the package in one direction: each imports only what stands before it, and its own
+# modules without a circle.
 GROUND = ("files", "statistics", "figures", "messages")
-DIRECTION = (GROUND, ("config",), ("models",), ("data",), ("interchange", "training"), ("evaluation",), ("report",), ("runs",), ("cluster",), ("cli",))
+DIRECTION = (GROUND, ("config",), ("models",), ("data",), ("interchange", "training"),
+             ("evaluation",), ("report",), ("runs",), ("cluster",), ("cli",))
 LEVEL = {folder: level for level, folders in enumerate(DIRECTION) for folder in folders}
-WITHOUT_TORCH = {"files", "statistics", "figures", "messages", "config", "report", "runs", "cluster", "cli"}  # until it is needed
-ALSO_WITHOUT_TORCH = {f"data.{name}" for name in ("sources", "formats", "splits", "reading", "marking", "templates", "synth", "synth_world",
-                                                  "synth_problems")} | {
-    "models", "models.counts", "evaluation.overlap", "interchange.hub", "interchange.importing", "interchange.llama_layout", "interchange.export"}
+# until it is needed
+WITHOUT_TORCH = {"files", "statistics", "figures", "messages", "config", "report", "runs",
+                 "cluster", "cli"}
+ALSO_WITHOUT_TORCH = ({f"data.{name}"
+                       for name in ("sources", "formats", "splits", "reading", "marking",
+                                    "templates", "synth", "synth_world", "synth_problems")}
+                      | {"models", "models.counts", "evaluation.overlap", "interchange.hub",
+                         "interchange.importing", "interchange.llama_layout", "interchange.export"})
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -41,16 +47,19 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
 
 def module_name(path: Path) -> str:
     """`models.layers` for modern_llm/models/layers.py, `models` for its folder's face."""
-    return ".".join(part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__")
+    return ".".join(
+        part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__")
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))
-           if "tests" not in path.parts and path.name != "_modidx.py" and path != PACKAGE / "__init__.py"}
+MODULES = {
+    module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))
+    if "tests" not in path.parts and path.name != "_modidx.py" and path != PACKAGE / "__init__.py"}
 
 
 def used_by(module: str) -> set[str]:
     """The modules of the package that a module imports, anywhere in its code."""
-    names = {name.removeprefix("modern_llm.") for name in imports(MODULES[module]) if name.startswith("modern_llm.")}
+    names = {name.removeprefix("modern_llm.")
+             for name in imports(MODULES[module]) if name.startswith("modern_llm.")}
     return {name for name in names if name in MODULES} - {module}
 
 
@@ -59,25 +68,30 @@ def test_imports_run_in_one_direction(module):
     folder = module.split(".")[0]
     for used in used_by(module):
         other = used.split(".")[0]
-        assert other == folder or other in GROUND or LEVEL[other] < LEVEL[folder], f"{module} imports {used}, which stands behind it or beside it"
+        assert other == folder or other in GROUND or LEVEL[other] < LEVEL[folder], (
+            f"{module} imports {used}, which stands behind it or beside it")
     if folder in WITHOUT_TORCH or module in ALSO_WITHOUT_TORCH:
         top = imports(MODULES[module], top_level_only=True)
         assert not any(name.split(".")[0] in ("torch", "datasets", "transformers") for name in top)
 
 
 def test_no_folder_imports_in_a_circle():
-    graph = {module: used_by(module) - {module.split(".")[0]} for module in MODULES}  # a folder's face is no part of a circle
+    # a folder's face is no part of a circle
+    graph = {module: used_by(module) - {module.split(".")[0]} for module in MODULES}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-SPINE = ("00_layers", "01_attention", "02_model", "02a_data", "02b_optim", "03_trainer", "03_pretrain", "04_sft", "05_dpo", "06_verifier", "07_eval",
-         "08_attention_viz")
+SPINE = ("00_layers", "01_attention", "02_model", "02a_data", "02b_optim", "03_trainer",
+         "03_pretrain", "04_sft", "05_dpo", "06_verifier", "07_eval", "08_attention_viz")
 
 
 def test_every_chapter_has_its_place():
-    """The spine is twelve chapters in their order; every other chapter stands on the shelf that its number names, and says so."""
-    orders = {path.stem: float(re.search(r"^- order: (\S+)", "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]), re.M)[1])
-              for path in (ROOT / "nbs").glob("*.ipynb") if path.stem != "index"}
+    """The spine is twelve chapters in their order; every other chapter stands on the shelf that its
+    number names, and says so.
+    """
+    orders = {path.stem: float(re.search(r"^- order: (\S+)", "".join(
+        json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
+    ), re.M)[1]) for path in (ROOT / "nbs").glob("*.ipynb") if path.stem != "index"}
     book = sorted(orders, key=orders.get)
     assert tuple(book[:12]) == SPINE and len(set(orders.values())) == len(orders)
     assert all(re.match(r"[1-5]\d_", stem) and orders[stem] == int(stem[:2]) for stem in book[12:])
@@ -88,7 +102,8 @@ def copy(tmp_path_factory):
     """A copy of what nbdev reads and writes."""
     target = tmp_path_factory.mktemp("copy")
     for name in ("nbs", "modern_llm"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(ROOT / name, target / name,
+                        ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("settings.ini", "setup.py"):
         shutil.copy(ROOT / name, target)
     return target
@@ -96,10 +111,11 @@ def copy(tmp_path_factory):
 
 @pytest.mark.parametrize("command", ["nbdev_clean", "nbdev_export"])
 def test_nbdev_changes_nothing(copy, command):
-    read = lambda: {p.relative_to(copy): p.read_bytes() for p in copy.rglob("*") if p.suffix in (".py", ".ipynb")}
+    read = lambda: {p.relative_to(copy): p.read_bytes()
+                    for p in copy.rglob("*") if p.suffix in (".py", ".ipynb")}
     before = read()
-    subprocess.run([Path(sys.executable).parent / command], cwd=copy, check=True, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(copy)})
+    subprocess.run([Path(sys.executable).parent / command], cwd=copy, check=True,
+                   capture_output=True, env={**os.environ, "PYTHONPATH": str(copy)})
     changed = [str(k) for k in before.keys() | read().keys() if before.get(k) != read().get(k)]
     assert changed == [], f"{command} changes {changed}: run `make export` and commit the result"
 
@@ -108,16 +124,22 @@ def test_readme_is_the_index_notebook():
     subprocess.run([sys.executable, ROOT / "scripts" / "readme.py", "--check"], check=True)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")),
+                         ids=lambda p: p.stem)
 def test_workflows_run_what_is_here(path):
-    """Every step says what it uses or runs; targets, files and extras in its command exist, and so do the files a cache is keyed by."""
+    """Every step says what it uses or runs; targets, files and extras in its command exist, and so
+    do the files a cache is keyed by.
+    """
     jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
     steps = [step for job in jobs.values() for step in job["steps"]]
     assert all(("run" in step) != ("uses" in step) for step in steps)
-    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
-    keyed = [name for step in steps for name in step.get("with", {}).get("cache-dependency-path", "").split()]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"])
+               for step in steps if "uses" in step)
+    keyed = [name for step in steps
+             for name in step.get("with", {}).get("cache-dependency-path", "").split()]
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    extras = re.findall(r"^(\w+)_requirements", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)
+    extras = re.findall(r"^(\w+)_requirements",
+                        (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)
     for line in (step["run"] for step in steps if "run" in step):
         match line.split("#")[0].split():
             case ["make", target]:
@@ -137,7 +159,9 @@ def test_workflows_run_what_is_here(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_stored_notebook(path):
-    """Stored notebooks are small, without tracebacks, machine paths or progress bars, and every code cell was run."""
+    """Stored notebooks are small, without tracebacks, machine paths or progress bars, and every
+    code cell was run.
+    """
     text = path.read_text(encoding="utf-8")
     notebook = json.loads(text)
     assert len(text) < 400_000

@@ -1,4 +1,6 @@
-"""What can be resumed, and what a record says then: a stage that was begun goes on, or is refused before anything is written."""
+"""What can be resumed, and what a record says then: a stage that was begun goes on, or is refused
+before anything is written.
+"""
 
 import json
 import os
@@ -15,15 +17,15 @@ from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from modern_llm.runs import pipeline
 from modern_llm.cli import main
 from modern_llm.config import ConfigError, TrainConfig
 from modern_llm.files import atomic_folder, read_json, write_json, write_text
 from modern_llm.messages import StageError
-from modern_llm.runs.spec import MAY_CHANGE
-from modern_llm.training.optim import LossOutput
+from modern_llm.runs import pipeline
 from modern_llm.runs.parameters import resolve
+from modern_llm.runs.spec import MAY_CHANGE
 from modern_llm.tests.test_stage import begin, finished
+from modern_llm.training.optim import LossOutput
 from modern_llm.training.trainer import Trainer
 
 pytestmark = pytest.mark.fault("record")
@@ -31,7 +33,8 @@ pytestmark = pytest.mark.fault("record")
 
 def snapshot(folder):
     """Every file of a folder with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def stage_at(tmp_path, stage="pretrain", steps=6, done=False, **values):
@@ -44,7 +47,8 @@ def stage_at(tmp_path, stage="pretrain", steps=6, done=False, **values):
     with atomic_folder(run.folder / "checkpoint", {"step": steps}) as folder:
         (folder / "training_state.pt").write_bytes(b"")
     if done:
-        results = {"steps": steps, "train_seconds": 1.0} if stage not in ("eval", "attention") else {}
+        results = ({"steps": steps, "train_seconds": 1.0} if stage not in ("eval", "attention")
+                   else {})
         run.finish({"table": [], **results})
     run.lock.release()
     return run, {"stage": stage, "run": "mine", "resume": True, **values}
@@ -79,25 +83,32 @@ CHANGED = [
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["begun", "finished"])
-@pytest.mark.parametrize("stage, name, values", CHANGED, ids=[f"{stage}-{name}" for stage, name, _ in CHANGED])
-def test_what_made_a_stage_cannot_change_and_nothing_is_written(tmp_path, stage, name, values, done):
+@pytest.mark.parametrize("stage, name, values", CHANGED,
+                         ids=[f"{stage}-{name}" for stage, name, _ in CHANGED])
+def test_what_made_a_stage_cannot_change_and_nothing_is_written(tmp_path, stage, name,
+                                                                values, done):
     _, same = stage_at(tmp_path, stage, done=done)
     before = snapshot(tmp_path)
-    with pytest.raises(StageError, match=rf"(?s)stage {stage} {'is finished' if done else 'was begun'} in .*cannot go on.*\n  - {name}: .* -> .*cannot change under way.*"
-                                         r"former settings.*force=True.*another run name"):
+    with pytest.raises(StageError,
+                       match=rf"(?s)stage {stage} {'is finished' if done else 'was begun'} in "
+                             rf".*cannot go on.*\n  - {name}: .* -> .*cannot change under way.*"
+                             r"former settings.*force=True.*another run name"):
         begin(tmp_path, **{**same, **values})
     assert snapshot(tmp_path) == before
     again = begin(tmp_path, **same)
     assert again.resume, "its own command goes on"
 
 
-@pytest.mark.parametrize("name", ["lr", "max_minutes", "eval_every", "precision", "schedule", "compile"])
+@pytest.mark.parametrize("name",
+                         ["lr", "max_minutes", "eval_every", "precision", "schedule", "compile"])
 def test_a_finished_stage_does_not_claim_settings_it_never_used(tmp_path, name):
     """There is no step to come that they could be used in."""
-    values = {"lr": 1e-4, "max_minutes": 5, "eval_every": 3, "precision": "fp32", "schedule": "cosine", "compile": "true"}
+    values = {"lr": 1e-4, "max_minutes": 5, "eval_every": 3, "precision": "fp32",
+              "schedule": "cosine", "compile": "true"}
     _, same = stage_at(tmp_path, steps=8, done=True)
     before = snapshot(tmp_path)
-    with pytest.raises(StageError, match=rf"(?s)is finished.*pretrain.{name}: .*\nIt has 8 steps behind it.*none to come"):
+    with pytest.raises(StageError, match=rf"(?s)is finished.*pretrain.{name}: .*\nIt has 8 steps "
+                                         r"behind it.*none to come"):
         begin(tmp_path, **same, overrides=f"pretrain.{name}={values[name]}")
     assert snapshot(tmp_path) == before
 
@@ -105,27 +116,35 @@ def test_a_finished_stage_does_not_claim_settings_it_never_used(tmp_path, name):
 @pytest.mark.parametrize("steps", [6, 5, 1])
 def test_a_stage_is_not_made_shorter_than_it_is(tmp_path, steps):
     _, same = stage_at(tmp_path)
-    with pytest.raises(StageError, match=rf"(?s)pretrain.max_steps: 8 -> {steps}\nIt has 6 steps behind it and, with pretrain.max_steps={steps}, none"):
+    with pytest.raises(StageError, match=rf"(?s)pretrain.max_steps: 8 -> {steps}\nIt has 6 steps "
+                                         rf"behind it and, with pretrain.max_steps={steps}, none"):
         begin(tmp_path, **{**same, "max_steps": steps})
 
 
 @pytest.mark.parametrize("name", MAY_CHANGE)
-def test_how_long_how_often_and_how_fast_may_change_and_the_record_says_from_which_step_on(tmp_path, name):
-    values = {"max_steps": 9, "max_minutes": 5.0, "precision": "fp32", "compile": True, "gradient_checkpointing": True, "betas": [0.8, 0.9],
-              "schedule": "cosine", "micro_batch_size": 2, "grad_clip": 0.5}
+def test_how_long_how_often_and_how_fast_may_change_and_the_record_says_from_which_step_on(
+    tmp_path, name
+):
+    values = {"max_steps": 9, "max_minutes": 5.0, "precision": "fp32", "compile": True,
+              "gradient_checkpointing": True, "betas": [0.8, 0.9], "schedule": "cosine",
+              "micro_batch_size": 2, "grad_clip": 0.5}
     value = values.get(name, 1)
     run, same = stage_at(tmp_path)
     former = read_json(run.folder / "params.json")
-    words = {"overrides": f"pretrain.{name}={json.dumps(value).strip('[]').replace(' ', '')}"} if name != "max_steps" else {"max_steps": 9}
+    words = ({"overrides": f"pretrain.{name}={json.dumps(value).strip('[]').replace(' ', '')}"}
+             if name != "max_steps" else {"max_steps": 9})
     again = begin(tmp_path, **{**same, **words})
     assert again.resume and (again.folder / "checkpoint").is_dir()
     record = read_json(run.folder / "params.json")
     if name == "micro_batch_size":  # another one would round differently
-        assert again.config.pretrain.micro_batch_size == former["config"]["pretrain"]["micro_batch_size"] and "changed_under_way" not in record
+        assert (again.config.pretrain.micro_batch_size
+                == former["config"]["pretrain"]["micro_batch_size"]
+                and "changed_under_way" not in record)
         return
     assert record["config"]["pretrain"][name] == value
     change, = record["changed_under_way"]
-    assert change["from_step"] == 6 and change["settings"][0].startswith(f"pretrain.{name}: {json.dumps(former['config']['pretrain'][name])} -> ")
+    assert change["from_step"] == 6 and change["settings"][0].startswith(
+        f"pretrain.{name}: {json.dumps(former['config']['pretrain'][name])} -> ")
 
 
 def test_changes_add_up_and_a_sitting_without_one_adds_none(tmp_path):
@@ -134,18 +153,24 @@ def test_changes_add_up_and_a_sitting_without_one_adds_none(tmp_path):
         with atomic_folder(run.folder / "checkpoint", {"step": steps}):
             pass
         begin(tmp_path, **{**same, **values}).lock.release()
-    assert [change["from_step"] for change in read_json(run.folder / "params.json")["changed_under_way"]] == [6, 7]
+    assert [change["from_step"]
+            for change in read_json(run.folder / "params.json")["changed_under_way"]] == [6, 7]
 
 
 def test_a_finished_stage_that_is_trained_on_has_no_results_until_it_has_new_ones(tmp_path):
-    """Else a kill under way would leave results of other weights, and tables that were kept would be taken for the new model's."""
+    """Else a kill under way would leave results of other weights, and tables that were kept would
+    be taken for the new model's.
+    """
     run, same = stage_at(tmp_path, "sft", steps=8, done=True)
     for name in ("answers_base.jsonl", "answers_sft.jsonl"):
         write_text(run.folder / name, "{}\n")
     again = begin(tmp_path, **{**same, "max_steps": 12})
-    assert again.resume and read_json(run.folder / "params.json")["config"]["sft"]["max_steps"] == 12
-    assert not (run.folder / "results.json").exists() and read_json(run.folder / "results.previous.json")["steps"] == 8
-    assert not (run.folder / "answers_sft.jsonl").exists() and (run.folder / "answers_base.jsonl").exists()
+    assert (again.resume
+            and read_json(run.folder / "params.json")["config"]["sft"]["max_steps"] == 12)
+    assert (not (run.folder / "results.json").exists()
+            and read_json(run.folder / "results.previous.json")["steps"] == 8)
+    assert (not (run.folder / "answers_sft.jsonl").exists()
+            and (run.folder / "answers_base.jsonl").exists())
 
 
 def test_a_finished_stage_stays_finished_when_repeating_it_fails(tmp_path):
@@ -156,7 +181,8 @@ def test_a_finished_stage_stays_finished_when_repeating_it_fails(tmp_path):
 
     stage_at(tmp_path, steps=8, done=True)
     shell = InteractiveShell()
-    names = {"preset": "lesson", "run": "mine", "seed": 0, "max_steps": 8, "max_minutes": None, "device": "", "overrides": "",
+    names = {"preset": "lesson", "run": "mine", "seed": 0, "max_steps": 8, "max_minutes": None,
+             "device": "", "overrides": "",
              "output_dir": str(tmp_path), "resume": True, "force": False}
     run = begin_stage("pretrain", {**names, "In": [], "get_ipython": lambda: shell}, DECLARED)
     shell.run_cell("raise ValueError('bad luck')")
@@ -164,20 +190,25 @@ def test_a_finished_stage_stays_finished_when_repeating_it_fails(tmp_path):
     assert read_json(tmp_path / "mine" / "run.json")["stages"]["pretrain"]["status"] == "finished"
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"config": 3}', '{"config": {"seed": 0}, "inputs": []}', "\x00\x01"],
-                         ids=["missing", "empty", "half", "list", "nothing", "number", "inputs", "bytes"])
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", "{}", '{"config": 3}', '{"config": {"seed": 0}, "inputs": []}',
+             "\x00\x01"],
+    ids=["missing", "empty", "half", "list", "nothing", "number", "inputs", "bytes"])
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_damaged_record_is_named_with_the_remedy(tmp_path, text, resume):
     run, same = stage_at(tmp_path, steps=8, done=True)
     path = run.folder / "params.json"
     path.unlink() if text is None else path.write_text(text)
     before = snapshot(tmp_path)
-    with pytest.raises(StageError, match=f"{path} is (missing|damaged).*whole copy.*force=True.*another run name"):
+    with pytest.raises(
+        StageError, match=f"{path} is (missing|damaged).*whole copy.*force=True.*another run name"):
         begin(tmp_path, **{**same, "resume": resume})
     assert snapshot(tmp_path) == before
-    result = CliRunner().invoke(main, ["run", "--preset", "lesson", "--stage", "pretrain", "--run", "mine", "--output-dir", str(tmp_path),
-                                       *["--resume"] * resume])
-    assert result.exit_code == 2 and str(path) in result.output and "--force" in result.output and snapshot(tmp_path) == before
+    result = CliRunner().invoke(main,
+                                ["run", "--preset", "lesson", "--stage", "pretrain", "--run",
+                                 "mine", "--output-dir", str(tmp_path), *["--resume"] * resume])
+    assert (result.exit_code == 2 and str(path) in result.output and "--force" in result.output
+            and snapshot(tmp_path) == before)
     assert not begin(tmp_path, **{**same, "resume": False, "force": True}).resume
 
 
@@ -185,7 +216,8 @@ def test_a_damaged_run_json_is_named_before_force_deletes_anything(tmp_path):
     run, same = stage_at(tmp_path, steps=8, done=True)
     (tmp_path / "mine" / "run.json").write_text("{")
     before = snapshot(tmp_path)
-    with pytest.raises(StageError, match="run.json is damaged .*delete it: the stages' own files stay"):
+    with pytest.raises(StageError,
+                       match="run.json is damaged .*delete it: the stages' own files stay"):
         begin(tmp_path, **{**same, "resume": False, "force": True})
     assert snapshot(tmp_path) == before
 
@@ -202,7 +234,8 @@ def test_a_setting_that_an_older_record_does_not_have_is_named(tmp_path):
 def test_to_resume_and_to_delete_is_one_thing_too_many(tmp_path):
     _, same = stage_at(tmp_path)
     before = snapshot(tmp_path)
-    with pytest.raises(ConfigError, match="resume=True goes on with what is there, force=True deletes it: say one of them"):
+    with pytest.raises(ConfigError, match="resume=True goes on with what is there, force=True "
+                                          "deletes it: say one of them"):
         begin(tmp_path, **{**same, "force": True})
     assert snapshot(tmp_path) == before
 
@@ -216,30 +249,33 @@ def test_other_weights_to_start_from_are_refused_and_nothing_is_written(tmp_path
     assert snapshot(tmp_path) == before
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def ask(tmp_path, *words):
-    result = CliRunner().invoke(main, ["run", "--preset", "lesson", "--stage", "pretrain", "--run", "mine", "--output-dir", str(tmp_path),
-                                       "--max-steps", "8", "-p", "seed=0", *words])
+    result = CliRunner().invoke(main, ["run", "--preset", "lesson", "--stage", "pretrain", "--run",
+                                       "mine", "--output-dir",
+                                       str(tmp_path), "--max-steps", "8", "-p", "seed=0", *words])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("words, line", [
-    (("-p", "data.sources=synthetic,tinystories"), 'data.sources: ["synthetic"] -> ["synthetic", "tinystories"]'),
-    (("-p", "model.width=96"), "-> 96"), (("-p", "seed=1"), "seed: 0 -> 1"),
-    (("-p", "pretrain.batch_size=8"), "pretrain.batch_size: 16 -> 8"),
-    (("-p", "pretrain.lr=1e-4"), "none to come"),
-])
+@pytest.mark.parametrize("words, line",
+                         [(("-p", "data.sources=synthetic,tinystories"),
+                           'data.sources: ["synthetic"] -> ["synthetic", "tinystories"]'),
+                          (("-p", "model.width=96"), "-> 96"), (("-p", "seed=1"), "seed: 0 -> 1"),
+                          (("-p", "pretrain.batch_size=8"), "pretrain.batch_size: 16 -> 8"),
+                          (("-p", "pretrain.lr=1e-4"), "none to come")])
 @pytest.mark.parametrize("resume", [True, False])
 def test_the_command_suggests_nothing_that_would_destroy(tmp_path, words, line, resume):
     stage_at(tmp_path, steps=8, done=True)
     before = snapshot(tmp_path)
     code, text = ask(tmp_path, *words, *["--resume"] * resume)
-    assert code == 2 and line in text and "--force" in text and "--run NAME" in text and "--resume" not in text and "--no-overwrite" in text
+    assert (code == 2 and line in text and "--force" in text and "--run NAME" in text
+            and "--resume" not in text and "--no-overwrite" in text)
     assert snapshot(tmp_path) == before
-    assert ask(tmp_path)[0] == 0 and snapshot(tmp_path) == before, "its own command still finds it finished"
+    assert ask(tmp_path)[0] == 0 and snapshot(tmp_path) == before, (
+        "its own command still finds it finished")
 
 
 def test_the_command_offers_to_go_on_where_that_is_true(tmp_path):
@@ -254,21 +290,25 @@ def test_a_later_stage_that_is_refused_stops_the_pipeline_at_its_start(tmp_path)
     stage_at(tmp_path, "sft")
     shutil.rmtree(tmp_path / "mine" / "pretrain")
     before = snapshot(tmp_path)
-    result = CliRunner().invoke(main, ["run", "--preset", "lesson", "--run", "mine", "--output-dir", str(tmp_path), "-p", "sft.beta=1"])
+    result = CliRunner().invoke(main, ["run", "--preset", "lesson", "--run", "mine", "--output-dir",
+                                       str(tmp_path), "-p", "sft.beta=1"])
     assert result.exit_code == 2
-    result = CliRunner().invoke(main, ["run", "--preset", "lesson", "--run", "mine", "--output-dir", str(tmp_path), "-p", "sft.batch_size=2"])
-    assert result.exit_code == 2 and "sft.batch_size" in result.output and snapshot(tmp_path) == before
+    result = CliRunner().invoke(main, ["run", "--preset", "lesson", "--run", "mine", "--output-dir",
+                                       str(tmp_path), "-p", "sft.batch_size=2"])
+    assert (result.exit_code == 2 and "sft.batch_size" in result.output
+            and snapshot(tmp_path) == before)
 
 
 def test_the_model_card_says_what_was_changed_under_way(tmp_path):
-    from modern_llm.report.card import model_card
     from modern_llm.models.decoder import read_config
+    from modern_llm.report.card import model_card
 
     checkpoint = finished(tmp_path, "pretrain", run="mine")
     record = resolve("pretrain", {"preset": "lesson"})
     from modern_llm.runs.spec import sections
 
-    write_json(tmp_path / "mine" / "run.json", {"stages": {"pretrain": {"status": "finished", "seconds": 1}}})
+    write_json(tmp_path / "mine" / "run.json",
+               {"stages": {"pretrain": {"status": "finished", "seconds": 1}}})
     write_json(tmp_path / "mine" / "pretrain" / "params.json", {
         "preset": "lesson", "config": sections(record, "pretrain"), "inputs": {},
         "changed_under_way": [{"from_step": 6, "settings": ["pretrain.lr: 0.003 -> 0.001"]}]})
@@ -281,17 +321,19 @@ def test_the_model_card_says_what_was_changed_under_way(tmp_path):
     assert "* From step 6 of pretrain on: pretrain.lr: 0.003 -> 0.001." in card
 
 
-# ---- any split into sessions -----------------------------------------------------------------------------------------
+# ---- any split into sessions ---------------------------------------------------------------------
 
 
 def tiny_run(folder, steps, stops):
     """Train a tiny model to the end, stopped and begun again after each of `stops` steps."""
-    cfg = TrainConfig(max_steps=steps, batch_size=2, optimizer="muon", warmup_steps=2, eval_every=3, log_every=1, checkpoint_every=9, keep_checkpoints=0,
-                      ema_decay=0.9)
+    cfg = TrainConfig(max_steps=steps, batch_size=2, optimizer="muon", warmup_steps=2, eval_every=3,
+                      log_every=1, checkpoint_every=9, keep_checkpoints=0, ema_decay=0.9)
 
     def loss_fn(module, batch):
-        noise = torch.randn(()) * 0.01  # drawn in the step: its generator's state must come back too
-        error = (module(batch["x"]) - batch["x"].flip(-1)).square().mean() + noise * module[0].weight.sum()
+        # drawn in the step: its generator's state must come back too
+        noise = torch.randn(()) * 0.01
+        error = ((module(batch["x"]) - batch["x"].flip(-1)).square().mean()
+                 + noise * module[0].weight.sum())
         return LossOutput(error * 2, torch.tensor(2.0), {})
 
     def batches(step):
@@ -300,20 +342,24 @@ def tiny_run(folder, steps, stops):
     for stop in [*stops, None]:
         torch.manual_seed(3)
         module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
-        trainer = Trainer(module, loss_fn, batches, cfg, folder, evaluate=lambda module: {"loss": 0.0, "drawn": torch.rand(()).item()},
-                          save_model=lambda module, place: torch.save(module.state_dict(), place / "model.pt"), device="cpu", resume=True,
-                          progress_bar=False)
+        trainer = Trainer(
+            module, loss_fn, batches, cfg, folder,
+            evaluate=lambda module: {"loss": 0.0, "drawn": torch.rand(()).item()},
+            save_model=lambda module, place: torch.save(module.state_dict(), place / "model.pt"),
+            device="cpu", resume=True, progress_bar=False)
         if stop is not None:
             trainer.should_stop = lambda: trainer.state.step >= stop
         result = trainer.fit()
     assert result.stopped == "finished"
-    return trainer.state.state_dict(), [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in result.history]
+    return (trainer.state.state_dict(),
+            [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in result.history])
 
 
 def same(one, other):
     """Whether two nested states are equal, bit for bit."""
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one if name != "seconds")
+        return (one.keys() == other.keys()
+                and all(same(one[name], other[name]) for name in one if name != "seconds"))
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
@@ -333,15 +379,18 @@ def test_any_split_into_sittings_gives_the_same_weights_and_rows(tmp_path_factor
         {k: v for k, v in row.items() if k != "loss"} for row in unbroken[1] if row["step"] == 7]
 
 
-# ---- records edited by hand ------------------------------------------------------------------------------------------
+# ---- records edited by hand ----------------------------------------------------------------------
 
-DAMAGED = [
-    ("run.json", {"stages": {"pretrain": "preempted"}}), ("run.json", {"stages": {"pretrain": None}}), ("run.json", {"stages": []}),
-    ("run.json", {"config": 3}), ("run.json", {"stages": {"pretrain": {"status": "stopped", "seconds": "5"}}}),
-    ("pretrain/params.json", {"inputs": {"a": "b"}}), ("pretrain/params.json", {"inputs": {"a": {"path": "b"}}}),
-    ("pretrain/params.json", {"data_files": {"a": {}}}), ("pretrain/params.json", {"data_files": {"a": 5}}), ("pretrain/params.json", {"config": "x"}),
-    ("pretrain/results.json", {"steps": "x"}), ("pretrain/results.json", {"train_seconds": [1]}),
-]
+DAMAGED = [("run.json", {"stages": {"pretrain": "preempted"}}),
+           ("run.json", {"stages": {"pretrain": None}}),
+           ("run.json", {"stages": []}), ("run.json", {"config": 3}),
+           ("run.json", {"stages": {"pretrain": {"status": "stopped", "seconds": "5"}}}),
+           ("pretrain/params.json", {"inputs": {"a": "b"}}),
+           ("pretrain/params.json", {"inputs": {"a": {"path": "b"}}}),
+           ("pretrain/params.json", {"data_files": {"a": {}}}),
+           ("pretrain/params.json", {"data_files": {"a": 5}}),
+           ("pretrain/params.json", {"config": "x"}), ("pretrain/results.json", {"steps": "x"}),
+           ("pretrain/results.json", {"train_seconds": [1]})]
 
 
 @pytest.mark.parametrize("name, edit", DAMAGED, ids=[f"{name}-{edit}" for name, edit in DAMAGED])
@@ -357,23 +406,29 @@ def test_a_record_edited_by_hand_is_named_and_nothing_is_written(tmp_path, name,
 @pytest.mark.parametrize("report", ["x", [1], {"path": 5}, {"path": "/etc/hostname"}, {}])
 def test_a_report_that_the_record_misnames_is_written_anew(tmp_path, report):
     run, _ = stage_at(tmp_path, done=True)
-    write_json(tmp_path / "mine/run.json", {**read_json(tmp_path / "mine/run.json"), "report": report})
-    assert pipeline.Plan("report", preset="lesson", run="mine", output_dir=str(tmp_path)).step("report").action == "run"
+    write_json(tmp_path / "mine/run.json",
+               {**read_json(tmp_path / "mine/run.json"), "report": report})
+    assert pipeline.Plan("report", preset="lesson", run="mine",
+                         output_dir=str(tmp_path)).step("report").action == "run"
 
 
 def test_a_report_of_damaged_results_says_which(tmp_path):
     run, _ = stage_at(tmp_path, done=True)
     (run.folder / "results.json").write_text("{")
-    with pytest.raises(StageError, match="pretrain/results.json is not JSON.*delete it and run that stage again"):
-        pipeline.write_the_report(pipeline.Plan("report", preset="lesson", run="mine", output_dir=str(tmp_path)).step("report"))
+    with pytest.raises(
+        StageError, match="pretrain/results.json is not JSON.*delete it and run that stage again"):
+        pipeline.write_the_report(pipeline.Plan("report", preset="lesson", run="mine",
+                                                output_dir=str(tmp_path)).step("report"))
 
 
 def test_a_job_that_is_queued_again_begins_anew_once(tmp_path, monkeypatch):
     run, _ = stage_at(tmp_path)
-    plan = pipeline.Plan("pretrain", preset="lesson", run="mine", output_dir=str(tmp_path), max_steps=8, force=True)
+    plan = pipeline.Plan("pretrain", preset="lesson", run="mine",
+                         output_dir=str(tmp_path), max_steps=8, force=True)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     write_json((tmp_path / "mine/jobs").mkdir() or tmp_path / "mine/jobs/7.json", {})
-    for count, noted_before, action in (("0", True, "run"), ("1", False, "run"), ("1", True, "resume")):
+    for count, noted_before, action in (
+        ("0", True, "run"), ("1", False, "run"), ("1", True, "resume")):
         monkeypatch.setenv("SLURM_RESTART_COUNT", count)
         os.utime(tmp_path / "mine/jobs/7.json", (0, 0) if noted_before else None)
         step = plan.step("pretrain")
@@ -383,13 +438,17 @@ def test_a_job_that_is_queued_again_begins_anew_once(tmp_path, monkeypatch):
 @pytest.mark.fault("promises")
 def test_a_ctrl_c_before_training_stops_it_all_the_same(tmp_path, monkeypatch, capsys):
     """A stage clears its folder when it begins; who asked before is asked for again."""
-    step = pipeline.Plan("pretrain", preset="lesson", run="mine", output_dir=str(tmp_path)).step("pretrain")
-    script = ("import pathlib, sys, time\nstop = pathlib.Path(sys.argv[1])\nfor _ in range(3000):\n    time.sleep(0.01)\n"
-              "    if stop.exists(): break\nstop.unlink()\n"
+    step = pipeline.Plan("pretrain", preset="lesson", run="mine",
+                         output_dir=str(tmp_path)).step("pretrain")
+    script = ("import pathlib, sys, time\nstop = pathlib.Path(sys.argv[1])\nfor _ in "
+              "range(3000):\n    time.sleep(0.01)\n    if stop.exists(): break\nstop.unlink()\n"
               "for _ in range(1000):\n    time.sleep(0.01)\n    if stop.exists(): sys.exit(3)\n")
     words = [sys.executable, "-I", "-S", "-c", script, str(step.folder / pipeline.STOP_FILE)]
-    monkeypatch.setattr(pipeline, "start_papermill", lambda *_: subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True))
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests were started in the background
+    monkeypatch.setattr(
+        pipeline, "start_papermill",
+        lambda *_: subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True))
+    # ignored where the tests were started in the background
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:

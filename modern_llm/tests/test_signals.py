@@ -1,4 +1,6 @@
-"""A scheduler's warnings reach the stage in its kernel: it ends with what it has, and the next start ends in the same weights."""
+"""A scheduler's warnings reach the stage in its kernel: it ends with what it has, and the next
+start ends in the same weights.
+"""
 
 import os
 import signal
@@ -12,29 +14,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modern_llm.training.checkpoints import read_metrics
 from modern_llm.files import read_json
 from modern_llm.runs.locks import STAGE_LOCK, owner_of
 from modern_llm.runs.pipeline import EXIT_PREEMPTED
+from modern_llm.training.checkpoints import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=80 pretrain.eval_every=80 pretrain.batch_size=4 "
+SMALL = ("data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=80 "
+         "pretrain.eval_every=80 pretrain.batch_size=4 "
          "pretrain.checkpoint_every=30 pretrain.log_every=1 pretrain.keep_checkpoints=1")
 
 
 def started(*words: object) -> subprocess.Popen:
-    return subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                            start_new_session=True)
+    return subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True)
 
 
 def command(place: Path, stage: str = "pretrain", *more: str) -> subprocess.Popen:
-    words = ["run", "--preset", "lesson", "--stage", stage, "--run", "it", "--output-dir", place, "-p", f"overrides={SMALL}"]
+    words = ["run", "--preset", "lesson", "--stage", stage, "--run", "it", "--output-dir", place,
+             "-p", f"overrides={SMALL}"]
     return started(Path(sys.executable).parent / "modern-llm", *words, *more)
 
 
 def papermill(place: Path, name: str = "it") -> subprocess.Popen:
     """As a batch script starts it."""
-    line = (f"trap '' TERM USR1; exec {sys.executable} -m papermill nbs/03_pretrain.ipynb {place / 'out.ipynb'} --no-progress-bar -p run {name} "
+    line = (f"trap '' TERM USR1; exec {sys.executable} -m papermill nbs/03_pretrain.ipynb "
+            f"{place / 'out.ipynb'} --no-progress-bar -p run {name} "
             f"-p output_dir {place} -p overrides '{SMALL}'")
     return started("bash", "-c", line)
 
@@ -57,7 +62,9 @@ def stage_entry(place: Path, stage: str = "pretrain") -> dict:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Of two commands that begin one run at the same moment, one makes it; the other has refused at once."""
+    """Of two commands that begin one run at the same moment, one makes it; the other has refused at
+    once.
+    """
     place = tmp_path_factory.mktemp("straight")
     pair = [command(place), command(place)]
     texts = [process.communicate(timeout=300)[0] for process in pair]
@@ -80,7 +87,8 @@ def test_preempted_twice_and_resumed_equals_undisturbed(straight, tmp_path):
     assert stage_entry(tmp_path)["status"] == "preempted" and 5 <= first < 80 and first % 30
     assert not (folder / "results.json").exists() and not list((tmp_path / "it").glob(".*lock"))
 
-    process = papermill(tmp_path)  # the same stage without the command, and without being told to resume
+    # the same stage without the command, and without being told to resume
+    process = papermill(tmp_path)
     wait_for(lambda: steps(folder) >= first + 5, process)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:  # the whole step, kernel included, as `scancel` does
@@ -93,7 +101,8 @@ def test_preempted_twice_and_resumed_equals_undisturbed(straight, tmp_path):
     process = command(tmp_path)
     text, _ = process.communicate(timeout=200)
     assert process.returncode == 0 and "pretrain: resume" in text, text
-    one, other = (load_file(place / "it" / "pretrain" / "checkpoint" / "model.safetensors") for place in (straight, tmp_path))
+    one, other = (load_file(place / "it" / "pretrain" / "checkpoint" / "model.safetensors")
+                  for place in (straight, tmp_path))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 81))
     assert stage_entry(tmp_path)["status"] == "finished"

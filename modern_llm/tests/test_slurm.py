@@ -1,7 +1,8 @@
-"""The job files on a real SLURM: a controller and two nodes on the loopback, the same files that go to a cluster.
+"""The job files on a real SLURM: a controller and two nodes on the loopback, the same files that go
+to a cluster.
 
-Jobs of several tests run side by side, so that the whole file takes about two minutes on two cores. The durations that
-pytest prints are those of waiting.
+Jobs of several tests run side by side, so that the whole file takes about two minutes on two cores.
+The durations that pytest prints are those of waiting.
 """
 
 import json
@@ -16,16 +17,17 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from modern_llm.cluster import duration, submit
 from modern_llm.cli import main
+from modern_llm.cluster import duration, submit
+from modern_llm.config import get_pipeline_preset
 from modern_llm.files import read_json, sha256
 from modern_llm.runs.spec import NOTEBOOKS
-from modern_llm.config import get_pipeline_preset
 from modern_llm.tests.slurm import loopback
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_slurm = pytest.mark.skipif(bool(loopback.missing()), reason=f"no SLURM here ({', '.join(loopback.missing())} missing): "
-                                                                  "apt-get install slurm-wlm, or run on a cluster's login node")
+needs_slurm = pytest.mark.skipif(
+    bool(loopback.missing()), reason=f"no SLURM here ({', '.join(loopback.missing())} missing): "
+                                     "apt-get install slurm-wlm, or run on a cluster's login node")
 SLOW = bool(os.environ.get("MODERN_LLM_SLOW_TESTS"))
 
 
@@ -36,13 +38,14 @@ def ask(*words: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-# ---- what needs no SLURM ---------------------------------------------------------------------------------------------
+# ---- what needs no SLURM -------------------------------------------------------------------------
 
 
 def test_gpus_are_those_of_the_trainer():
     from modern_llm.training.trainer import PEAK_FLOPS
 
-    assert {name: peak for name, peak in duration.PEAK_FLOPS.items() if "CPU" not in name} == PEAK_FLOPS
+    assert ({name: peak for name, peak in duration.PEAK_FLOPS.items() if "CPU" not in name}
+            == PEAK_FLOPS)
     assert {nodes.gpu for nodes in submit.PARTITIONS.values()} <= set(PEAK_FLOPS)
 
 
@@ -50,18 +53,25 @@ def test_an_estimate_is_assumed_then_measured(tmp_path):
     config = get_pipeline_preset("tacc-h100")
     assumed = duration.estimate(config, "pretrain", tmp_path, "H100 PCIe")
     # 253M parameters read 5.2B tokens: 6·N·D and the attention's share, at 30% of 756 TFLOP/s
-    assert 6 * 253e6 * 5.24e9 / (0.3 * 756e12) / 60 < assumed.minutes < 1.3 * 6 * 253e6 * 5.24e9 / (0.3 * 756e12) / 60 + 15
+    assert (6 * 253e6 * 5.24e9 / (0.3 * 756e12) / 60 < assumed.minutes
+            < 1.3 * 6 * 253e6 * 5.24e9 / (0.3 * 756e12) / 60 + 15)
     assert assumed.steps == 40_000 and "assumed: 30% of 756 TFLOP/s" in assumed.why
-    rows = [{"step": 20 * i, "tokens": 20 * i * 128 * 1024, "tokens_per_s": 64 * 1024.0 if i else None} for i in range(6)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 12')  # torn by a kill
+    rows = [
+        {"step": 20 * i, "tokens": 20 * i * 128 * 1024, "tokens_per_s": 64 * 1024.0 if i else None}
+        for i in range(6)]
+    # torn by a kill
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 12')
     measured = duration.estimate(config, "pretrain", tmp_path, "H100 PCIe")
-    assert measured.steps == 39_900 and measured.minutes == pytest.approx(39_900 * 2 / 60 + 15)  # two seconds per step
+    # two seconds per step
+    assert measured.steps == 39_900 and measured.minutes == pytest.approx(39_900 * 2 / 60 + 15)
     assert measured.tokens_per_second == 64 * 1024 and "100 of 40,000 steps done" in measured.why
-    limited = duration.estimate(get_pipeline_preset("h100-speedrun"), "pretrain", tmp_path / "none", "H100")
+    limited = duration.estimate(get_pipeline_preset("h100-speedrun"), "pretrain",
+                                tmp_path / "none", "H100")
     assert limited.minutes == 60 + 15 and "at most 60 min, a setting" in limited.why
 
 
-@pytest.mark.parametrize("text, minutes", [("2-00:00:00", 2880), ("1-12:30:00", 2190), ("02:00:00", 120), ("30:00", 30), ("infinite", None)])
+@pytest.mark.parametrize("text, minutes", [("2-00:00:00", 2880), ("1-12:30:00", 2190),
+                                           ("02:00:00", 120), ("30:00", 30), ("infinite", None)])
 def test_limits_as_slurm_writes_them(text, minutes):
     assert submit.minutes_of(text) == minutes
 
@@ -69,15 +79,21 @@ def test_limits_as_slurm_writes_them(text, minutes):
 def test_without_slurm_the_lines_are_shown_and_nothing_is_submitted(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.setenv("MODERN_LLM_RUNS", str(tmp_path))
-    code, text = ask("submit", "--preset", "tacc-h100", "--account", "PROJ", "-p", "sft.weights=0.4,0.2,0.2,0.2", "--dry-run")
+    code, text = ask("submit", "--preset", "tacc-h100", "--account", "PROJ", "-p",
+                     "sft.weights=0.4,0.2,0.2,0.2", "--dry-run")
     lines = [line for line in text.splitlines() if line.startswith("JOB")]
-    assert code == 0 and [re.search(r"slurm/(stage.slurm \w+|eval.slurm)", line)[1] for line in lines] == [
-        "stage.slurm pretrain", "stage.slurm sft", "stage.slurm dpo", "stage.slurm verifier", "eval.slurm"]
-    assert "--dependency" not in lines[0] and all(f"--dependency=afterok:$JOB{i} " in line for i, line in enumerate(lines[1:], 1))
-    assert all("--account=PROJ --partition=gpu-h100" in line and "-p sft.weights=0.4,0.2,0.2,0.2" in line for line in lines)
+    assert (code == 0
+            and [re.search(r"slurm/(stage.slurm \w+|eval.slurm)", line)[1] for line in lines]
+                == ["stage.slurm pretrain", "stage.slurm sft", "stage.slurm dpo",
+                    "stage.slurm verifier", "eval.slurm"])
+    assert "--dependency" not in lines[0] and all(f"--dependency=afterok:$JOB{i} " in line
+                                                  for i, line in enumerate(lines[1:], 1))
+    assert all("--account=PROJ --partition=gpu-h100" in line
+               and "-p sft.weights=0.4,0.2,0.2,0.2" in line for line in lines)
     assert f"export MODERN_LLM_RUNS={tmp_path}" in text and not list(tmp_path.iterdir())
     code, text = ask("submit", "--preset", "local-smoke")
-    assert code == 2 and "sbatch is not here" in text and "--dry-run" in text and not list(tmp_path.iterdir())
+    assert (code == 2 and "sbatch is not here" in text and "--dry-run" in text
+            and not list(tmp_path.iterdir()))
     assert ask("submit", "--preset", "tacc-h100", "--stage", "sftt", "--dry-run")[0] == 2
 
 
@@ -85,7 +101,8 @@ def test_prefetch_says_what_is_missing(monkeypatch):
     monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
     assert ask("prefetch", "--preset", "local-smoke") == (0, "synthetic: here\n")
     code, text = ask("prefetch", "--preset", "tacc-h100")
-    wanted = ["wikitext-103-raw-v1", "tinystories", "alpaca", "hh-rlhf", "gsm8k", "GPT-2's tokenizer", "distilgpt2"]
+    wanted = ["wikitext-103-raw-v1", "tinystories", "alpaca", "hh-rlhf", "gsm8k",
+              "GPT-2's tokenizer", "distilgpt2"]
     assert code == 2 and all(f"{name}: " in text for name in wanted) and "are missing" in text
 
 
@@ -96,12 +113,14 @@ def test_status_shows_jobs_that_nobody_can_ask_about(tmp_path, monkeypatch):
     assert code == 0 and re.search(r"big +pretrain +to do +17", text)
 
 
-# ---- on the cluster --------------------------------------------------------------------------------------------------
+# ---- on the cluster ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A running SLURM and a folder for its runs; what a login shell would export is in the environment of this process."""
+    """A running SLURM and a folder for its runs; what a login shell would export is in the
+    environment of this process.
+    """
     place = tmp_path_factory.mktemp("cluster")
     runs = place / "runs"
     runs.mkdir()
@@ -121,7 +140,8 @@ def cluster(tmp_path_factory):
 
 def sbatch(*words: object) -> str:
     """Submit a job from the checkout; its number."""
-    line = ["sbatch", "--parsable", f"--output={os.environ['MODERN_LLM_RUNS']}/%x-%j.out", *map(str, words)]
+    line = ["sbatch", "--parsable", f"--output={os.environ['MODERN_LLM_RUNS']}/%x-%j.out",
+            *map(str, words)]
     return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -145,13 +165,15 @@ def until(claim, what: str, seconds: float = 600) -> None:
 def running_at(job: str, folder: Path, step: int) -> bool:
     """Whether a job runs and its stage has come to a step; an error if it has ended."""
     state = seen(job)["JobState"]
-    assert state in ("PENDING", "RUNNING", "COMPLETING"), f"job {job} is {state}\n{log(folder.parent)}"
+    assert state in ("PENDING", "RUNNING", "COMPLETING"), (
+        f"job {job} is {state}\n{log(folder.parent)}")
     return state == "RUNNING" and steps(folder) >= step
 
 
 def end_of(job: str) -> tuple[str, str]:
     """Wait for a job; its state and exit code."""
-    until(lambda: seen(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), f"job {job} to end")
+    until(lambda: seen(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"),
+          f"job {job} to end")
     return seen(job)["JobState"], seen(job)["ExitCode"]
 
 
@@ -163,7 +185,8 @@ def steps(folder: Path) -> int:
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"]
+            for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def log(run: Path) -> str:
@@ -172,21 +195,30 @@ def log(run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def smoke(cluster):
-    """The smoke job, submitted as it stands; it runs on one node while the other tests use the other one."""
+    """The smoke job, submitted as it stands; it runs on one node while the other tests use the
+    other one.
+    """
     return sbatch("--nodelist=n1", "slurm/smoke.slurm", "slurm/smoke.json", "undisturbed")
 
 
-# Where each preemption falls; in the slow variant a full run is compared, each stage preempted once.
-PREEMPTED = (("pretrain", 40), ("sft", 20), ("dpo", 10)) if SLOW else (("pretrain", 40), ("pretrain", 80), ("pretrain", 120))
+# Where each preemption falls; in the slow variant a full run is compared, each stage preempted
+# once.
+PREEMPTED = ((("pretrain", 40), ("sft", 20), ("dpo", 10)) if SLOW
+             else (("pretrain", 40), ("pretrain", 80), ("pretrain", 120)))
 
 
 @needs_slurm
 def test_a_job_preempted_three_times_ends_with_the_same_weights(cluster, smoke):
-    """By hand, by a job of higher priority, by the warning that a limit gives: each time it queues again and goes on."""
+    """By hand, by a job of higher priority, by the warning that a limit gives: each time it queues
+    again and goes on.
+    """
     run = cluster / "disturbed"
-    job = sbatch("--nodelist=n2", "slurm/smoke.slurm", "slurm/smoke.json", "disturbed", *([] if SLOW else ["--stage", "pretrain"]))
+    job = sbatch("--nodelist=n2", "slurm/smoke.slurm", "slurm/smoke.json", "disturbed",
+                 *([] if SLOW else ["--stage", "pretrain"]))
     ways = {"scontrol requeue": lambda: slurm("scontrol", "requeue", job),
-            "a job of higher priority": lambda: sbatch("--partition=urgent", "--nodelist=n2", "--exclusive", "--job-name=urgent", "--wrap=sleep 1"),
+            "a job of higher priority": lambda: sbatch("--partition=urgent", "--nodelist=n2",
+                                                       "--exclusive", "--job-name=urgent",
+                                                       "--wrap=sleep 1"),
             "the warning USR1": lambda: slurm("scancel", "--batch", "--signal=USR1", job)}
     lines = []
     for number, ((stage, step), (way, preempt)) in enumerate(zip(PREEMPTED, ways.items()), 1):
@@ -195,10 +227,13 @@ def test_a_job_preempted_three_times_ends_with_the_same_weights(cluster, smoke):
         preempt()
         until(lambda: seen(job)["Restarts"] == str(number), f"requeue number {number}")
     assert end_of(job) == ("COMPLETED", "0:0"), log(run)
-    until(lambda: (cluster / "undisturbed" / PREEMPTED[-1][0] / "results.json").exists(), "the undisturbed run")
+    until(lambda: (cluster / "undisturbed" / PREEMPTED[-1][0] / "results.json").exists(),
+          "the undisturbed run")
     for stage in dict.fromkeys(stage for stage, _ in PREEMPTED):
-        weights = [sha256(cluster / name / stage / "checkpoint" / "model.safetensors") for name in ("undisturbed", "disturbed")]
-        lines.append(f"{stage}, sha256 of model.safetensors\n  undisturbed           {weights[0]}\n  preempted three times {weights[1]}")
+        weights = [sha256(cluster / name / stage / "checkpoint" / "model.safetensors")
+                   for name in ("undisturbed", "disturbed")]
+        lines.append(f"{stage}, sha256 of model.safetensors\n  undisturbed           "
+                     f"{weights[0]}\n  preempted three times {weights[1]}")
         assert weights[0] == weights[1]
     print("", *lines, sep="\n")
     assert "ended with code 75" in log(run) and "start number 4" in log(run)
@@ -208,8 +243,8 @@ def test_a_job_preempted_three_times_ends_with_the_same_weights(cluster, smoke):
 @needs_slurm
 def test_a_job_at_its_time_limit_goes_on_and_a_cancelled_one_stays_away(cluster):
     run, stage = cluster / "limited", cluster / "limited" / "pretrain"
-    job = sbatch("--time=1", "--signal=B:USR1@25", "--partition=main", "slurm/stage.slurm", "pretrain", "slurm/smoke.json", "limited",
-                 "--max-steps", 100_000)
+    job = sbatch("--time=1", "--signal=B:USR1@25", "--partition=main", "slurm/stage.slurm",
+                 "pretrain", "slurm/smoke.json", "limited", "--max-steps", 100_000)
     until(lambda: seen(job)["Restarts"] == "1", "the warning before the limit of one minute")
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     reached = steps(stage)
@@ -217,18 +252,24 @@ def test_a_job_at_its_time_limit_goes_on_and_a_cancelled_one_stays_away(cluster)
     until(lambda: running_at(job, stage, reached + 10), "the job to go on")
     slurm("scancel", job)
     assert end_of(job)[0] == "CANCELLED" and log(run).count("start number") == 2
-    assert read_json(run / "run.json")["stages"]["pretrain"]["status"] == "preempted", "cancelled with a checkpoint"
+    assert read_json(run / "run.json")["stages"]["pretrain"]["status"] == "preempted", (
+        "cancelled with a checkpoint")
 
 
 @needs_slurm
 def test_a_chain_stops_where_a_stage_fails(cluster):
-    """Each job of `modern-llm submit` waits for the one before; a failure shows in its log, its exit code, and the stages behind it."""
-    words = ["submit", "--preset", "slurm/smoke.json", "--run", "chain",
-             "-p", "pretrain.max_steps=4", "-p", "pretrain.log_every=1", "-p", "sft.lr=1e9", "-p", "sft.muon_lr=1e9"]
+    """Each job of `modern-llm submit` waits for the one before; a failure shows in its log, its
+    exit code, and the stages behind it.
+    """
+    words = ["submit", "--preset", "slurm/smoke.json", "--run", "chain", "-p",
+             "pretrain.max_steps=4", "-p", "pretrain.log_every=1", "-p", "sft.lr=1e9", "-p",
+             "sft.muon_lr=1e9"]
     code, text = ask(*words, "--partition", "mian")
-    assert code == 2 and "no partition 'mian'; did you mean 'main'" in text and "gpu-h100, gpu-a100, urgent" in text
+    assert (code == 2 and "no partition 'mian'; did you mean 'main'" in text
+            and "gpu-h100, gpu-a100, urgent" in text)
     code, text = ask(*words, "--time", "tomorrow")
-    assert code == 2 and "'tomorrow'" in text and "days-hours" in text and not submit.jobs_of(cluster / "chain")
+    assert (code == 2 and "'tomorrow'" in text and "days-hours" in text
+            and not submit.jobs_of(cluster / "chain"))
     code, text = ask(*words)
     assert code == 0, text
     jobs = {record["stages"][0]: record["id"] for record in submit.jobs_of(cluster / "chain")}
@@ -236,20 +277,23 @@ def test_a_chain_stops_where_a_stage_fails(cluster):
     code, text = ask(*words)
     assert code == 2 and "in the queue already" in text and f"scancel {jobs['pretrain']}" in text
     code, text = ask("status", "chain")
-    assert code == 0 and re.search(rf"chain +dpo +to do +{jobs['dpo']} PENDING \(Dependency\)", text)
+    assert (code == 0
+            and re.search(rf"chain +dpo +to do +{jobs['dpo']} PENDING \(Dependency\)", text))
     assert end_of(jobs["pretrain"]) == ("COMPLETED", "0:0")
     assert end_of(jobs["sft"]) == ("FAILED", "1:0") and end_of(jobs["eval"])[0] == "CANCELLED"
     failed = (cluster / "chain" / "logs" / f"sft-{jobs['sft']}.out").read_text()
-    assert "diverged by step" in failed and "sft: failed; the notebook with its error is" in failed and "ended with code 1" in failed
+    assert ("diverged by step" in failed and "sft: failed; the notebook with its error is" in failed
+            and "ended with code 1" in failed)
     code, text = ask("status", "chain")
-    assert re.search(rf"pretrain +finished +{jobs['pretrain']} COMPLETED", text) and re.search(rf"sft +failed +{jobs['sft']} FAILED", text)
+    assert (re.search(rf"pretrain +finished +{jobs['pretrain']} COMPLETED", text)
+            and re.search(rf"sft +failed +{jobs['sft']} FAILED", text))
     assert re.search(rf"dpo +to do +{jobs['dpo']} CANCELLED", text)
 
 
 def four_steps(name: str, *options: str) -> str:
     """Submit a job of four steps of pretraining; its number."""
-    return sbatch(*options, "--partition=main", "slurm/stage.slurm", "pretrain", "slurm/smoke.json", name, "-p", "pretrain.max_steps=4",
-                  "-p", "pretrain.log_every=1")
+    return sbatch(*options, "--partition=main", "slurm/stage.slurm", "pretrain", "slurm/smoke.json",
+                  name, "-p", "pretrain.max_steps=4", "-p", "pretrain.log_every=1")
 
 
 @pytest.fixture(scope="module")
@@ -261,11 +305,15 @@ def alone(cluster):
 @needs_slurm
 @pytest.mark.parametrize("launcher, tasks, ranks", [("srun", 1, 2), ("torchrun", 2, 4)])
 def test_two_nodes_train_as_one(cluster, alone, launcher, tasks, ranks):
-    """On each of two nodes a rank started by srun, or two by srun torchrun: the losses of one process."""
+    """On each of two nodes a rank started by srun, or two by srun torchrun: the losses of one
+    process.
+    """
     run = cluster / launcher
-    job = four_steps(launcher, "--nodes=2", f"--ntasks-per-node={tasks}", f"--export=ALL,MODERN_LLM_LAUNCHER={launcher}")
+    job = four_steps(launcher, "--nodes=2", f"--ntasks-per-node={tasks}",
+                     f"--export=ALL,MODERN_LLM_LAUNCHER={launcher}")
     assert end_of(job) == ("COMPLETED", "0:0"), log(run)
-    assert seen(job)["NodeList"] == "n[1-2]" and read_json(run / "run.json")["config"]["hardware"]["ranks"] == ranks
+    assert (seen(job)["NodeList"] == "n[1-2]"
+            and read_json(run / "run.json")["config"]["hardware"]["ranks"] == ranks)
     assert end_of(alone) == ("COMPLETED", "0:0"), log(cluster / "alone")
     one, several = (losses(cluster / name / "pretrain") for name in ("alone", launcher))
     assert len(one) == 4 and several == pytest.approx(one, rel=1e-6)
@@ -274,49 +322,66 @@ def test_two_nodes_train_as_one(cluster, alone, launcher, tasks, ranks):
 @needs_slurm
 @pytest.mark.skipif(not SLOW, reason="takes a minute: set MODERN_LLM_SLOW_TESTS=1")
 def test_two_nodes_of_torchrun_go_on_exactly_and_die_together(cluster):
-    """Warned once and requeued once, four ranks on two nodes end in the weights of four undisturbed ones; a killed one takes all along."""
+    """Warned once and requeued once, four ranks on two nodes end in the weights of four undisturbed
+    ones; a killed one takes all along.
+    """
     def submitted(name: str, steps: int) -> tuple[str, Path]:
-        return sbatch("--nodes=2", "--ntasks-per-node=2", "--export=ALL,MODERN_LLM_LAUNCHER=torchrun", "--partition=main", "slurm/stage.slurm",
-                      "pretrain", "slurm/smoke.json", name, "-p", f"pretrain.max_steps={steps}", "-p", "pretrain.log_every=1"), cluster / name
+        return sbatch("--nodes=2", "--ntasks-per-node=2",
+                      "--export=ALL,MODERN_LLM_LAUNCHER=torchrun", "--partition=main",
+                      "slurm/stage.slurm", "pretrain", "slurm/smoke.json", name, "-p",
+                      f"pretrain.max_steps={steps}", "-p", "pretrain.log_every=1"), cluster / name
 
     _, alone = submitted("four", 200)
     job, run = submitted("four-disturbed", 200)
-    ways = (lambda: slurm("scancel", "--batch", "--signal=USR1", job)), (lambda: slurm("scontrol", "requeue", job))
+    ways = ((lambda: slurm("scancel", "--batch", "--signal=USR1", job)),
+            (lambda: slurm("scontrol", "requeue", job)))
     for number, (step, preempt) in enumerate(zip((40, 100), ways), 1):
         until(lambda: running_at(job, run / "pretrain", step), f"step {step}")
         preempt()
         until(lambda: seen(job)["Restarts"] == str(number), f"requeue number {number}")
     assert end_of(job) == ("COMPLETED", "0:0"), log(run)
-    weights = [sha256(folder / "pretrain" / "checkpoint" / "model.safetensors") for folder in (alone, run)]
-    assert weights[0] == weights[1] and "ended with code 75" in log(run) and "start number 3" in log(run)
+    weights = [sha256(folder / "pretrain" / "checkpoint" / "model.safetensors")
+               for folder in (alone, run)]
+    assert (weights[0] == weights[1] and "ended with code 75" in log(run)
+            and "start number 3" in log(run))
 
     job, run = submitted("four-killed", 100_000)
     until(lambda: running_at(job, run / "pretrain", 5), "the first steps")
-    ranks = [each for each in psutil.process_iter(["cmdline"]) if "modern_llm.cli import main" in " ".join(each.info["cmdline"] or ())
-             and each.environ().get("SLURM_JOB_ID") == job]
-    assert sorted((each.environ()["SLURM_NODEID"], each.environ()["LOCAL_RANK"]) for each in ranks) == [(n, i) for n in "01" for i in "01"]
+    ranks = [each for each in psutil.process_iter(["cmdline"])
+             if "modern_llm.cli import main" in " ".join(each.info["cmdline"] or ())
+                and each.environ().get("SLURM_JOB_ID") == job]
+    assert (sorted((each.environ()["SLURM_NODEID"], each.environ()["LOCAL_RANK"]) for each in ranks)
+            == [(n, i) for n in "01" for i in "01"])
     next(each for each in ranks if each.environ()["RANK"] == "3").kill()
-    assert end_of(job)[0] == "FAILED" and "another rank is gone" in log(run) and log(run).count("Exception encountered") == 1, log(run)
-    assert read_json(run / "run.json")["stages"]["pretrain"]["status"] == "failed" and "Preempted" not in log(run)
+    assert (end_of(job)[0] == "FAILED" and "another rank is gone" in log(run)
+            and log(run).count("Exception encountered") == 1), log(run)
+    assert (read_json(run / "run.json")["stages"]["pretrain"]["status"] == "failed"
+            and "Preempted" not in log(run))
 
 
 @needs_slurm
 def test_an_array_makes_a_run_of_every_line(cluster, tmp_path):
-    (tmp_path / "sweep.txt").write_text("--stage pretrain --max-steps 2 -p pretrain.lr=1e-3\n--stage pretrain --max-steps 2 -p pretrain.lr=2e-3\n")
-    job = sbatch("--array=1-2", "--partition=main", "slurm/array.slurm", "slurm/smoke.json", "rate", tmp_path / "sweep.txt")
+    (tmp_path / "sweep.txt").write_text("--stage pretrain --max-steps 2 -p pretrain.lr=1e-3\n"
+                                        "--stage pretrain --max-steps 2 -p pretrain.lr=2e-3\n")
+    job = sbatch("--array=1-2", "--partition=main", "slurm/array.slurm", "slurm/smoke.json", "rate",
+                 tmp_path / "sweep.txt")
     until(lambda: not slurm("squeue", "-h", "-j", job), "the array to end")
     for number in (1, 2):
         params = read_json(cluster / f"rate-{number}" / "pretrain" / "params.json")
-        assert params["config"]["pretrain"]["lr"] == number * 1e-3 and (cluster / f"rate-{number}" / "pretrain" / "results.json").exists()
-        assert len(list((cluster / f"rate-{number}" / "logs").glob(f"array-{job}_{number}.out"))) == 1
+        assert (params["config"]["pretrain"]["lr"] == number * 1e-3
+                and (cluster / f"rate-{number}" / "pretrain" / "results.json").exists())
+        assert len(list(
+            (cluster / f"rate-{number}" / "logs").glob(f"array-{job}_{number}.out"))) == 1
 
 
 @needs_slurm
 def test_the_smoke_job_runs_every_stage(cluster, smoke):
     assert end_of(smoke) == ("COMPLETED", "0:0"), log(cluster / "undisturbed")
     record = read_json(cluster / "undisturbed" / "run.json")
-    assert {name: entry["status"] for name, entry in record["stages"].items()} == dict.fromkeys(NOTEBOOKS, "finished")
-    assert (cluster / f"smoke-{smoke}.out").read_text() == f"log: {cluster}/undisturbed/logs/smoke-{smoke}.out\n"
+    assert ({name: entry["status"] for name, entry in record["stages"].items()}
+            == dict.fromkeys(NOTEBOOKS, "finished"))
+    assert ((cluster / f"smoke-{smoke}.out").read_text()
+            == f"log: {cluster}/undisturbed/logs/smoke-{smoke}.out\n")
     report = Path(record["report"]["path"])
     report.unlink()
     again = sbatch("--partition=main", "slurm/eval.slurm", "slurm/smoke.json", "undisturbed")
@@ -327,7 +392,11 @@ def test_the_smoke_job_runs_every_stage(cluster, smoke):
 @needs_slurm
 def test_a_job_file_says_what_it_lacks(cluster, monkeypatch):
     monkeypatch.setenv("MODERN_LLM_VENV", "/nowhere")
-    monkeypatch.setenv("PATH", os.pathsep.join(place for place in os.environ["PATH"].split(os.pathsep) if not (Path(place) / "modern-llm").exists()))
+    monkeypatch.setenv("PATH",
+                       os.pathsep.join(place for place in os.environ["PATH"].split(os.pathsep)
+                                       if not (Path(place) / "modern-llm").exists()))
     without, outside = sbatch("slurm/smoke.slurm"), sbatch("--chdir=/", "slurm/smoke.slurm")
-    assert end_of(without) == ("FAILED", "2:0") and "run bash scripts/environment.sh" in (cluster / f"smoke-{without}.out").read_text()
-    assert end_of(outside)[0] == "FAILED" and "slurm/job.sh" in (cluster / f"smoke-{outside}.out").read_text()
+    assert (end_of(without) == ("FAILED", "2:0")
+            and "run bash scripts/environment.sh" in (cluster / f"smoke-{without}.out").read_text())
+    assert (end_of(outside)[0] == "FAILED"
+            and "slurm/job.sh" in (cluster / f"smoke-{outside}.out").read_text())

@@ -12,7 +12,8 @@ from modern_llm.data.synth_problems import Choices, write_problem
 
 
 class Scripted(Choices):
-    """Choices that follow a list of indices (modulo the options there are), then random ones or, without `rng`, zeros.
+    """Choices that follow a list of indices (modulo the options there are), then random ones or,
+    without `rng`, zeros.
 
     `trace` has (options, index) of each draw, `spent` the nats after it.
     """
@@ -26,7 +27,8 @@ class Scripted(Choices):
         index = super().draw(n, weights)
         if at < len(self.script) or not self.free:
             index = self.script[at] % n if at < len(self.script) else 0
-            self.nats = before + (math.log(n) if weights is None else math.log(sum(weights) / weights[index]))
+            self.nats = before + (math.log(n) if weights is None
+                                  else math.log(sum(weights) / weights[index]))
         self.trace.append((n, index))
         self.spent.append(self.nats)
         return index
@@ -66,10 +68,12 @@ WRITERS = {
 }
 
 
-# --- the floor --------------------------------------------------------------------------------------------------------
+# --- the floor ------------------------------------------------------------------------------------
 
 
-def test_probabilities_of_all_level_1_problems_sum_to_one_and_their_mean_is_the_entropy(monkeypatch):
+def test_probabilities_of_all_level_1_problems_sum_to_one_and_their_mean_is_the_entropy(
+    monkeypatch
+):
     monkeypatch.setattr(synth_problems, "NAMES", synth.NAMES[:3])
     monkeypatch.setattr(synth_problems, "ITEMS", synth_problems.ITEMS[:4])
     outcomes = list(everything(lambda c: write_problem(c, (1,)).question))
@@ -86,7 +90,8 @@ def test_probabilities_of_all_level_1_problems_sum_to_one_and_their_mean_is_the_
 
 
 def test_probabilities_of_all_stories_of_a_small_grammar_sum_to_one(monkeypatch):
-    one = ("SIGHTS", "TIMES", "GOING", "PLACES", "GETTING", "SIZES", "SAYING", "SAID", "NEXT", "LATE")
+    one = ("SIGHTS", "TIMES", "GOING", "PLACES", "GETTING", "SIZES", "SAYING", "SAID",
+           "NEXT", "LATE")
     two = ("NAMES", "WEATHERS", "NEAR", "SPOTS", "OBJECTS")
     for table, size in {**dict.fromkeys(one, 1), **dict.fromkeys(two, 2)}.items():
         monkeypatch.setattr(synth_world, table, getattr(synth_world, table)[:size])
@@ -99,12 +104,15 @@ def test_probabilities_of_all_stories_of_a_small_grammar_sum_to_one(monkeypatch)
 def test_a_hidden_choice_would_be_noticed():
     with pytest.raises(AssertionError, match="two ways"):
         total_probability(everything(lambda c: "rain" if c.draw(3) == 0 else "sun"))
-    assert total_probability(everything(lambda c: "rain" if c.draw(2, (2, 1)) else "sun")) == (pytest.approx(1), 2)
+    assert (total_probability(everything(lambda c: "rain" if c.draw(2, (2, 1)) else "sun"))
+            == (pytest.approx(1), 2))
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_choice_shows_in_the_text(kind):
-    """The last draws of random texts, enumerated: their conditional probabilities sum to one over distinct texts."""
+    """The last draws of random texts, enumerated: their conditional probabilities sum to one over
+    distinct texts.
+    """
     write = WRITERS[kind]
     for seed in range(40):
         first = Scripted(rng=random.Random(seed))
@@ -126,7 +134,8 @@ def test_changing_any_one_choice_changes_the_text(kind):
         text, script = write(first), [index for _, index in first.trace]
         for at, (n, _) in enumerate(first.trace):
             texts = {write(Scripted([*script[:at], other, *script[at + 1:]])) for other in range(n)}
-            assert len(texts) == n and text in texts, f"draw {at} of {text!r} has alternatives that read the same"
+            assert len(texts) == n and text in texts, (
+                f"draw {at} of {text!r} has alternatives that read the same")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -170,7 +179,7 @@ def test_documents_are_as_described():
     assert all(d.text.isascii() and "  " not in d.text and 100 < len(d.text) < 700 for d in texts)
 
 
-# --- determinism and splits -------------------------------------------------------------------------------------------
+# --- determinism and splits -----------------------------------------------------------------------
 
 SOURCES = {
     "documents": (synth.documents, lambda d: d.text),
@@ -195,7 +204,8 @@ def test_sources_repeat_and_splits_are_disjoint(source):
 
 def test_splits_are_disjoint_across_sources():
     trained = list(islice(synth.documents("train"), 5000))
-    questions = {re.match(r"Question: (.*)\n", d.text).group(1) for d in trained if d.kind == "problem"}
+    questions = {
+        re.match(r"Question: (.*)\n", d.text).group(1) for d in trained if d.kind == "problem"}
     assert not questions & {p.question for p in islice(synth.problems("heldout", levels=[1]), 3000)}
     reviews = {d.text.split("Review: ")[1].split("\n")[0] for d in trained if d.kind == "review"}
     assert not reviews & {r.text for r in islice(synth.sentiment("heldout"), 2000)}
@@ -209,7 +219,8 @@ def test_documents_resume_anywhere():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: synth.documents(kinds=["storys"]), r"kind='storys' is unknown; did you mean 'story'\?"),
+    (lambda: synth.documents(kinds=["storys"]),
+     r"kind='storys' is unknown; did you mean 'story'\?"),
     (lambda: synth.documents(kinds=[]), "is empty"),
     (lambda: synth.problems(levels=[9]), r"level=9 is unknown; valid: 1, 2, 3, 4, 5"),
     (lambda: synth.problems(levels=[]), "is empty"),
@@ -222,7 +233,7 @@ def test_unknown_names_are_refused(call, message):
         call()
 
 
-# --- ground truths ----------------------------------------------------------------------------------------------------
+# --- ground truths --------------------------------------------------------------------------------
 
 
 def test_world_deals_each_value_twice_and_depends_on_its_seed():
@@ -240,7 +251,8 @@ def test_facts_documents_state_the_facts_and_all_facts_are_in_the_training_split
         speaker = None
         for sentence in (s.strip() for s in sentences[:-1]):
             speaker = next((n for n in WORLD.facts if re.match(rf"{n}\b", sentence)), speaker)
-            true = [a for a, v in WORLD.facts[speaker].items() for i in range(3) for pronoun in (False, True)
+            true = [a for a, v in WORLD.facts[speaker].items()
+                    for i in range(3) for pronoun in (False, True)
                     if synth.state(speaker, a, v, i, pronoun) == sentence]
             assert len(true) == 1, sentence
             said.add((speaker, true[0]))
@@ -251,16 +263,21 @@ def test_facts_documents_state_the_facts_and_all_facts_are_in_the_training_split
 
 
 def test_story_endings_follow_from_the_text():
-    """An own reading of the text, sentence by sentence, ends with the same holder and object; facts are the world's."""
+    """An own reading of the text, sentence by sentence, ends with the same holder and object; facts
+    are the world's.
+    """
     for document in islice(synth.documents(kinds=["story"]), 1500):
         text, meta = document.text, document.meta
         hero = re.match(r".*?, (\w+) the", text).group(1)
-        thing = re.search(r"(?:found|bought|saw|took) an? \w+ \w+ (\w+) (?:near|behind|under|beside)", text).group(1)
+        thing = re.search(r"(?:found|bought|saw|took) an? \w+ \w+ (\w+) (?:near|behind|under"
+                          r"|beside)", text).group(1)
         holder, held = hero, thing
         for sentence in re.split(r"(?<=\.) ", text)[:-1]:
-            if swap := re.fullmatch(rf"{hero} gave (?:him|her) the {thing} and got the (\w+)\.", sentence):
+            if swap := re.fullmatch(rf"{hero} gave (?:him|her) the {thing} and got the (\w+)\.",
+                                    sentence):
                 held = swap.group(1)
-            elif re.search(rf"gave (him|her) the {thing}\.", sentence) or sentence.endswith(f" and took the {thing}."):
+            elif (re.search(rf"gave (him|her) the {thing}\.", sentence)
+                  or sentence.endswith(f" and took the {thing}.")):
                 holder = meta["other"]
         assert (holder, held) == (meta["holder"], meta["object"])
         assert text.endswith(f", because {holder} had the {held}.")
@@ -273,8 +290,10 @@ def test_story_endings_follow_from_the_text():
 def test_review_labels_are_the_majority():
     for document in islice(synth.documents(kinds=["review"]), 1000):
         opinions = re.findall(r"was (\w+) (\w+)", document.text)
-        good = sum((word in synth_world.OPINIONS[True]) != (degree == "not") for degree, word in opinions)
-        assert len(opinions) == 3 and document.text.endswith(f"\nSentiment: {synth.LABELS[good >= 2]}")
+        good = sum((word in synth_world.OPINIONS[True]) != (degree == "not")
+                   for degree, word in opinions)
+        assert (len(opinions) == 3
+                and document.text.endswith(f"\nSentiment: {synth.LABELS[good >= 2]}"))
     labels = [r.label for r in islice(synth.sentiment(), 2000)]
     assert abs(labels.count("positive") / 2000 - 0.5) < 0.05
 
@@ -284,10 +303,13 @@ def test_problems_are_right_and_in_gsm8k_format():
     steps = {1: 1, 2: 2, 3: 3, 4: 3, 5: 4}
     for problem in islice(synth.problems(), 2000):
         *worked, last = problem.answer.split("\n")
-        assert len(worked) == steps[problem.level] and all(re.fullmatch(line, text) for text in worked)
+        assert (len(worked) == steps[problem.level]
+                and all(re.fullmatch(line, text) for text in worked))
         assert last == f"#### {problem.value}" and problem.value > 0
-        assert synth.extract_answer(problem.answer) == problem.value and synth.check_solution(problem.answer)
-        numbers = [int(n) for n in re.findall(r"\d+", problem.question)]  # solve the question independently
+        assert (synth.extract_answer(problem.answer) == problem.value
+                and synth.check_solution(problem.answer))
+        # solve the question independently
+        numbers = [int(n) for n in re.findall(r"\d+", problem.question)]
         value = numbers[0] * numbers[1] if "boxes" in problem.question else numbers[0]
         for number, more in re.findall(r"Then \w+ [a-z ]+? (\d+) (more )?", problem.question):
             value += int(number) if more else -int(number)
@@ -295,18 +317,20 @@ def test_problems_are_right_and_in_gsm8k_format():
     assert {p.level for p in islice(synth.problems(levels=[2, 4]), 50)} == {2, 4}
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("so\n#### 72", 72), ("#### 1,234", 1234), ("#### $5", 5), ("#### -3", -3), ("72", None), ("#### no", None),
-    ("", None)])
+@pytest.mark.parametrize(
+    "text, answer", [("so\n#### 72", 72), ("#### 1,234", 1234), ("#### $5", 5),
+                     ("#### -3", -3), ("72", None), ("#### no", None), ("", None)])
 def test_extract_answer(text, answer):
     assert synth.extract_answer(text) == answer
 
 
-@pytest.mark.parametrize("text, right", [
-    ("3+4=<<3+4=7>>7", True), ("<<48/2=24>>24", True), ("$<<5*.5=2.5>>2.5", True), ("<<(1+2)*3=9>>9", True),
-    ("<<1,000+1=1001>>1,001", True), ("<<1/3=.33>>.33", True), ("<<05+1=6>>6", True),
-    ("<<3+4=8>>8", False), ("<<3+4=7>>8", False), ("no marks", False), ("<<3+4=7>>7 <<1+", False),
-    ("<<1/0=1>>1", False), ("<<a+b=c>>c", False), ("<<2**9=512>>512", False), ("<<__import__('os')=1>>1", False)])
+@pytest.mark.parametrize(
+    "text, right",
+    [("3+4=<<3+4=7>>7", True), ("<<48/2=24>>24", True), ("$<<5*.5=2.5>>2.5", True),
+     ("<<(1+2)*3=9>>9", True), ("<<1,000+1=1001>>1,001", True), ("<<1/3=.33>>.33", True),
+     ("<<05+1=6>>6", True), ("<<3+4=8>>8", False), ("<<3+4=7>>8", False),
+     ("no marks", False), ("<<3+4=7>>7 <<1+", False), ("<<1/0=1>>1", False),
+     ("<<a+b=c>>c", False), ("<<2**9=512>>512", False), ("<<__import__('os')=1>>1", False)])
 def test_check_solution(text, right):
     assert synth.check_solution(text) is right
 
@@ -315,14 +339,17 @@ def test_instruction_outputs_are_right():
     facts = {synth.state(n, a, v) for n, own in WORLD.facts.items() for a, v in own.items()}
     for item in islice(synth.instructions(), 3000):
         words = item.input.split()
-        expected = {"copy": " ".join(words), "reverse": " ".join(reversed(words)), "count": str(len(words))}
-        assert item.check(item.output) and item.check(f" {item.output.rstrip('.')}\n") and not item.check("")
+        expected = {"copy": " ".join(words), "reverse": " ".join(reversed(words)),
+                    "count": str(len(words))}
+        assert (item.check(item.output) and item.check(f" {item.output.rstrip('.')}\n")
+                and not item.check(""))
         assert not item.check(item.output + " and more")
         if item.kind in expected:
             assert item.output == expected[item.kind] and 2 <= len(words) <= 5
         elif item.kind == "arithmetic":
             a, sign, b = re.search(r"(\d+) ?([+-]|plus|minus) ?(\d+)", item.instruction).groups()
-            assert int(item.output) == (int(a) + int(b) if sign in ("+", "plus") else int(a) - int(b))
+            assert int(item.output) == (int(a) + int(b) if sign in ("+", "plus")
+                                        else int(a) - int(b))
         elif item.kind == "fact":
             name = next(n for n in WORLD.facts if re.search(rf"\b{n}\b", item.instruction))
             assert item.output in facts and item.output.startswith(name)
@@ -336,11 +363,14 @@ def test_preferences_break_exactly_the_named_rule_and_length_tells_nothing():
     for pair in pairs:
         assert all(synth.obeys(rule, pair.chosen) for rule in synth.RULES)
         assert [rule for rule in synth.RULES if not synth.obeys(rule, pair.rejected)] == [pair.rule]
-    longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) - sum(len(p.chosen) < len(p.rejected) for p in pairs)
+    longer = (sum(len(p.chosen) > len(p.rejected) for p in pairs)
+              - sum(len(p.chosen) < len(p.rejected) for p in pairs))
     assert abs(longer) / len(pairs) < 0.03
     assert abs(sum(len(p.chosen) - len(p.rejected) for p in pairs)) / len(pairs) < 0.1
-    other = next(s for s in range(1, 9) if synth.World(s).facts["Tom"]["pet"] != WORLD.facts["Tom"]["pet"])
-    assert not synth.obeys("true", synth.state("Tom", "pet", WORLD.facts["Tom"]["pet"]), world_seed=other)
+    other = next(s for s in range(1, 9)
+                 if synth.World(s).facts["Tom"]["pet"] != WORLD.facts["Tom"]["pet"])
+    assert not synth.obeys(
+        "true", synth.state("Tom", "pet", WORLD.facts["Tom"]["pet"]), world_seed=other)
     assert not synth.obeys("true", "Of course. I do not know. Have a nice day.")
 
 
@@ -352,4 +382,5 @@ def test_leaves_need_the_standard_library_only():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert name.startswith(("modern_llm.data.synth_", "modern_llm.data.marking")) or name.split(".")[0] in sys.stdlib_module_names
+                assert (name.startswith(("modern_llm.data.synth_", "modern_llm.data.marking"))
+                        or name.split(".")[0] in sys.stdlib_module_names)

@@ -1,4 +1,6 @@
-"""The trainer under bad luck: kills, full disks, damaged and hostile files, wrong batches, lost runs."""
+"""The trainer under bad luck: kills, full disks, damaged and hostile files, wrong batches, lost
+runs.
+"""
 
 import dataclasses
 import os
@@ -16,19 +18,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modern_llm.training.checkpoints import CheckpointError, load_checkpoint, read_metrics
 from modern_llm.config import DataConfig, ModelConfig, TrainConfig
 from modern_llm.data.packing import PackedBatches, load_corpus
+from modern_llm.data.tokens import make_tokenizer
 from modern_llm.files import DamagedFolder, read_json, sha256, write_json
 from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.training.checkpoints import CheckpointError, load_checkpoint, read_metrics
 from modern_llm.training.optim import (
     LossOutput, Muon, chunked_cross_entropy, lm_loss, make_optimizers,
 )
-from modern_llm.data.tokens import make_tokenizer
 from modern_llm.training.trainer import Trainer, TrainingDiverged
 
-CONFIG = TrainConfig(max_steps=14, batch_size=8, micro_batch_size=4, warmup_steps=3, ema_decay=0.9, log_every=3,
-                     eval_every=4, checkpoint_every=5, lr=0.01)
+CONFIG = TrainConfig(max_steps=14, batch_size=8, micro_batch_size=4, warmup_steps=3, ema_decay=0.9,
+                     log_every=3, eval_every=4, checkpoint_every=5, lr=0.01)
 
 
 class Toy(nn.Module):
@@ -67,7 +69,8 @@ def trainer(model, folder, cfg=CONFIG, loss_fn=lm_loss, data=batches, **options)
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    return all(torch.equal(a, b)
+               for a, b in zip(first.state_dict().values(), second.state_dict().values()))
 
 
 def noisy_validation(model):  # draws random numbers, as sampling does
@@ -75,7 +78,8 @@ def noisy_validation(model):  # draws random numbers, as sampling does
 
 
 def any_number(what: str, low: int, high: int) -> int:
-    """A number from low to high - 1, another one every time; the output of a failed test names it."""
+    """A number from low to high - 1, another one every time; the output of a failed test names it.
+    """
     number = random.Random(time.time_ns()).randrange(low, high)
     print(what, number)
     return number
@@ -89,15 +93,19 @@ def test_resume_is_exact(tmp_path, optimizer, precision):
     trainer(straight, tmp_path / "a", cfg, evaluate=noisy_validation, save_model=save_weights).fit()
     stop_at = any_number("stopped after step", 1, cfg.max_steps)
     calls = iter(range(1, 100))
-    first = trainer(toy(), tmp_path / "b", cfg, should_stop=lambda: next(calls) == stop_at, save_model=save_weights).fit()
+    first = trainer(toy(), tmp_path / "b", cfg,
+                    should_stop=lambda: next(calls) == stop_at, save_model=save_weights).fit()
     assert (first.step, first.stopped) == (stop_at, "stopped")
-    second = trainer(resumed, tmp_path / "b", cfg, seed=5, resume=True, save_model=save_weights).fit()
+    second = (
+        trainer(resumed, tmp_path / "b", cfg, seed=5, resume=True, save_model=save_weights).fit())
     assert (second.step, second.stopped) == (14, "finished")
     assert second.tokens == 14 * 48
     assert same(straight, resumed)
     weights = [torch.load(tmp_path / run / "checkpoint" / "weights.pt") for run in "ab"]
-    assert all(torch.equal(*pair) for pair in zip(*(w.values() for w in weights)))  # the averaged ones
-    assert not all(torch.equal(a, b) for a, b in zip(weights[0].values(), straight.state_dict().values()))
+    # the averaged ones
+    assert all(torch.equal(*pair) for pair in zip(*(w.values() for w in weights)))
+    assert not all(torch.equal(a, b)
+                   for a, b in zip(weights[0].values(), straight.state_dict().values()))
 
 
 KILLED = """
@@ -114,24 +122,31 @@ world_trainer(world_model(), Path(sys.argv[1]), loss_fn=loss_fn, resume=True).fi
 
 def world_model() -> nn.Module:
     torch.manual_seed(1)
-    return ModernDecoderLM(ModelConfig(vocab_size=512, width=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=64, dropout=0.2))
+    return ModernDecoderLM(ModelConfig(vocab_size=512, width=32, num_layers=2, num_heads=2,
+                                       num_kv_heads=1, ffn_width=64, dropout=0.2))
 
 
 def world_trainer(model, folder, **options) -> Trainer:
-    """The real model with dropout on packed documents, whose epochs have 3 steps, with Muon, micro-batches, averaged weights."""
+    """The real model with dropout on packed documents, whose epochs have 3 steps, with Muon,
+    micro-batches, averaged weights.
+    """
     config = DataConfig(max_train_tokens=2_000, max_validation_tokens=500)
-    packed = PackedBatches(load_corpus(config, make_tokenizer(config), progress=False)[0], 64, 8, seed=1)
+    packed = PackedBatches(
+        load_corpus(config, make_tokenizer(config), progress=False)[0], 64, 8, seed=1)
     cfg = dataclasses.replace(CONFIG, max_steps=12, checkpoint_every=4)
     return trainer(model, folder, cfg, data=packed, save_model=save_weights, **options)
 
 
 def test_resume_after_two_kills_9(tmp_path):
-    """Killed in the forward pass of any micro-batch, twice: the weights of the run that was never killed."""
+    """Killed in the forward pass of any micro-batch, twice: the weights of the run that was never
+    killed.
+    """
     straight, resumed = world_model(), world_model()
     world_trainer(straight, tmp_path / "a").fit()
-    for kill_at in (any_number("first killed in pass", 9, 24), any_number("then killed in pass", 1, 8)):
-        process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "b"), str(kill_at)], capture_output=True, text=True,
-                                 timeout=300)
+    for kill_at in (any_number("first killed in pass", 9, 24),
+                    any_number("then killed in pass", 1, 8)):
+        process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "b"), str(kill_at)],
+                                 capture_output=True, text=True, timeout=300)
         assert process.returncode == -signal.SIGKILL, process.stderr
     assert load_checkpoint(tmp_path / "b" / "checkpoint")[1]["step"] in (4, 8)
     (tmp_path / "b" / ".checkpoint.12345678.tmp").mkdir()  # as a kill while writing leaves it
@@ -176,8 +191,9 @@ def test_interrupt_ends_cleanly_and_resumes_exactly(tmp_path, where):
     assert same(straight, resumed)
 
 
-@pytest.mark.parametrize("how, status", [("SIGTERM", "preempted"), ("SIGUSR1", "preempted"), ("STOP", "stopped"),
-                                         ("STOP that says preempted", "preempted"), ("SLURM_JOB_END_TIME", "preempted")])
+@pytest.mark.parametrize(
+    "how, status", [("SIGTERM", "preempted"), ("SIGUSR1", "preempted"), ("STOP", "stopped"),
+                    ("STOP that says preempted", "preempted"), ("SLURM_JOB_END_TIME", "preempted")])
 def test_scheduler_stops(tmp_path, monkeypatch, how, status):
     def should_stop():
         if how.startswith("STOP"):
@@ -197,7 +213,8 @@ def test_scheduler_stops(tmp_path, monkeypatch, how, status):
 
 
 def test_minutes(tmp_path):
-    cfg = dataclasses.replace(CONFIG, max_steps=10**6, max_minutes=1 / 120, log_every=1, final_lr_fraction=0.0)
+    cfg = dataclasses.replace(CONFIG, max_steps=10**6, max_minutes=1 / 120, log_every=1,
+                              final_lr_fraction=0.0)
     result = trainer(toy(), tmp_path, cfg).fit()
     assert result.stopped == "max_minutes" and 0.5 <= result.seconds < 10
     rates = [row["lr"] for row in result.history]
@@ -205,13 +222,15 @@ def test_minutes(tmp_path):
 
 
 def test_slow_first_steps_do_not_shorten_the_warmup(tmp_path):
-    cfg = dataclasses.replace(CONFIG, max_steps=10**3, max_minutes=1 / 60, warmup_steps=4, decay_fraction=0.2, log_every=1)
+    cfg = dataclasses.replace(CONFIG, max_steps=10**3, max_minutes=1 / 60, warmup_steps=4,
+                              decay_fraction=0.2, log_every=1)
 
     def data(step):
         time.sleep(0.4 * (step == 0))  # as compilation would
         return batches(step)
 
-    rates = [row["lr"] / cfg.lr for row in trainer(toy(), tmp_path, cfg, data=data).fit().history[:4]]
+    rates = [row["lr"] / cfg.lr
+             for row in trainer(toy(), tmp_path, cfg, data=data).fit().history[:4]]
     assert rates == pytest.approx([0.125, 0.375, 0.625, 0.875])
 
 
@@ -226,7 +245,8 @@ def test_full_disk_leaves_the_old_checkpoint_and_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", save)
     model = toy()
-    run = trainer(model, tmp_path / "b", data=lambda step: (full.__setitem__(0, step >= 8), batches(step))[1])
+    run = trainer(model, tmp_path / "b",
+                  data=lambda step: (full.__setitem__(0, step >= 8), batches(step))[1])
     with pytest.raises(CheckpointError, match="step 10: cannot write"):
         run.fit()
     assert load_checkpoint(tmp_path / "b" / "checkpoint")[1]["step"] == 5
@@ -248,8 +268,10 @@ def test_full_disk_while_logging_names_the_file_and_leaves_it_readable(tmp_path,
 
     full = [False]
     monkeypatch.setattr("modern_llm.training.checkpoints.open", half, raising=False)
-    run = trainer(toy(), tmp_path, data=lambda step: (full.__setitem__(0, step >= 8), batches(step))[1])
-    with pytest.raises(CheckpointError, match=r"cannot write .*metrics.jsonl: No space left.*resume=True"):
+    run = trainer(toy(), tmp_path,
+                  data=lambda step: (full.__setitem__(0, step >= 8), batches(step))[1])
+    with pytest.raises(CheckpointError,
+                       match=r"cannot write .*metrics.jsonl: No space left.*resume=True"):
         run.fit()
     full[0] = False
     result = trainer(toy(), tmp_path, resume=True).fit()
@@ -277,10 +299,12 @@ def test_a_damaged_checkpoint_is_named_and_the_former_one_used(tmp_path, capsys,
     spoil(tmp_path / "checkpoint" / name, damage)
     second = trainer(toy(seed=2), tmp_path, save_model=save_weights, resume=True)
     said = capsys.readouterr().err
-    assert name in said and "Going on from" in said and "(step 10)" in said and second.state.step == 10
+    assert (name in said and "Going on from" in said and "(step 10)" in said
+            and second.state.step == 10)
     assert (tmp_path / "checkpoint.damaged").is_dir()
     assert second.fit().step == 14
-    assert [load_checkpoint(tmp_path / place)[1]["step"] for place in ("checkpoint", "checkpoint.previous")] == [14, 10]
+    assert [load_checkpoint(tmp_path / place)[1]["step"]
+            for place in ("checkpoint", "checkpoint.previous")] == [14, 10]
 
 
 def spoil(path: Path, damage: str) -> None:
@@ -299,7 +323,8 @@ def test_two_damaged_checkpoints_are_named_and_left_alone(tmp_path):
     for place in ("checkpoint", "checkpoint.previous"):
         spoil(tmp_path / place / "training_state.pt", "cut")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(DamagedFolder, match=r"checkpoint/training_state.pt .*previous/training_state.pt .*nothing was changed"):
+    with pytest.raises(DamagedFolder, match=r"checkpoint/training_state.pt "
+                                            r".*previous/training_state.pt .*nothing was changed"):
         trainer(toy(), tmp_path, resume=True)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -316,7 +341,8 @@ class Hostile:
 def test_hostile_checkpoint_runs_nothing(tmp_path, plain_pickle):
     trainer(toy(), tmp_path, dataclasses.replace(CONFIG, max_steps=5)).fit()
     path, target = tmp_path / "checkpoint" / "training_state.pt", tmp_path / "was-here"
-    path.write_bytes(pickle.dumps(Hostile(target))) if plain_pickle else torch.save({"module": Hostile(target)}, path)
+    (path.write_bytes(pickle.dumps(Hostile(target))) if plain_pickle
+     else torch.save({"module": Hostile(target)}, path))
     meta = read_json(path.with_name("meta.json"))
     meta["sha256"] = {"training_state.pt": sha256(path)}
     write_json(path.with_name("meta.json"), meta)
@@ -351,7 +377,8 @@ def test_non_finite_loss_is_never_saved(tmp_path):
 
 def test_wrong_batches_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"batches\(3\).*batch_size=8"):
-        trainer(toy(), tmp_path, data=lambda step: {k: v[: 8 - (step == 3)] for k, v in batches(step).items()}).fit()
+        trainer(toy(), tmp_path,
+                data=lambda step: {k: v[: 8 - (step == 3)] for k, v in batches(step).items()}).fit()
 
 
 def test_fully_masked_batch_changes_nothing_but_decay(tmp_path):
@@ -368,7 +395,8 @@ def test_accumulation_changes_only_rounding(tmp_path):
     models = []
     for size in (1, 2, 8):
         models.append(toy(dropout=0.0))
-        trainer(models[-1], tmp_path / str(size), dataclasses.replace(CONFIG, micro_batch_size=size, optimizer="adamw")).fit()
+        trainer(models[-1], tmp_path / str(size),
+                dataclasses.replace(CONFIG, micro_batch_size=size, optimizer="adamw")).fit()
     for model in models[1:]:
         for a, b in zip(models[0].parameters(), model.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -386,7 +414,8 @@ def test_a_lower_learning_rate_holds_after_resume(tmp_path):
     trainer(toy(), tmp_path, dataclasses.replace(CONFIG, max_steps=5)).fit()
     run = trainer(toy(), tmp_path, dataclasses.replace(CONFIG, lr=1e-5, muon_lr=1e-4), resume=True)
     run.fit()
-    assert [group["peak_lr"] for o in run.state.optimizers for group in o.param_groups] == [1e-4, 1e-5, 1e-5]
+    assert ([group["peak_lr"] for o in run.state.optimizers for group in o.param_groups]
+            == [1e-4, 1e-5, 1e-5])
 
 
 class Halved(nn.Module):
@@ -399,24 +428,29 @@ class Halved(nn.Module):
 
 
 def test_compiled_blocks_keep_their_names(tmp_path, monkeypatch):
-    """Every block is compiled, steps run through the compiled graphs, and names and losses are those of a plain run."""
+    """Every block is compiled, steps run through the compiled graphs, and names and losses are
+    those of a plain run.
+    """
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))  # no C++ compiler is asked
+    # no C++ compiler is asked
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     cfg = dataclasses.replace(CONFIG, max_steps=3, log_every=1)
     plain, model = (toy(dropout=0.0) for _ in range(2))
     for each in (plain, model):
-        each.layers = nn.ModuleList(Halved(layer) for layer in each.layers)  # torch compiles no bare nn.Linear
+        # torch compiles no bare nn.Linear
+        each.layers = nn.ModuleList(Halved(layer) for layer in each.layers)
     names = list(model.state_dict())
     wanted = trainer(plain, tmp_path / "plain", cfg).fit().history
     run = trainer(model, tmp_path / "compiled", dataclasses.replace(cfg, compile=True))
     assert all(block._compiled_call_impl is not None for block in model.layers) and not graphs
     found = run.fit().history
-    assert graphs and [row["loss"] for row in found] == pytest.approx([row["loss"] for row in wanted], rel=1e-5)
+    assert (graphs and [row["loss"] for row in found]
+                       == pytest.approx([row["loss"] for row in wanted], rel=1e-5))
     assert list(model.state_dict()) == names == list(plain.state_dict())
 
 
@@ -436,11 +470,13 @@ def test_frozen_and_tied_parameters():
 def test_chunked_cross_entropy_scales_with_upstream(dtype):
     torch.manual_seed(0)
     hidden = torch.randn(13, 8, dtype=dtype, requires_grad=True)
-    weight, labels = torch.randn(40, 8, dtype=dtype, requires_grad=True), torch.randint(0, 40, (13,))
+    weight, labels = (torch.randn(40, 8, dtype=dtype, requires_grad=True),
+                      torch.randint(0, 40, (13,)))
     full = F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum") * 3
     chunked = chunked_cross_entropy(hidden, weight, labels, 4) * 3
     tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.1)
     torch.testing.assert_close(chunked, full, **tolerance)
-    for a, b in zip(torch.autograd.grad(chunked, (hidden, weight)), torch.autograd.grad(full, (hidden, weight))):
+    for a, b in zip(torch.autograd.grad(chunked, (hidden, weight)),
+                    torch.autograd.grad(full, (hidden, weight))):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, **tolerance)

@@ -1,4 +1,6 @@
-"""The verifier: what it reads, how it is trained and saved, and that scores depend on nothing but problem and answer."""
+"""The verifier: what it reads, how it is trained and saved, and that scores depend on nothing but
+problem and answer.
+"""
 
 import math
 import random
@@ -11,20 +13,20 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm.data import synth
-from modern_llm.data.answer_pairs import AnswerBatches, encode_candidate, fork_of, perturb
 from modern_llm.config import ConfigError, ModelConfig, VerifierConfig
-from modern_llm.files import atomic_folder
-from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
 from modern_llm.config import override
 from modern_llm.config import get_pipeline_preset
+from modern_llm.data import synth
+from modern_llm.data.answer_pairs import AnswerBatches, encode_candidate, fork_of, perturb
 from modern_llm.data.tasks import word_problems
 from modern_llm.data.tokens import train_tokenizer
-from modern_llm.training.train_step import micro_batches
-from modern_llm.training.trainer import Trainer
+from modern_llm.files import atomic_folder
+from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
 from modern_llm.models.verifier import (
     VerifierModel, load_verifier, running_surprise, small_encoder, token_log_probs,
 )
+from modern_llm.training.train_step import micro_batches
+from modern_llm.training.trainer import Trainer
 from modern_llm.training.verifier import (
     calibrate, calibration_error, judgements, read_answers, reliability, rerank_differences,
     sampling_plan, save_verifier, score, score_answers, start_from_surprise, token_scores,
@@ -32,7 +34,8 @@ from modern_llm.training.verifier import (
 )
 
 CONTEXT = 160
-CFG = VerifierConfig(batch_size=6, head_dropout=0.0, precision="fp32", max_steps=4, checkpoint_every=2, log_every=1, warmup_steps=1)
+CFG = VerifierConfig(batch_size=6, head_dropout=0.0, precision="fp32", max_steps=4,
+                     checkpoint_every=2, log_every=1, warmup_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +53,20 @@ def samples(problems):
     "Problem 0 has right answers only, problem 1 wrong ones only, the others both."
     draw, rows = random.Random(0), []
     for number, problem in enumerate(problems):
-        for sample, right in enumerate([True, True] if number == 0 else [False, False] if number == 1 else [True, False]):
-            text = problem.answer if right else re.sub(r"#### \d+", f"#### {problem.value + 1 + sample}", problem.answer)
-            rows.append({"problem": number, "sample": sample, "level": problem.level, "text": text, "right": right,
-                         "value": float(synth.extract_answer(text)), "log_prob": -draw.random(), "consistent": right})
+        for sample, right in enumerate(
+            [True, True] if number == 0 else [False, False] if number == 1 else [True, False]):
+            text = (problem.answer if right
+                    else re.sub(r"#### \d+", f"#### {problem.value + 1 + sample}", problem.answer))
+            rows.append({"problem": number, "sample": sample, "level": problem.level, "text": text,
+                         "right": right, "value": float(synth.extract_answer(text)),
+                         "log_prob": -draw.random(), "consistent": right})
     return pd.DataFrame(rows)
 
 
 def body(seed=0, **changes):
     torch.manual_seed(seed)
-    settings = dict(vocab_size=400, context_length=CONTEXT, width=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=64)
+    settings = dict(vocab_size=400, context_length=CONTEXT, width=32, num_layers=2, num_heads=2,
+                    num_kv_heads=1, ffn_width=64)
     model = ModernDecoderLM(ModelConfig(**settings | changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -69,7 +76,8 @@ def body(seed=0, **changes):
 def made(kind="generator", surprise=True, **changes):
     "A verifier whose every weight matters."
     cfg = replace(CFG, kind=kind, surprise=surprise)
-    verifier = VerifierModel(small_encoder(body().cfg) if kind == "encoder" else body(**changes), cfg)
+    verifier = VerifierModel(
+        small_encoder(body().cfg) if kind == "encoder" else body(**changes), cfg)
     torch.nn.init.normal_(verifier.head.weight, std=0.2)
     if verifier.surprise is not None:
         torch.nn.init.constant_(verifier.surprise, 0.02)
@@ -78,14 +86,15 @@ def made(kind="generator", surprise=True, **changes):
 
 @pytest.fixture(params=["generator", "no surprise", "encoder"])
 def verifier(request):
-    return made("encoder" if request.param == "encoder" else "generator", request.param == "generator")
+    return made("encoder" if request.param == "encoder" else "generator",
+                request.param == "generator")
 
 
 def batches(tokenizer, problems, samples, cfg=CFG, gold=(), context=CONTEXT, seed=0):
     return AnswerBatches(tokenizer, problems, samples, gold, cfg, context, seed)
 
 
-# ---- what it reads ---------------------------------------------------------------------------------------------------
+# ---- what it reads -------------------------------------------------------------------------------
 
 
 def test_running_surprise_equals_loops():
@@ -107,7 +116,8 @@ def test_token_log_probs_are_those_of_the_model(tokenizer, problems):
     row = torch.tensor([ids])
     answer = torch.arange(len(ids))[None] >= start
     _, _, log_p, _ = verifier(row, answer)
-    expected = verifier.model(row).log_softmax(-1)[0, start - 1 : -1].gather(1, row[0, start:, None])[:, 0]
+    expected = (verifier.model(row).log_softmax(-1)[0, start - 1 : -1]
+                    .gather(1, row[0, start:, None])[:, 0])
     assert torch.allclose(log_p[0, start:], expected, atol=1e-5) and (log_p[0, :start] == 0).all()
     hidden = verifier.model.hidden(row)[0]
     small_chunks = token_log_probs(verifier.model, hidden, row, answer, chunk_tokens=5)
@@ -122,11 +132,13 @@ def test_score_depends_on_problem_and_answer_alone(verifier, tokenizer, problems
     alone = np.array([score(verifier, tokenizer, p, text) for p, text in zip(asked, samples.text)])
     assert len(set(alone.round(5))) > 10 and ((alone > 0) & (alone < 1)).all()
     for rows in (1, 5, 64):
-        assert np.allclose(score_answers(verifier, tokenizer, asked, samples.text, batch_rows=rows), alone, atol=1e-5)
+        assert np.allclose(score_answers(verifier, tokenizer, asked, samples.text, batch_rows=rows),
+                           alone, atol=1e-5)
     backwards = score_answers(verifier, tokenizer, asked[::-1], samples.text[::-1], batch_rows=7)
     assert np.allclose(backwards[::-1], alone, atol=1e-5)
     verifier.train()
-    assert score(verifier, tokenizer, asked[0], samples.text[0]) == pytest.approx(alone[0], abs=1e-6) and verifier.training
+    assert (score(verifier, tokenizer, asked[0], samples.text[0])
+            == pytest.approx(alone[0], abs=1e-6) and verifier.training)
 
 
 def test_packed_answers_do_not_see_each_other(verifier, tokenizer, problems, samples):
@@ -136,7 +148,8 @@ def test_packed_answers_do_not_see_each_other(verifier, tokenizer, problems, sam
     for segment in (1, 2):
         inside = batch["segment_ids"][0] == segment
         if inside.any():
-            alone = verifier.score_logits(batch["input_ids"][:1, inside], batch["answers"][:1, inside] > 0)
+            alone = verifier.score_logits(batch["input_ids"][:1, inside],
+                                          batch["answers"][:1, inside] > 0)
             answer = batch["answers"][0, inside] > 0
             assert torch.allclose(alone[0, answer], packed[0, inside][answer], atol=1e-4)
 
@@ -144,7 +157,8 @@ def test_packed_answers_do_not_see_each_other(verifier, tokenizer, problems, sam
 def test_score_is_causal_and_ends_where_score_answers_reads(verifier, tokenizer, problems):
     whole = problems[0].answer
     spoilt = whole[:-1] + ("1" if whole[-1] != "1" else "2")
-    (tokens, one), (_, other) = (token_scores(verifier, tokenizer, problems[0], text) for text in (whole, spoilt))
+    (tokens, one), (_, other) = (
+        token_scores(verifier, tokenizer, problems[0], text) for text in (whole, spoilt))
     assert "".join(tokens) == whole + "<|end|>"
     assert np.allclose(one[:-2], other[:-2], atol=1e-6) and one[-1] != other[-1]
     assert score(verifier, tokenizer, problems[0], whole) == pytest.approx(one[-1], abs=1e-6)
@@ -158,7 +172,7 @@ def test_answers_that_do_not_fit_score_zero(tokenizer, problems):
         score_answers(made(), tokenizer, problems[:2], ["one"])
 
 
-# ---- training data ---------------------------------------------------------------------------------------------------
+# ---- training data -------------------------------------------------------------------------------
 
 
 def test_perturb_changes_one_number_and_nothing_else():
@@ -178,7 +192,8 @@ def test_batches_are_a_function_of_seed_and_step(tokenizer, problems, samples):
     for name, value in one(3).items():
         assert torch.equal(value, other(3)[name])
     assert not torch.equal(one(3)["input_ids"], one(4)["input_ids"])
-    assert not torch.equal(one(3)["input_ids"], batches(tokenizer, problems, samples, seed=1)(3)["input_ids"])
+    assert not torch.equal(one(3)["input_ids"],
+                           batches(tokenizer, problems, samples, seed=1)(3)["input_ids"])
 
 
 @pytest.mark.parametrize("kind", ["generator", "encoder"])
@@ -186,7 +201,8 @@ def test_batches_are_balanced_and_labelled(kind, tokenizer, problems, samples):
     source = batches(tokenizer, problems, samples, replace(CFG, kind=kind))
     batch = source(0)
     assert batch["input_ids"].shape == (6, CONTEXT)
-    answers, weights, targets, segments = (batch[k] for k in ("answers", "weights", "targets", "segment_ids"))
+    answers, weights, targets, segments = (
+        batch[k] for k in ("answers", "weights", "targets", "segment_ids"))
     assert answers[targets == 1].sum().item() == pytest.approx(answers[targets == 0].sum().item())
     assert weights.sum().item() == pytest.approx(answers.sum().item())  # the number of answers
     assert ((weights > 0) <= (answers > 0)).all() and (segments[answers > 0] > 0).all()
@@ -198,10 +214,13 @@ def test_batches_are_balanced_and_labelled(kind, tokenizer, problems, samples):
             asked = tokenizer.decode(batch["input_ids"][row, inside & (answers[row] == 0)].tolist())
             right = targets[row, inside].max().item() == 1
             assert right == (text == by_question[asked].answer)
-            assert answers[row, inside].sum().item() == pytest.approx(1) and weights[row, inside].sum().item() == pytest.approx(1)
+            assert (answers[row, inside].sum().item() == pytest.approx(1)
+                    and weights[row, inside].sum().item() == pytest.approx(1))
 
 
-def test_pairs_differ_from_the_fork_on_and_stand_ins_fill_one_sided_problems(tokenizer, problems, samples):
+def test_pairs_differ_from_the_fork_on_and_stand_ins_fill_one_sided_problems(
+    tokenizer, problems, samples
+):
     source = batches(tokenizer, problems, samples, replace(CFG, perturbed_fraction=0.0))
     draw, seen = random.Random(0), set()
     for _ in range(200):
@@ -214,34 +233,43 @@ def test_pairs_differ_from_the_fork_on_and_stand_ins_fill_one_sided_problems(tok
     assert seen == set(range(12))
 
 
-def test_only_gold_answers_if_nothing_was_sampled_and_an_error_if_nothing_fits(tokenizer, problems, samples):
+def test_only_gold_answers_if_nothing_was_sampled_and_an_error_if_nothing_fits(
+    tokenizer, problems, samples
+):
     source = batches(tokenizer, problems, samples[:0], gold=problems[:3])
-    assert {source.pair(random.Random(i))[0].question for i in range(50)} == {p.question for p in problems[:3]}
+    assert ({source.pair(random.Random(i))[0].question for i in range(50)}
+            == {p.question for p in problems[:3]})
     with pytest.raises(ValueError, match="context of 20 tokens"):
         batches(tokenizer, problems, samples, context=20)
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
-def test_loss_is_a_sum_over_answers_however_the_batch_is_cut(verifier, tokenizer, problems, samples):
+def test_loss_is_a_sum_over_answers_however_the_batch_is_cut(verifier, tokenizer, problems,
+                                                             samples):
     batch = batches(tokenizer, problems, samples)(0)
     verifier.eval()
-    whole, parts = verifier_loss(verifier, batch), [verifier_loss(verifier, part) for part in micro_batches(batch, 2)]
+    whole, parts = (verifier_loss(verifier, batch),
+                    [verifier_loss(verifier, part) for part in micro_batches(batch, 2)])
     assert whole.count.item() == pytest.approx(sum(part.count.item() for part in parts), rel=1e-5)
     assert whole.total.item() == pytest.approx(sum(part.total.item() for part in parts), rel=1e-4)
     for name, value in whole.metrics.items():
-        assert value.item() == pytest.approx(sum(part.metrics[name].item() for part in parts), rel=1e-4, abs=1e-5)
+        assert value.item() == pytest.approx(sum(part.metrics[name].item() for part in parts),
+                                             rel=1e-4, abs=1e-5)
 
 
-def test_an_untrained_head_costs_log_2_and_wrong_answers_teach_no_language(tokenizer, problems, samples):
+def test_an_untrained_head_costs_log_2_and_wrong_answers_teach_no_language(
+    tokenizer, problems, samples
+):
     batch = batches(tokenizer, problems, samples)(0)
     verifier = VerifierModel(body(), CFG)
     out = verifier_loss(verifier, batch, lm_weight=1.0)
     assert (out.metrics["judgement"] / out.count).item() == pytest.approx(math.log(2), rel=1e-4)
     wrong = {**batch, "targets": torch.zeros_like(batch["targets"])}
     assert verifier_loss(verifier, wrong).metrics["language"].item() == 0
-    # the judgement reaches the language model through the hidden state alone, whose weights are still zero
+    # the judgement reaches the language model through the hidden state alone, whose weights are
+    # still zero
     torch.nn.init.constant_(verifier.surprise, 0.1)
     verifier_loss(verifier, batch, lm_weight=0.0).total.backward()
     assert all(p.grad is None or not p.grad.any() for p in verifier.model.parameters())
@@ -253,7 +281,8 @@ def test_start_from_surprise_lowers_the_judgement(tokenizer, problems, samples):
     verifier = VerifierModel(body(), CFG)
     start_from_surprise(verifier, map(source, range(3)))
     out = verifier_loss(verifier.eval(), source(0))
-    assert (out.metrics["judgement"] / out.count).item() < math.log(2) and verifier.surprise.abs().sum() > 0
+    assert ((out.metrics["judgement"] / out.count).item() < math.log(2)
+            and verifier.surprise.abs().sum() > 0)
     assert not verifier.head.weight.any()
 
 
@@ -261,8 +290,10 @@ def test_training_learns_and_resumes_exactly(tokenizer, problems, samples, tmp_p
     def train(folder, steps, resume=False, **options):
         verifier = VerifierModel(body(), CFG)
         cfg = replace(CFG, max_steps=steps, lr=2e-2, checkpoint_every=10)
-        return Trainer(verifier, verifier_loss, lambda step: batches(tokenizer, problems, samples)(0), cfg, folder, resume=resume,
-                       save_model=lambda v, path: save_verifier(path, v, tokenizer), progress_bar=False, **options)
+        return Trainer(verifier, verifier_loss,
+                       lambda step: batches(tokenizer, problems, samples)(0), cfg, folder,
+                       resume=resume, save_model=lambda v, path: save_verifier(path, v, tokenizer),
+                       progress_bar=False, **options)
 
     straight = train(tmp_path / "straight", 30)
     assert straight.fit().stopped == "finished"
@@ -270,12 +301,13 @@ def test_training_learns_and_resumes_exactly(tokenizer, problems, samples, tmp_p
     train(tmp_path / "cut", 30, should_stop=lambda: next(stopper) == 6).fit()
     again = train(tmp_path / "cut", 30, resume=True)
     result = again.fit()
-    one, other = (load_verifier(tmp_path / name / "checkpoint").state_dict() for name in ("straight", "cut"))
+    one, other = (load_verifier(tmp_path / name / "checkpoint").state_dict()
+                  for name in ("straight", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert result.history[-1]["judgement"] < 0.6 < result.history[0]["judgement"]
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------------
+# ---- saving --------------------------------------------------------------------------------------
 
 
 def test_saved_and_loaded_verifier_scores_alike(verifier, tokenizer, problems, samples, tmp_path):
@@ -284,7 +316,8 @@ def test_saved_and_loaded_verifier_scores_alike(verifier, tokenizer, problems, s
         save_verifier(folder, verifier, tokenizer)
     other = load_verifier(tmp_path / "checkpoint")
     asked = [problems[p] for p in samples.problem]
-    assert np.array_equal(*(score_answers(v, tokenizer, asked, samples.text) for v in (verifier, other)))
+    assert np.array_equal(*(score_answers(v, tokenizer, asked, samples.text)
+                            for v in (verifier, other)))
     assert not other.training and other.is_encoder == verifier.is_encoder
     plain = load_model(tmp_path / "checkpoint")
     assert torch.equal(plain.embed_tokens.weight, verifier.model.embed_tokens.weight)
@@ -295,7 +328,8 @@ def test_calibration_given_when_saving_changes_the_file_alone(tokenizer, problem
     save_verifier(tmp_path, verifier, tokenizer, calibration=(0.0, 2.0, 0.5, -1.0))
     assert not verifier.calibration.any()
     asked = [problems[0]], [problems[0].answer]
-    (_, total, lowest), after = read_answers(verifier, tokenizer, *asked)[0], score(load_verifier(tmp_path), tokenizer, problems[0], problems[0].answer)
+    (_, total, lowest), after = read_answers(verifier, tokenizer, *asked)[0], score(
+        load_verifier(tmp_path), tokenizer, problems[0], problems[0].answer)
     assert math.log(after / (1 - after)) == pytest.approx(2 * total + 0.5 * lowest - 1, abs=1e-3)
 
 
@@ -304,16 +338,20 @@ def test_gold_rows_are_for_the_language_model_alone(tokenizer, problems, samples
     batch = AnswerBatches(tokenizer, problems, samples, problems, cfg, CONTEXT)(3)
     rows = round(0.5 * cfg.batch_size)
     assert not batch["weights"][:rows].any() and batch["weights"][rows:].any()
-    assert (batch["targets"][:rows][batch["answers"][:rows] > 0] == 1).all() and (batch["answers"][:rows].sum(1) > 0).all()
+    assert ((batch["targets"][:rows][batch["answers"][:rows] > 0] == 1).all()
+            and (batch["answers"][:rows].sum(1) > 0).all())
 
 
 @pytest.mark.fault("marking")
 def test_an_answer_without_digits_is_never_spoilt(tokenizer):
-    half, three = synth.Problem("What is half of 1?", "#### ½", 1, 0.5), synth.Problem("What is 1 plus 2?", "1+2=<<1+2=3>>3\n#### 3", 1, 3)
-    samples = pd.DataFrame([(0, "#### ½", True), (1, "#### 3", True), (1, "I cannot say.", False)], columns=["problem", "text", "right"])
+    half, three = (synth.Problem("What is half of 1?", "#### ½", 1, 0.5),
+                   synth.Problem("What is 1 plus 2?", "1+2=<<1+2=3>>3\n#### 3", 1, 3))
+    samples = pd.DataFrame([(0, "#### ½", True), (1, "#### 3", True), (1, "I cannot say.", False)],
+                           columns=["problem", "text", "right"])
     made_of = batches(tokenizer, [half, three], samples, gold=[half, three])
     assert made_of.gold == [three] and made_of.sampled == [1]
-    assert all(made_of.pair(random.Random(seed)) for seed in range(50)) and made_of(0)["answers"].any()
+    assert (all(made_of.pair(random.Random(seed)) for seed in range(50))
+            and made_of(0)["answers"].any())
 
 
 def test_loading_something_else_is_refused(tokenizer, tmp_path):
@@ -328,7 +366,7 @@ def test_loading_something_else_is_refused(tokenizer, tmp_path):
         load_verifier(tmp_path)
 
 
-# ---- judging ---------------------------------------------------------------------------------------------------------
+# ---- judging -------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("one-lacks")
@@ -343,7 +381,8 @@ def test_calibrate_finds_the_weights_and_gives_none_a_negative_sign():
     right = draw.random(5000) < 1 / (1 + np.exp(-(parts @ [0.5, 1.5, 0.0] - 1)))
     assert np.allclose(calibrate(parts, right), (0.5, 1.5, 0, -1), atol=0.2)
     assert min(calibrate(parts, ~right)[:3]) >= 0
-    for one, labels in (([0.3, 0.4], [False, False]), ([1.0, 0.0], [True, False]), ([0.5], [True]), ([np.nan, 1], [True, False])):
+    for one, labels in (([0.3, 0.4], [False, False]), ([1.0, 0.0], [True, False]),
+                        ([0.5], [True]), ([np.nan, 1], [True, False])):
         assert np.isfinite(calibrate(np.array([one, one, one]).T, np.array(labels))).all()
 
 
@@ -353,7 +392,8 @@ def test_reliability_covers_every_answer_once():
     right = draw.random(1003) < scores
     table = reliability(scores, right)
     assert table.n.sum() == 1003 and len(table) == 10 and table.score.is_monotonic_increasing
-    assert calibration_error(table) < 0.06 < calibration_error(reliability(scores, draw.random(1003) < 0.5))
+    assert (calibration_error(table) < 0.06
+            < calibration_error(reliability(scores, draw.random(1003) < 0.5)))
     assert len(reliability(scores[:3], right[:3])) == 3
 
 
@@ -367,7 +407,8 @@ def test_judgements_and_differences(samples):
     greedy = pd.Series(0.0, index=range(12))
     found = {row["metric"]: row for row in rerank_differences(perfect, greedy, 2)}
     level_2 = samples[samples.level == 2].problem.unique()
-    assert found["weighted_vote@2 - greedy"]["value"] == pytest.approx(np.mean([p != 1 for p in level_2]))
+    assert (found["weighted_vote@2 - greedy"]["value"]
+            == pytest.approx(np.mean([p != 1 for p in level_2])))
     assert found["best_of_n@2 - random@2"]["n"] == len(level_2)
     assert rerank_differences(perfect[perfect.level == 1], greedy, 2)[0]["n"] == 12 - len(level_2)
 
@@ -386,6 +427,7 @@ def test_settings():
     for name in ("lesson", "local-smoke", "local-cpu", "tacc-h100"):
         assert get_pipeline_preset(name).verifier.max_steps > 0
     assert get_pipeline_preset("tacc-h100").verifier.problems == "gsm8k"
-    for values in ({"gold_problems": -1}, {"validation_samples": 0}, {"kind": "both"}, {"perturbed_fraction": 1.0}):
+    for values in ({"gold_problems": -1}, {"validation_samples": 0},
+                   {"kind": "both"}, {"perturbed_fraction": 1.0}):
         with pytest.raises(ConfigError):
             override(VerifierConfig(), values)

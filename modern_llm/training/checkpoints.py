@@ -34,13 +34,16 @@ __all__ = ['STATE_FILE', 'COUNTERS', 'pick_device', 'compute_dtype', 'seed_every
 
 # %% ../../nbs/31_checkpoints.ipynb #device
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" = the first of cuda, mps, cpu that is there. ConfigError names those there are."""
+    """The device of that name; "auto" = the first of cuda, mps, cpu that is there. ConfigError
+    names those there are.
+    """
     counts = {kind: torch.get_device_module(kind).device_count() for kind in ("cuda", "mps", "cpu")
               if torch.get_device_module(kind).is_available()}
     kind, index = device_parts("device", next(iter(counts)) if name == "auto" else name)
     if (index or 0) >= counts.get(kind, 0):
-        raise ConfigError(f"device={name!r} is not available here; there is: {', '.join(counts)}"
-                          + f" (cuda:0 to cuda:{counts.get('cuda', 0) - 1})" * (counts.get("cuda", 0) > 1))
+        raise ConfigError(
+            f"device={name!r} is not available here; there is: {', '.join(counts)}"
+            + f" (cuda:0 to cuda:{counts.get('cuda', 0) - 1})" * (counts.get("cuda", 0) > 1))
     if kind == "cuda" and index is not None:
         torch.cuda.set_device(index)
     return torch.device(kind) if index is None else torch.device(kind, index)
@@ -49,12 +52,14 @@ def pick_device(name: str = "auto") -> torch.device:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; weights, softmax and optimizer stay in float32.
 
-    "auto" is bfloat16 on GPUs that have it, float16 (with a gradient scaler) on older ones, float32 elsewhere.
+    "auto" is bfloat16 on GPUs that have it, float16 (with a gradient scaler) on older ones, float32
+    elsewhere.
     """
     if precision == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16)
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 # %% ../../nbs/31_checkpoints.ipynb #random-states
@@ -68,7 +73,8 @@ def seed_everything(seed: int) -> None:
 def random_states() -> dict:
     """The states of those generators, as plain values and tensors."""
     kind, keys, *rest = np.random.get_state()
-    states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest),
+              "torch": torch.get_rng_state()}
     return {**states, "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []}
 
 
@@ -82,21 +88,24 @@ def restore_random_states(states: dict) -> None:
 
 # %% ../../nbs/31_checkpoints.ipynb #weight-average
 class WeightEMA:
-    """Exponential moving average (EMA) of the trained weights: average += (1 - decay) · (weights - average).
+    """Exponential moving average (EMA) of the trained weights: average += (1 - decay) · (weights -
+    average).
 
     Early on the decay is (1 + step) / (10 + step), so that the random start is forgotten.
     """
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().clone()
+                        for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move the average towards the module's weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
         current = dict(module.named_parameters())
-        torch._foreach_lerp_(list(self.weights.values()), [current[name] for name in self.weights], 1 - decay)
+        torch._foreach_lerp_(list(self.weights.values()),
+                             [current[name] for name in self.weights], 1 - decay)
 
     @contextlib.contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
@@ -113,12 +122,15 @@ class WeightEMA:
 
 # %% ../../nbs/31_checkpoints.ipynb #put-together
 @contextlib.contextmanager
-def gathered_module(module: nn.Module, average: dict[str, torch.Tensor], whole: nn.Module) -> Iterator[None]:
-    """Inside, `whole` is on the module's device and holds its weights (or those of the average), gathered from all ranks.
+def gathered_module(module: nn.Module, average: dict[str, torch.Tensor],
+                    whole: nn.Module) -> Iterator[None]:
+    """Inside, `whole` is on the module's device and holds its weights (or those of the average),
+    gathered from all ranks.
 
     Outside it waits on the CPU. All ranks must enter at once.
     """
-    weights, targets = {**dict(module.named_parameters()), **average}, dict(whole.named_parameters())
+    weights, targets = ({**dict(module.named_parameters()), **average},
+                        dict(whole.named_parameters()))
     for name, weight in weights.items():
         targets[name].copy_(gather_tensor(weight))
     for target, value in zip(whole.buffers(), module.buffers()):
@@ -131,10 +143,13 @@ def gathered_module(module: nn.Module, average: dict[str, torch.Tensor], whole: 
 
 # %% ../../nbs/31_checkpoints.ipynb #judged
 @contextlib.contextmanager
-def eval_context(module: nn.Module, average: WeightEMA | None = None, whole: nn.Module | None = None) -> Iterator[nn.Module]:
-    """Yield what is validated and saved: averaged weights, eval mode, no gradients; afterwards all is as before.
+def eval_context(module: nn.Module, average: WeightEMA | None = None,
+                 whole: nn.Module | None = None) -> Iterator[nn.Module]:
+    """Yield what is validated and saved: averaged weights, eval mode, no gradients; afterwards all
+    is as before.
 
-    `whole` is a copy of a module whose weights are sharded over ranks; it is filled and yielded in its place.
+    `whole` is a copy of a module whose weights are sharded over ranks; it is filled and yielded in
+    its place.
     """
     states, weights = random_states(), contextlib.nullcontext()
     if whole:
@@ -155,18 +170,25 @@ COUNTERS = ("step", "tokens", "seconds", "kept")
 
 # %% ../../nbs/31_checkpoints.ipynb #load-moments
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load an optimizer's state but keep its settings: a resumed run uses the learning rate it is given now."""
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    """Load an optimizer's state but keep its settings: a resumed run uses the learning rate it is
+    given now.
+    """
+    settings = [{name: value for name, value in group.items() if name != "params"}
+                for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {name: shard_like(parameters[i], value) if getattr(value, "shape", None) == parameters[i].shape else value
-                 for name, value in values.items()} for i, values in saved["state"].items() if i < len(parameters)}
+    state = {i: {name: shard_like(parameters[i], value)
+                       if getattr(value, "shape", None) == parameters[i].shape else value
+                 for name, value in values.items()}
+             for i, values in saved["state"].items() if i < len(parameters)}
     optimizer.load_state_dict({**saved, "state": state})
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)
 
 # %% ../../nbs/31_checkpoints.ipynb #whole-values
 def gather_state(value: object) -> object:
-    """The same nested dicts and lists, with every tensor that is sharded over ranks gathered, on the CPU."""
+    """The same nested dicts and lists, with every tensor that is sharded over ranks gathered, on
+    the CPU.
+    """
     if isinstance(value, dict):
         return {name: gather_state(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -175,34 +197,41 @@ def gather_state(value: object) -> object:
 
 # %% ../../nbs/31_checkpoints.ipynb #training-state
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or does not fit this run. The message says which and what to do."""
+    """A checkpoint could not be written or does not fit this run. The message says which and what
+    to do.
+    """
 
 
 class TrainingState:
     """Everything an optimizer step changes, and nothing else: what a checkpoint must hold.
 
-    Where the module's weights are sharded over ranks, `whole` is a copy made before that, to be evaluated and saved.
+    Where the module's weights are sharded over ranks, `whole` is a copy made before that, to be
+    evaluated and saved.
     """
 
-    def __init__(self, module: nn.Module, cfg: TrainConfig, device: torch.device, whole: nn.Module | None = None):
+    def __init__(self, module: nn.Module, cfg: TrainConfig, device: torch.device,
+                 whole: nn.Module | None = None):
         self.module, self.device, self.whole = module.to(device), device, whole
         self.dtype = compute_dtype(cfg.precision, device)
         self.optimizers = make_optimizers(module, cfg)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.average = WeightEMA(module, cfg.ema_decay) if cfg.ema_decay else None
         self.step, self.tokens, self.seconds, self.kept = 0, 0, 0.0, 0
-        self.random = random_states()  # as of the last step; the generators belong to others between two calls of fit
+        # as of the last step; the generators belong to others between two calls of fit
+        self.random = random_states()
 
     def autocast(self) -> torch.autocast:
         """The context of forward passes."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+        return torch.autocast(self.device.type, dtype=self.dtype,
+                              enabled=self.dtype is not torch.float32)
 
     def eval_context(self) -> contextlib.AbstractContextManager[nn.Module]:
         """A context that yields what is validated and saved; see `eval_context`."""
         return eval_context(self.module, self.average, self.whole)
 
     def abandon_step(self) -> None:
-        """Go back to the end of the last whole step, from a point before its weights were touched."""
+        """Go back to the end of the last whole step, from a point before its weights were touched.
+        """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         restore_random_states(self.random)
@@ -210,38 +239,47 @@ class TrainingState:
     def state_dict(self) -> dict:
         """Tensors and plain values only, so that it loads without running anyone's code."""
         return gather_state({
-            "module": dict(self.module.state_dict()), "optimizers": [o.state_dict() for o in self.optimizers],
-            "scaler": self.scaler.state_dict(), "average": self.average.weights if self.average else {},
-            "random": random_states(), **{name: getattr(self, name) for name in COUNTERS},
+            "module": dict(self.module.state_dict()),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.weights if self.average else {}, "random": random_states(),
+            **{name: getattr(self, name) for name in COUNTERS},
         })
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where `state` was taken. CheckpointError if it belongs to another model or optimizer."""
+        """Continue where `state` was taken. CheckpointError if it belongs to another model or
+        optimizer.
+        """
         try:
             parts = self.module.state_dict()
-            parts = {name: shard_like(parts[name], value) if name in parts else value for name, value in state["module"].items()}
+            parts = {name: shard_like(parts[name], value) if name in parts else value
+                     for name, value in state["module"].items()}
             self.module.load_state_dict(parts)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 load_moments(optimizer, saved)
             if self.average:
-                self.average.weights = {name: shard_like(weight, state["average"][name].to(self.device))
-                                        for name, weight in self.average.weights.items()}
+                self.average.weights = {
+                    name: shard_like(weight, state["average"][name].to(self.device))
+                    for name, weight in self.average.weights.items()}
             if state["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
             vars(self).update({name: state[name] for name in ("random", *COUNTERS)})
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint of step {state.get('step')} does not fit this run (another model, "
-                                  f"optimizer or ema_decay?): {error}") from error
+            raise CheckpointError(
+                f"the checkpoint of step {state.get('step')} does not fit this run (another model, "
+                f"optimizer or ema_decay?): {error}") from error
 
 # %% ../../nbs/31_checkpoints.ipynb #save-checkpoint
 def save_checkpoint(
-    folder: str | Path, state: dict | None, meta: dict, save_files: Callable[[Path], None] | None = None,
-    keep_previous: bool = False,
+    folder: str | Path, state: dict | None, meta: dict,
+    save_files: Callable[[Path], None] | None = None, keep_previous: bool = False,
 ) -> Path:
-    """Write a checkpoint folder that is whole or absent: what `save_files` writes, `training_state.pt`, `meta.json`.
+    """Write a checkpoint folder that is whole or absent: what `save_files` writes,
+    `training_state.pt`, `meta.json`.
 
-    With `keep_previous` the folder's former content stays beside it, in `<folder>.previous`.
-    Raises CheckpointError if that fails, for example on a full disk; the folder's former content is then untouched.
+    With `keep_previous` the folder's former content stays beside it, in `<folder>.previous`. Raises
+    CheckpointError if that fails, for example on a full disk; the folder's former content is then
+    untouched.
     """
     try:
         with atomic_folder(folder, meta, keep_previous) as temporary:
@@ -251,8 +289,9 @@ def save_checkpoint(
                 torch.save(state, temporary / STATE_FILE)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"step {meta.get('step')}: cannot write the checkpoint {folder}: {error}. What was there before is whole; "
-            "make room (or make the folder writable) and call fit() again, or start over with resume=True."
+            f"step {meta.get('step')}: cannot write the checkpoint {folder}: {error}. What was "
+            "there before is whole; make room (or make the folder writable) and call fit() again, "
+            "or start over with resume=True."
         ) from error
     return Path(folder)
 
@@ -260,22 +299,25 @@ def save_checkpoint(
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     """The training state and meta data in this folder, every file checked against its sha256.
 
-    Raises DamagedFolder naming the file if one is missing, truncated, changed, or holds anything but tensors and plain
-    values (nothing in it is ever executed).
+    Raises DamagedFolder naming the file if one is missing, truncated, changed, or holds anything
+    but tensors and plain values (nothing in it is ever executed).
     """
     meta = check_folder(folder)
     path = folder / STATE_FILE
     try:
         return torch.load(path, map_location="cpu", weights_only=True), meta
     except FileNotFoundError as error:
-        raise DamagedFolder(f"{path} is missing: this folder holds a model, not a run to resume") from error
+        raise DamagedFolder(
+            f"{path} is missing: this folder holds a model, not a run to resume") from error
     except (UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise DamagedFolder(f"{path} is refused, it holds more than tensors and plain values: {reason}") from error
+        raise DamagedFolder(
+            f"{path} is refused, it holds more than tensors and plain values: {reason}") from error
 
 
 def load_checkpoint(folder: str | Path) -> tuple[dict, dict]:
-    """The training state and meta data of a checkpoint folder (or of the one that a kill left beside it), both checked.
+    """The training state and meta data of a checkpoint folder (or of the one that a kill left
+    beside it), both checked.
 
     Raises FileNotFoundError if there is none, DamagedFolder as `read_checkpoint` does.
     """
@@ -284,15 +326,18 @@ def load_checkpoint(folder: str | Path) -> tuple[dict, dict]:
 # %% ../../nbs/31_checkpoints.ipynb #whole-lines
 @contextlib.contextmanager
 def whole_lines(path: Path) -> Iterator[None]:
-    """Inside, a write that fails (a full disk) leaves the file as it was, and becomes a CheckpointError naming it."""
+    """Inside, a write that fails (a full disk) leaves the file as it was, and becomes a
+    CheckpointError naming it.
+    """
     size = path.stat().st_size if path.exists() else 0
     try:
         yield
     except OSError as error:
         if path.exists():
             os.truncate(path, size)  # half a line would make the file unreadable
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; make room (or make it writable), then go on "
-                              "from the last checkpoint with resume=True") from error
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}; make room (or make it writable), then go on "
+            "from the last checkpoint with resume=True") from error
 
 # %% ../../nbs/31_checkpoints.ipynb #metrics
 def append_row(path: Path, row: dict) -> dict:
@@ -304,7 +349,8 @@ def append_row(path: Path, row: dict) -> dict:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a metrics file; a last line torn by a kill is left out, a missing file has none."""
+    """The rows of a metrics file; a last line torn by a kill is left out, a missing file has none.
+    """
     if not Path(path).is_file():
         return []
     lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -319,10 +365,11 @@ def cut_metrics(path: Path, step: int) -> None:
 
 # %% ../../nbs/31_checkpoints.ipynb #newest-checkpoint
 def newest_checkpoint(folder: Path) -> tuple[Path, dict, dict] | None:
-    """(folder, state, meta data) of checkpoint/ or, if that is damaged, of checkpoint.previous/; None if there is neither.
+    """(folder, state, meta data) of checkpoint/ or, if that is damaged, of checkpoint.previous/;
+    None if there is neither.
 
-    A damaged one is then moved to checkpoint.damaged/, and a line on stderr says so. Raises DamagedFolder, and moves nothing, if
-    none is whole.
+    A damaged one is then moved to checkpoint.damaged/, and a line on stderr says so. Raises
+    DamagedFolder, and moves nothing, if none is whole.
     """
     problems = []
     for candidate in filter(Path.exists, (folder, previous_of(folder))):
@@ -335,29 +382,40 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict, dict] | None:
             damaged = folder.with_name("checkpoint.damaged")
             shutil.rmtree(damaged, ignore_errors=True)
             os.replace(folder, damaged)
-            print(f"{problems[0]}. Going on from {candidate} (step {meta['step']}); the damaged one is now {damaged}", file=sys.stderr)
+            print(f"{problems[0]}. Going on from {candidate} (step {meta['step']}); the damaged "
+                  f"one is now {damaged}", file=sys.stderr)
         return candidate, state, meta
     if problems:
-        raise DamagedFolder(f"{'; '.join(problems)}. No checkpoint of this run is whole, and nothing was changed: put a whole "
-                            f"copy at {folder}, or start over in another folder (a stage: force=True)")
+        raise DamagedFolder(
+            f"{'; '.join(problems)}. No checkpoint of this run is whole, and nothing was changed: "
+            f"put a whole copy at {folder}, or start over in another folder (a stage: force=True)")
     return None
 
 # %% ../../nbs/31_checkpoints.ipynb #run-folder
 class RunFolder:
-    """The files of a run: metrics.jsonl, checkpoint/ to resume from, checkpoint.previous/ in case it is damaged, checkpoints/step-…/."""
+    """The files of a run: metrics.jsonl, checkpoint/ to resume from, checkpoint.previous/ in case
+    it is damaged, checkpoints/step-…/.
+    """
 
-    def __init__(self, folder: str | Path, save_model: Callable[[nn.Module, Path], None] | None = None, writes: bool = True):
-        self.folder, self.save_model, self.writes = Path(folder), save_model, writes  # of several ranks only the first writes
-        self.metrics, self.checkpoint, self.stop_file = (self.folder / n for n in ("metrics.jsonl", "checkpoint", "STOP"))
+    def __init__(self, folder: str | Path,
+                 save_model: Callable[[nn.Module, Path], None] | None = None, writes: bool = True):
+        # of several ranks only the first writes
+        self.folder, self.save_model, self.writes = Path(folder), save_model, writes
+        self.metrics, self.checkpoint, self.stop_file = (
+            self.folder / n for n in ("metrics.jsonl", "checkpoint", "STOP"))
         self.last_checkpoint, self.opened = "none", None
 
     def open(self, state: TrainingState, resume: bool) -> None:
-        """Make the folder, or load its checkpoint into `state`. A used folder without `resume` is refused."""
+        """Make the folder, or load its checkpoint into `state`. A used folder without `resume` is
+        refused.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stop_file.unlink(missing_ok=True)
         if not resume and (self.metrics.exists() or any(self.folder.glob("checkpoint*"))):
-            raise FileExistsError(f"{self.folder} holds a run already: pass resume=True, or choose another folder")
-        for left_by_a_kill in [*self.folder.glob(".checkpoint.*.tmp"), *self.folder.glob("checkpoints/.step-*.tmp")]:
+            raise FileExistsError(
+                f"{self.folder} holds a run already: pass resume=True, or choose another folder")
+        for left_by_a_kill in [*self.folder.glob(".checkpoint.*.tmp"),
+                               *self.folder.glob("checkpoints/.step-*.tmp")]:
             shutil.rmtree(left_by_a_kill)
         if found := newest_checkpoint(self.checkpoint):  # None: stopped before its first checkpoint
             self.opened, saved, meta = found
@@ -367,13 +425,19 @@ class RunFolder:
             cut_metrics(self.metrics, state.step)
 
     def stop_asked(self) -> str | None:
-        """What a file STOP asks for: "preempted" if that is what it says, else "stopped"; None without one."""
+        """What a file STOP asks for: "preempted" if that is what it says, else "stopped"; None
+        without one.
+        """
         with contextlib.suppress(FileNotFoundError):
-            return "preempted" if self.stop_file.read_text(encoding="utf-8").strip() == "preempted" else "stopped"
+            return ("preempted" if self.stop_file.read_text(encoding="utf-8").strip() == "preempted"
+                    else "stopped")
 
     def save(self, state: TrainingState) -> None:
-        """Write checkpoint/: the model's files and everything needed to resume; the former one is kept."""
-        everything = state.state_dict()  # before the averaged weights are swapped in for the model's files
+        """Write checkpoint/: the model's files and everything needed to resume; the former one is
+        kept.
+        """
+        # before the averaged weights are swapped in for the model's files
+        everything = state.state_dict()
         self._write(self.checkpoint, state, everything)
         self.last_checkpoint = f"{self.checkpoint} (step {state.step})"
 
@@ -384,6 +448,8 @@ class RunFolder:
 
     def _write(self, folder: Path, state: TrainingState, everything: dict | None) -> None:
         with state.eval_context() as module:
-            files = (lambda temporary: self.save_model(module, temporary)) if self.save_model else None
+            files = ((lambda temporary: self.save_model(module, temporary)) if self.save_model
+                     else None)
             if self.writes:
-                save_checkpoint(folder, everything, {"step": state.step, "tokens": state.tokens}, files, everything is not None)
+                save_checkpoint(folder, everything, {"step": state.step, "tokens": state.tokens},
+                                files, everything is not None)

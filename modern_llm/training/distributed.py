@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoints import random_states, restore_random_states, seed_everything
 from ..config import ConfigError
+from .checkpoints import random_states, restore_random_states, seed_everything
 from .optim import LossOutput
 from modern_llm.training.ranks import (
     PATIENCE, broadcast_task, local_gpu, next_training, open_store, wait_for_task,
@@ -36,7 +36,9 @@ __all__ = ['check_one_gpu_per_rank', 'World', 'on_ranks', 'per_rank_rng', 'LossM
 
 # %% ../../nbs/32_distributed.ipynb #shared-gpu
 def check_one_gpu_per_rank(store: dist.Store, rank: int, size: int, mine: str) -> None:
-    """ConfigError on all ranks, naming two, if this rank's GPU is another's too; each tells the others, through the store, its GPU's identity."""
+    """ConfigError on all ranks, naming two, if this rank's GPU is another's too; each tells the
+    others, through the store, its GPU's identity.
+    """
     names = [f"gpu/{other}" for other in range(size)]
     store.set(names[rank], f"{socket.gethostname()}, GPU {mine}")
     store.wait(names, PATIENCE)
@@ -44,18 +46,24 @@ def check_one_gpu_per_rank(store: dist.Store, rank: int, size: int, mine: str) -
     for other, name in enumerate(names):
         first = owners.setdefault(gpu := store.get(name).decode(), other)
         if first != other:
-            raise ConfigError(f"ranks {first} and {other} are on one GPU ({gpu}): start at most as many ranks on a machine as it shows "
-                              "them GPUs (hardware.ranks, --ntasks-per-node, --gpus-per-node or --gpus-per-task), or say device=cpu")
+            raise ConfigError(
+                f"ranks {first} and {other} are on one GPU ({gpu}): start at most as many ranks on "
+                "a machine as it shows them GPUs (hardware.ranks, --ntasks-per-node, "
+                "--gpus-per-node or --gpus-per-task), or say device=cpu")
 
 # %% ../../nbs/32_distributed.ipynb #world
 @dataclass
 class World:
-    """The processes that train together; `World()` is one process alone, for which everything here does nothing."""
+    """The processes that train together; `World()` is one process alone, for which everything here
+    does nothing.
+    """
 
     rank: int = 0
     size: int = 1
-    strategy: str = "ddp"  # "ddp" = the whole model on every rank; "fsdp" = weights, gradients, optimizer states sharded
-    task: dict | None = None  # what rank 0 broadcasts when it is about to train; see ranks.worker_loop
+    # "ddp" = the whole model on every rank; "fsdp" = weights, gradients, optimizer states sharded
+    strategy: str = "ddp"
+    # what rank 0 broadcasts when it is about to train; see ranks.worker_loop
+    task: dict | None = None
     trainings = 0  # of this process so far
 
     @property
@@ -64,22 +72,26 @@ class World:
         return self.rank == 0
 
     def place(self, device: torch.device) -> torch.device:
-        """Where this rank trains: alone on `device`, of several each on a GPU of its own (see ranks.local_gpu), or all on the CPU.
+        """Where this rank trains: alone on `device`, of several each on a GPU of its own (see
+        ranks.local_gpu), or all on the CPU.
 
         ConfigError for several ranks on a device of which there is one.
         """
         if self.size == 1 or device.type == "cpu":
             return device
         if device.type != "cuda" or device.index is not None:
-            raise ConfigError(f"{self.size} ranks need a GPU each, or device=cpu; device={str(device)!r} is a single one")
+            raise ConfigError(f"{self.size} ranks need a GPU each, or device=cpu; "
+                              f"device={str(device)!r} is a single one")
         own = local_gpu(torch.cuda.device_count())
         torch.cuda.set_device(own)
         return torch.device("cuda", own)
 
     def join(self, device: torch.device) -> None:
-        """Meet the other ranks, unless that is done: gloo on CPUs, on GPUs NCCL with gloo beside it for the hosts.
+        """Meet the other ranks, unless that is done: gloo on CPUs, on GPUs NCCL with gloo beside it
+        for the hosts.
 
-        ConfigError, on every rank, if two of them are on one GPU: NCCL would say so less clearly, or wait.
+        ConfigError, on every rank, if two of them are on one GPU: NCCL would say so less clearly,
+        or wait.
         """
         if self.size == 1 or dist.is_initialized():
             return
@@ -88,9 +100,12 @@ class World:
         World.trainings += 1
         self.store = dist.PrefixStore(f"training {number}", open_store())
         if device.type == "cuda":
-            check_one_gpu_per_rank(self.store, self.rank, self.size, str(getattr(torch.cuda.get_device_properties(device), "uuid", device)))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
-                                world_size=self.size, timeout=PATIENCE)
+            check_one_gpu_per_rank(
+                self.store, self.rank, self.size,
+                str(getattr(torch.cuda.get_device_properties(device), "uuid", device)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                store=self.store, rank=self.rank, world_size=self.size,
+                                timeout=PATIENCE)
 
     def leave(self) -> None:
         """Part from the other ranks: from now on alone."""
@@ -100,7 +115,8 @@ class World:
 
     def shard(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's shard of a batch, an equal share of its rows (views)."""
-        return {name: value.tensor_split(self.size)[self.rank] for name, value in batch.items()} if self.size > 1 else batch
+        return ({name: value.tensor_split(self.size)[self.rank] for name, value in batch.items()}
+                if self.size > 1 else batch)
 
     def all_reduce(self, out: LossOutput) -> LossOutput:
         """The sums over all ranks (all-reduce)."""
@@ -111,7 +127,8 @@ class World:
         return LossOutput(values[0], values[1], dict(zip(out.metrics, values[2:])))
 
     def all_reduce_max(self, *values: float) -> list[float]:
-        """The largest of each value over the ranks (all-reduce with max): the same on all of them."""
+        """The largest of each value over the ranks (all-reduce with max): the same on all of them.
+        """
         if self.size == 1:
             return list(values)
         largest = torch.tensor(values, dtype=torch.float64)
@@ -126,10 +143,13 @@ class World:
         return box[0]
 
 # %% ../../nbs/32_distributed.ipynb #on-ranks
-def on_ranks(function: Callable[[World], object], size: int = 2, strategy: str = "ddp", survivors: int | None = None) -> list:
-    """What `function(world)` returns, or the error it raises, on each of `size` forked processes; for lessons and tests on a CPU.
+def on_ranks(function: Callable[[World], object], size: int = 2, strategy: str = "ddp",
+             survivors: int | None = None) -> list:
+    """What `function(world)` returns, or the error it raises, on each of `size` forked processes;
+    for lessons and tests on a CPU.
 
-    With `survivors`, only of the first so many; each of the others ends with its function, as a process does that fails.
+    With `survivors`, only of the first so many; each of the others ends with its function, as a
+    process does that fails.
     """
     context, counted = multiprocessing.get_context("fork"), survivors or size
     with socket.socket() as free:
@@ -139,7 +159,8 @@ def on_ranks(function: Callable[[World], object], size: int = 2, strategy: str =
 
     def process(rank: int) -> None:
         torch.set_num_threads(1)
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size),
+                          LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         world = World(rank, size, strategy)
         try:
             found = function(world)
@@ -191,17 +212,23 @@ class LossModule(nn.Module):
 
 # %% ../../nbs/32_distributed.ipynb #spread-loss
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks of every part of a module that has `layers`; each once, even if a wrapper shows those of its body as its own."""
-    return list(dict.fromkeys(block for part in module.modules() if isinstance(getattr(part, "layers", None), nn.ModuleList)
+    """The blocks of every part of a module that has `layers`; each once, even if a wrapper shows
+    those of its body as its own.
+    """
+    return list(dict.fromkeys(block for part in module.modules()
+                              if isinstance(getattr(part, "layers", None), nn.ModuleList)
                               for block in part.layers))
 
 
 class DataParallelLoss:
-    """A loss function as before, (module, batch) -> LossOutput, whose gradients become their mean over the ranks."""
+    """A loss function as before, (module, batch) -> LossOutput, whose gradients become their mean
+    over the ranks.
+    """
 
     def __init__(self, module: nn.Module, loss_fn: Callable, world: World, device: torch.device):
         for value in [*module.parameters(), *module.buffers()]:
-            dist.broadcast(value.data, 0)  # whatever made them, the ranks begin with the same weights
+            # whatever made them, the ranks begin with the same weights
+            dist.broadcast(value.data, 0)
         whole = LossModule(module, loss_fn)
         if world.strategy == "fsdp":
             from torch.distributed.device_mesh import init_device_mesh
@@ -213,16 +240,20 @@ class DataParallelLoss:
             self.wrapped = fully_shard(whole, mesh=mesh)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have a longer name for broadcast_buffers
-                self.wrapped = DistributedDataParallel(whole, broadcast_buffers=False, gradient_as_bucket_view=True,
-                                                       find_unused_parameters=device.type == "cpu")  # buckets stay: see below
+                # newer versions of torch have a longer name for broadcast_buffers
+                warnings.simplefilter("ignore", FutureWarning)
+                self.wrapped = DistributedDataParallel(
+                    whole, broadcast_buffers=False, gradient_as_bucket_view=True,
+                    find_unused_parameters=device.type == "cpu")  # buckets stay: see below
 
     def __call__(self, module: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
         return LossOutput(*self.wrapped(batch))
 
     @contextlib.contextmanager
     def gradient_sync(self, last: bool) -> Iterator[None]:
-        """Around forward and backward pass of a micro-batch: only after the last one do the ranks exchange gradients."""
+        """Around forward and backward pass of a micro-batch: only after the last one do the ranks
+        exchange gradients.
+        """
         if isinstance(self.wrapped, DistributedDataParallel):
             with contextlib.nullcontext() if last else self.wrapped.no_sync():
                 yield
@@ -231,8 +262,11 @@ class DataParallelLoss:
             yield
 
 
-def data_parallel(module: nn.Module, loss_fn: Callable, world: World, device: torch.device) -> tuple[Callable, nn.Module | None]:
-    """The loss function for this world, and, if the module's weights are sharded for it, a full copy of the module."""
+def data_parallel(module: nn.Module, loss_fn: Callable, world: World,
+                  device: torch.device) -> tuple[Callable, nn.Module | None]:
+    """The loss function for this world, and, if the module's weights are sharded for it, a full
+    copy of the module.
+    """
     if world.size == 1:
         return loss_fn, None
     whole = deepcopy(module).cpu() if world.strategy == "fsdp" else None
@@ -241,11 +275,14 @@ def data_parallel(module: nn.Module, loss_fn: Callable, world: World, device: to
 
 def gradient_sync(loss_fn: Callable, last: bool) -> contextlib.AbstractContextManager:
     """`loss_fn.gradient_sync(last)` if it is data parallel."""
-    return loss_fn.gradient_sync(last) if isinstance(loss_fn, DataParallelLoss) else contextlib.nullcontext()
+    return (loss_fn.gradient_sync(last) if isinstance(loss_fn, DataParallelLoss)
+            else contextlib.nullcontext())
 
 # %% ../../nbs/32_distributed.ipynb #left-behind
 def first_failure(world: World, mine: str | None, seconds: float = 5.0) -> str:
-    """What the first rank that failed has said; `mine`, if this is the first one. Waits a little for another's."""
+    """What the first rank that failed has said; `mine`, if this is the first one. Waits a little
+    for another's.
+    """
     try:
         if mine and world.store.add("failures", 1) == 1:
             world.store.set("failure", f"rank {world.rank} of {world.size} failed\n{mine}")
@@ -261,7 +298,8 @@ class RankFailed(RuntimeError):
 
 @contextlib.contextmanager
 def propagate_failures(world: World) -> Iterator[None]:
-    """Inside, an error on one rank is reported to the others, whose broken connections become `RankFailed` with its traceback.
+    """Inside, an error on one rank is reported to the others, whose broken connections become
+    `RankFailed` with its traceback.
 
     A reported error has the attribute `reported`.
     """
@@ -271,9 +309,11 @@ def propagate_failures(world: World) -> Iterator[None]:
         if world.size == 1:
             raise
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):  # the launcher ends what is left: let this rank say why first
+            # the launcher ends what is left: let this rank say why first
+            for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
-        broken = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
+        broken = (isinstance(error, dist.DistError) or "gloo" in str(error)
+                  or "Connection" in str(error))
         said = first_failure(world, traceback.format_exc() if not broken else None)
         if broken:
             raise RankFailed(said) from None

@@ -25,9 +25,12 @@ __all__ = ['cross_entropy_chunk', 'chunked_cross_entropy', 'LossOutput', 'lm_los
 
 # %% ../../nbs/02b_optim.ipynb #chunk-gradients
 def cross_entropy_chunk(
-    hidden: Float[Tensor, "n c"], weight: Float[Tensor, "v c"], labels: Int[Tensor, "n"], ignore_index: int = IGNORED
+    hidden: Float[Tensor, "n c"], weight: Float[Tensor, "v c"],
+    labels: Int[Tensor, "n"], ignore_index: int = IGNORED
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n v"]]:
-    """Sum of nats over the labelled rows, and its gradient with respect to the logits (softmax minus one-hot)."""
+    """Sum of nats over the labelled rows, and its gradient with respect to the logits (softmax
+    minus one-hot).
+    """
     logits = (hidden @ weight.T).float()
     log_z = logits.logsumexp(dim=-1, keepdim=True)
     labelled = (labels != ignore_index).unsqueeze(-1)
@@ -39,7 +42,9 @@ def cross_entropy_chunk(
 
 # %% ../../nbs/02b_optim.ipynb #chunked-function
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy whose gradients are computed in the forward pass, chunk by chunk; use `chunked_cross_entropy`."""
+    """Cross-entropy whose gradients are computed in the forward pass, chunk by chunk; use
+    `chunked_cross_entropy`.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk_tokens, ignore_index, dtype, with_gradients):
@@ -64,7 +69,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * upstream.to(hidden_grad.dtype), weight_grad * upstream, None, None, None, None, None
+        return (hidden_grad * upstream.to(hidden_grad.dtype), weight_grad * upstream, None, None,
+                None, None, None)
 
 # %% ../../nbs/02b_optim.ipynb #chunked-ce
 def chunked_cross_entropy(
@@ -88,12 +94,15 @@ def chunked_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, ignore_index, dtype, with_gradients)
+        return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, ignore_index, dtype,
+                                          with_gradients)
 
 # %% ../../nbs/02b_optim.ipynb #loss-output
 @dataclass
 class LossOutput:
-    """What every loss function of this project returns: sums, never means, so that pieces of a batch can be added."""
+    """What every loss function of this project returns: sums, never means, so that pieces of a
+    batch can be added.
+    """
 
     total: Tensor  # 0-d, the loss summed over the items
     count: Tensor | int  # the items: labelled tokens, pairs, answers
@@ -101,10 +110,12 @@ class LossOutput:
 
 # %% ../../nbs/02b_optim.ipynb #lm-loss
 def lm_loss(model: nn.Module, batch: dict[str, Tensor], chunk_tokens: int = 4096) -> LossOutput:
-    """Next-token loss of a model that has `hidden(input_ids, segment_ids) -> (hidden, aux)` and `lm_head.weight`.
+    """Next-token loss of a model that has `hidden(input_ids, segment_ids) -> (hidden, aux)` and
+    `lm_head.weight`.
 
-    `batch` holds input_ids and labels (b, t), labels already shifted, and may hold segment_ids. `aux` (router losses,
-    a mean over tokens) is weighted by the number of labelled tokens; the metric `nats` leaves it out.
+    `batch` holds input_ids and labels (b, t), labels already shifted, and may hold segment_ids.
+    `aux` (router losses, a mean over tokens) is weighted by the number of labelled tokens; the
+    metric `nats` leaves it out.
     """
     hidden, aux = model.hidden(batch["input_ids"], batch.get("segment_ids"))
     labels = batch["labels"].flatten()
@@ -116,9 +127,11 @@ def lm_loss(model: nn.Module, batch: dict[str, Tensor], chunk_tokens: int = 4096
 def orthogonalise(
     matrices: Float[Tensor, "*batch r c"], steps: int = 5, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "*batch r c"]:
-    """Replace every singular value by one near 1 (0.7–1.2): Newton–Schulz iteration, all matrices at once.
+    """Replace every singular value by one near 1 (0.7–1.2): Newton–Schulz iteration, all matrices
+    at once.
 
-    Quintic with the coefficients of Jordan et al. 2024; bfloat16 is right on GPUs, float32 on CPUs without bf16 units.
+    Quintic with the coefficients of Jordan et al. 2024; bfloat16 is right on GPUs, float32 on CPUs
+    without bf16 units.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -131,34 +144,43 @@ def orthogonalise(
 
 # %% ../../nbs/02b_optim.ipynb #divided
 def gather_tensor(value: Tensor) -> Tensor:
-    """The full tensor of one that is sharded over ranks (a collective: all of them must call it); any other is returned as it is."""
+    """The full tensor of one that is sharded over ranks (a collective: all of them must call it);
+    any other is returned as it is.
+    """
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def shard_like(model: Tensor, value: Tensor) -> Tensor:
-    """This rank's shard of a full `value`, if `model` is sharded over ranks; else `value` as it is."""
+    """This rank's shard of a full `value`, if `model` is sharded over ranks; else `value` as it is.
+    """
     if not hasattr(model, "full_tensor"):
         return value
-    from torch.distributed.tensor import distribute_tensor  # half a second that only a sharded model costs
+    # half a second that only a sharded model costs
+    from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements,
+                             src_data_rank=None)
 
 # %% ../../nbs/02b_optim.ipynb #muon
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon`, with matrices of one shape orthogonalised together and the dtype of that left open.
+    """`torch.optim.Muon`, with matrices of one shape orthogonalised together and the dtype of that
+    left open.
 
     A parameter of more than two dimensions is a stack of matrices (experts).
 
     Args:
-        lr: of an update whose singular values are near 1; a tall matrix (r, c) gets sqrt(r / c) times as much.
+        lr: of an update whose singular values are near 1; a tall matrix (r, c) gets sqrt(r / c)
+            times as much.
         dtype: of the Newton–Schulz iteration; None = bfloat16 on GPUs, float32 elsewhere.
     """
 
-    def __init__(self, params, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, steps=5, dtype=None):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
-                                      steps=steps, dtype=dtype))
+    def __init__(self, params, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, steps=5,
+                 dtype=None):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+                                      nesterov=nesterov, steps=steps, dtype=dtype))
         for p in (p for group in self.param_groups for p in group["params"] if p.ndim < 2):
-            raise ValueError(f"Muon got a parameter of shape {tuple(p.shape)}: it takes matrices; give it to AdamW")
+            raise ValueError(f"Muon got a parameter of shape {tuple(p.shape)}: it takes matrices; "
+                             "give it to AdamW")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -183,9 +205,11 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+        updates = (torch._foreach_lerp(grads, buffers, group["momentum"])
+                   if group["nesterov"] else buffers)
         dtype = group["dtype"] or (torch.bfloat16 if params[0].is_cuda else torch.float32)
-        updates = orthogonalise(torch.stack([gather_tensor(u) for u in updates]), group["steps"], dtype).unbind()
+        updates = orthogonalise(torch.stack([gather_tensor(u) for u in updates]),
+                                group["steps"], dtype).unbind()
         updates = [shard_like(p, u) for p, u in zip(params, updates)]
         rows, columns = params[0].shape[-2:]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -193,10 +217,11 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../../nbs/02b_optim.ipynb #parameter-groups
 def parameter_groups(module: nn.Module, cfg: TrainConfig) -> dict[str, dict[str, nn.Parameter]]:
-    """Who updates what: {"muon" | "adamw" | "adamw, no decay": {name: parameter}}, frozen parameters left out.
+    """Who updates what: {"muon" | "adamw" | "adamw, no decay": {name: parameter}}, frozen
+    parameters left out.
 
-    Muon takes the matrices inside `layers` except routers (cfg.optimizer="muon"), AdamW the rest: embeddings, output
-    heads, routers. Vectors (norm gains, sinks, biases) get no weight decay.
+    Muon takes the matrices inside `layers` except routers (cfg.optimizer="muon"), AdamW the rest:
+    embeddings, output heads, routers. Vectors (norm gains, sinks, biases) get no weight decay.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "adamw": {}, "adamw, no decay": {}}
     for name, parameter in module.named_parameters():
@@ -209,27 +234,33 @@ def parameter_groups(module: nn.Module, cfg: TrainConfig) -> dict[str, dict[str,
 
 # %% ../../nbs/02b_optim.ipynb #make-optimizers
 def make_optimizers(module: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run; every parameter group carries its `peak_lr`, which a schedule multiplies."""
-    groups = {kind: list(members.values()) for kind, members in parameter_groups(module, cfg).items()}
+    """The optimizers of a run; every parameter group carries its `peak_lr`, which a schedule
+    multiplies.
+    """
+    groups = {kind: list(members.values())
+              for kind, members in parameter_groups(module, cfg).items()}
     adamw = [dict(params=groups["adamw"], peak_lr=cfg.lr, weight_decay=cfg.weight_decay),
              dict(params=groups["adamw, no decay"], peak_lr=cfg.lr, weight_decay=0.0)]
     adamw = [group for group in adamw if group["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups["muon"]:
-        optimizers.append(Muon([dict(params=groups["muon"], peak_lr=cfg.muon_lr)], cfg.muon_lr, cfg.weight_decay))
+        optimizers.append(Muon([dict(params=groups["muon"], peak_lr=cfg.muon_lr)], cfg.muon_lr,
+                               cfg.weight_decay))
     if adamw:
         fused = all(p.device.type in ("cuda", "cpu") for group in adamw for p in group["params"])
-        optimizers.append(torch.optim.AdamW(adamw, lr=cfg.lr, betas=cfg.betas, eps=1e-8, fused=fused))
+        optimizers.append(
+            torch.optim.AdamW(adamw, lr=cfg.lr, betas=cfg.betas, eps=1e-8, fused=fused))
     if not optimizers:
         raise ValueError("the module has no parameter that requires a gradient: nothing to train")
     return optimizers
 
 # %% ../../nbs/02b_optim.ipynb #schedule
 def learning_rate_factor(step: float, progress: float, cfg: TrainConfig) -> float:
-    """Learning rate as a share of its peak, after `step` steps and at `progress` of the run (0 = start, 1 = end).
+    """Learning rate as a share of its peak, after `step` steps and at `progress` of the run (0 =
+    start, 1 = end).
 
-    It rises linearly for warmup_steps. Then "wsd" stays, and falls linearly over the last decay_fraction; "cosine"
-    falls from the end of the warmup on. Both end at final_lr_fraction.
+    It rises linearly for warmup_steps. Then "wsd" stays, and falls linearly over the last
+    decay_fraction; "cosine" falls from the end of the warmup on. Both end at final_lr_fraction.
     """
     progress, share = min(max(progress, 0.0), 1.0), step / cfg.max_steps
     warmup = min(cfg.warmup_steps / cfg.max_steps, 1.0)

@@ -1,4 +1,5 @@
-"""Several processes, one run: who this one is, where all meet, and the store in which rank 0 leaves word for the others.
+"""Several processes, one run: who this one is, where all meet, and the store in which rank 0 leaves
+word for the others.
 
 Imports no torch at the top.
 """
@@ -11,18 +12,25 @@ import os
 from collections.abc import Mapping
 from datetime import timedelta
 
-PATIENCE = timedelta(days=1)  # of ranks with each other: rank 0 may draw samples for hours; the launcher ends what has died
+# of ranks with each other: rank 0 may draw samples for hours; the launcher ends what has died
+PATIENCE = timedelta(days=1)
 
 
 class TrainingEnded(Exception):
-    """Raised behind the training of a stage on every rank but the first: what follows is rank 0's alone."""
+    """Raised behind the training of a stage on every rank but the first: what follows is rank 0's
+    alone.
+    """
 
 
 def rank_info(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """(rank, number of ranks, rank on this machine) as torchrun or srun told this process; (0, 1, 0) if neither did."""
+    """(rank, number of ranks, rank on this machine) as torchrun or srun told this process; (0,
+    1, 0) if neither did.
+    """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = "RANK", "WORLD_SIZE", "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
-    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:  # a batch script itself is no step of srun
+        names = ("RANK", "WORLD_SIZE",
+                 "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID")
+    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        # a batch script itself is no step of srun
         names = "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"
     else:
         return 0, 1, 0
@@ -33,29 +41,37 @@ def rank_info(environment: Mapping[str, str] = os.environ) -> tuple[int, int, in
 def local_gpu(count: int, environment: Mapping[str, str] = os.environ) -> int:
     """The number of this rank's own GPU among the `count` that are visible to it.
 
-    Where all ranks of a machine see all its GPUs, that is the rank's number on this machine; where each sees its own only, as
-    with srun --gpus-per-task, it is one of those.
+    Where all ranks of a machine see all its GPUs, that is the rank's number on this machine; where
+    each sees its own only, as with srun --gpus-per-task, it is one of those.
     """
     return rank_info(environment)[2] % count
 
 
 def address(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Where the ranks meet: MASTER_ADDR and MASTER_PORT (torchrun sets them), else the host srun was called on and a port of the job's own."""
-    host = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
-    return host, int(environment.get("MASTER_PORT") or 20_000 + int(environment.get("SLURM_JOB_ID", 0)) % 20_000)
+    """Where the ranks meet: MASTER_ADDR and MASTER_PORT (torchrun sets them), else the host srun
+    was called on and a port of the job's own.
+    """
+    host = (environment.get("MASTER_ADDR")
+            or environment.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1")
+    return host, int(environment.get("MASTER_PORT")
+                     or 20_000 + int(environment.get("SLURM_JOB_ID", 0)) % 20_000)
 
 
 @functools.cache
 def open_store():
-    """The key-value store that all ranks see: torchrun's, else one that the first process of rank 0 keeps."""
+    """The key-value store that all ranks see: torchrun's, else one that the first process of rank 0
+    keeps.
+    """
     from torch.distributed import PrefixStore, TCPStore
 
     rank, _, _ = rank_info()
     kept_by_another = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = address()
-    store = TCPStore(host, port, is_master=rank == 0 and not kept_by_another, wait_for_workers=False, timeout=PATIENCE)
+    store = TCPStore(host, port, is_master=rank == 0 and not kept_by_another,
+                     wait_for_workers=False, timeout=PATIENCE)
     if rank == 0:
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # for the kernels that this process starts
+        # for the kernels that this process starts
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     return PrefixStore("modern_llm", store)
 
 

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import TrainingState
 from ..config import TrainConfig
+from .checkpoints import TrainingState
 from .distributed import World, gradient_sync
 from .optim import LossOutput, gather_tensor
 
@@ -27,14 +27,18 @@ LossFunction = Callable[[nn.Module, Batch], LossOutput]
 
 # %% ../../nbs/30_train_step.ipynb #micro-batches
 def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """Cut a batch into as few pieces of at most `size` rows as there can be, equally large up to one row (views)."""
+    """Cut a batch into as few pieces of at most `size` rows as there can be, equally large up to
+    one row (views).
+    """
     pieces = -(-len(next(iter(batch.values()))) // size)
     for part in zip(*(value.tensor_split(pieces) for value in batch.values())):
         yield dict(zip(batch, part))
 
 
 def batch_tokens(batch: Batch) -> int:
-    """Positions the model reads: all entries of the tensors whose name ends in `input_ids`, padding included."""
+    """Positions the model reads: all entries of the tensors whose name ends in `input_ids`, padding
+    included.
+    """
     return sum(value.numel() for name, value in batch.items() if name.endswith("input_ids"))
 
 # %% ../../nbs/30_train_step.ipynb #add-losses
@@ -43,33 +47,40 @@ def add_losses(outputs: list[LossOutput]) -> LossOutput:
     device = outputs[0].total.device
 
     def add(values: list) -> Tensor:
-        return sum(v.detach().float() if isinstance(v, Tensor) else torch.full((), float(v), device=device) for v in values)
+        return sum(v.detach().float() if isinstance(v, Tensor)
+                   else torch.full((), float(v), device=device) for v in values)
 
     metrics = {name: add([out.metrics[name] for out in outputs]) for name in outputs[0].metrics}
-    return LossOutput(add([out.total for out in outputs]), add([out.count for out in outputs]), metrics)
+    return LossOutput(add([out.total for out in outputs]),
+                      add([out.count for out in outputs]), metrics)
 
 # %% ../../nbs/30_train_step.ipynb #rescale
 @torch.no_grad()
-def rescale_gradients(parameters: list[nn.Parameter], factor: Tensor, max_norm: float, scale: float = 1.0) -> Tensor:
-    """Multiply all gradients by `factor`, then clip their joint norm to `max_norm` (0 = no clipping); one pass.
+def rescale_gradients(parameters: list[nn.Parameter], factor: Tensor, max_norm: float,
+                      scale: float = 1.0) -> Tensor:
+    """Multiply all gradients by `factor`, then clip their joint norm to `max_norm` (0 = no
+    clipping); one pass.
 
-    Gradients stay multiplied by the loss `scale`. Returns the norm before clipping, unscaled. Where it is not finite
-    every gradient becomes NaN, so that a bad step shows in the next loss instead of passing unseen.
+    Gradients stay multiplied by the loss `scale`. Returns the norm before clipping, unscaled. Where
+    it is not finite every gradient becomes NaN, so that a bad step shows in the next loss instead
+    of passing unseen.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = gather_tensor(torch.nn.utils.get_total_norm(grads, foreach=True)) * factor / scale
     shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in grads], torch.where(norm.isfinite(), factor * shrink, torch.nan))
+    torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in grads],
+                        torch.where(norm.isfinite(), factor * shrink, torch.nan))
     return norm
 
 # %% ../../nbs/30_train_step.ipynb #optimizer-step
-def optimizer_step(
-    state: TrainingState, loss_fn: LossFunction, batch: Batch, cfg: TrainConfig, lr_factor: float, world: World = World()
-) -> tuple[LossOutput, Tensor]:
-    """One update from a batch on the CPU (a rank's rows of it), in micro-batches; the device is never waited for.
+def optimizer_step(state: TrainingState, loss_fn: LossFunction, batch: Batch, cfg: TrainConfig,
+                   lr_factor: float, world: World = World()) -> tuple[LossOutput, Tensor]:
+    """One update from a batch on the CPU (a rank's rows of it), in micro-batches; the device is
+    never waited for.
 
-    Sums are added over the micro-batches and ranks and the gradient divided once by the total count, so the cut changes
-    nothing. Returns the batch's summed LossOutput and the gradient norm before clipping.
+    Sums are added over the micro-batches and ranks and the gradient divided once by the total
+    count, so the cut changes nothing. Returns the batch's summed LossOutput and the gradient norm
+    before clipping.
     """
     rows = len(next(iter(batch.values())))
     parameters = [p for o in state.optimizers for group in o.param_groups for p in group["params"]]
@@ -79,10 +90,12 @@ def optimizer_step(
         with gradient_sync(loss_fn, last=number == len(parts)):
             with state.autocast():
                 out = loss_fn(state.module, part)
-            state.scaler.scale(out.total / rows).backward()  # any constant would do: it keeps float16 gradients in range
+            # any constant would do: it keeps float16 gradients in range
+            state.scaler.scale(out.total / rows).backward()
         outputs.append(out)
     summed = world.all_reduce(add_losses(outputs))
-    factor = rows * world.size / summed.count.clamp(min=1)  # the ranks have averaged their gradients
+    # the ranks have averaged their gradients
+    factor = rows * world.size / summed.count.clamp(min=1)
     norm = rescale_gradients(parameters, factor, cfg.grad_clip, state.scaler.get_scale())
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
@@ -97,12 +110,13 @@ def optimizer_step(
     return summed, norm
 
 # %% ../../nbs/30_train_step.ipynb #prefetch
-def prefetch(
-    batches: Callable[[int], Batch], start: int, stop: int, rows: int, pin: bool = False, ahead: int = 2, world: World = World()
-) -> Iterator[Batch]:
-    """Yield batches(start) … batches(stop - 1), or a rank's rows of them, made by a thread up to `ahead` steps early.
+def prefetch(batches: Callable[[int], Batch], start: int, stop: int, rows: int, pin: bool = False,
+             ahead: int = 2, world: World = World()) -> Iterator[Batch]:
+    """Yield batches(start) … batches(stop - 1), or a rank's rows of them, made by a thread up to
+    `ahead` steps early.
 
-    An error raised by `batches` is raised here, at its step; so is a batch whose tensors do not have `rows` rows.
+    An error raised by `batches` is raised here, at its step; so is a batch whose tensors do not
+    have `rows` rows.
     """
 
     def load(step: int) -> Batch:

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ..data.answer_pairs import encode_candidate
 from ..data.chat import chat_format, end_id
-from ..files import write_json
-from ..models.generation import evaluating
-from ..models.decoder import save_model, write_tensors
-from ..models.verifier import VerifierModel, running_surprise, token_log_probs
-from .optim import LossOutput
-from ..statistics import auc, paired_difference, proportion_interval, within_group_auc
 from ..data.tasks import Problem, rerank
 from ..data.tokens import save_tokenizer
+from ..files import write_json
+from ..models.decoder import save_model, write_tensors
+from ..models.generation import evaluating
+from ..models.verifier import VerifierModel, running_surprise, token_log_probs
+from ..statistics import auc, paired_difference, proportion_interval, within_group_auc
+from .optim import LossOutput
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -37,23 +37,27 @@ __all__ = ['MIDDLE_LEVELS', 'DIFFERENCES', 'sampling_plan', 'read_answers', 'sco
 
 # %% ../../nbs/06_verifier.ipynb #sampling-plan
 def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
-    """Which weights answer how often: `start` at least every second time, those kept while it was trained the rest."""
+    """Which weights answer how often: `start` at least every second time, those kept while it was
+    trained the rest.
+    """
     kept = sorted((start.parent / "checkpoints").glob("step-*"))
     each = samples // (2 * len(kept)) if kept else 0
     return [(start, samples - each * len(kept)), *((folder, each) for folder in kept if each)]
 
 # %% ../../nbs/06_verifier.ipynb #read-answers
 @torch.inference_mode()
-def read_answers(
-    verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterable[Problem], answers: Iterable[str], batch_rows: int = 64,
-) -> Float[np.ndarray, "n 3"]:
-    """What the head says at the end of each answer, and the sum and minimum of log p; NaN for answers that do not fit the context.
+def read_answers(verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterable[Problem],
+                 answers: Iterable[str], batch_rows: int = 64) -> Float[np.ndarray, "n 3"]:
+    """What the head says at the end of each answer, and the sum and minimum of log p; NaN for
+    answers that do not fit the context.
 
     Neither padding nor the other rows of a batch matter.
     """
     device, room = verifier.head.weight.device, verifier.model.cfg.context_length
-    coded = [encode_candidate(tokenizer, p, text) for p, text in zip(problems, answers, strict=True)]
-    order = sorted((i for i, (ids, _) in enumerate(coded) if len(ids) <= room), key=lambda i: len(coded[i][0]))
+    coded = [encode_candidate(tokenizer, p, text)
+             for p, text in zip(problems, answers, strict=True)]
+    order = sorted((i for i, (ids, _) in enumerate(coded) if len(ids) <= room),
+                   key=lambda i: len(coded[i][0]))
     found = np.full((len(coded), 3), np.nan)
     for rows in (order[i : i + batch_rows] for i in range(0, len(order), batch_rows)):
         ids = torch.zeros(len(rows), len(coded[rows[-1]][0]), dtype=torch.long)
@@ -61,7 +65,8 @@ def read_answers(
         for row, (tokens, start) in enumerate(coded[i] for i in rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             answer[row, start : len(tokens)] = True
-        ends = torch.arange(len(rows), device=device), torch.tensor([len(coded[i][0]) - 1 for i in rows], device=device)
+        ends = (torch.arange(len(rows), device=device),
+                torch.tensor([len(coded[i][0]) - 1 for i in rows], device=device))
         with evaluating(verifier):
             said, features, _, _ = verifier(ids.to(device), answer.to(device))
         found[rows] = torch.cat([said[ends][:, None], features[ends]], dim=1).cpu().double().numpy()
@@ -69,13 +74,16 @@ def read_answers(
 
 # %% ../../nbs/06_verifier.ipynb #score-answers
 @torch.inference_mode()
-def score_answers(
-    verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterable[Problem], answers: Iterable[str], batch_rows: int = 64,
-) -> Float[np.ndarray, "n"]:
-    """How likely each answer to its problem is right, 0 to 1, read at the end of the answer; 0 if it does not fit the context."""
-    parts = torch.tensor(read_answers(verifier, tokenizer, problems, answers, batch_rows), dtype=torch.float32)
+def score_answers(verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterable[Problem],
+                  answers: Iterable[str], batch_rows: int = 64) -> Float[np.ndarray, "n"]:
+    """How likely each answer to its problem is right, 0 to 1, read at the end of the answer; 0 if
+    it does not fit the context.
+    """
+    parts = torch.tensor(read_answers(verifier, tokenizer, problems, answers, batch_rows),
+                         dtype=torch.float32)
     parts = parts.to(verifier.head.weight.device)
-    return verifier.weigh(parts[:, 0], parts[:, 1:]).cpu().double().sigmoid().nan_to_num(0.0).numpy()
+    return (
+        verifier.weigh(parts[:, 0], parts[:, 1:]).cpu().double().sigmoid().nan_to_num(0.0).numpy())
 
 
 def score(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem, answer: str) -> float:
@@ -83,33 +91,43 @@ def score(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem, answe
     return float(score_answers(verifier, tokenizer, [problem], [answer])[0])
 
 # %% ../../nbs/06_verifier.ipynb #verifier-loss
-def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor], lm_weight: float = 0.5) -> LossOutput:
-    """Binary cross-entropy at every answer token, averaged over an answer, and the nats of right answers' tokens.
+def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor],
+                  lm_weight: float = 0.5) -> LossOutput:
+    """Binary cross-entropy at every answer token, averaged over an answer, and the nats of right
+    answers' tokens.
 
-    The items are the judged answers, each with the same weight. Metrics: `judgement` (cross-entropy), `language` (nats per token, summed
-    over all right answers) and `accuracy` (share of tokens on the right side of one half).
+    The items are the judged answers, each with the same weight. Metrics: `judgement`
+    (cross-entropy), `language` (nats per token, summed over all right answers) and `accuracy`
+    (share of tokens on the right side of one half).
     """
     answers, weights, targets = batch["answers"], batch["weights"], batch["targets"]
     said, features, log_p, aux = verifier(batch["input_ids"], answers > 0, batch["segment_ids"])
     logits = verifier.combine(said, features)
-    judgement = (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum()
+    judgement = (
+        (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum())
     language = -(answers * targets * log_p).sum()
     accuracy = (weights * ((logits > 0) == (targets > 0))).sum()
     count = weights.sum()
     return LossOutput(judgement + lm_weight * language + aux * count, count,
-                      {"judgement": judgement.detach(), "language": language.detach(), "accuracy": accuracy.detach()})
+                      {"judgement": judgement.detach(), "language": language.detach(),
+                       "accuracy": accuracy.detach()})
 
 # %% ../../nbs/06_verifier.ipynb #logistic-fit
-def logistic_fit(features: Tensor, targets: Tensor, weights: Tensor, prior: Sequence[float]) -> Tensor:
-    """The weights w for which sigmoid(features @ w) fits the 0/1 targets best; `prior` counts as much as one item."""
-    features, targets, weights = (x.detach().cpu().double().clone() for x in (features, targets, weights))
+def logistic_fit(features: Tensor, targets: Tensor, weights: Tensor,
+                 prior: Sequence[float]) -> Tensor:
+    """The weights w for which sigmoid(features @ w) fits the 0/1 targets best; `prior` counts as
+    much as one item.
+    """
+    features, targets, weights = (
+        x.detach().cpu().double().clone() for x in (features, targets, weights))
     centre = torch.tensor(prior, dtype=torch.double)
     line = centre.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([line], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        nats = F.binary_cross_entropy_with_logits(features @ line, targets, weights, reduction="sum")
+        nats = F.binary_cross_entropy_with_logits(
+            features @ line, targets, weights, reduction="sum")
         nats = nats + (line - centre).square().sum()
         (nats / weights.sum()).backward()
         return nats.detach() / weights.sum()
@@ -119,17 +137,21 @@ def logistic_fit(features: Tensor, targets: Tensor, weights: Tensor, prior: Sequ
 
 # %% ../../nbs/06_verifier.ipynb #start-from-surprise
 def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Tensor]]) -> None:
-    """Set the weights on the surprise, and the bias, to the logistic regression that fits these batches; the rest stays."""
+    """Set the weights on the surprise, and the bias, to the logistic regression that fits these
+    batches; the rest stays.
+    """
     found = []
     with torch.inference_mode(), evaluating(verifier):
         for batch in batches:
-            ids, segments, answers, weights, targets = (batch[name].to(verifier.head.weight.device) for name in (
-                "input_ids", "segment_ids", "answers", "weights", "targets"))
-            log_p = token_log_probs(verifier.model, verifier.model.hidden(ids, segments)[0], ids, answers > 0)
+            ids, segments, answers, weights, targets = (
+                batch[name].to(verifier.head.weight.device)
+                for name in ("input_ids", "segment_ids", "answers", "weights", "targets"))
+            log_p = token_log_probs(verifier.model,
+                                    verifier.model.hidden(ids, segments)[0], ids, answers > 0)
             features = running_surprise(log_p, (answers > 0) * segments)
             used = weights > 0
-            found.append(torch.cat([features[used], torch.ones_like(features[used][:, :1]), targets[used][:, None],
-                                    weights[used][:, None]], dim=1))
+            found.append(torch.cat([features[used], torch.ones_like(features[used][:, :1]),
+                                    targets[used][:, None], weights[used][:, None]], dim=1))
     table = torch.cat(found)
     line = logistic_fit(table[:, :3], table[:, 3], table[:, 4], prior=(0.0, 0.0, 0.0))
     with torch.no_grad():
@@ -138,30 +160,36 @@ def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Ten
 
 # %% ../../nbs/06_verifier.ipynb #calibrate
 def calibrate(parts: Float[np.ndarray, "n 3"], right: Bool[np.ndarray, "n"]) -> list[float]:
-    """Weights of the three parts of a score, and a shift, so that the sigmoid of their sum fits these answers' labels best.
+    """Weights of the three parts of a score, and a shift, so that the sigmoid of their sum fits
+    these answers' labels best.
 
-    Source: Platt 1999, here with three inputs. No weight is negative: an input that would get such a weight is left out. The
-    answers must be as the generator writes them, to problems that the verifier was not trained on. Without any the head alone counts.
+    Source: Platt 1999, here with three inputs. No weight is negative: an input that would get such
+    a weight is left out. The answers must be as the generator writes them, to problems that the
+    verifier was not trained on. Without any the head alone counts.
     """
     known = ~np.isnan(parts).any(1)
     if not known.any():
         return [1.0, 0.0, 0.0, 0.0]
-    features, targets = np.column_stack([parts[known], np.ones(known.sum())]), torch.tensor(right[known], dtype=torch.double)
+    features, targets = (np.column_stack([parts[known], np.ones(known.sum())]),
+                         torch.tensor(right[known], dtype=torch.double))
     weights, used = [0.0] * 4, [0, 1, 2, 3]
     while True:
-        fit = logistic_fit(torch.tensor(features[:, used]), targets, torch.ones_like(targets), prior=[0.0] * len(used)).tolist()
+        fit = logistic_fit(torch.tensor(features[:, used]), targets, torch.ones_like(targets),
+                           prior=[0.0] * len(used)).tolist()
         negative = [column for column, weight in zip(used, fit) if weight < 0 and column < 3]
         if not negative:
             break
         used.remove(negative[0])
     for column, weight in zip(used, fit):
         weights[column] = weight
-    return weights if any(weights[:3]) else [1.0, *weights[1:]]  # labels of one kind teach no order: keep the head's
+    # labels of one kind teach no order: keep the head's
+    return weights if any(weights[:3]) else [1.0, *weights[1:]]
 
 # %% ../../nbs/06_verifier.ipynb #save-load
 def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokenizer,
                   calibration: Sequence[float] = ()) -> None:
-    """Write the body as a language model with its tokenizer, and beside it the head: verifier.safetensors, verifier.json.
+    """Write the body as a language model with its tokenizer, and beside it the head:
+    verifier.safetensors, verifier.json.
 
     `calibration` (the weights of `calibrate`) is stored instead of the verifier's own.
     """
@@ -178,27 +206,36 @@ def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokeni
 
 # %% ../../nbs/06_verifier.ipynb #token-scores
 @torch.inference_mode()
-def token_scores(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem, answer: str) -> tuple[list[str], np.ndarray]:
+def token_scores(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem,
+                 answer: str) -> tuple[list[str], np.ndarray]:
     """The answer's tokens as text, and how likely the answer is right after each of them."""
     ids, start = encode_candidate(tokenizer, problem, answer)
     row = torch.tensor([ids], device=verifier.head.weight.device)
     with evaluating(verifier):
-        logits = verifier.score_logits(row, torch.arange(len(ids), device=row.device)[None] >= start)
-    return [tokenizer.decode([i], skip_special_tokens=False) for i in ids[start:]], logits[0, start:].sigmoid().cpu().numpy()
+        logits = verifier.score_logits(
+            row, torch.arange(len(ids), device=row.device)[None] >= start)
+    return ([tokenizer.decode([i], skip_special_tokens=False) for i in ids[start:]],
+            logits[0, start:].sigmoid().cpu().numpy())
 
 # %% ../../nbs/06_verifier.ipynb #reliability
-def reliability(scores: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"], bins: int = 10) -> pd.DataFrame:
-    """Answers sorted by score and cut into equally large bins: mean score, share right with its interval, n, one row a bin."""
+def reliability(scores: Float[np.ndarray, "n"],
+                right: Bool[np.ndarray, "n"], bins: int = 10) -> pd.DataFrame:
+    """Answers sorted by score and cut into equally large bins: mean score, share right with its
+    interval, n, one row a bin.
+    """
     order = np.argsort(scores, kind="stable")
-    rows = [{"score": float(np.mean(scores[part])), **proportion_interval(int(right[part].sum()), len(part))}
+    rows = [{"score": float(np.mean(scores[part])),
+             **proportion_interval(int(right[part].sum()), len(part))}
             for part in np.array_split(order, bins) if len(part)]
     return pd.DataFrame(rows)
 
 
 def calibration_error(table: pd.DataFrame) -> float:
-    """Expected calibration error: mean |score - share right| over the bins of `reliability`, weighted by their size.
+    """Expected calibration error: mean |score - share right| over the bins of `reliability`,
+    weighted by their size.
 
-    Source: Guo et al. 2017 (1706.04599), equation 3, with bins of equal size instead of equal width.
+    Source: Guo et al. 2017 (1706.04599), equation 3, with bins of equal size instead of equal
+    width.
     """
     return float(np.average((table.score - table.value).abs(), weights=table.n))
 
@@ -214,21 +251,27 @@ def judgements(samples: pd.DataFrame, signals: dict[str, str]) -> list[dict]:
     for name, column in signals.items():
         values, right = samples[column].to_numpy(float), samples.right.to_numpy(bool)
         pooled, both = auc(values, right), samples.groupby("problem").right.nunique().max() == 2
-        rows.append({"metric": f"pooled AUC, {name}", "value": None if np.isnan(pooled) else pooled, "low": None, "high": None,
-                     "n": len(samples), "protocol": "any right sample against any wrong one; rewards knowing what is difficult"})
+        rows.append({
+            "metric": f"pooled AUC, {name}", "value": None if np.isnan(pooled) else pooled,
+            "low": None, "high": None, "n": len(samples),
+            "protocol": "any right sample against any wrong one; rewards knowing what is difficult"
+        })
         none = {"value": None, "low": None, "high": None, "n": 0}
         within = within_group_auc(values, right, samples.problem.to_numpy()) if both else none
         rows.append({"metric": f"within-problem AUC, {name}", **within,
-                     "protocol": "right against wrong samples of one problem, mean over the problems that have both"})
+                     "protocol": "right against wrong samples of one problem, mean over the "
+                                 "problems that have both"})
     return rows
 
 # %% ../../nbs/06_verifier.ipynb #rerank-differences
 MIDDLE_LEVELS = (2, 3, 4)  # steps: fixed before any result was seen
-DIFFERENCES = (("weighted_vote", "majority"), ("weighted_vote", "greedy"), ("weighted_vote", "log_prob"), ("best_of_n", "random"))
+DIFFERENCES = (("weighted_vote", "majority"), ("weighted_vote", "greedy"),
+               ("weighted_vote", "log_prob"), ("best_of_n", "random"))
 
 
 def rerank_differences(samples: pd.DataFrame, greedy: pd.Series, size: int) -> list[dict]:
-    """Paired differences between ways to choose, on the problems of middle difficulty (all, if none is), as table rows.
+    """Paired differences between ways to choose, on the problems of middle difficulty (all, if none
+    is), as table rows.
 
     Args:
         samples: of `tasks.solve` with a column `score`; `size` of them per problem are offered.
@@ -240,5 +283,5 @@ def rerank_differences(samples: pd.DataFrame, greedy: pd.Series, size: int) -> l
     chosen["greedy"] = greedy.loc[chosen["random"].index]
     return [{"metric": f"{a}@{size} - {b}" + f"@{size}" * (b != "greedy"),
              **paired_difference(chosen[a].to_numpy(), chosen[b].to_numpy()),
-             "protocol": f"held-out problems of {MIDDLE_LEVELS[0]} to {MIDDLE_LEVELS[-1]} steps, paired by problem"}
-            for a, b in DIFFERENCES]
+             "protocol": f"held-out problems of {MIDDLE_LEVELS[0]} to {MIDDLE_LEVELS[-1]} steps, "
+                         "paired by problem"} for a, b in DIFFERENCES]

@@ -1,7 +1,9 @@
-"""A small real training run that can be disturbed: its file operations fail or kill it, and a further process resumes it.
+"""A small real training run that can be disturbed: its file operations fail or kill it, and a
+further process resumes it.
 
-Faults of the disk come from a library in C (`file_faults.c`) that stands between the process and the system, so that the writes
-of Python, C++ and Rust are all seen. A prepared process is forked for every fault, so that a fault costs a tenth of a second.
+Faults of the disk come from a library in C (`file_faults.c`) that stands between the process and
+the system, so that the writes of Python, C++ and Rust are all seen. A prepared process is forked
+for every fault, so that a fault costs a tenth of a second.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ from pathlib import Path
 
 import torch
 
-from modern_llm.training.checkpoints import RunFolder, restore_random_states
 from modern_llm.config import ModelConfig, TrainConfig
 from modern_llm.files import sha256
 from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.training.checkpoints import RunFolder, restore_random_states
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.trainer import Trainer
 
-MODEL = ModelConfig(vocab_size=32, context_length=16, width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=16, dropout=0.1)
-TRAIN = TrainConfig(max_steps=7, batch_size=4, micro_batch_size=2, warmup_steps=2, ema_decay=0.9, log_every=1, eval_every=100,
-                    checkpoint_every=2, keep_checkpoints=3)
+MODEL = ModelConfig(vocab_size=32, context_length=16, width=16, num_layers=1, num_heads=2,
+                    num_kv_heads=1, ffn_width=16, dropout=0.1)
+TRAIN = TrainConfig(max_steps=7, batch_size=4, micro_batch_size=2, warmup_steps=2, ema_decay=0.9,
+                    log_every=1, eval_every=100, checkpoint_every=2, keep_checkpoints=3)
 AT = 6  # the step whose checkpoint is disturbed; those of steps 2 and 4 were written before
 
 
@@ -41,7 +44,9 @@ class CannotInject(RuntimeError):
 
 @dataclasses.dataclass
 class Row:
-    """One line of the fault table; `lost` is the most steps that were gone beyond the last whole checkpoint."""
+    """One line of the fault table; `lost` is the most steps that were gone beyond the last whole
+    checkpoint.
+    """
 
     fault: str
     times: int
@@ -50,7 +55,7 @@ class Row:
     noticed: str  # how the fault shows
 
 
-# ---- the library in C ------------------------------------------------------------------------------------------------
+# ---- the library in C ----------------------------------------------------------------------------
 
 
 def build_library(folder: Path) -> Path:
@@ -58,14 +63,19 @@ def build_library(folder: Path) -> Path:
     source, library = Path(__file__).with_name("file_faults.c"), Path(folder) / "file_faults.so"
     compiler = shutil.which("cc") or shutil.which("gcc")
     if sys.platform != "linux" or not compiler or not source.is_file():
-        raise CannotInject("faults of single file operations need Linux, a C compiler (cc) and modern_llm/tests/faults/file_faults.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True, capture_output=True)
+        raise CannotInject("faults of single file operations need Linux, a C compiler (cc) and "
+                           "modern_llm/tests/faults/file_faults.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True,
+                   capture_output=True)
     return library
 
 
 def arm(folder: Path, number: int, dies: bool) -> None:
-    """From now on operation `number` below `folder` fails with a full disk, or is this process's last; 0 only counts."""
-    ctypes.CDLL(None).fault_arm(str(folder).encode(), ctypes.c_long(number), int(dies), errno.ENOSPC)
+    """From now on operation `number` below `folder` fails with a full disk, or is this process's
+    last; 0 only counts.
+    """
+    ctypes.CDLL(None).fault_arm(str(folder).encode(),
+                                ctypes.c_long(number), int(dies), errno.ENOSPC)
 
 
 def operations() -> list[str]:
@@ -78,15 +88,18 @@ def operations() -> list[str]:
 def prepared(*words: str, **options) -> subprocess.CompletedProcess:
     """A module as a command, `python -m` and `words`, in a process with the library in C."""
     with tempfile.TemporaryDirectory() as place:
-        environment = {**os.environ, "LD_PRELOAD": str(build_library(Path(place))), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ,
+                       "LD_PRELOAD": str(build_library(Path(place))), "OMP_NUM_THREADS": "1"}
         return subprocess.run([sys.executable, "-m", *words], env=environment, **options)
 
 
-# ---- a run that can be disturbed -------------------------------------------------------------------------------------
+# ---- a run that can be disturbed -----------------------------------------------------------------
 
 
 def forked(work: Callable[[], dict]) -> tuple[int, dict]:
-    """Exit code and result of `work` in a fork of this process; code 1 and {"error": …} if it raised."""
+    """Exit code and result of `work` in a fork of this process; code 1 and {"error": …} if it
+    raised.
+    """
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
@@ -106,7 +119,8 @@ def forked(work: Callable[[], dict]) -> tuple[int, dict]:
 
 def batches(step: int) -> dict[str, torch.Tensor]:
     """A learnable batch that depends on the step alone."""
-    ids = torch.randint(0, MODEL.vocab_size, (TRAIN.batch_size, MODEL.context_length), generator=torch.Generator().manual_seed(step))
+    ids = torch.randint(0, MODEL.vocab_size, (TRAIN.batch_size, MODEL.context_length),
+                        generator=torch.Generator().manual_seed(step))
     return {"input_ids": ids, "labels": (3 * ids + 1) % MODEL.vocab_size}
 
 
@@ -116,10 +130,12 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 
 
 def trainer(folder: Path, resume: bool = False, loss_fn=lm_loss, **settings) -> Trainer:
-    """A real trainer of a very small model, with dropout, Muon, averaged weights and two micro-batches a step."""
+    """A real trainer of a very small model, with dropout, Muon, averaged weights and two
+    micro-batches a step.
+    """
     torch.manual_seed(0)
-    return Trainer(ModernDecoderLM(MODEL), loss_fn, batches, dataclasses.replace(TRAIN, **settings), folder, save_model=save, device="cpu",
-                   progress_bar=False, resume=resume)
+    return Trainer(ModernDecoderLM(MODEL), loss_fn, batches, dataclasses.replace(TRAIN, **settings),
+                   folder, save_model=save, device="cpu", progress_bar=False, resume=resume)
 
 
 def weights(folder: Path) -> str:
@@ -134,19 +150,24 @@ def undisturbed(folder: Path, **settings) -> str:
 
 
 def resumed(folder: Path, train: bool = True, **settings) -> dict:
-    """Resume in a new process and train to the end: where it went on, the weights it ended with, what it said; or the error."""
+    """Resume in a new process and train to the end: where it went on, the weights it ended with,
+    what it said; or the error.
+    """
     def work() -> dict:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             again = trainer(folder, resume=True, **settings)
             start = again.state.step
             if train:
                 again.fit()
-        return {"start": start, "weights": weights(folder) if train else "", "said": said.getvalue()}
+        return {"start": start, "weights": weights(folder) if train else "",
+                "said": said.getvalue()}
     return forked(work)[1]
 
 
 def paused(folder: Path) -> Callable[[Path], None]:
-    """Train in `folder` until the checkpoint of step AT is due; returns what writes it, and its metrics, into a copy of the folder."""
+    """Train in `folder` until the checkpoint of step AT is due; returns what writes it, and its
+    metrics, into a copy of the folder.
+    """
     run = trainer(folder)
     observe, held = run.recorder.observe, []
 
