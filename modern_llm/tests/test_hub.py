@@ -443,7 +443,7 @@ def test_a_model_that_answers_otherwise_through_the_adapter_is_refused(gpt2):
         TransformersLM(transformers.MambaForCausalLM(state_space))
     small = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
     bloom = TransformersLM(transformers.BloomForCausalLM(small))
-    with pytest.raises(ValueError, match="score its documents one a row"):
+    with pytest.raises(ValueError, match="score its documents one per row"):
         bloom(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long))
 
 
@@ -629,7 +629,7 @@ NAMED_WRONGLY = {
     "rope_scaling='yarn' stretches": config_with(rope_parameters=None,
                                                  rope_scaling={"rope_type": "yarn", "factor": 2.0}),
     "rope_scaling='yarn' in config.json is not an object": config_with(rope_scaling="yarn"),
-    "no object with a list of architectures": config_with(architectures="LlamaForCausalLM"),
+    "not an object with a list of architectures": config_with(architectures="LlamaForCausalLM"),
 }
 
 

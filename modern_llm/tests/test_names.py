@@ -259,5 +259,5 @@ def test_one_source_by_two_names_is_refused(first, second):
     found = data_files.missing_data(
         override(get_pipeline_preset("local-smoke"), {"data": {"sources": [first, second]}}),
         ["pretrain"])
-    twice = f"data: packing.sources names the same source twice: {first!r} and {second!r}"
+    twice = f"data: data.sources names the same source twice: {first!r} and {second!r}"
     assert (twice in found) == (second != "b.txt")
