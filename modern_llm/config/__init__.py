@@ -6,8 +6,9 @@ from modern_llm.config.presets import (
     local_smoke, smollm2_135m, tacc_a100, tacc_h100, tacc_smoke,
 )
 from modern_llm.config.schema import (
-    BUILT_IN, GENERATORS, GPT2_VOCAB_SIZE, OPTIMIZERS, PAIR_SOURCES, PRECISIONS, PREFERENCE_LOSSES,
+    BUILT_IN, GPT2_VOCAB_SIZE, OPTIMIZERS, PAIR_SOURCES, PRECISIONS, PREFERENCE_LOSSES,
     REPLAY_SOURCES, SCHEDULES, SFT_SOURCES, SHORTEST_CONTEXT, STRATEGIES, VERIFIER_KINDS,
     ConfigError, DPOConfig, DataConfig, EvalConfig, HardwareConfig, ModelConfig, PipelineConfig,
     SFTConfig, TrainConfig, VerifierConfig, device_parts, nearest, require,
 )
+from modern_llm.config.stages import GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec
