@@ -88,7 +88,7 @@ def check_inference(folder: Path, *, device: str = "auto", dtype: str | None = N
         limit_gb: gigabytes (10**9 bytes) that the whole process may take.
         batch: problems answered at once.
         count: how many problems.
-        problems: "synthetic" or "gsm8k".
+        problems: "synthetic", or a data set of problems.
         max_new_tokens: of an answer.
 
     Returns:
