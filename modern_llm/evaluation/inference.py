@@ -27,8 +27,9 @@ from modern_llm.files import read_json, write_json
 from modern_llm.interchange.hub import weights_digest
 from modern_llm.messages import StageError
 from modern_llm.models.counts import inference_memory, parameter_count
-from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
+from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import generate
+from modern_llm.models.saving import load_model, save_model
 from modern_llm.statistics import mean_interval
 from modern_llm.training.checkpoints import pick_device
 
