@@ -16,8 +16,9 @@ import torch
 from ..config import PipelineConfig
 from ..data.packing import PackedBatches, TokenCache, load_corpus, validation_batches
 from ..data.tokens import end_of_text_id, make_tokenizer, save_tokenizer
-from ..models.decoder import ModernDecoderLM, save_model
+from ..models.decoder import ModernDecoderLM
 from ..models.likelihoods import document_nats
+from ..models.saving import save_model
 from .optim import lm_loss
 from .recipe import Run
 

@@ -24,8 +24,8 @@ from ..data.tasks import Problem, rerank, solve, word_problems
 from ..data.tokens import load_tokenizer, save_tokenizer
 from ..files import cached_frame, write_json
 from ..models.counts import flops_per_token
-from ..models.decoder import load_model, save_model, write_tensors
 from ..models.generation import evaluating
+from ..models.saving import load_model, save_model, write_tensors
 from modern_llm.models.verifier import (
     VerifierModel, running_surprise, small_encoder, token_log_probs,
 )
