@@ -14,6 +14,7 @@ import click
 
 from modern_llm.cli.common import Failure, as_table
 from modern_llm.config import ConfigError, PipelineConfig, nearest
+from modern_llm.config.machines import cluster_files
 
 # seed: a notebook's parameter
 WITHOUT_A_DOT = tuple(
@@ -193,8 +194,11 @@ def _key_values(items: tuple[str, ...]) -> dict:
               help="Folder under runs/; default: the preset's name.")
 @click.option("--account", metavar="PROJECT",
               help="Your allocation, where the cluster asks for one.")
+@click.option("--cluster", metavar="NAME",
+              help=f"Which one, by its file in clusters/: {', '.join(cluster_files())}. Default: "
+                   "$MODERN_LLM_CLUSTER, $TACC_SYSTEM, or the one that has the partition.")
 @click.option("--partition", metavar="NAME",
-              help="Where to queue; default: TACC's for the preset's GPU.")
+              help="Where to queue; default: the cluster's for the preset's GPU.")
 @click.option("--time", "limit", metavar="HH:MM:SS",
               help="Limit of each job; default: from the estimate.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True,
@@ -207,8 +211,8 @@ def _key_values(items: tuple[str, ...]) -> dict:
               help="As for `modern-llm run`. As often as needed.")
 @click.option("--dry-run", is_flag=True,
               help="Show the estimate and the lines for sbatch, and stop; needs no SLURM.")
-def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_steps, extra,
-           dry_run) -> None:
+def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, gpus, max_steps,
+           extra, dry_run) -> None:
     """Submit the stages of a preset as a chain of SLURM jobs, each after the one before it has
     succeeded.
 
@@ -247,7 +251,7 @@ def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_
                  **{name: value for name, value in given.items() if value}}
         preset = asked["preset"]
         plan = Plan(stage, **asked)
-        chain = Chain(plan, preset, words, account, partition, limit, nodes, gpus)
+        chain = Chain(plan, preset, words, account, partition, limit, nodes, gpus, cluster)
         if not chain.jobs:
             click.echo(f"nothing to do: every stage is finished in {plan.run_folder}")
             return
