@@ -172,3 +172,14 @@ def test_modules_are_loaded_as_the_file_says(clusters, environment, loaded):
                           cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, **environment, "PATH": os.defpath})
     assert (said.stdout.strip(), said.stderr, said.returncode) == (loaded, "", 0)
+
+
+@pytest.mark.parametrize("preset, name", [
+    ("tacc-a100", "tacc-a100"), ("tacc", "tacc-h100"), ("configs/tacc_a100.json", "tacc-a100"),
+    ("slurm/smoke.json", "smoke")])
+def test_a_job_file_names_a_run_as_its_preset_does(preset, name):
+    function = re.search(r"^preset_name\(\).*$", (ROOT / "slurm/job.sh").read_text(), re.M)[0]
+    said = subprocess.run(["/bin/bash", "-euo", "pipefail", "-c", f"{function}; preset_name {preset}"],
+                          cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.defpath}"})
+    assert (said.stdout, said.returncode) == (name + "\n", 0)
