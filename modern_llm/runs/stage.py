@@ -197,7 +197,7 @@ def with_model_of(config: PipelineConfig, checkpoint: Path) -> PipelineConfig:
     """The config with the architecture of a checkpoint in place of the preset's, but rows no longer
     than the preset's; a line says what differs.
     """
-    from modern_llm.models.decoder import read_config
+    from modern_llm.models.saving import read_config
 
     own = read_config(checkpoint)
     model = dataclasses.replace(own,
