@@ -192,7 +192,7 @@ def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: 
         return {}
     run_folder = folder.parent
     # run_folder may carry a time
-    named = run_folder.parent / str(parameters.get("run") or Path(parameters["preset"]).stem)
+    named = run_folder.parent / str(parameters.get("run") or config.name)
     if parameters.get("checkpoint"):
         inputs = {"checkpoint": find_checkpoint(parameters["checkpoint"])}
     elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named)
