@@ -42,7 +42,7 @@ def ask(*words: object) -> tuple[int, str]:
 
 
 def test_gpus_are_those_of_the_trainer():
-    from modern_llm.training.trainer import PEAK_FLOPS
+    from modern_llm.training.recording import PEAK_FLOPS
 
     assert ({name: peak for name, peak in duration.PEAK_FLOPS.items() if "CPU" not in name}
             == PEAK_FLOPS)
