@@ -172,7 +172,7 @@ def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: 
         return {}
     run_folder = folder.parent
     # run_folder may carry a time
-    named = run_folder.parent / str(parameters.get("run") or Path(parameters["preset"]).stem)
+    named = run_folder.parent / str(parameters.get("run") or config.name)
     if parameters.get("checkpoint"):
         inputs = {"checkpoint": find_checkpoint(parameters["checkpoint"])}
     elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named)
@@ -197,7 +197,7 @@ def with_model_of(config: PipelineConfig, checkpoint: Path) -> PipelineConfig:
     """The config with the architecture of a checkpoint in place of the preset's, but rows no longer
     than the preset's; a line says what differs.
     """
-    from modern_llm.models.decoder import read_config
+    from modern_llm.models.saving import read_config
 
     own = read_config(checkpoint)
     model = dataclasses.replace(own,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig
+from ..config.machines import gpu_peaks
 from .checkpoints import RunFolder, append_row, read_metrics
 from .optim import LossOutput
 from .stopping import run_progress
@@ -22,8 +23,8 @@ from .train_step import add_losses
 from .training_state import TrainingState
 
 # %% auto #0
-__all__ = ['PEAK_FLOPS', 'Evaluate', 'SaveModel', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'peak_flops', 'mfu_scale',
-           'validate', 'due', 'parts_done', 'Recorder']
+__all__ = ['Evaluate', 'SaveModel', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'peak_flops', 'mfu_scale', 'validate', 'due',
+           'parts_done', 'Recorder']
 
 # %% ../../nbs/35_recording.ipynb #window
 class Window:
@@ -87,15 +88,12 @@ class DivergenceGuard:
                 "train.lr and train.muon_lr or lengthen train.warmup_steps, then go on from it.")
 
 # %% ../../nbs/35_recording.ipynb #peak-flops
-PEAK_FLOPS = {"GH200": 989e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12,
-              "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}  # dense bf16 / s
-
-
 def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
     """Peak dense FLOP/s of a whole GPU in 16-bit precision; None where unknown, as on CPUs and
     slices of a GPU (MIG, vGPU).
     """
-    known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name))
+    known = (peak for name, peak in gpu_peaks().items()
+             if re.search(rf"\b{re.escape(name)}\b", device_name))
     return (None if dtype == torch.float32 or re.search(r"\bMIG\b|\bGRID\b", device_name)
             else next(known, None))
 
