@@ -139,8 +139,8 @@ def rank_zero_world(run: StageRun, parameters: dict):
 
 def begin_on_worker(stage: str, config: PipelineConfig, task: dict) -> StageRun:
     """The stage as rank 0 began it, for another rank; nothing is written."""
-    from modern_llm.training.checkpoints import pick_device
     from modern_llm.training.distributed import World
+    from modern_llm.training.training_state import pick_device
 
     folder = Path(task["folder"])
     inputs = {name: Path(entry["path"])
