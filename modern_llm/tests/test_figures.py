@@ -51,4 +51,4 @@ def test_the_style_file_is_seaborns_theme():
     differs = lambda a, b: a != (pytest.approx(b) if isinstance(b, float) else b)
     different = {name for name in theirs if name not in changed and differs(own[name], theirs[name])}
     assert different == set()
-    assert figures.COLOURS == pytest.approx(list(sns.color_palette("colorblind")), abs=1e-9)
+    assert np.allclose(figures.COLOURS, sns.color_palette("colorblind"), atol=1e-9)
