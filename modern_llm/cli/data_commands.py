@@ -78,10 +78,10 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
     for is there and nothing is damaged.
 
     \b
-    modern-llm datasets my-stories.jsonl             your own file: how many rows, which columns
+    modern-llm datasets my-stories.jsonl           your own file: how many rows, which columns
     modern-llm datasets --preset local-cpu
-    modern-llm datasets --download tinystories once, where there is a network modern-llm prefetch
-    --preset tacc-h100 everything a preset needs: data, tokenizer, models to compare with
+    modern-llm datasets --download tinystories     once, where there is a network
+    modern-llm prefetch --preset tacc-h100         data, tokenizer, models to compare with
     """
     from modern_llm.data import reading
     from modern_llm.data.sources import check_sources, remedy

@@ -44,7 +44,7 @@ def imported_files(text: str, package: tuple[str, ...]) -> list[Path]:
     the folder that it lies in.
     """
     code, found = "\n".join(
-        line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))), []
+        line for line in text.splitlines() if not line.startswith(("%", "!"))), []
     for node in ast.walk(ast.parse(code)):
         if not isinstance(node, ast.ImportFrom):
             continue

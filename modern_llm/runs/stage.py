@@ -139,8 +139,8 @@ def rank_zero_world(run: StageRun, parameters: dict):
 
 def begin_on_worker(stage: str, config: PipelineConfig, task: dict) -> StageRun:
     """The stage as rank 0 began it, for another rank; nothing is written."""
-    from modern_llm.training.checkpoints import pick_device
     from modern_llm.training.distributed import World
+    from modern_llm.training.training_state import pick_device
 
     folder = Path(task["folder"])
     inputs = {name: Path(entry["path"])
@@ -172,7 +172,7 @@ def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: 
         return {}
     run_folder = folder.parent
     # run_folder may carry a time
-    named = run_folder.parent / str(parameters.get("run") or Path(parameters["preset"]).stem)
+    named = run_folder.parent / str(parameters.get("run") or config.name)
     if parameters.get("checkpoint"):
         inputs = {"checkpoint": find_checkpoint(parameters["checkpoint"])}
     elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named)
@@ -197,7 +197,7 @@ def with_model_of(config: PipelineConfig, checkpoint: Path) -> PipelineConfig:
     """The config with the architecture of a checkpoint in place of the preset's, but rows no longer
     than the preset's; a line says what differs.
     """
-    from modern_llm.models.decoder import read_config
+    from modern_llm.models.saving import read_config
 
     own = read_config(checkpoint)
     model = dataclasses.replace(own,

@@ -38,7 +38,7 @@ from modern_llm.data import chat
 from modern_llm.data.tasks import Problem
 from modern_llm.data.tokens import load_tokenizer
 from modern_llm.files import read_json, write_json
-from modern_llm.models.decoder import load_model
+from modern_llm.models.saving import load_model
 from modern_llm.models.verifier import load_verifier
 from modern_llm.runs.lineage import own_inputs
 from modern_llm.runs.outcomes import runs_table

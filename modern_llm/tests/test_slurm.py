@@ -41,14 +41,6 @@ def ask(*words: object) -> tuple[int, str]:
 # ---- what needs no SLURM -------------------------------------------------------------------------
 
 
-def test_gpus_are_those_of_the_trainer():
-    from modern_llm.training.trainer import PEAK_FLOPS
-
-    assert ({name: peak for name, peak in duration.PEAK_FLOPS.items() if "CPU" not in name}
-            == PEAK_FLOPS)
-    assert {nodes.gpu for nodes in submit.PARTITIONS.values()} <= set(PEAK_FLOPS)
-
-
 def test_an_estimate_is_assumed_then_measured(tmp_path):
     config = get_pipeline_preset("tacc-h100")
     assumed = duration.estimate(config, "pretrain", tmp_path, "H100 PCIe")

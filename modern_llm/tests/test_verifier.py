@@ -21,7 +21,8 @@ from modern_llm.data.answer_pairs import AnswerBatches, encode_candidate, fork_o
 from modern_llm.data.tasks import word_problems
 from modern_llm.data.tokens import train_tokenizer
 from modern_llm.files import atomic_folder
-from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import load_model, save_model
 from modern_llm.models.verifier import (
     VerifierModel, load_verifier, running_surprise, small_encoder, token_log_probs,
 )

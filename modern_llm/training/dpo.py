@@ -25,12 +25,12 @@ from modern_llm.data.chat import (
 from ..data.packing import IGNORED
 from ..data.pairs import EncodedPair, fitting_turns, pair_batch
 from ..data.reading import documents
-from ..data.tasks import problem_request, word_problems
 from ..data.tokens import encode_documents, end_of_text_id
 from ..files import cached_frame
 from ..models.generation import evaluating
 from ..models.likelihoods import completion_log_probs
 from .optim import LossOutput
+from .sft import InstructionExample, instructions
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -168,15 +168,12 @@ def _earlier_chats(tokenizer: Tokenizer, kind: str, limit: int,
                    world_seed: int) -> list[EncodedExample]:
     if kind == "synthetic":
         others = [name for name in synth.INSTRUCTION_KINDS if name != "fact"]
-        items = islice(synth.instructions("train", 0, world_seed, others), limit)
-        talks = [(f"{item.instruction}\n{item.input}".strip(), item.output) for item in items]
+        found = [InstructionExample(item.instruction, item.input, item.output)
+                 for item in islice(synth.instructions("train", 0, world_seed, others), limit)]
     else:
-        problems = word_problems("synthetic" if kind == "synthetic-problems" else kind,
-                                 "train", limit)
-        talks = [(problem_request(problem), problem.answer) for problem in problems]
-    return [encode_example(tokenizer, [{"role": "user", "content": request},
-                                       {"role": "assistant", "content": answer}])
-            for request, answer in talks]
+        found = instructions(kind, "train", limit, world_seed)
+    return [encode_example(tokenizer, example.messages) for example in found
+            if example.request and example.output.strip()]
 
 
 def replay_rows(
@@ -188,7 +185,7 @@ def replay_rows(
     Args:
         kinds: "text" (documents of data.sources, joined as in pretraining), "synthetic" (built-in
             instructions; not those that ask for a fact, which the built-in preferences want
-            answered in another manner), "synthetic-problems", "gsm8k".
+            answered in another manner), and the other names that sft.sources may give.
         rows: at least so many in all, but of "text" no row twice, unless a single one is not
             filled.
 

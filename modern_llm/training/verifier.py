@@ -21,8 +21,8 @@ from ..data.chat import chat_format, end_id
 from ..data.tasks import Problem, rerank
 from ..data.tokens import save_tokenizer
 from ..files import write_json
-from ..models.decoder import save_model, write_tensors
 from ..models.generation import evaluating
+from ..models.saving import save_model, write_tensors
 from ..models.verifier import VerifierModel, running_surprise, token_log_probs
 from ..statistics import auc, paired_difference, proportion_interval, within_group_auc
 from .optim import LossOutput
