@@ -370,7 +370,7 @@ def test_the_floors_standard_error_is_scipys():
 
 def test_entropies_of_orders_are_scipys():
     scores = np.log(np.random.default_rng(0).dirichlet((1, 1), 30)) - 3.0
-    scorer = SimpleNamespace(behind=lambda demonstrations, suffixes: (scores, None))
+    scorer = SimpleNamespace(direct=lambda demonstrations, suffixes: (scores, None))
     row = order_entropies(scorer, [], ["text"] * 30, [()]).iloc[0]
     assert row.local_entropy == pytest.approx(stats.entropy(np.exp(scores), axis=1).mean())
     assert row.global_entropy == pytest.approx(stats.entropy(
