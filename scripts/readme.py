@@ -20,7 +20,7 @@ def turned(text: str) -> str:
         tree = ast.parse((root / link[1]).read_text(encoding="utf-8"))
         return f"]({link[1]}#L{next(node.lineno for node in tree.body if getattr(node, 'name', '') == link[2])})"
 
-    return re.sub(r"\]\((modern_llm/\w+\.py)#(\w+)\)", line, text.replace("](../", "]("))
+    return re.sub(r"\]\((modern_llm/[\w/]+\.py)#(\w+)\)", line, text.replace("](../", "]("))
 
 
 def readme() -> str:

@@ -16,8 +16,8 @@ from modern_llm.data.chat import (
 from modern_llm.data.tokens import encode_documents, end_of_text_id, load_tokenizer
 from modern_llm.interchange.hub import find_checkpoint, is_model
 from modern_llm.messages import StageError, say
-from modern_llm.models.decoder import load_model
 from modern_llm.models.generation import generate, stream
+from modern_llm.models.saving import load_model
 from modern_llm.runs.parameters import runs_folder
 from modern_llm.training.checkpoints import pick_device
 

@@ -28,7 +28,7 @@ from modern_llm.evaluation.pieces import perplexity_rows, protocol_measures
 from modern_llm.evaluation.reranking import verifier_mistakes
 from modern_llm.evaluation.written import problem_items
 from modern_llm.files import cached_frame, read_json, write_json, write_text
-from modern_llm.models.decoder import load_model
+from modern_llm.models.saving import load_model
 from modern_llm.models.verifier import load_verifier
 from modern_llm.training.verifier_scores import score_answers
 

@@ -34,7 +34,7 @@ def counterpart(folder: Path) -> tuple[ModelConfig, str]:
     """A checkpoint's own config, and the transformers class that computes the same. ExportError
     names what none of them has.
     """
-    from modern_llm.models.decoder import hugging_face_layout, read_config
+    from modern_llm.models.saving import hugging_face_layout, read_config
 
     cfg = read_config(folder)
     architecture = hugging_face_layout(cfg)[0]
@@ -71,7 +71,7 @@ def check_values(source: Path, dtype: str) -> None:
     import torch
     from safetensors import safe_open
 
-    from modern_llm.models.decoder import converted
+    from modern_llm.models.saving import converted
 
     zeros, count = 0, 0
     with safe_open(source, "pt") as file:
@@ -93,7 +93,7 @@ def write_weights(source: Path, folder: Path, dtype: str, shard_bytes: float) ->
     import torch
     from safetensors import safe_open
 
-    from modern_llm.models.decoder import write_tensors
+    from modern_llm.models.saving import write_tensors
 
     kind = getattr(torch, dtype)
     with safe_open(source, "pt") as file:

@@ -198,7 +198,7 @@ def load(name_or_folder: str | Path, device: str | torch.device = "cpu",
         folder = imported(place) if is_third_party(place) else place
     except CannotImport as reason:
         return _load_with_transformers(place, device, dtype, reason)
-    from modern_llm.models.decoder import load_model
+    from modern_llm.models.saving import load_model
 
     return load_model(folder, device, dtype).eval(), load_tokenizer(folder)
 

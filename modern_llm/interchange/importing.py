@@ -223,7 +223,7 @@ def import_model(source: str | Path, folder: str | Path, *, dtype: str = "float3
     import torch
 
     from modern_llm.data.chat import DEFAULT_FORMAT, chat_format, end_id
-    from modern_llm.models.decoder import save_model
+    from modern_llm.models.saving import save_model
 
     place, folder = Path(source).expanduser(), Path(folder)
     if gguf_file(place):

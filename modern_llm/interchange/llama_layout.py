@@ -247,7 +247,8 @@ def build_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path,
     """
     import torch
 
-    from modern_llm.models.decoder import ModernDecoderLM, check_tensors, converted, disk_names
+    from modern_llm.models.decoder import ModernDecoderLM
+    from modern_llm.models.saving import check_tensors, converted, disk_names
 
     tensors = {name: tensor for name, tensor in tensors.items()
                if not name.endswith("rotary_emb.inv_freq")}

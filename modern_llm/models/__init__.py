@@ -4,8 +4,8 @@ used.
 
 from importlib import import_module
 
-PLACES = {"ModernDecoderLM": "decoder", "Block": "decoder", "load_model": "decoder",
-          "save_model": "decoder", "VerifierModel": "verifier", "load_verifier": "verifier",
+PLACES = {"ModernDecoderLM": "decoder", "Block": "decoder", "load_model": "saving",
+          "save_model": "saving", "VerifierModel": "verifier", "load_verifier": "verifier",
           "generate": "generation", "stream": "generation"}
 __all__ = list(PLACES)
 

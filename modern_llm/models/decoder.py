@@ -6,29 +6,23 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
-from ..config import override, to_dict
-from ..files import DamagedFolder, check_folder, find_folder, read_json, write_json
 from .attention import CausalSelfAttention, KVCache, rotary_tables
-from .layers import MixtureOfExperts, RMSNorm, SwiGLU
+from .experts import MixtureOfExperts
+from .layers import RMSNorm, SwiGLU
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # %% auto #0
-__all__ = ['FIELD_OF_TENSOR', 'Block', 'ModernDecoderLM', 'init_weights', 'hugging_face_layout', 'disk_names',
-           'hugging_face_config', 'write_tensors', 'save_model', 'read_config', 'check_tensors', 'converted',
-           'load_model']
+__all__ = ['Block', 'ModernDecoderLM', 'init_weights']
 
 # %% ../../nbs/02_model.ipynb #block
 class Block(nn.Module):
@@ -149,218 +143,3 @@ def init_weights(model: nn.Module, cfg: ModelConfig) -> None:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(parameter, std=output_std if writes else cfg.init_std)
     model.norm.weight.fill_(min(1.0, math.log(cfg.vocab_size) / (2 * cfg.init_std * cfg.width)))
-
-# %% ../../nbs/02_model.ipynb #hugging-face-layout
-def hugging_face_layout(cfg: ModelConfig) -> tuple[str, str, list[tuple[str, str]]]:
-    """The Hugging Face architecture and model type that compute what this model does, and (name
-    here, name there) pairs.
-
-    Learned sinks beside plain attention exist in none of them: such a model keeps its own name,
-    `ModernDecoderLM`.
-    """
-    if cfg.use_attention_sinks:
-        return "ModernDecoderLM", "modern_llm", []
-    if cfg.num_experts and cfg.use_qk_norm:
-        return "Qwen3MoeForCausalLM", "qwen3_moe", [(".mlp.router.gate.", ".mlp.gate.")]
-    if cfg.num_experts:
-        return ("MixtralForCausalLM", "mixtral",
-                [(".mlp.router.gate.", ".block_sparse_moe.gate."),
-                 (".mlp.experts.", ".block_sparse_moe.experts."), (".gate_proj.", ".w1."),
-                 (".down_proj.", ".w2."), (".up_proj.", ".w3.")])
-    if cfg.use_qk_norm:
-        return "Qwen3ForCausalLM", "qwen3", []
-    if cfg.sliding_window:
-        return "MistralForCausalLM", "mistral", []
-    return "LlamaForCausalLM", "llama", []
-
-# %% ../../nbs/02_model.ipynb #disk-names
-def disk_names(model: ModernDecoderLM) -> dict[str, str]:
-    """Name on disk -> name here, for every stored tensor; a tied head is not stored."""
-    renames = hugging_face_layout(model.cfg)[2]
-    names = {}
-    for name in model.state_dict():
-        if name == "lm_head.weight" and model.cfg.tie_embeddings:
-            continue
-        on_disk = name if name.startswith("lm_head.") else f"model.{name}"
-        for here, there in renames:
-            on_disk = on_disk.replace(here, there)
-        names[on_disk] = name
-    return names
-
-# %% ../../nbs/02_model.ipynb #hugging-face-config
-def hugging_face_config(cfg: ModelConfig, dtype: str = "float32",
-                        eos_id: int | None = None) -> dict:
-    """The content of `config.json`: Hugging Face's keys, and our own config under `modern_llm`."""
-    architecture, model_type, _ = hugging_face_layout(cfg)
-    values = {"architectures": [architecture], "model_type": model_type, "dtype": dtype,
-              "torch_dtype": dtype, "vocab_size": cfg.vocab_size,
-              "max_position_embeddings": cfg.context_length, "hidden_size": cfg.width,
-              "num_hidden_layers": cfg.num_layers,
-              "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads,
-              "head_dim": cfg.head_width, "intermediate_size": cfg.ffn_width, "hidden_act": "silu",
-              "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.rope_theta,
-              "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-              "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": cfg.tie_embeddings,
-              "initializer_range": cfg.init_std, "bos_token_id": eos_id, "eos_token_id": eos_id}
-    if cfg.rope_factor > 1:
-        values["rope_parameters"] |= {"rope_type": "llama3", "factor": cfg.rope_factor,
-                                      "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                      "original_max_position_embeddings": cfg.rope_trained_context}
-    if cfg.sliding_window:
-        values |= {"sliding_window": cfg.sliding_window, "use_sliding_window": True,
-                   "max_window_layers": 0}
-    if cfg.num_experts:
-        values |= {"num_local_experts": cfg.num_experts, "num_experts": cfg.num_experts,
-                   "norm_topk_prob": True, "num_experts_per_tok": cfg.experts_per_token,
-                   "moe_intermediate_size": cfg.ffn_width, "decoder_sparse_step": 1,
-                   "router_aux_loss_coef": cfg.balance_loss_weight}
-    return values | {"modern_llm": to_dict(cfg)}
-
-# %% ../../nbs/02_model.ipynb #save-model
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. OSError if that fails, such as on a full disk."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # which others know as an OSError
-        raise OSError(f"cannot write {path}: {error}") from error
-
-
-def save_model(folder: str | Path, model: nn.Module, eos_id: int | None = None) -> None:
-    """Write `config.json`, `generation_config.json` and `model.safetensors` into an existing
-    folder.
-
-    Args:
-        folder: where; `files.atomic_folder` makes one that appears whole or not at all.
-        model: a `ModernDecoderLM`, compiled or not.
-        eos_id: the token that ends a document; it also begins one.
-    """
-    model = getattr(model, "_orig_mod", model)
-    state = model.state_dict()
-    tensors = {on_disk: state[name].detach().cpu().contiguous()
-               for on_disk, name in disk_names(model).items()}
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    write_json(Path(folder) / "config.json", hugging_face_config(model.cfg, dtype, eos_id))
-    write_json(Path(folder) / "generation_config.json",
-               {"bos_token_id": eos_id, "eos_token_id": eos_id})
-    write_tensors(tensors, Path(folder) / "model.safetensors")
-
-# %% ../../nbs/02_model.ipynb #read-config
-def read_config(folder: str | Path) -> ModelConfig:
-    """The config of a saved model. Raises ValueError if another program wrote the folder."""
-    path = Path(folder) / "config.json"
-    try:
-        values = read_json(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no model in {folder}: it has no config.json") from None
-    except ValueError as error:
-        raise DamagedFolder(str(error)) from error
-    if "modern_llm" not in values:
-        raise ValueError(f"{path} describes a "
-                         f"{(values.get('architectures') or ['model of unknown architecture'])[0]} "
-                         f"(model_type {values.get('model_type')!r}), not a model that save_model "
-                         "wrote: open it with transformers' AutoModelForCausalLM")
-    return override(ModelConfig(), values["modern_llm"], place=f"{path}: modern_llm")
-
-# %% ../../nbs/02_model.ipynb #check-shapes
-FIELD_OF_TENSOR = {
-    "embed_tokens": "vocab_size or width", "lm_head": "vocab_size or tie_embeddings",
-    "q_norm": "use_qk_norm or num_heads", "k_norm": "use_qk_norm or num_heads",
-    "sinks": "use_attention_sinks or num_heads", "k_proj": "num_kv_heads or width",
-    "v_proj": "num_kv_heads or width", "self_attn": "num_heads or width",
-    "mlp": "ffn_width, width or num_experts", "experts": "ffn_width, width or num_experts",
-    "gate": "num_experts", "layernorm": "width",
-}
-
-
-def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Raise ValueError naming the first tensor that is missing, surplus or of another shape, and
-    the config field.
-    """
-    blame = "weights and config.json are of different models; compare"
-    layers = [len({name.split(".")[2] for name in names if name.startswith("model.layers.")})
-              for names in (found, wanted)]
-    if layers[0] != layers[1]:
-        raise ValueError(f"{path} has {layers[0]} layers, but the config asks for {layers[1]}: "
-                         f"{blame} num_layers")
-    for name in sorted(found.keys() | wanted.keys()):
-        has, needs = (tuple(tensors[name].shape) if name in tensors else "absent"
-                      for tensors in (found, wanted))
-        if has != needs:
-            field = next((field for part, field in FIELD_OF_TENSOR.items() if part in name),
-                         "every field")
-            raise ValueError(f"{path}: tensor {name!r} is {has} in the file, but should be {needs} "
-                             f"by the config: {blame} {field}")
-
-# %% ../../nbs/02_model.ipynb #converted
-def converted(name: str, tensor: Tensor, dtype: torch.dtype, place: str | Path) -> Tensor:
-    """The tensor `name` of the file `place` in another dtype.
-
-    ValueError if it holds NaN, infinity or no plain numbers, or if a value would become infinite or
-    all of them 0.
-    """
-    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"{place}: tensor {name!r} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
-            "which means something only with the "
-            "scales of its quantisation: use the model's unquantised weights")
-    # NaN if any value is; no copy of the tensor
-    low, high = tensor.aminmax() if tensor.numel() else (torch.zeros(()), torch.zeros(()))
-    if not (low.isfinite() and high.isfinite()):
-        broken = int((~tensor.isfinite()).sum())
-        raise ValueError(f"{place}: {broken:,} of {tensor.numel():,} values of tensor {name!r} are "
-                         "NaN or infinite: its training has diverged, "
-                         "or the file is damaged; use an earlier checkpoint or another copy")
-    size, kind = torch.maximum(-low, high), str(dtype).removeprefix("torch.")
-    if size.to(dtype).isinf():
-        raise ValueError(f"{place}: tensor {name!r} holds a value of size {size.item():,g}, and "
-                         f"{kind} ends at {torch.finfo(dtype).max:,g}: it would become infinite. "
-                         f"Use {'bf16 or fp32' if dtype == torch.float16 else 'fp32'}")
-    if size and not size.to(dtype):
-        raise ValueError(f"{place}: no value of tensor {name!r} is larger than {size.item():.3g}, "
-                         f"and {kind} would make 0 of all of them. Use bf16 or fp32")
-    return tensor.to(dtype)
-
-
-# %% ../../nbs/02_model.ipynb #load-model
-def load_model(folder: str | Path, device: str | torch.device = "cpu",
-               dtype: torch.dtype | None = None) -> ModernDecoderLM:
-    """Read a model that `save_model` wrote; safetensors only, so that no code is ever unpickled.
-
-    Args:
-        folder: the checkpoint; its files are checked against `meta.json` if there is one.
-        device: where the weights go.
-        dtype: of the weights; None keeps what is on disk.
-
-    Raises:
-        FileNotFoundError: no model there; the message lists the paths tried.
-        DamagedFolder: a file is truncated or changed.
-        ValueError: a third-party model, weights that do not fit the config, or that `dtype` cannot
-            hold.
-    """
-    folder = Path(folder)
-    previous = folder.with_name(folder.name + ".previous")
-    if any((candidate / "meta.json").is_file() for candidate in (folder, previous)):
-        folder = find_folder(folder)
-        check_folder(folder)
-    elif not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no model found: tried {folder / 'config.json'}, "
-                                f"{folder / 'meta.json'} and {previous / 'meta.json'}")
-    cfg, path = read_config(folder), folder / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has a config.json but no model.safetensors: the copy is incomplete")
-    try:
-        tensors = load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise DamagedFolder(f"{path} is truncated or damaged ({error}): copy it again or use "
-                            "another checkpoint") from error
-    with torch.device("meta"):
-        model = ModernDecoderLM(cfg)
-    names, state = disk_names(model), model.state_dict()
-    check_tensors(path, tensors, {on_disk: state[name] for on_disk, name in names.items()})
-    if dtype:
-        tensors = {name: converted(name, tensor, dtype, path) for name, tensor in tensors.items()}
-    model.load_state_dict({names[on_disk]: tensor for on_disk, tensor in tensors.items()},
-                          strict=False, assign=True)
-    model.tie_weights()
-    return model

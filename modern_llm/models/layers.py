@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
 # %% auto #0
-__all__ = ['RMSNorm', 'SwiGLU', 'TopKRouter', 'load_balancing_loss', 'router_z_loss', 'dispatch', 'MixtureOfExperts']
+__all__ = ['RMSNorm', 'SwiGLU']
 
 # %% ../../nbs/00_layers.ipynb #rms-norm
 class RMSNorm(nn.Module):
@@ -56,121 +56,3 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows c"]:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-# %% ../../nbs/00_layers.ipynb #router
-class TopKRouter(nn.Module):
-    """Choose k experts for every token, and how much each of them counts.
-
-    Softmax over all experts, the k largest kept and rescaled to sum to 1, as in Mixtral (Jiang et
-    al. 2024, 2401.04088, section 2.1). Computed in float32 even under autocast: a rounded logit can
-    change the choice.
-
-    Args:
-        width: channels c of a token.
-        num_experts: experts e to choose from.
-        experts_per_token: experts k that each token visits.
-
-    Raises:
-        ValueError: k is not in 1..e.
-    """
-
-    def __init__(self, width: int, num_experts: int, experts_per_token: int):
-        super().__init__()
-        if not 1 <= experts_per_token <= num_experts:
-            raise ValueError(f"TopKRouter: experts_per_token={experts_per_token} must lie in "
-                             f"1..num_experts={num_experts}")
-        self.experts_per_token = experts_per_token
-        self.gate = nn.Linear(width, num_experts, bias=False)
-
-    def forward(
-        self, x: Float[Tensor, "n c"]
-    ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, "n e"]]:
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.gate.weight.float())
-        weights, indices = logits.softmax(-1).topk(self.experts_per_token, dim=-1)
-        return weights / weights.sum(-1, keepdim=True), indices, logits
-
-# %% ../../nbs/00_layers.ipynb #balance-loss
-def load_balancing_loss(logits: Float[Tensor, "n e"],
-                        indices: Int[Tensor, "n k"]) -> Float[Tensor, ""]:
-    """How unevenly the tokens are spread: 1 when uniform, e / k when all tokens choose the same k
-    experts.
-
-    Source: Fedus et al. 2021 (2101.03961), equations 4 to 6, with the share counted over the n·k
-    choices.
-
-    Args:
-        logits: router logits of n tokens.
-        indices: the k experts that each token chose.
-    """
-    num_experts = logits.shape[-1]
-    share = torch.bincount(indices.flatten(), minlength=num_experts) / indices.numel()
-    probability = logits.softmax(-1).mean(0)
-    return num_experts * (share * probability).sum()
-
-# %% ../../nbs/00_layers.ipynb #z-loss
-def router_z_loss(logits: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
-    """Mean square of the log of the softmax's denominator: keeps router logits small.
-
-    Source: Zoph et al. 2022 (2202.08906), equation 5.
-    """
-    return logits.logsumexp(-1).square().mean()
-
-# %% ../../nbs/00_layers.ipynb #dispatch
-def dispatch(
-    tokens: Float[Tensor, "n c"],
-    weights: Float[Tensor, "n k"],
-    indices: Int[Tensor, "n k"],
-    experts: nn.ModuleList,
-) -> Float[Tensor, "n c"]:
-    """Send each token to its k experts and add their answers, weighted.
-
-    Args:
-        tokens: what the experts read.
-        weights: how much each chosen expert counts.
-        indices: the experts that each token chose.
-        experts: modules from (m, c) to (m, c); one that nobody chose is called with m = 0.
-    """
-    n, k = indices.shape
-    order = indices.flatten().argsort(stable=True)
-    counts = torch.bincount(indices.flatten(), minlength=len(experts)).tolist()
-    groups = tokens[order // k].split(counts)
-    answers = torch.cat([expert(group) for expert, group in zip(experts, groups)])
-    back = torch.empty_like(order)
-    back[order] = torch.arange(n * k, device=order.device)
-    return (answers[back].unflatten(0, (n, k)) * weights.to(answers.dtype).unsqueeze(-1)).sum(1)
-
-# %% ../../nbs/00_layers.ipynb #moe
-class MixtureOfExperts(nn.Module):
-    """Many SwiGLU experts, of which each token visits k: more parameters at the same cost per
-    token.
-
-    The (token, expert) pairs are sorted by expert, so each expert computes its own tokens and no
-    others.
-
-    Args:
-        width: channels c of a token.
-        ffn_width: hidden channels of one expert.
-        num_experts: experts e.
-        experts_per_token: experts k that each token visits.
-        balance_loss_weight: weight of `load_balancing_loss` in the returned loss.
-        router_z_loss_weight: weight of `router_z_loss` in the returned loss.
-    """
-
-    def __init__(self, width: int, ffn_width: int, num_experts: int, experts_per_token: int,
-                 balance_loss_weight: float = 0.01, router_z_loss_weight: float = 0.001):
-        super().__init__()
-        self.balance_loss_weight = balance_loss_weight
-        self.router_z_loss_weight = router_z_loss_weight
-        self.router = TopKRouter(width, num_experts, experts_per_token)
-        self.experts = nn.ModuleList(SwiGLU(width, ffn_width) for _ in range(num_experts))
-
-    def forward(self,
-                x: Float[Tensor, "b t c"]) -> tuple[Float[Tensor, "b t c"], Float[Tensor, ""]]:
-        """The mixed output, and the two router losses already weighted and summed."""
-        tokens = x.flatten(0, 1)
-        weights, indices, logits = self.router(tokens)
-        y = dispatch(tokens, weights, indices, self.experts)
-        aux = (self.balance_loss_weight * load_balancing_loss(logits, indices)
-               + self.router_z_loss_weight * router_z_loss(logits))
-        return y.view_as(x), aux

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..config import ModelConfig, VerifierConfig
 from ..files import find_folder, read_json
-from .decoder import ModernDecoderLM, load_model
+from .decoder import ModernDecoderLM
+from .saving import load_model
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

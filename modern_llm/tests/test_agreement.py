@@ -29,8 +29,9 @@ from modern_llm.evaluation.fewshot import (
 from modern_llm.evaluation.held_out import cut_texts, detokenise, held_out_pages
 from modern_llm.evaluation.perplexity import protocol_rows, score_documents
 from modern_llm.interchange.hub import load
-from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.prefix import continuation_log_probs
+from modern_llm.models.saving import save_model
 from modern_llm.report.card import export_with_card
 
 for needed in ("transformers", "lm_eval"):

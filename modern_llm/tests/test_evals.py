@@ -30,7 +30,8 @@ from modern_llm.evaluation.ledger import (
     STAGES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows,
     read_ledger, stage_gains, stage_ledger, write_derived, write_ledger,
 )
-from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import save_model
 from modern_llm.statistics import proportion_interval
 
 

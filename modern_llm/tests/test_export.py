@@ -25,8 +25,9 @@ from modern_llm.data.tokens import end_of_text_id, load_tokenizer, save_tokenize
 from modern_llm.files import DamagedFolder, atomic_folder, check_folder, read_json, write_json
 from modern_llm.interchange import export, hub
 from modern_llm.interchange.export import ExportError, shards
-from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import generate
+from modern_llm.models.saving import save_model
 from modern_llm.report import card
 from modern_llm.report.card import export_with_card
 from modern_llm.runs.spec import sections

@@ -23,7 +23,8 @@ from modern_llm.config import (
 from modern_llm.config import get_pipeline_preset
 from modern_llm.data.tokens import make_tokenizer, save_tokenizer
 from modern_llm.messages import StageError
-from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import save_model
 from modern_llm.models.verifier import VerifierModel, small_encoder
 from modern_llm.runs.parameters import resolve
 from modern_llm.runs.preflight import preflight

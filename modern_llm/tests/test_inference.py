@@ -18,7 +18,8 @@ from modern_llm.data.tokens import save_tokenizer, train_tokenizer
 from modern_llm.evaluation.inference import check_inference, current_rss, peak_rss, reset_peak_rss
 from modern_llm.files import atomic_folder, read_json
 from modern_llm.messages import StageError
-from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import save_model
 
 SMALL = ModelConfig(vocab_size=512, context_length=256, width=32, num_layers=1, num_heads=2,
                     num_kv_heads=1, ffn_width=64)

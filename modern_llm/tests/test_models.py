@@ -13,8 +13,9 @@ from modern_llm.config import ConfigError, ModelConfig, TrainConfig
 from modern_llm.config import PRESETS
 from modern_llm.files import DamagedFolder, atomic_folder
 from modern_llm.models import counts
-from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
+from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import Sampling, generate, next_token_probabilities, stream
+from modern_llm.models.saving import load_model, save_model
 
 CFG = ModelConfig(vocab_size=64, context_length=32, width=32, num_layers=2, num_heads=4,
                   num_kv_heads=2, ffn_width=64, zero_init_outputs=False, init_std=0.3)

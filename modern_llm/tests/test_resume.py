@@ -300,7 +300,7 @@ def test_a_later_stage_that_is_refused_stops_the_pipeline_at_its_start(tmp_path)
 
 
 def test_the_model_card_says_what_was_changed_under_way(tmp_path):
-    from modern_llm.models.decoder import read_config
+    from modern_llm.models.saving import read_config
     from modern_llm.report.card import model_card
 
     checkpoint = finished(tmp_path, "pretrain", run="mine")

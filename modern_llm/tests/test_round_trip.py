@@ -23,8 +23,8 @@ from modern_llm.files import read_json, write_json
 from modern_llm.interchange import hub
 from modern_llm.interchange.hub import find_checkpoint
 from modern_llm.messages import StageError
-from modern_llm.models.decoder import load_model
 from modern_llm.models.generation import generate
+from modern_llm.models.saving import load_model
 from modern_llm.runs import pipeline
 from modern_llm.runs.stage import with_model_of
 from modern_llm.tests.test_hub import other_tokenizer, token_ids, written

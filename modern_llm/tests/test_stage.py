@@ -158,7 +158,8 @@ def finished(runs: Path, stage: str, seed: int = 0, run: str = "lesson", width: 
     import torch
 
     from modern_llm.config import ModelConfig
-    from modern_llm.models.decoder import ModernDecoderLM, save_model
+    from modern_llm.models.decoder import ModernDecoderLM
+    from modern_llm.models.saving import save_model
 
     torch.manual_seed(seed)
     folder = runs / run / stage

@@ -24,7 +24,8 @@ from modern_llm.data.templates import TemplateError
 from modern_llm.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 from modern_llm.files import read_json, write_json
 from modern_llm.interchange import hub
-from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import save_model
 from modern_llm.report.card import export_with_card
 from modern_llm.training.sft import InstructionExample, encode_examples
 

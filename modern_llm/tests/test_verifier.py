@@ -21,7 +21,8 @@ from modern_llm.data.answer_pairs import AnswerBatches, encode_candidate, fork_o
 from modern_llm.data.tasks import word_problems
 from modern_llm.data.tokens import train_tokenizer
 from modern_llm.files import atomic_folder
-from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import load_model, save_model
 from modern_llm.models.verifier import (
     VerifierModel, load_verifier, running_surprise, small_encoder, token_log_probs,
 )
@@ -30,7 +31,8 @@ from modern_llm.training.trainer import Trainer
 from modern_llm.evaluation.reranking import (
     calibration_error, judgements, reliability, rerank_differences,
 )
-from modern_llm.training.verifier import sampling_plan, start_from_surprise, verifier_loss
+from modern_llm.training.verifier import sampling_plan, verifier_loss
+from modern_llm.training.verifier_scores import start_from_surprise
 from modern_llm.training.verifier_scores import (
     calibrate, read_answers, save_verifier, score, score_answers, token_scores,
 )

@@ -5,42 +5,37 @@
 # %% ../../nbs/06_verifier.ipynb #imports
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..data.answer_pairs import encode_candidate
-from ..data.chat import chat_format, end_id
-from ..data.tasks import Problem, rerank
-from ..data.tokens import save_tokenizer
-from ..files import write_json
-from ..models.decoder import save_model, write_tensors
-from ..models.generation import evaluating
-from ..models.verifier import VerifierModel, running_surprise, token_log_probs
-from ..statistics import auc, paired_difference, proportion_interval, within_group_auc
+from ..config import VerifierConfig
+from ..data.answer_pairs import AnswerBatches
+from ..data.tasks import Problem, solve, word_problems
+from ..data.tokens import load_tokenizer
+from ..files import cached_frame
+from ..models.counts import flops_per_token
+from ..models.saving import load_model
+from ..models.verifier import VerifierModel, small_encoder
+from ..statistics import within_group_auc
 from .optim import LossOutput
+from .recipe import Run
+from modern_llm.training.verifier_scores import (
+    calibrate, read_answers, save_verifier, score_samples, start_from_surprise,
+)
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from modern_llm.models.decoder import ModernDecoderLM
+    from modern_llm.training.trainer import TrainResult, Trainer
 
 # %% auto #0
-__all__ = ['sampling_plan', 'verifier_loss', 'start_from_surprise']
-
-# %% ../../nbs/06_verifier.ipynb #sampling-plan
-def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
-    """Which weights answer how often: `start` at least every second time, those kept while it was
-    trained the rest.
-    """
-    kept = sorted((start.parent / "checkpoints").glob("step-*"))
-    each = samples // (2 * len(kept)) if kept else 0
-    return [(start, samples - each * len(kept)), *((folder, each) for folder in kept if each)]
+__all__ = ['verifier_loss', 'split_problems', 'sampling_plan', 'VerifierTraining']
 
 # %% ../../nbs/06_verifier.ipynb #verifier-loss
 def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor],
@@ -64,25 +59,125 @@ def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor],
                       {"judgement": judgement.detach(), "language": language.detach(),
                        "accuracy": accuracy.detach()})
 
-# %% ../../nbs/06_verifier.ipynb #start-from-surprise
-def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Tensor]]) -> None:
-    """Set the weights on the surprise, and the bias, to the logistic regression that fits these
-    batches; the rest stays.
+# %% ../../nbs/06_verifier.ipynb #split-problems
+def split_problems(
+    cfg: VerifierConfig, seed: int
+) -> tuple[list[Problem], list[Problem], list[Problem], list[Problem]]:
+    """Problems to train on, to calibrate on, with gold answers only, and held out to judge on.
+
+    None is in two of the first two and the last; a gold problem may be among the first.
     """
-    found = []
-    with torch.inference_mode(), evaluating(verifier):
-        for batch in batches:
-            ids, segments, answers, weights, targets = (
-                batch[name].to(verifier.head.weight.device)
-                for name in ("input_ids", "segment_ids", "answers", "weights", "targets"))
-            log_p = token_log_probs(verifier.model,
-                                    verifier.model.hidden(ids, segments)[0], ids, answers > 0)
-            features = running_surprise(log_p, (answers > 0) * segments)
-            used = weights > 0
-            found.append(torch.cat([features[used], torch.ones_like(features[used][:, :1]),
-                                    targets[used][:, None], weights[used][:, None]], dim=1))
-    table = torch.cat(found)
-    line = logistic_fit(table[:, :3], table[:, 3], table[:, 4], prior=(0.0, 0.0, 0.0))
-    with torch.no_grad():
-        verifier.surprise.copy_(line[:2])
-        verifier.head.bias.copy_(line[2:])
+    own = word_problems(cfg.problems, "train", cfg.train_problems, cfg.levels, seed=seed)
+    reserved = len(own) - max(1, len(own) // 5)
+    held = word_problems(cfg.problems, "validation", cfg.validation_problems, cfg.levels)
+    unseen = {problem.question for problem in [*own[reserved:], *held]}
+    gold = word_problems(cfg.problems, "train", max(1, cfg.gold_problems), cfg.levels,
+                         seed=seed + 1)
+    gold = [problem for problem in gold if problem.question not in unseen][:cfg.gold_problems]
+    return own[:reserved], own[reserved:], gold, held
+
+
+def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
+    """Which weights answer how often: `start` at least every second time, those kept while it was
+    trained the rest.
+    """
+    kept = sorted((start.parent / "checkpoints").glob("step-*"))
+    each = samples // (2 * len(kept)) if kept else 0
+    return [(start, samples - each * len(kept)), *((folder, each) for folder in kept if each)]
+
+# %% ../../nbs/06_verifier.ipynb #recipe
+class VerifierTraining:
+    """The recipe of the verifier: the generator's answers to problems, and what is measured."""
+
+    def __init__(self, run: Run):
+        self.run, self.train, seed = run, run.config.verifier, run.config.seed
+        self.tokenizer, self.device = load_tokenizer(run.start), run.device
+        to_train, to_calibrate, self.gold, self.held_problems = split_problems(self.train, seed)
+        self.own_problems, drawn = [*to_train, *to_calibrate], []
+        for i, (folder, samples) in enumerate(sampling_plan(run.start,
+                                                            self.train.samples_per_problem)):
+            load = partial(load_model, folder, run.device) if i else lambda: self.generator
+            drawn.append(self.answers(f"train-{i}", load, self.own_problems, samples=samples,
+                                      temperature=self.train.temperature, seed=1000 * seed + i))
+        sampled = pd.concat(drawn, ignore_index=True)
+        self.for_training = sampled[sampled.problem < len(to_train)]
+        self.for_calibration = sampled[sampled.problem >= len(to_train)]
+        self.held = self.answers("held-out", lambda: self.generator, self.held_problems,
+                                 samples=self.train.validation_samples,
+                                 temperature=self.train.temperature, seed=7)
+        self.watched = self.held[self.held.problem < 25].groupby("problem").head(8)
+
+    @property
+    def counts(self) -> list[dict]:
+        """How many answers each part has, and how many problems can show the difference between
+        right and wrong ones, as table rows.
+        """
+        parts = {"train": self.for_training, "calibrate": self.for_calibration,
+                 "held out": self.held}
+        rows = []
+        for name, samples in parts.items():
+            right = samples.groupby("problem").right.mean()
+            rows.append({"": name, "problems": len(right), "answers": len(samples),
+                         "right": f"{samples.right.mean():.1%}",
+                         "problems with both": int(((right > 0) & (right < 1)).sum()),
+                         "with a right one": f"{(right > 0).mean():.1%}"})
+        return rows
+
+    @cached_property
+    def generator(self) -> ModernDecoderLM:
+        """The model that answers; loaded when answers are still to be drawn."""
+        return load_model(self.run.start, self.device)
+
+    def answers(self, name: str, load: Callable[[], ModernDecoderLM],
+                problems: Sequence[Problem], **options) -> pd.DataFrame:
+        """Marked answers of the model that is loaded (`tasks.solve`), kept in the run's folder."""
+        found = cached_frame(self.run.folder / f"samples-{name}.jsonl", lambda: solve(
+            load(), self.tokenizer, problems, max_new_tokens=self.train.max_new_tokens,
+            progress=name, **options))
+        return found.astype({"value": float, "log_prob": float, "right": bool}).fillna({
+            "log_prob": -np.inf})
+
+    def fresh(self, cfg: VerifierConfig) -> VerifierModel:
+        """A verifier before training."""
+        body = (small_encoder(self.run.config.model, self.run.config.seed)
+                if cfg.kind == "encoder" else load_model(self.run.start))
+        return VerifierModel(body, cfg).to(self.device)
+
+    def batches(self, cfg: VerifierConfig) -> AnswerBatches:
+        """The batches of pairs that a verifier with these settings is trained on."""
+        return AnswerBatches(self.tokenizer, self.own_problems, self.for_training, self.gold, cfg,
+                             self.run.config.model.context_length, self.run.config.seed)
+
+    def evaluate(self, verifier: VerifierModel) -> dict[str, float]:
+        """On a few held-out samples, as they come: cross-entropy at the end of the answer, and the
+        within-problem AUC.
+        """
+        right = self.watched.right.to_numpy(bool)
+        scores = score_samples(verifier, self.tokenizer, self.watched, self.held_problems)
+        scores = scores.clip(1e-6, 1 - 1e-6)
+        both = self.watched.groupby("problem").right.nunique().max() == 2
+        return {"loss": -np.log(np.where(right, scores, 1 - scores)).mean(),
+                **({"auc": within_group_auc(scores, right, self.watched.problem)["value"]}
+                   if both else {})}
+
+    def save(self, verifier: VerifierModel, folder: Path) -> None:
+        """The verifier's files, with its calibration on the reserved problems."""
+        samples = self.for_calibration
+        parts = read_answers(verifier, self.tokenizer,
+                             [self.own_problems[p] for p in samples.problem], samples.text,
+                             batch_rows=128)
+        save_verifier(folder, verifier, self.tokenizer,
+                      calibration=calibrate(parts, samples.right.to_numpy(bool)))
+
+    def trainer(self, cfg: VerifierConfig, folder: Path) -> Trainer:
+        """A trainer of a fresh verifier with these settings."""
+        verifier, batches = self.fresh(cfg), self.batches(cfg)
+        if verifier.surprise is not None:
+            start_from_surprise(verifier, map(batches, range(16)))
+        return self.run.trainer(verifier, partial(verifier_loss, lm_weight=cfg.lm_weight), batches,
+                                self, cfg=cfg, folder=folder,
+                                flops_per_token=flops_per_token(verifier.model.cfg))
+
+    def fit(self) -> TrainResult:
+        """Train on pairs of a right and a wrong answer."""
+        return self.trainer(self.train, self.run.folder).fit()

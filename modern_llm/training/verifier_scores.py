@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -20,15 +21,16 @@ from ..data.chat import chat_format, end_id
 from ..data.tasks import Problem
 from ..data.tokens import save_tokenizer
 from ..files import write_json
-from ..models.decoder import save_model, write_tensors
 from ..models.generation import evaluating
-from ..models.verifier import VerifierModel
+from ..models.saving import save_model, write_tensors
+from ..models.verifier import VerifierModel, running_surprise, token_log_probs
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 # %% auto #0
-__all__ = ['read_answers', 'score_answers', 'score', 'token_scores', 'logistic_fit', 'calibrate', 'save_verifier']
+__all__ = ['read_answers', 'score_answers', 'score', 'score_samples', 'token_scores', 'logistic_fit', 'start_from_surprise',
+           'calibrate', 'save_verifier']
 
 # %% ../../nbs/36_verifier_scores.ipynb #read-answers
 @torch.inference_mode()
@@ -76,6 +78,13 @@ def score(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem, answe
     """How likely this answer to the problem is right, 0 to 1."""
     return float(score_answers(verifier, tokenizer, [problem], [answer])[0])
 
+
+def score_samples(verifier: VerifierModel, tokenizer: Tokenizer, samples: pd.DataFrame,
+                  problems: Sequence[Problem]) -> Float[np.ndarray, "n"]:
+    """`score_answers` of the samples of `tasks.solve` for these problems."""
+    return score_answers(verifier, tokenizer, [problems[p] for p in samples.problem], samples.text,
+                         batch_rows=128)
+
 # %% ../../nbs/36_verifier_scores.ipynb #token-scores
 @torch.inference_mode()
 def token_scores(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem,
@@ -111,6 +120,29 @@ def logistic_fit(features: Tensor, targets: Tensor, weights: Tensor,
 
     optimizer.step(closure)
     return line.detach().float()
+
+# %% ../../nbs/36_verifier_scores.ipynb #start-from-surprise
+def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Set the weights on the surprise, and the bias, to the logistic regression that fits these
+    batches; the rest stays.
+    """
+    found = []
+    with torch.inference_mode(), evaluating(verifier):
+        for batch in batches:
+            ids, segments, answers, weights, targets = (
+                batch[name].to(verifier.head.weight.device)
+                for name in ("input_ids", "segment_ids", "answers", "weights", "targets"))
+            log_p = token_log_probs(verifier.model,
+                                    verifier.model.hidden(ids, segments)[0], ids, answers > 0)
+            features = running_surprise(log_p, (answers > 0) * segments)
+            used = weights > 0
+            found.append(torch.cat([features[used], torch.ones_like(features[used][:, :1]),
+                                    targets[used][:, None], weights[used][:, None]], dim=1))
+    table = torch.cat(found)
+    line = logistic_fit(table[:, :3], table[:, 3], table[:, 4], prior=(0.0, 0.0, 0.0))
+    with torch.no_grad():
+        verifier.surprise.copy_(line[:2])
+        verifier.head.bias.copy_(line[2:])
 
 # %% ../../nbs/36_verifier_scores.ipynb #calibrate
 def calibrate(parts: Float[np.ndarray, "n 3"], right: Bool[np.ndarray, "n"]) -> list[float]:

@@ -26,7 +26,8 @@ import torch
 
 from modern_llm.config import ModelConfig, TrainConfig
 from modern_llm.files import sha256
-from modern_llm.models.decoder import ModernDecoderLM, save_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import save_model
 from modern_llm.training.checkpoints import RunFolder, restore_random_states
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.trainer import Trainer

@@ -35,7 +35,8 @@ from modern_llm.data.packing import build_token_cache
 from modern_llm.data.tokens import make_tokenizer
 from modern_llm.files import CHECKOUT, cached_frame, read_json, sha256, write_json, write_text
 from modern_llm.messages import StageError
-from modern_llm.models.decoder import ModernDecoderLM, load_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import load_model
 from modern_llm.runs.locks import RunLock
 from modern_llm.runs.stage import begin
 from modern_llm.tests.faults.disturb import (
