@@ -1,8 +1,8 @@
 """What is measured of every model: the items of all tasks, and of each task how a model is asked,
 what becomes an item of the ledger, and the protocol in words.
 
-A plain module: how the measuring itself is checked is chapters 46 and 47. A task is one `TaskFamily`
-in `FAMILIES`.
+A plain module: how the measuring itself is checked is chapters 46 and 47. A task is one
+`TaskFamily` in `FAMILIES`.
 """
 
 from __future__ import annotations
