@@ -13,19 +13,18 @@ from pathlib import Path
 import click
 
 from modern_llm.cli.common import Failure, as_table
-from modern_llm.config import ConfigError, PipelineConfig, nearest
+from modern_llm.config import STAGES, ConfigError, PipelineConfig, nearest
 from modern_llm.config.machines import cluster_files
 
 # seed: a notebook's parameter
 WITHOUT_A_DOT = tuple(
     field.name for field in dataclasses.fields(PipelineConfig) if field.name != "seed")
-STAGES = "pretrain, sft, dpo, verifier, eval, attention, report, or all"
 
 
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run; `modern-llm presets` lists the names.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{STAGES}.")
+@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{', '.join(STAGES)}, or all.")
 @click.option("--run", "run_name", metavar="NAME",
               help="Folder under runs/; default: the preset's name.")
 @click.option("--checkpoint", metavar="PATH",
@@ -189,7 +188,7 @@ def _key_values(items: tuple[str, ...]) -> dict:
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{STAGES}.")
+@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{', '.join(STAGES)}, or all.")
 @click.option("--run", "run_name", metavar="NAME",
               help="Folder under runs/; default: the preset's name.")
 @click.option("--account", metavar="PROJECT",

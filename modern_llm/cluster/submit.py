@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm.cluster.duration import MARGIN, Estimate, clock, estimate, minutes_of, time_limit
-from modern_llm.config import ConfigError, PipelineConfig, nearest, require
+from modern_llm.config import STAGES, ConfigError, PipelineConfig, nearest, require
 from modern_llm.config.machines import Cluster, Partition, find_cluster
 from modern_llm.files import CHECKOUT, write_json
 from modern_llm.messages import StageError
@@ -28,11 +28,12 @@ from modern_llm.runs.record import writes_to
 from modern_llm.runs.scheduler import (
     MARK, is_queued, job_states, slurm_command, submitted, this_job,
 )
-from modern_llm.runs.spec import DATA, setting
+from modern_llm.runs.spec import setting
 
 # greetings come first, the name of a cluster behind
 ONLY_THE_NUMBER = r"sed -nE 's/^([0-9]+)(;.*)?$/\1/p' | tail -n 1"
-TOGETHER = ("eval", "attention", "report")  # one job, slurm/eval.slurm, when all of them are wanted
+# what trains nothing: one job, slurm/eval.slurm, when all of it is wanted
+TOGETHER = tuple(name for name, spec in STAGES.items() if not spec.recipe)
 
 
 def partition_of(config: PipelineConfig, cluster: Cluster) -> str | None:
@@ -132,7 +133,7 @@ FOLDERS = ("MODERN_LLM_DATA", "MODERN_LLM_CACHE", "MODERN_LLM_CLUSTERS", "MODERN
            "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 # settings that may
 FILES = tuple(dict.fromkeys(
-    [path for paths in DATA.values() for path in paths] + ["eval.baselines", "start_from"]))
+    [path for spec in STAGES.values() for path in spec.data] + ["eval.baselines", "start_from"]))
 
 
 def absolute_settings(config: PipelineConfig) -> dict[str, str]:

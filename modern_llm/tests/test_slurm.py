@@ -19,9 +19,8 @@ from click.testing import CliRunner
 
 from modern_llm.cli import main
 from modern_llm.cluster import duration, submit
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import NOTEBOOKS, get_pipeline_preset
 from modern_llm.files import read_json, sha256
-from modern_llm.runs.spec import NOTEBOOKS
 from modern_llm.tests.slurm import loopback
 
 ROOT = Path(__file__).resolve().parents[2]
