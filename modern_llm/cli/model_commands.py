@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from modern_llm.cli.common import one_line_errors
-from modern_llm.config import nearest
+from modern_llm.config import names_of, nearest
 
 
 class Finite(click.FloatRange):
@@ -218,7 +218,7 @@ def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> 
               help="Problems answered in all.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
               help="Of each answer.")
-@click.option("--problems", type=click.Choice(["synthetic", "gsm8k"]), default="synthetic",
+@click.option("--problems", type=click.Choice(names_of("problems")), default="synthetic",
               show_default=True, help="Word problems to answer.")
 @click.option("--to", "target", metavar="FILE",
               help="Where the figures go, instead of inference_ok.json beside the checkpoint.")

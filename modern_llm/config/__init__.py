@@ -1,13 +1,17 @@
 """Every setting, the presets made of them, and how a word changes one. Imports no torch."""
 
+from modern_llm.config.datasets import (
+    BUILT_IN, CHAT_KINDS, DATASET_REGISTRY, KINDS, DatasetInfo, names_of, register,
+)
 from modern_llm.config.overrides import PLAIN, json_or_text, override, parse_overrides, to_dict
 from modern_llm.config.presets import (
     ALIASES, PRESETS, get_pipeline_preset, gpu_full, h100_speedrun, lesson, local, local_cpu,
     local_smoke, smollm2_135m, tacc_a100, tacc_h100, tacc_smoke,
 )
 from modern_llm.config.schema import (
-    BUILT_IN, GENERATORS, GPT2_VOCAB_SIZE, OPTIMIZERS, PAIR_SOURCES, PRECISIONS, PREFERENCE_LOSSES,
-    REPLAY_SOURCES, SCHEDULES, SFT_SOURCES, SHORTEST_CONTEXT, STRATEGIES, VERIFIER_KINDS,
-    ConfigError, DPOConfig, DataConfig, EvalConfig, HardwareConfig, ModelConfig, PipelineConfig,
-    SFTConfig, TrainConfig, VerifierConfig, device_parts, nearest, require,
+    GPT2_VOCAB_SIZE, OPTIMIZERS, PRECISIONS, PREFERENCE_LOSSES, SCHEDULES, SHORTEST_CONTEXT,
+    STRATEGIES, VERIFIER_KINDS, ConfigError, DPOConfig, DataConfig, EvalConfig, HardwareConfig,
+    ModelConfig, PipelineConfig, SFTConfig, TrainConfig, VerifierConfig, device_parts, nearest,
+    require,
 )
+from modern_llm.config.stages import GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec

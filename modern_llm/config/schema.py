@@ -1,8 +1,8 @@
 """Every knob of the laboratory on one page: what it is called, its unit, its default.
 
 A variant of a config is `dataclasses.replace`; complete ones, the presets, are in `presets`. This
-module is a leaf: it imports neither torch nor anything of the package, so that a login node can
-plan a run; only who asks it for `get_pipeline_preset` gets that from `presets`.
+module imports neither torch nor anything but the names of the data sets, so that a login node can
+plan a run.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from modern_llm.config.datasets import CHAT_KINDS, columns_of, names_of
+
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PREFERENCE_LOSSES = ("sigmoid", "ipo")
-BUILT_IN = ("synthetic", "synthetic-problems")  # sources written by a program
-REPLAY_SOURCES = ("text", "synthetic", "synthetic-problems", "gsm8k")
-SFT_SOURCES = {"synthetic": "", "synthetic-problems": "", "alpaca": "instruction, input and output",
-               "oasst1": "", "gsm8k": "", "sst2": ""}
-# names, and the fields of the one to put rows of one's own into
-PAIR_SOURCES = {"synthetic": "", "hh-rlhf": "chosen and rejected"}
 VERIFIER_KINDS = ("generator", "encoder")
 STRATEGIES = ("ddp", "fsdp")
 
@@ -61,15 +57,17 @@ def _divisors(number: int, times: int = 1) -> list[int]:
     return [n for n in range(1, min(number, 1024) + 1) if number % (times * n) == 0]
 
 
-def _sources(section: str, names: tuple[str, ...], valid: dict[str, str] | None = None) -> None:
+def _sources(section: str, names: tuple[str, ...], *kinds: str) -> None:
     require(len(names) > 0,
             f"{section}.sources is empty; name at least one, for example 'synthetic'")
     require(len(set(names)) == len(names), f"{section}.sources={list(names)} names a source twice")
-    for name in names if valid else ():
-        own, fields = next((own, fields) for own, fields in valid.items() if fields)
-        require(name in valid, f"{section}.sources={name!r} is unknown{nearest(name, valid)}; rows "
-                               f"of your own, with {fields}, are read from "
-                               f"$MODERN_LLM_DATA/{own}/train.jsonl by the name {own!r}")
+    if kinds:
+        valid, (own, columns) = names_of(*kinds), columns_of(kinds[0])
+        for name in names:
+            require(name in valid,
+                    f"{section}.sources={name!r} is unknown{nearest(name, valid)}; rows of your "
+                    f"own, with {columns}, are read from $MODERN_LLM_DATA/{own}/train.jsonl by the "
+                    f"name {own!r}")
 
 
 def _one_of(place: str, value: str, options: tuple[str, ...]) -> None:
@@ -239,7 +237,7 @@ class SFTConfig(TrainConfig):
     """Instruction tuning: the settings of its optimisation and what it reads. Read by chapter 04.
     """
 
-    # of instructions; names of chapter 04
+    # of chats, problems or labelled sentences; see config.datasets
     sources: tuple[str, ...] = ("synthetic", "synthetic-problems")
     weights: tuple[float, ...] = (0.5, 0.5)  # share of the examples drawn from each source
     replay_fraction: float = 0.1  # share of the rows that are pretraining text
@@ -248,7 +246,7 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _sources("sft", self.sources, SFT_SOURCES)
+        _sources("sft", self.sources, *CHAT_KINDS)
         require(len(self.sources) == len(self.weights),
                 f"sft.weights={list(self.weights)} must have one number for each of "
                 f"sft.sources={list(self.sources)}")
@@ -272,7 +270,7 @@ class DPOConfig(TrainConfig):
     sft_weight: float = 0.0  # weight of the chosen answer's negative log-probability per token
     # weight of the nats per token of a row of earlier examples that goes along with every pair
     replay_weight: float = 0.0
-    # in equal parts; "text" (pretraining), "synthetic", "synthetic-problems", "gsm8k"
+    # in equal parts; "text" (pretraining), and what sft.sources may name
     replay_sources: tuple[str, ...] = ("text",)
     max_train_pairs: int = 5_000  # a source
     max_validation_pairs: int = 200  # a source
@@ -280,7 +278,7 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _sources("dpo", self.sources, PAIR_SOURCES)
+        _sources("dpo", self.sources, "pairs")
         _one_of("dpo.loss", self.loss, PREFERENCE_LOSSES)
         _positive("dpo", self, "beta", "max_train_pairs", "max_validation_pairs", "max_new_tokens")
         require(0 <= self.label_smoothing < 0.5,
@@ -293,7 +291,7 @@ class DPOConfig(TrainConfig):
         require(len(self.replay_sources) > 0,
                 "dpo.replay_sources is empty; to replay nothing say dpo.replay_weight=0")
         for name in self.replay_sources:
-            _one_of("dpo.replay_sources", name, REPLAY_SOURCES)
+            _one_of("dpo.replay_sources", name, ("text", *names_of(*CHAT_KINDS)))
 
 
 @dataclass(frozen=True)
@@ -302,7 +300,7 @@ class VerifierConfig(TrainConfig):
 
     # "generator" = starts from the generator's weights; "encoder" = a small one from scratch
     kind: str = "generator"
-    problems: str = "synthetic"  # source of word problems: "synthetic" or "gsm8k"
+    problems: str = "synthetic"  # a data set of word problems
     levels: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the synthetic problems
     train_problems: int = 300
     validation_problems: int = 100
@@ -326,7 +324,7 @@ class VerifierConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("verifier.kind", self.kind, VERIFIER_KINDS)
-        _one_of("verifier.problems", self.problems, ("synthetic", "gsm8k"))
+        _one_of("verifier.problems", self.problems, names_of("problems"))
         _positive("verifier", self, "train_problems", "validation_problems", "samples_per_problem",
                   "validation_samples", "temperature", "max_new_tokens")
         for name in ("perturbed_fraction", "gold_fraction", "head_dropout"):
@@ -341,7 +339,7 @@ class VerifierConfig(TrainConfig):
 class EvalConfig:
     """What is measured, on how many items. Read by chapter 07."""
 
-    problems: str = "synthetic"  # word problems: "synthetic" or "gsm8k"
+    problems: str = "synthetic"  # a data set of word problems
     levels: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the synthetic problems, equally many each
     num_problems: int = 250
     problem_shots: int = 1  # solved examples in front of a base model's problem, as far as they fit
@@ -352,7 +350,7 @@ class EvalConfig:
     temperature: float = 1.0  # of the samples
     max_new_tokens: int = 128
     batch_rows: int = 256  # answers written at once
-    sentiment: str = "synthetic"  # "synthetic" or "sst2"
+    sentiment: str = "synthetic"  # a data set of labelled sentences
     num_sentences: int = 200
     # demonstrations in front of each sentence, as far as they fit; the last one is the headline
     shots: tuple[int, ...] = (0, 1, 4)
@@ -370,8 +368,8 @@ class EvalConfig:
     overlap_documents: int = 20_000  # of each training source that are read for that
 
     def __post_init__(self) -> None:
-        _one_of("eval.problems", self.problems, ("synthetic", "gsm8k"))
-        _one_of("eval.sentiment", self.sentiment, ("synthetic", "sst2"))
+        _one_of("eval.problems", self.problems, names_of("problems"))
+        _one_of("eval.sentiment", self.sentiment, names_of("sentences"))
         _positive("eval", self, "num_problems", "samples_per_problem", "sampled_problems",
                   "temperature", "max_new_tokens", "batch_rows", "num_sentences",
                   "num_instructions", "num_pairs", "max_perplexity_tokens")
@@ -430,8 +428,8 @@ class PipelineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for stage in ("pretrain", "sft", "dpo", "verifier"):
-            size = getattr(self, stage).batch_size
+        for stage, train in vars(self).items():
+            size = train.batch_size if isinstance(train, TrainConfig) else 0
             require(
                 size % self.hardware.ranks == 0,
                 f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
@@ -453,4 +451,3 @@ class PipelineConfig:
 
 SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write
 GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens
-GENERATORS = ("dpo", "sft", "pretrain")  # the stages that make a language model, the last one first

@@ -10,25 +10,25 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import nearest
+from ..config import names_of, nearest
 from . import synth
 from .chat import EncodedExample, Message, encode_chat, encode_example, padded_batch
 from .packing import IGNORED
-from .reading import rows
+from .reading import items
 from .tokens import encode_documents
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # %% auto #0
-__all__ = ['TURN', 'ROLES', 'SOURCES', 'Pair', 'parse_dialogue', 'dialogue_pair', 'preference_pairs', 'fitting_turns',
-           'EncodedPair', 'encode_pair', 'encode_pairs', 'pair_batch']
+__all__ = ['TURN', 'ROLES', 'Pair', 'parse_dialogue', 'dialogue_pair', 'preference_pairs', 'fitting_turns', 'EncodedPair',
+           'encode_pair', 'encode_pairs', 'pair_batch']
 
 # %% ../../nbs/27_pairs.ipynb #pair
 @dataclass(frozen=True)
@@ -83,15 +83,13 @@ def dialogue_pair(row: dict) -> Pair | str:
         return "answers equal"
     if not all(answers):
         return "an answer is empty"
-    return Pair(tuple(chosen[:-1]), *answers, source="hh-rlhf")
+    return Pair(tuple(chosen[:-1]), *answers)
 
 # %% ../../nbs/27_pairs.ipynb #preference-pairs
-SOURCES = ("synthetic", "hh-rlhf")
-
-
 def _candidates(source: str, split: str, seed: int, world_seed: int) -> Iterator[Pair | str]:
-    if source == "hh-rlhf":
-        yield from (dialogue_pair(row) for row in rows(source, split, also=("rejected",)))
+    if source != "synthetic":
+        yield from (pair if isinstance(pair, str) else replace(pair, source=source)
+                    for pair in items(source, split))
         return
     part = {"train": "train", "validation": "heldout", "test": "heldout"}[split]
     for item in synth.preferences(part, seed + (split == "test"), world_seed):
@@ -106,16 +104,17 @@ def preference_pairs(
     for which reason.
 
     Args:
-        source: "synthetic" (endless; the rejected answer breaks one planted rule) or "hh-rlhf".
+        source: "synthetic" (endless; the rejected answer breaks one planted rule), or a data set
+            of pairs.
         split: "train", "validation" or "test". The built-in held-out prompts serve the last two,
             drawn differently.
 
     Raises:
         ValueError: the source is unknown, or has no usable pair.
     """
-    if source not in SOURCES:
+    if source not in names_of("pairs"):
         raise ValueError(
-            f"preference_pairs: source={source!r} is unknown{nearest(source, SOURCES)}")
+            f"preference_pairs: source={source!r} is unknown{nearest(source, names_of('pairs'))}")
     if split not in ("train", "validation", "test"):
         raise ValueError(
             f"preference_pairs: split={split!r} must be 'train', 'validation' or 'test'")

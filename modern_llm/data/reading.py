@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from .splits import Cut, cut_splits, make_cut, split_plan, text_blocks
 from ..files import sha256
 
 # %% auto #0
-__all__ = ['READER_VERSION', 'load_hub', 'articles', 'split_of', 'how_split', 'rows', 'check_rows', 'documents', 'content_id',
-           'download']
+__all__ = ['READER_VERSION', 'load_hub', 'articles', 'split_of', 'how_split', 'rows', 'check_rows', 'documents', 'items',
+           'content_id', 'download']
 
 # %% ../../nbs/23_reading.ipynb #load-hub
 def _library():
@@ -268,6 +269,23 @@ def documents(name: str, split: str = "train", world_seed: int = 0) -> Iterator[
         if text.strip():
             yield (text if text.isascii()
                    else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+# %% ../../nbs/23_reading.ipynb #items
+def items(name: str, split: str = "train") -> Iterator:
+    """What the rows of a source are, in order, as the parser of its registry entry reads them.
+
+    Raises:
+        DataError: see `rows`; a parser names the place of a row that it cannot use, too.
+    """
+    info = dataset_info(name)
+    if not info.parse:
+        return documents(name, split)
+    parse = info.parse
+    if isinstance(parse, str):
+        module, _, function = parse.rpartition(".")
+        parse = getattr(import_module(module), function)
+    found = rows(name, split, also=info.needed_columns)
+    return parse(found) if info.parses_all else map(parse, found)
 
 # %% ../../nbs/23_reading.ipynb #content-id
 READER_VERSION = 3  # raise it when `documents` reads the same files differently

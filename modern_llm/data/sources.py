@@ -9,18 +9,18 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlparse
 
-from ..config import nearest
+from ..config import DATASET_REGISTRY, DatasetInfo, nearest, register
 
 # %% auto #0
-__all__ = ['DATASET_REGISTRY', 'TEXT_SUFFIXES', 'FILE_TYPES', 'SPLIT_FILES', 'DataError', 'DatasetNotFound', 'DatasetInfo',
-           'plain_suffix', 'dataset_info', 'mirror_root', 'mirror_files', 'hub_reachable', 'hub_state', 'Source',
-           'find_source', 'missing_reason', 'remedy', 'check_sources']
+__all__ = ['TEXT_SUFFIXES', 'FILE_TYPES', 'SPLIT_FILES', 'DataError', 'DatasetNotFound', 'plain_suffix', 'dataset_info',
+           'mirror_root', 'mirror_files', 'hub_reachable', 'hub_state', 'Source', 'find_source', 'missing_reason',
+           'remedy', 'check_sources']
 
 # %% ../../nbs/20_sources.ipynb #dataset-info
 class DataError(ValueError):
@@ -31,90 +31,6 @@ class DatasetNotFound(DataError):
     """A data set that is neither built in, nor in the mirror, nor on the hub. The message says what
     was tried.
     """
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What is known about a data set before it is opened."""
-
-    name: str
-    hub: str  # path on the Hugging Face hub; "" = not there
-    licence: str
-    kind: str  # what a row is: text, instruction, chat, preference, problem, sentiment
-    fields: tuple[str, ...]  # columns that, joined, make a document
-    config: str | None = None
-    revision: str | None = None
-    folders: tuple[str, ...] = ()  # folder names in a mirror, besides `name`
-    # split -> file names in a mirror
-    files: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    hub_splits: tuple[str, ...] = ("train",)
-    aliases: tuple[str, ...] = ()
-    note: str = ""  # what to know about the files in `files`
-    key: Callable[[dict], str] | None = None  # text that decides on which side of a cut a row falls
-    optional: tuple[str, ...] = ()  # fields that a row may lack: missing, null and "" are the same
-    # types of what else the later stages read
-    columns: dict[str, tuple[type, ...]] = field(default_factory=dict)
-
-    @property
-    def is_wikitext(self) -> bool:
-        """Whether the rows are lines of articles; a file of your own is not, whatever it is called.
-        """
-        return self.hub == "Salesforce/wikitext"
-
-    @property
-    def needed_columns(self) -> tuple[str, ...]:
-        """The further columns that every row must have."""
-        return tuple(name for name, types in self.columns.items() if type(None) not in types)
-
-# %% ../../nbs/20_sources.ipynb #registry
-def _question(row: dict) -> str:
-    return str(row.get("chosen", "")).split("\n\nAssistant:")[0]
-
-
-_RAW_WIKITEXT = {split: (f"wiki.{short}.raw",) for split, short in
-                 (("train", "train"), ("validation", "valid"), ("test", "test"))}
-_WIKITEXT_2 = {"train": ("train.txt.gz",), "validation": ("valid.txt.gz",),
-               "test": ("raw_test.txt.gz",)}
-_HH = tuple(f"{part}-test.jsonl.gz" for part in
-            ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base"))
-_ALL = ("train", "validation", "test")
-_PARQUET = "refs/convert/parquet"  # the hub's own conversion, for data sets that were scripts
-
-DATASET_REGISTRY: dict[str, DatasetInfo] = {info.name: info for info in (
-    DatasetInfo("synthetic", "", "MIT", "text", ("text",), hub_splits=("train", "validation")),
-    DatasetInfo("wikitext-2-raw-v1", "Salesforce/wikitext", "CC BY-SA 3.0", "text",
-                ("text",), "wikitext-2-raw-v1",
-                folders=("wikitext2", "wikitext-2"), files=_WIKITEXT_2, hub_splits=_ALL,
-                aliases=("wikitext-2",), note="tokenised text with <unk>, not the raw one"),
-    DatasetInfo("wikitext-103-raw-v1", "Salesforce/wikitext", "CC BY-SA 3.0", "text",
-                ("text",), "wikitext-103-raw-v1", folders=("wikitext103", "wikitext-103"),
-                files=_RAW_WIKITEXT, hub_splits=_ALL, aliases=("wikitext-103",)),
-    DatasetInfo("tinystories", "roneneldan/TinyStories", "CDLA-Sharing-1.0", "text",
-                ("text",), hub_splits=("train", "validation")),
-    DatasetInfo("openwebtext", "Skylion007/openwebtext", "CC0 (packaging)", "text",
-                ("text",), revision=_PARQUET),
-    DatasetInfo("bookcorpus", "bookcorpus/bookcorpus", "unknown", "text",
-                ("text",), revision=_PARQUET),
-    DatasetInfo("alpaca", "tatsu-lab/alpaca", "CC BY-NC 4.0",
-                "instruction", ("instruction", "input", "output"),
-                files={"train": ("random_9k.jsonl.gz", "extra.jsonl.gz")},
-                key=lambda row: str(row.get("instruction")), optional=("input",)),
-    DatasetInfo("oasst1", "OpenAssistant/oasst1", "Apache-2.0", "chat",
-                ("text",), hub_splits=("train", "validation"), key=lambda row: str(
-                    row.get("message_tree_id") or row.get("text")
-                ), columns={**dict.fromkeys(("message_id", "role", "lang"), (str,)),
-                            "parent_id": (str, type(None)), "rank": (int, float, type(None))}),
-    DatasetInfo("hh-rlhf", "Anthropic/hh-rlhf", "MIT", "preference",
-                ("chosen",), files={"test": _HH}, hub_splits=("train", "test"), key=_question,
-                columns={"rejected": (str,)}),
-    DatasetInfo("gsm8k", "openai/gsm8k", "MIT", "problem", ("question", "answer"), "main",
-                hub_splits=("train", "test"), key=lambda row: str(row.get("question"))),
-    DatasetInfo("sst2", "stanfordnlp/sst2", "see its authors", "sentiment",
-                ("sentence",), folders=("sst-2", "SST-2"),
-                files={"train": ("train.tsv.gz",),
-                       "validation": ("dev.tsv",), "test": ("test_labeled.tsv",)},
-                hub_splits=_ALL, aliases=("glue/sst2",), columns={"label": (int, str)}),
-)}
 
 # %% ../../nbs/20_sources.ipynb #dataset-info-lookup
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens")

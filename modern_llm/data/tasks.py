@@ -15,11 +15,13 @@ import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer
 
-from ..config import nearest
+from ..config import names_of, nearest
 from . import synth
 from .chat import Answer, answer
+from .formats import Row
 from .marking import decimal, last_number
-from .reading import rows
+from .reading import items
+from .sources import dataset_info
 from .synth import Problem, Review
 from .tokens import encode_documents
 from ..statistics import mean_interval
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
     from modern_llm.models.decoder import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['RERANKERS', 'word_problems', 'synthetic_problems', 'hash_bit', 'strict_answer', 'flexible_answer', 'sentences',
-           'Calculator', 'problem_request', 'mark', 'solve', 'pass_at_k', 'choice_weights', 'rerank', 'rerank_curve']
+__all__ = ['RERANKERS', 'word_problems', 'marked_problem', 'synthetic_problems', 'hash_bit', 'strict_answer', 'flexible_answer',
+           'sentences', 'labelled_sentence', 'Calculator', 'problem_request', 'mark', 'solve', 'pass_at_k',
+           'choice_weights', 'rerank', 'rerank_curve']
 
 # %% ../../nbs/26_tasks.ipynb #word-problems
 def word_problems(source: str, split: str, limit: int, levels: Sequence[int] | None = None,
@@ -37,31 +40,33 @@ def word_problems(source: str, split: str, limit: int, levels: Sequence[int] | N
     """The first `limit` problems of a source.
 
     Args:
-        source: "synthetic" or "gsm8k".
+        source: "synthetic", or a data set of problems.
         split: "train", "validation" or "test"; the last two are different held-out problems.
         levels: of the synthetic source, in equal numbers; None = all.
         seed: of the synthetic source.
 
     Raises:
-        ValueError: another source, a GSM8K row without `#### number`, or no problem at all.
+        ValueError: another source, a row that is no problem, or no problem at all.
     """
     if source == "synthetic":
         return list(islice(synthetic_problems(split, levels, seed), limit))
-    if source != "gsm8k":
-        raise ValueError(f"problems={source!r} is unknown{nearest(source, ('synthetic', 'gsm8k'))}")
-    found = []
-    for row in islice(rows("gsm8k", split), limit):
-        if not row["question"].strip():
-            raise ValueError(f"{row.place}: the question is empty")
-        value = strict_answer(row["answer"])
-        if value is None:
-            raise ValueError(
-                f"{row.place}: the answer {row['answer'][-40:]!r} does not end with `#### number`")
-        found.append(Problem(row["question"].strip(), row["answer"].strip(),
-                             max(1, row["answer"].count("<<")), value))
-    if not found:
-        raise ValueError(f"gsm8k, {split}: there is no problem in the file")
-    return found
+    if source not in names_of("problems"):
+        raise ValueError(f"problems={source!r} is unknown{nearest(source, names_of('problems'))}")
+    if found := list(islice(items(source, split), limit)):
+        return found
+    raise ValueError(f"{source}, {split}: there is no problem in the file")
+
+
+def marked_problem(row: Row) -> Problem:
+    """A row of GSM8K. ValueError names the place of one without a question or `#### number`."""
+    if not row["question"].strip():
+        raise ValueError(f"{row.place}: the question is empty")
+    value = strict_answer(row["answer"])
+    if value is None:
+        raise ValueError(
+            f"{row.place}: the answer {row['answer'][-40:]!r} does not end with `#### number`")
+    return Problem(row["question"].strip(), row["answer"].strip(),
+                   max(1, row["answer"].count("<<")), value)
 
 
 def synthetic_problems(split: str, levels: Sequence[int] | None = None,
@@ -96,10 +101,11 @@ def flexible_answer(text: str) -> int | float | None:
 
 # %% ../../nbs/26_tasks.ipynb #sentences
 def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review]:
-    """The first `limit` sentences of "synthetic" or "sst2", labelled "negative" or "positive".
+    """The first `limit` sentences of "synthetic" or a data set of them, labelled "negative" or
+    "positive".
 
-    SST-2's test labels are not public, so its "test" is the validation split, as everybody reports
-    it.
+    Where the labels of a test split are not public, as SST-2's, "test" is the split that the
+    registry says everybody reports.
 
     Raises:
         ValueError: another source, a label outside the set, with its line, or no sentence at all.
@@ -107,19 +113,21 @@ def sentences(source: str, split: str, limit: int, seed: int = 0) -> list[Review
     if source == "synthetic":
         part = "train" if split == "train" else "heldout"
         return list(islice(synth.sentiment(part, seed + (split == "validation")), limit))
-    if source != "sst2":
-        raise ValueError(f"sentiment={source!r} is unknown{nearest(source, ('synthetic', 'sst2'))}")
-    found = []
-    for row in islice(
-        rows("sst2", "train" if split == "train" else "validation", also=("label",)), limit):
-        if str(row["label"]) not in ("0", "1"):
-            raise ValueError(f"{row.place}: label {row['label']!r} is not 0 or 1")
-        if not row["sentence"].strip():
-            raise ValueError(f"{row.place}: the sentence is empty")
-        found.append(Review(row["sentence"].strip(), synth.LABELS[int(row["label"])]))
-    if not found:
-        raise ValueError(f"sst2, {split}: there is no sentence in the file")
-    return found
+    if source not in names_of("sentences"):
+        raise ValueError(f"sentiment={source!r} is unknown{nearest(source, names_of('sentences'))}")
+    read = dataset_info(source).test_split if split == "test" else split
+    if found := list(islice(items(source, read), limit)):
+        return found
+    raise ValueError(f"{source}, {split}: there is no sentence in the file")
+
+
+def labelled_sentence(row: Row) -> Review:
+    """A row of SST-2. ValueError names the place of one without a sentence or a label 0 or 1."""
+    if str(row["label"]) not in ("0", "1"):
+        raise ValueError(f"{row.place}: label {row['label']!r} is not 0 or 1")
+    if not row["sentence"].strip():
+        raise ValueError(f"{row.place}: the sentence is empty")
+    return Review(row["sentence"].strip(), synth.LABELS[int(row["label"])])
 
 # %% ../../nbs/26_tasks.ipynb #calculator
 class Calculator:

@@ -31,7 +31,7 @@ from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import generate
 from modern_llm.models.saving import load_model, save_model
 from modern_llm.statistics import mean_interval
-from modern_llm.training.checkpoints import pick_device
+from modern_llm.training.training_state import pick_device
 
 GB = 10**9
 LIMIT_GB = 12.0
@@ -89,7 +89,7 @@ def check_inference(folder: Path, *, device: str = "auto", dtype: str | None = N
         limit_gb: gigabytes (10**9 bytes) that the whole process may take.
         batch: problems answered at once.
         count: how many problems.
-        problems: "synthetic" or "gsm8k".
+        problems: "synthetic", or a data set of problems.
         max_new_tokens: of an answer.
 
     Returns:

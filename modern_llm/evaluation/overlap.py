@@ -219,13 +219,16 @@ def _built_in_problems() -> Iterator[synth.Problem]:
 
 _BUILT_IN = {
     "text": lambda world: (d.text for d in synth.documents("train", 0, world)),
-    "instruction": lambda world: (f"{i.instruction}\n{i.input}\n{i.output}"
-                                  for i in synth.instructions("train", 0, world)),
-    "preference": lambda world: (f"{p.prompt}\n{text}" for p in synth.preferences("train", 0, world)
-                                 for text in (p.chosen, p.rejected)),
-    "problem": lambda world: (f"{p.question}\n{p.answer}" for p in _built_in_problems()),
-    "sentiment": lambda world: (r.text for r in synth.sentiment("train", 0)),
+    "chats": lambda world: (f"{i.instruction}\n{i.input}\n{i.output}"
+                            for i in synth.instructions("train", 0, world)),
+    "pairs": lambda world: (f"{p.prompt}\n{text}" for p in synth.preferences("train", 0, world)
+                            for text in (p.chosen, p.rejected)),
+    "problems": lambda world: (f"{p.question}\n{p.answer}" for p in _built_in_problems()),
+    "sentences": lambda world: (r.text for r in synth.sentiment("train", 0)),
 }
+# what a built-in source of a kind is called in the tables
+_CALLED = {"text": "text", "chats": "instruction", "pairs": "preference", "problems": "problem",
+           "sentences": "sentiment"}
 
 
 def training_texts(name: str, kind: str = "", limit: int | None = None,
@@ -234,8 +237,7 @@ def training_texts(name: str, kind: str = "", limit: int | None = None,
 
     Args:
         name: a name of DATASET_REGISTRY, or your own file.
-        kind: which of the built-in sources: text, instruction, preference, problem or sentiment.
-            Other sources have one kind.
+        kind: which of the built-in sources, a name of KINDS. Other sources have one kind.
         limit: documents to read; None = all, and of the built-in source, which never ends, 20,000.
 
     Raises:
@@ -248,9 +250,9 @@ def training_texts(name: str, kind: str = "", limit: int | None = None,
             raise ValueError(f"training_texts: the built-in source has no kind {kind!r}; use one "
                              f"of {', '.join(_BUILT_IN)}")
         return islice(_BUILT_IN[kind](world_seed), 20_000 if limit is None else limit)
-    if info.kind == "preference":  # both answers were read, with the dialogue before them
+    if info.kind == "pairs":  # both answers were read, with the dialogue before them
         return islice((row[side] for row in rows(name, "train")
-                       for side in ("chosen", "rejected") if row.get(side)), limit)
+                       for side in (*info.fields, *info.needed_columns) if row.get(side)), limit)
     return islice(documents(name, "train", world_seed), limit)
 
 
@@ -260,13 +262,13 @@ def training_sources(
     """What the stages of a run train on: source (a label), name, kind, stages ("sft, verifier"),
     one line each.
     """
-    kinds = {"synthetic-problems": ("synthetic", "problem")}
+    kinds = {"synthetic-problems": ("synthetic", "problems")}
     read = {"pretrain": [(name, "text") for name in config.data.sources],
-            "sft": [kinds.get(name, (name, "instruction")) for name in config.sft.sources],
-            "dpo": [(name, "preference") for name in config.dpo.sources],
-            "verifier": [(config.verifier.problems, "problem")]}
+            "sft": [kinds.get(name, (name, "chats")) for name in config.sft.sources],
+            "dpo": [(name, "pairs") for name in config.dpo.sources],
+            "verifier": [(config.verifier.problems, "problems")]}
     if config.dpo.replay_weight:
-        read["dpo"] += [kinds.get(name, (name, "instruction"))
+        read["dpo"] += [kinds.get(name, (name, "chats"))
                         for name in config.dpo.replay_sources if name != "text"]
         read["dpo"] += read["pretrain"] * ("text" in config.dpo.replay_sources)
     by_source: dict[tuple[str, str], list[str]] = {}
@@ -276,7 +278,7 @@ def training_sources(
             place = by_source.setdefault(
                 (name, kind if info.name == "synthetic" else info.kind), [])
             place += [stage] * (stage not in place)
-    label = lambda name, kind: f"built-in {kind}" if name == "synthetic" else name
+    label = lambda name, kind: f"built-in {_CALLED[kind]}" if name == "synthetic" else name
     return pd.DataFrame([{"source": label(name, kind), "name": name, "kind": kind,
                           "stages": ", ".join(used)} for (name, kind), used in by_source.items()])
 

@@ -191,13 +191,13 @@ def test_built_in_texts_are_those_the_stages_read():
 
     take = lambda kind, limit: list(training_texts("synthetic", kind, limit))
     assert take("text", 30) == list(islice(documents("synthetic", "train"), 30))
-    assert take("instruction", 30) == [f"{e.instruction}\n{e.input}\n{e.output}"
+    assert take("chats", 30) == [f"{e.instruction}\n{e.input}\n{e.output}"
                                        for e in instructions("synthetic", "train", 30)]
     pairs = preference_pairs("synthetic", "train", 10)[0]
-    assert take("preference", 20) == [f"{p.request}\n{text}" for p in pairs
+    assert take("pairs", 20) == [f"{p.request}\n{text}" for p in pairs
                                       for text in (p.chosen, p.rejected)]
     assert ({f"{p.question}\n{p.answer}" for p in word_problems("synthetic", "train", 60)}
-            <= set(take("problem", 80)))
+            <= set(take("problems", 80)))
     with pytest.raises(ValueError, match="no kind 'storys'"):
         training_texts("synthetic", "storys")
     with pytest.raises(DatasetNotFound, match="wikitext"):

@@ -27,7 +27,8 @@ WITHOUT_TORCH = {"files", "statistics", "figures", "messages", "config", "report
                  "cluster", "cli"}
 ALSO_WITHOUT_TORCH = ({f"data.{name}"
                        for name in ("sources", "formats", "splits", "reading", "marking",
-                                    "templates", "synth", "synth_world", "synth_problems")}
+                                    "templates", "conversations", "synth", "synth_world",
+                                    "synth_problems")}
                       | {"models", "models.counts", "evaluation.overlap", "interchange.hub",
                          "interchange.importing", "interchange.llama_layout", "interchange.export"})
 

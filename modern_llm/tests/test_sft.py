@@ -15,11 +15,12 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm.config import PAIR_SOURCES, SFT_SOURCES, ConfigError, ModelConfig, SFTConfig
+from modern_llm.config import CHAT_KINDS, ConfigError, ModelConfig, SFTConfig, names_of
 from modern_llm.config import override
 from modern_llm.config import get_pipeline_preset
-from modern_llm.data import pairs, synth
+from modern_llm.data import synth
 from modern_llm.data.chat import CHAT_TEMPLATE, Answer, end_id, padded_batch
+from modern_llm.data.conversations import best_paths
 from modern_llm.data.packing import build_token_cache
 from modern_llm.data.sources import DataError
 from modern_llm.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
@@ -84,6 +85,10 @@ TREES = [message("1", None, "prompter", "Hello?"), message("2", "1", "assistant"
          message("12", "missing", "assistant", "An orphan.")]
 
 
+def paths(trees, **options):
+    return list(map(InstructionExample.of, best_paths(trees, **options)))
+
+
 def test_message_trees_become_their_best_path(tmp_path, monkeypatch):
     write(tmp_path, "oasst1/train.jsonl", TREES)
     write(tmp_path, "oasst1/validation.jsonl", TREES[:2])
@@ -94,7 +99,7 @@ def test_message_trees_become_their_best_path(tmp_path, monkeypatch):
     assert [m["role"] for m in found[0].messages] == ["user", "assistant"] * 2
     assert (sft.instructions("oasst1", "validation", 10)
             == [InstructionExample("Hello?", output="worst")])
-    assert (list(sft.best_paths(TREES, languages=("de",)))
+    assert (paths(TREES, languages=("de",))
             == [InstructionExample("Niemand?", output="Doch.")])
 
 
@@ -112,15 +117,15 @@ def test_message_trees_become_their_best_path(tmp_path, monkeypatch):
 def test_odd_trees_are_no_conversations(more, wanted):
     if isinstance(wanted, str):
         with pytest.raises(DataError, match=wanted):
-            list(sft.best_paths([*TREES, *more]))
+            paths([*TREES, *more])
     else:
-        assert list(sft.best_paths([*TREES, *more])) == [*sft.best_paths(TREES), *wanted]
+        assert paths([*TREES, *more]) == [*paths(TREES), *wanted]
 
 
 @pytest.mark.fault("messages")
 def test_a_language_that_no_tree_has_is_told():
     with pytest.raises(DataError, match="no conversation is in fr, xx, only in de, en"):
-        list(sft.best_paths(TREES, languages=("fr", "xx")))
+        paths(TREES, languages=("fr", "xx"))
 
 
 def test_every_source_has_one_form(tmp_path, monkeypatch):
@@ -382,9 +387,12 @@ def test_a_source_that_no_stage_can_read_is_refused_before_anything_runs(section
 
 
 def test_every_preset_reads_known_sources():
-    assert (tuple(SFT_SOURCES), tuple(PAIR_SOURCES)) == (tuple(sft.SOURCES), pairs.SOURCES)
+    known = names_of(*CHAT_KINDS)
+    assert known == ("synthetic", "synthetic-problems", "alpaca", "oasst1", "gsm8k", "sst2")
+    assert (names_of("pairs"), names_of("problems"), names_of("sentences")) == (
+        ("synthetic", "hh-rlhf"), ("synthetic", "gsm8k"), ("synthetic", "sst2"))
     for name in ("lesson", "local-smoke", "local-cpu", "local", "tacc-smoke", "tacc-a100",
                  "tacc-h100", "gpu-full", "h100-speedrun"):
         preset = get_pipeline_preset(name)
-        assert set(preset.sft.sources) <= sft.SOURCES.keys()
+        assert set(preset.sft.sources) <= set(known)
     assert override(preset, {"sft": {"sources": ["sst2"], "weights": [1]}}).sft.weights == (1.0,)

@@ -7,39 +7,46 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ..config import SFTConfig, nearest
+from ..config import CHAT_KINDS, SFTConfig, names_of, nearest
 from ..data import synth
-from ..data.chat import EncodedExample
+from ..data.chat import EncodedExample, Message
 from modern_llm.data.chat import (
-    Answer, PackedExamples, continuations, document_prompt, encode_chat, encode_example, end_id,
-    padded_batch,
+    Answer, PackedExamples, chat_format, continuations, document_prompt, encode_chat,
+    encode_example, end_id, padded_batch,
 )
-from ..data.packing import PackedBatches, TokenCache
-from ..data.reading import rows
-from ..data.sources import DataError
+from ..data.packing import PackedBatches, TokenCache, load_corpus
+from ..data.reading import items
+from ..data.sources import dataset_info
 from ..data.tasks import problem_request, sentences, strict_answer, word_problems
-from ..data.tokens import end_of_text_id
+from ..data.tokens import end_of_text_id, load_tokenizer, save_tokenizer
 from ..models.likelihoods import document_nats
+from ..models.saving import load_model, save_model
 from ..statistics import proportion_interval
+from .optim import lm_loss
+from .pretrain import nats_per_token, text_nats
+from .recipe import Run
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
     from modern_llm.models.decoder import ModernDecoderLM
+    from modern_llm.training.trainer import TrainResult
 
 # %% auto #0
-__all__ = ['SENTIMENT_REQUEST', 'SOURCES', 'InstructionExample', 'best_paths', 'instructions', 'encode_examples', 'load_examples',
-           'mixture', 'SFTBatches', 'parses', 'is_right', 'judge_answers', 'shares', 'answer_quality',
+__all__ = ['SENTIMENT_REQUEST', 'InstructionExample', 'instructions', 'encode_examples', 'load_examples', 'mixture', 'SFTBatches',
+           'save_chat_model', 'InstructionTuning', 'parses', 'is_right', 'judge_answers', 'shares', 'answer_quality',
            'few_shot_quality', 'example_nats']
 
 # %% ../../nbs/04_sft.ipynb #example
@@ -54,6 +61,13 @@ class InstructionExample:
     kind: str = "open"
     history: tuple[tuple[str, str], ...] = ()  # earlier (request, answer) turns of a conversation
 
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> InstructionExample:
+        """A conversation of user and assistant in turn; one that nobody answered has no output."""
+        texts = [message["content"] for message in messages]
+        *history, (request, output) = zip(texts[::2], [*texts[1::2], ""])
+        return cls(request, output=output, history=tuple(history))
+
     @property
     def request(self) -> str:
         """What the user says."""
@@ -66,84 +80,27 @@ class InstructionExample:
         return [{"role": role, "content": text} for turn in turns
                 for role, text in zip(("user", "assistant"), turn)]
 
-# %% ../../nbs/04_sft.ipynb #best-paths
-def best_paths(messages: Iterable[dict],
-               languages: Sequence[str] = ("en",)) -> Iterator[InstructionExample]:
-    """One conversation of each message tree: from its root down, always the best-ranked reply.
-
-    Args:
-        messages: rows with message_id, parent_id (None at a root), text, role ("prompter" or
-            "assistant"), rank (0 is best, None unranked) and lang, in any order (OpenAssistant,
-            Köpf et al. 2023, 2304.07327).
-        languages: of the roots to keep.
-
-    A reply to a message that is not among the rows, and an empty one, is left out. A tree nobody
-    answered gives an example with an empty output. A last question without an answer is left out.
-    """
-    replies, roots, seen = defaultdict(list), [], set()
-    for message in messages:
-        place, role = getattr(message, "place", "oasst1"), message["role"]
-        if message["message_id"] in seen:
-            raise DataError(f"{place}: the message_id {message['message_id']!r} is there twice")
-        seen.add(message["message_id"])
-        if role not in ("prompter", "assistant"):
-            raise DataError(f"{place}: role {role!r} is not 'prompter' or 'assistant'")
-        if message.get("parent_id"):
-            replies[message["parent_id"]].append(message)
-        elif role == "prompter":
-            roots.append(message)
-        else:
-            raise DataError(
-                f"{place}: an assistant's message has no parent_id, but answers something")
-    if roots and not (there := {root["lang"] for root in roots}) & set(languages):
-        raise DataError(f"oasst1: no conversation is in {', '.join(languages)}, only in "
-                        f"{', '.join(sorted(there))}")
-    for root in (root for root in roots if root["lang"] in languages):
-        path = [root]
-        while answers := [m for m in replies[path[-1]["message_id"]]
-                          if m["role"] != path[-1]["role"] and m["text"].strip()]:
-            path.append(min(answers, key=lambda m: math.inf if (rank := m.get("rank")) is None
-                                                               or math.isnan(rank) else rank))
-        texts = [message["text"] for message in path]
-        *history, (request, output) = (zip(texts[::2], texts[1::2]) if len(texts) > 1
-                                       else [(texts[0], "")])
-        yield InstructionExample(request, output=output, history=tuple(history))
-
 # %% ../../nbs/04_sft.ipynb #instructions
 SENTIMENT_REQUEST = "Is this review positive or negative?"
 
 
-def _synthetic(split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
-    part, seed = ("train", 0) if split == "train" else ("heldout", int(split == "test"))
-    for item in islice(synth.instructions(part, seed, world_seed), limit):
-        yield InstructionExample(item.instruction, item.input, item.output, item.kind)
-
-
-def _problems(source: str) -> Callable[[str, int, int], Iterator[InstructionExample]]:
-    return lambda split, limit, world_seed: (
-        InstructionExample(problem_request(problem), output=problem.answer, kind="problem")
-        for problem in word_problems(source, split, limit))
-
-
-def _alpaca(split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
-    for row in islice(rows("alpaca", split), limit):
-        yield InstructionExample(row["instruction"].strip(),
-                                 row["input"].strip(), row["output"].strip())
-
-
-def _oasst1(split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
-    return islice(best_paths(rows("oasst1", split, also=("message_id", "role", "lang"))), limit)
-
-
-def _sst2(split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
-    for review in sentences("sst2", split, limit):
-        yield InstructionExample(SENTIMENT_REQUEST, review.text, review.label, "sentiment")
-
-
-SOURCES: dict[str, Callable[[str, int, int], Iterable[InstructionExample]]] = {
-    "synthetic": _synthetic, "synthetic-problems": _problems("synthetic"), "alpaca": _alpaca,
-    "oasst1": _oasst1, "gsm8k": _problems("gsm8k"), "sst2": _sst2,
-}
+def _examples(source: str, split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
+    if source == "synthetic":
+        part, seed = ("train", 0) if split == "train" else ("heldout", int(split == "test"))
+        for item in islice(synth.instructions(part, seed, world_seed), limit):
+            yield InstructionExample(item.instruction, item.input, item.output, item.kind)
+        return
+    built_in = source == "synthetic-problems"
+    kind = "problems" if built_in else dataset_info(source).kind
+    if kind == "problems":
+        for problem in word_problems("synthetic" if built_in else source, split, limit):
+            yield InstructionExample(problem_request(problem), output=problem.answer,
+                                     kind="problem")
+    elif kind == "sentences":
+        for review in sentences(source, split, limit):
+            yield InstructionExample(SENTIMENT_REQUEST, review.text, review.label, "sentiment")
+    else:
+        yield from map(InstructionExample.of, islice(items(source, split), limit))
 
 
 def instructions(source: str, split: str, limit: int,
@@ -151,16 +108,16 @@ def instructions(source: str, split: str, limit: int,
     """At most `limit` examples of a source, in its own order.
 
     Args:
-        source: a name of SOURCES.
+        source: "synthetic", "synthetic-problems", or a data set of chats, problems or sentences.
         split: "train", "validation" or "test".
         world_seed: of the built-in world, whose facts its instructions ask for.
 
     Raises:
         ValueError: naming the nearest valid source, or a source without any example.
     """
-    if source not in SOURCES:
-        raise ValueError(f"sft.sources: {source!r} is unknown{nearest(source, SOURCES)}")
-    found = list(SOURCES[source](split, limit, world_seed))
+    if source not in (valid := names_of(*CHAT_KINDS)):
+        raise ValueError(f"sft.sources: {source!r} is unknown{nearest(source, valid)}")
+    found = list(_examples(source, split, limit, world_seed))
     if not found:
         raise ValueError(f"sft.sources: {source!r} has no example in its {split} split; add rows "
                          "or leave the source out")
@@ -284,6 +241,53 @@ class SFTBatches:
                          else {**part, "segment_ids": segments.clamp(max=1)})
         return {name: torch.cat([part[name] for part in parts])
                 for name in ("input_ids", "labels", "segment_ids")}
+
+# %% ../../nbs/04_sft.ipynb #recipe
+def save_chat_model(folder: Path, model: ModernDecoderLM, tokenizer: Tokenizer) -> None:
+    """The files other programs read: weights, config, tokenizer with its chat template."""
+    save_model(folder, model, eos_id=end_id(tokenizer))
+    save_tokenizer(tokenizer, folder, chat_template=chat_format(tokenizer).template)
+
+
+class InstructionTuning:
+    """The recipe of SFT: the sources of the run as batches, the base, and what is measured."""
+
+    def __init__(self, run: Run):
+        self.run, config = run, run.config
+        self.train, context = config.sft, config.model.context_length
+        self.tokenizer = load_tokenizer(run.start)
+        self.examples, encoded, self.counts = load_examples(
+            self.train, self.tokenizer, context, "train", config.data.world_seed)
+        self.held_out, self.encoded, self.held_out_counts = load_examples(
+            self.train, self.tokenizer, context, "validation", config.data.world_seed)
+        self.train_caches, self.validation_caches = load_corpus(config.data, self.tokenizer)
+        self.epoch = mixture(list(encoded.values()), self.train.weights,
+                             self.train.max_steps * self.train.batch_size * context, config.seed)
+        self.batches = SFTBatches(self.epoch, self.train_caches, self.train, context, config.seed,
+                                  config.data.isolate_documents, end_of_text_id(self.tokenizer))
+        self.model = load_model(run.start, device=run.device)
+
+    def text(self, model: ModernDecoderLM, max_tokens: int | None = None) -> dict[str, pd.DataFrame]:
+        """`text_nats` of the held-out pretraining text."""
+        return text_nats(model, self.validation_caches, self.run.config, self.train.micro_batch,
+                         max_tokens)
+
+    def evaluate(self, model: ModernDecoderLM) -> dict[str, float]:
+        """Nats per token of the answers of every source, and of pretraining text."""
+        answers = {source: example_nats(model, items[:64])
+                   for source, items in self.encoded.items()}
+        text = self.text(model, 8_000 // len(self.validation_caches))
+        return {"loss": nats_per_token(answers), "text_loss": nats_per_token(text),
+                **{f"loss/{k}": t.nats.sum() / t.tokens.sum() for k, t in answers.items()}}
+
+    def save(self, model: ModernDecoderLM, folder: Path) -> None:
+        """As `save_chat_model`."""
+        save_chat_model(folder, model, self.tokenizer)
+
+    def fit(self) -> TrainResult:
+        """Train on the next token of answers, and of replayed text."""
+        loss = partial(lm_loss, chunk_tokens=self.train.loss_chunk_tokens)
+        return self.run.trainer(self.model, loss, self.batches, self).fit()
 
 # %% ../../nbs/04_sft.ipynb #judge
 def parses(example: InstructionExample, text: str) -> bool:

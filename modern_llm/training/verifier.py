@@ -5,7 +5,8 @@
 # %% ../../nbs/06_verifier.ipynb #imports
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,24 +17,49 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..data.answer_pairs import encode_candidate
+from ..config import VerifierConfig
+from ..data.answer_pairs import AnswerBatches, encode_candidate
 from ..data.chat import chat_format, end_id
-from ..data.tasks import Problem, rerank
-from ..data.tokens import save_tokenizer
-from ..files import write_json
+from ..data.tasks import Problem, rerank, solve, word_problems
+from ..data.tokens import load_tokenizer, save_tokenizer
+from ..files import cached_frame, write_json
+from ..models.counts import flops_per_token
 from ..models.generation import evaluating
-from ..models.saving import save_model, write_tensors
-from ..models.verifier import VerifierModel, running_surprise, token_log_probs
+from ..models.saving import load_model, save_model, write_tensors
+from modern_llm.models.verifier import (
+    VerifierModel, running_surprise, small_encoder, token_log_probs,
+)
 from ..statistics import auc, paired_difference, proportion_interval, within_group_auc
 from .optim import LossOutput
+from .recipe import Run
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+    from modern_llm.models.decoder import ModernDecoderLM
+    from modern_llm.training.trainer import TrainResult, Trainer
+
 # %% auto #0
-__all__ = ['MIDDLE_LEVELS', 'DIFFERENCES', 'sampling_plan', 'read_answers', 'score_answers', 'score', 'verifier_loss',
-           'logistic_fit', 'start_from_surprise', 'calibrate', 'save_verifier', 'token_scores', 'reliability',
-           'calibration_error', 'judgements', 'rerank_differences']
+__all__ = ['MIDDLE_LEVELS', 'DIFFERENCES', 'split_problems', 'sampling_plan', 'VerifierTraining', 'read_answers', 'score_answers',
+           'score', 'score_samples', 'verifier_loss', 'logistic_fit', 'start_from_surprise', 'calibrate',
+           'save_verifier', 'token_scores', 'reliability', 'calibration_error', 'judgements', 'rerank_differences']
+
+# %% ../../nbs/06_verifier.ipynb #split-problems
+def split_problems(
+    cfg: VerifierConfig, seed: int
+) -> tuple[list[Problem], list[Problem], list[Problem], list[Problem]]:
+    """Problems to train on, to calibrate on, with gold answers only, and held out to judge on.
+
+    None is in two of the first two and the last; a gold problem may be among the first.
+    """
+    own = word_problems(cfg.problems, "train", cfg.train_problems, cfg.levels, seed=seed)
+    reserved = len(own) - max(1, len(own) // 5)
+    held = word_problems(cfg.problems, "validation", cfg.validation_problems, cfg.levels)
+    unseen = {problem.question for problem in [*own[reserved:], *held]}
+    gold = [problem for problem in word_problems(
+        cfg.problems, "train", max(1, cfg.gold_problems), cfg.levels, seed=seed + 1)
+            if problem.question not in unseen][: cfg.gold_problems]
+    return own[:reserved], own[reserved:], gold, held
 
 # %% ../../nbs/06_verifier.ipynb #sampling-plan
 def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
@@ -43,6 +69,87 @@ def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
     kept = sorted((start.parent / "checkpoints").glob("step-*"))
     each = samples // (2 * len(kept)) if kept else 0
     return [(start, samples - each * len(kept)), *((folder, each) for folder in kept if each)]
+
+# %% ../../nbs/06_verifier.ipynb #recipe
+class VerifierTraining:
+    """The recipe of the verifier: the generator's answers to problems, and what is measured."""
+
+    def __init__(self, run: Run):
+        self.run, self.train, seed = run, run.config.verifier, run.config.seed
+        self.tokenizer, self.device = load_tokenizer(run.start), run.device
+        to_train, to_calibrate, self.gold, self.held_problems = split_problems(self.train, seed)
+        self.own_problems, drawn = [*to_train, *to_calibrate], []
+        for i, (folder, samples) in enumerate(sampling_plan(run.start,
+                                                            self.train.samples_per_problem)):
+            load = partial(load_model, folder, run.device) if i else lambda: self.generator
+            drawn.append(self.answers(f"train-{i}", load, self.own_problems, samples=samples,
+                                      temperature=self.train.temperature, seed=1000 * seed + i))
+        sampled = pd.concat(drawn, ignore_index=True)
+        self.for_training = sampled[sampled.problem < len(to_train)]
+        self.for_calibration = sampled[sampled.problem >= len(to_train)]
+        self.held = self.answers("held-out", lambda: self.generator, self.held_problems,
+                                 samples=self.train.validation_samples,
+                                 temperature=self.train.temperature, seed=7)
+        self.watched = self.held[self.held.problem < 25].groupby("problem").head(8)
+
+    @cached_property
+    def generator(self) -> ModernDecoderLM:
+        """The model that answers; loaded when answers are still to be drawn."""
+        return load_model(self.run.start, self.device)
+
+    def answers(self, name: str, load: Callable[[], ModernDecoderLM],
+                problems: Sequence[Problem], **options) -> pd.DataFrame:
+        """Marked answers of the model that is loaded (`tasks.solve`), kept in the run's folder."""
+        found = cached_frame(self.run.folder / f"samples-{name}.jsonl", lambda: solve(
+            load(), self.tokenizer, problems, max_new_tokens=self.train.max_new_tokens,
+            progress=name, **options))
+        return found.astype({"value": float, "log_prob": float, "right": bool}).fillna({
+            "log_prob": -np.inf})
+
+    def fresh(self, cfg: VerifierConfig) -> VerifierModel:
+        """A verifier before training."""
+        body = (small_encoder(self.run.config.model, self.run.config.seed)
+                if cfg.kind == "encoder" else load_model(self.run.start))
+        return VerifierModel(body, cfg).to(self.device)
+
+    def batches(self, cfg: VerifierConfig) -> AnswerBatches:
+        """The batches of pairs that a verifier with these settings is trained on."""
+        return AnswerBatches(self.tokenizer, self.own_problems, self.for_training, self.gold, cfg,
+                             self.run.config.model.context_length, self.run.config.seed)
+
+    def evaluate(self, verifier: VerifierModel) -> dict[str, float]:
+        """On a few held-out samples, as they come: cross-entropy at the end of the answer, and the
+        within-problem AUC.
+        """
+        right = self.watched.right.to_numpy(bool)
+        scores = score_samples(verifier, self.tokenizer, self.watched, self.held_problems)
+        scores = scores.clip(1e-6, 1 - 1e-6)
+        both = self.watched.groupby("problem").right.nunique().max() == 2
+        return {"loss": -np.log(np.where(right, scores, 1 - scores)).mean(),
+                **({"auc": within_group_auc(scores, right, self.watched.problem)["value"]}
+                   if both else {})}
+
+    def save(self, verifier: VerifierModel, folder: Path) -> None:
+        """The verifier's files, with its calibration on the reserved problems."""
+        samples = self.for_calibration
+        parts = read_answers(verifier, self.tokenizer,
+                             [self.own_problems[p] for p in samples.problem], samples.text,
+                             batch_rows=128)
+        save_verifier(folder, verifier, self.tokenizer,
+                      calibration=calibrate(parts, samples.right.to_numpy(bool)))
+
+    def trainer(self, cfg: VerifierConfig, folder: Path) -> Trainer:
+        """A trainer of a fresh verifier with these settings."""
+        verifier, batches = self.fresh(cfg), self.batches(cfg)
+        if verifier.surprise is not None:
+            start_from_surprise(verifier, map(batches, range(16)))
+        return self.run.trainer(verifier, partial(verifier_loss, lm_weight=cfg.lm_weight), batches,
+                                self, cfg=cfg, folder=folder,
+                                flops_per_token=flops_per_token(verifier.model.cfg))
+
+    def fit(self) -> TrainResult:
+        """Train on pairs of a right and a wrong answer."""
+        return self.trainer(self.train, self.run.folder).fit()
 
 # %% ../../nbs/06_verifier.ipynb #read-answers
 @torch.inference_mode()
@@ -89,6 +196,13 @@ def score_answers(verifier: VerifierModel, tokenizer: Tokenizer, problems: Itera
 def score(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem, answer: str) -> float:
     """How likely this answer to the problem is right, 0 to 1."""
     return float(score_answers(verifier, tokenizer, [problem], [answer])[0])
+
+
+def score_samples(verifier: VerifierModel, tokenizer: Tokenizer, samples: pd.DataFrame,
+                  problems: Sequence[Problem]) -> Float[np.ndarray, "n"]:
+    """`score_answers` of the samples of `tasks.solve` for these problems."""
+    return score_answers(verifier, tokenizer, [problems[p] for p in samples.problem], samples.text,
+                         batch_rows=128)
 
 # %% ../../nbs/06_verifier.ipynb #verifier-loss
 def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor],
