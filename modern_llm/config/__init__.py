@@ -1,7 +1,7 @@
 """Every setting, the presets made of them, and how a word changes one. Imports no torch."""
 
 from modern_llm.config.datasets import (
-    BUILT_IN, CHAT_KINDS, DATASET_REGISTRY, KINDS, DatasetInfo, names_of, register,
+    BUILT_IN, CHAT_KINDS, DATASET_REGISTRY, KINDS, DatasetInfo, function_of, names_of, register,
 )
 from modern_llm.config.overrides import PLAIN, json_or_text, override, parse_overrides, to_dict
 from modern_llm.config.presets import (
@@ -10,6 +10,7 @@ from modern_llm.config.presets import (
 )
 from modern_llm.config.schema import (
     GENERATORS, GPT2_VOCAB_SIZE, OPTIMIZERS, PRECISIONS, PREFERENCE_LOSSES, SCHEDULES,
-    SHORTEST_CONTEXT, STRATEGIES, VERIFIER_KINDS, ConfigError, DPOConfig, DataConfig, EvalConfig, HardwareConfig, ModelConfig, PipelineConfig,
-    SFTConfig, TrainConfig, VerifierConfig, device_parts, nearest, require,
+    SHORTEST_CONTEXT, STRATEGIES, VERIFIER_KINDS, ConfigError, DPOConfig, DataConfig, EvalConfig,
+    HardwareConfig, ModelConfig, PipelineConfig, SFTConfig, TrainConfig, VerifierConfig,
+    device_parts, nearest, require,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 
 # what a parser makes of a row: a text (str); chat messages; data.pairs.Pair, or why it is none;
 # data.synth.Problem; data.synth.Review
@@ -128,6 +129,14 @@ def register(info: DatasetInfo) -> DatasetInfo:
         raise ValueError(f"register: {info.name}: rows become {info.kind} by a parser; give parse=")
     DATASET_REGISTRY[info.name] = info
     return info
+
+
+def function_of(given: Callable | str) -> Callable:
+    """A function, given as itself or by where it is: "package.module.name"."""
+    if callable(given):
+        return given
+    module, _, name = given.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def names_of(*kinds: str) -> tuple[str, ...]:
