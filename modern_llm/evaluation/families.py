@@ -20,7 +20,7 @@ SAMPLED = "problems, sampled"  # the task that costs most: of the last model onl
 @dataclass(frozen=True)
 class TaskFamily:
     """One task of the evaluation. A function may be given as itself or by where it is,
-    "package.module.name".
+    "package.module:name".
 
     Args:
         name: in the ledger.
@@ -64,7 +64,7 @@ class TaskFamily:
         return any(metric == name or name[-1] == " " and metric.startswith(name) for name in names)
 
 
-_BY = "modern_llm.evaluation.measuring."
+_BY = "modern_llm.evaluation.measuring:"
 FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
     TaskFamily("perplexity", _BY + "perplexity", _BY + "perplexity_items",
                lambda *_: "held-out documents, each token once, packed rows",
