@@ -20,7 +20,8 @@ docs: env  ## build the documentation site in _docs/html (adds Sphinx to .venv; 
 	@bash scripts/environment.sh docs
 	@$(PYTHON_BIN)/python docs/build.py
 
-export: env  ## after editing notebooks: clean them, export the package, write README.md
+export: env  ## after editing notebooks or presets: clean, export the package, write README.md and configs/
 	@PATH="$(CURDIR)/$(PYTHON_BIN):$$PATH" nbdev_clean
 	@PATH="$(CURDIR)/$(PYTHON_BIN):$$PATH" nbdev_export
 	@$(PYTHON_BIN)/python scripts/readme.py
+	@$(PYTHON_BIN)/python scripts/presets.py

@@ -2,12 +2,17 @@
 # Source it from the checkout, on the login node too, so that `modern-llm status` looks where the jobs write:
 #   source slurm/environment.sh
 
-# TACC sets TACC_SYSTEM. torch's wheels bring their own CUDA; Python must be the one that made .venv, 3.10 or newer
-# (`module spider python3` lists what there is; scripts/environment.sh makes .venv).
-case "${TACC_SYSTEM:-}" in
-  ls6) module load gcc cuda python3 ;;     # Lonestar6: partitions gpu-a100 (3 A100 per node), gpu-h100 (2 H100 per node)
-  vista) module load gcc cuda python3 ;;   # Vista: partition gh (one GH200 per node)
-esac
+# Modules are named in the cluster's file: yours in clusters/ or $MODERN_LLM_CLUSTERS, else the project's. TACC sets TACC_SYSTEM;
+# elsewhere MODERN_LLM_CLUSTER=NAME says which. torch's wheels bring their own CUDA; Python must be the one that made .venv, 3.10
+# or newer (`module spider python3` lists what there is; scripts/environment.sh makes .venv).
+cluster=${MODERN_LLM_CLUSTER:-${TACC_SYSTEM:-none}}
+for file in "${MODERN_LLM_CLUSTERS:-clusters}/$cluster.toml" "modern_llm/config/clusters/$cluster.toml"; do
+  if [ -f "$file" ]; then
+    modules=$(sed -nE 's/^modules *= *"([^"]*)".*/\1/p' "$file")
+    if [ -n "$modules" ]; then module load $modules; fi
+    break
+  fi
+done
 export PATH="${MODERN_LLM_VENV:-$PWD/.venv}/bin:$PATH"
 
 # Home folders of clusters are small. Without $SCRATCH, runs stay in the checkout and caches under ~/.cache.

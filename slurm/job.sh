@@ -21,6 +21,9 @@ warn() {
 trap 'warn USR1' USR1
 trap 'warn TERM' TERM
 
+# preset_name PRESET: what a preset, given as a name or a JSON file, calls itself; a run without a name is called so.
+preset_name() { modern-llm presets "$1" | sed -nE 's/^  "name": "(.*)",?$/\1/p'; }
+
 # open_log RUN: from here on everything goes to runs/RUN/logs/JOBNAME-JOBID.out, also after a requeue.
 open_log() {
   local folder="$MODERN_LLM_RUNS/$1/logs"

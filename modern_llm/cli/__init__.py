@@ -32,17 +32,17 @@ def main() -> None:
     """Train a small modern language model, stage by stage; every stage is a notebook.
 
     \b
-    modern-llm run every stage of the default preset, local-smoke, and a report modern-llm run
-    --preset local-cpu -p max_minutes=6
+    modern-llm run                                 every stage of local-smoke, and a report
+    modern-llm run --preset local-cpu -p max_minutes=6
     modern-llm run --stage sft --checkpoint runs/local-smoke/pretrain --run mine
-    modern-llm status                                what was run, how long it took, what came out
-    modern-llm chat --run local-smoke                talk to the model
+    modern-llm status                              what was run, what it took, what came out
+    modern-llm chat --run local-smoke              talk to the model
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
-    modern-llm export --run local-smoke --to DIR     for transformers and others, with a model card
-    modern-llm check-inference --run local-smoke     does it fit 12 GB?
-    modern-llm presets local-cpu every setting of a preset, as JSON modern-llm datasets --preset
-    local-cpu is the data it needs there? modern-llm submit --preset tacc-h100 --dry-run the same
-    stages as jobs of a SLURM cluster: how long, and the lines
+    modern-llm export --run local-smoke --to DIR   for transformers and others, with a model card
+    modern-llm check-inference --run local-smoke   does it fit 12 GB?
+    modern-llm presets local-cpu                   every setting of a preset, as JSON
+    modern-llm datasets --preset local-cpu         is the data it needs there?
+    modern-llm submit --preset tacc-h100 --dry-run   as jobs of a SLURM cluster: how long, the lines
     """
     for stream in (sys.stdout, sys.stderr):
         # a letter that the terminal's encoding lacks is shown as \\xe9, and ends nothing

@@ -13,9 +13,8 @@ from functools import partial
 import click
 
 from modern_llm.cli.common import Failure, as_table
-from modern_llm.config import ConfigError
-from modern_llm.config import to_dict
-from modern_llm.config import ALIASES, PRESETS, get_pipeline_preset
+from modern_llm.config import ALIASES, NOTEBOOKS, PRESETS, ConfigError
+from modern_llm.config import get_pipeline_preset, to_dict
 
 
 @click.command()
@@ -36,7 +35,6 @@ def presets(preset: str | None) -> None:
 def _wanted(preset: str) -> list[str]:
     """Every data set that the stages of a preset read."""
     from modern_llm.runs.data_files import data_names
-    from modern_llm.runs.spec import NOTEBOOKS
 
     config = get_pipeline_preset(preset)
     return (list(dict.fromkeys(name for stage in NOTEBOOKS for name in data_names(config, stage)))
@@ -78,10 +76,10 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
     for is there and nothing is damaged.
 
     \b
-    modern-llm datasets my-stories.jsonl             your own file: how many rows, which columns
+    modern-llm datasets my-stories.jsonl           your own file: how many rows, which columns
     modern-llm datasets --preset local-cpu
-    modern-llm datasets --download tinystories once, where there is a network modern-llm prefetch
-    --preset tacc-h100 everything a preset needs: data, tokenizer, models to compare with
+    modern-llm datasets --download tinystories     once, where there is a network
+    modern-llm prefetch --preset tacc-h100         data, tokenizer, models to compare with
     """
     from modern_llm.data import reading
     from modern_llm.data.sources import check_sources, remedy

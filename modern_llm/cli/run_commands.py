@@ -13,18 +13,18 @@ from pathlib import Path
 import click
 
 from modern_llm.cli.common import Failure, as_table
-from modern_llm.config import ConfigError, PipelineConfig, nearest
+from modern_llm.config import STAGES, ConfigError, PipelineConfig, nearest
+from modern_llm.config.machines import cluster_files
 
 # seed: a notebook's parameter
 WITHOUT_A_DOT = tuple(
     field.name for field in dataclasses.fields(PipelineConfig) if field.name != "seed")
-STAGES = "pretrain, sft, dpo, verifier, eval, attention, report, or all"
 
 
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run; `modern-llm presets` lists the names.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{STAGES}.")
+@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{', '.join(STAGES)}, or all.")
 @click.option("--run", "run_name", metavar="NAME",
               help="Folder under runs/; default: the preset's name.")
 @click.option("--checkpoint", metavar="PATH",
@@ -61,16 +61,16 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     code is 75, which asks to be started again.
 
     \b
-    modern-llm run all of local-smoke, minutes on a CPU modern-llm run --preset local-smoke --stage
-    pretrain --max-steps 10 one stage, a few steps modern-llm run --preset local-cpu -p
-    max_minutes=6 --run six-minutes six minutes for each stage that trains modern-llm run --stage
-    dpo --checkpoint runs/local-smoke/sft --run other-dpo -p dpo.loss=ipo modern-llm run -p
-    sft.lr=1e-3 --force redo SFT and what follows, keep pretraining modern-llm run --preset
-    local-cpu --stage eval --run other --checkpoint SmolLM2/ a third-party model modern-llm run -p
-    hardware.ranks=2 --run together two processes that train together (torchrun) srun modern-llm run
-    -p hardware.ranks=8 --preset tacc-h100 a rank for each of 8 tasks of a SLURM job srun
-    --ntasks-per-node=1 modern-llm run -p hardware.ranks=8 on two nodes: torchrun on each, for four
-    ranks modern-llm run -p seed=1 --run seed-1 --dry-run what would be done?
+    modern-llm run                               all of local-smoke, minutes on a CPU
+    modern-llm run --stage pretrain --max-steps 10            one stage, a few steps
+    modern-llm run --preset local-cpu -p max_minutes=6 --run six    six minutes a stage that trains
+    modern-llm run --stage dpo --checkpoint runs/local-smoke/sft --run other-dpo -p dpo.loss=ipo
+    modern-llm run -p sft.lr=1e-3 --force        redo SFT and what follows, keep pretraining
+    modern-llm run --preset local-cpu --stage eval --run other --checkpoint SmolLM2/
+    modern-llm run -p hardware.ranks=2 --run together    two processes that train together, torchrun
+    srun modern-llm run -p hardware.ranks=8 --preset tacc-h100    a rank for each of 8 SLURM tasks
+    srun --ntasks-per-node=1 modern-llm run -p hardware.ranks=8   torchrun on each of the nodes
+    modern-llm run -p seed=1 --run seed-1 --dry-run      what would be done?
     """
     from modern_llm.cluster.submit import note_this_job
     from modern_llm.messages import Preempted
@@ -188,13 +188,16 @@ def _key_values(items: tuple[str, ...]) -> dict:
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{STAGES}.")
+@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{', '.join(STAGES)}, or all.")
 @click.option("--run", "run_name", metavar="NAME",
               help="Folder under runs/; default: the preset's name.")
 @click.option("--account", metavar="PROJECT",
               help="Your allocation, where the cluster asks for one.")
+@click.option("--cluster", metavar="NAME",
+              help=f"Which one, by its file in clusters/: {', '.join(cluster_files())}. Default: "
+                   "$MODERN_LLM_CLUSTER, $TACC_SYSTEM, or the one that has the partition.")
 @click.option("--partition", metavar="NAME",
-              help="Where to queue; default: TACC's for the preset's GPU.")
+              help="Where to queue; default: the cluster's for the preset's GPU.")
 @click.option("--time", "limit", metavar="HH:MM:SS",
               help="Limit of each job; default: from the estimate.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True,
@@ -207,8 +210,8 @@ def _key_values(items: tuple[str, ...]) -> dict:
               help="As for `modern-llm run`. As often as needed.")
 @click.option("--dry-run", is_flag=True,
               help="Show the estimate and the lines for sbatch, and stop; needs no SLURM.")
-def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_steps, extra,
-           dry_run) -> None:
+def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, gpus, max_steps,
+           extra, dry_run) -> None:
     """Submit the stages of a preset as a chain of SLURM jobs, each after the one before it has
     succeeded.
 
@@ -218,12 +221,12 @@ def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_
     else one assumed. The job files are slurm/*.slurm, to be read and edited.
 
     \b
-    source slurm/environment.sh once in a login shell: modules, $SCRATCH modern-llm prefetch
-    --preset tacc-h100 compute nodes may have no network modern-llm submit --preset tacc-h100
-    --account PROJECT --dry-run
+    source slurm/environment.sh                  once in a login shell: modules, $SCRATCH
+    modern-llm prefetch --preset tacc-h100       compute nodes may have no network
+    modern-llm submit --preset tacc-h100 --account PROJECT --dry-run
     modern-llm submit --preset tacc-h100 --account PROJECT
     modern-llm submit --preset tacc-a100 --stage sft --partition gpu-a100-small --time 06:00:00
-    modern-llm status tacc-h100                                      stages and their jobs
+    modern-llm status tacc-h100                  stages and their jobs
     """
     from modern_llm.cluster.submit import Chain, absolute_words
     from modern_llm.config import override, parse_overrides
@@ -247,7 +250,7 @@ def submit(preset, stage, run_name, account, partition, limit, nodes, gpus, max_
                  **{name: value for name, value in given.items() if value}}
         preset = asked["preset"]
         plan = Plan(stage, **asked)
-        chain = Chain(plan, preset, words, account, partition, limit, nodes, gpus)
+        chain = Chain(plan, preset, words, account, partition, limit, nodes, gpus, cluster)
         if not chain.jobs:
             click.echo(f"nothing to do: every stage is finished in {plan.run_folder}")
             return

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
+from modern_llm.config.machines import gpu_peaks
 from modern_llm.models.counts import flops_per_token
 
-# Dense 16-bit FLOP/s of a GPU (as in the trainer, which needs torch), fp32 FLOP/s of two CPU cores
-# as measured for the diary.
-PEAK_FLOPS = {"GH200": 989e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12,
-              "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "2 CPU cores": 136e9}
+CPU_FLOPS = 136e9  # fp32 FLOP/s of two CPU cores, as measured for the diary
 # model FLOPs utilisation: well-tuned programs of this size reach 0.33 to 0.5 on H100s
 ASSUMED_MFU = 0.3
 ASSUMED_DECODE_SECONDS = 0.03  # to write one more token of every answer of a batch
@@ -96,7 +94,7 @@ def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
         stage: which stage.
         folder: its folder; if `metrics.jsonl` there has rows, their speed counts, and only the
             steps still to do.
-        gpu: a name of PEAK_FLOPS; None = a CPU.
+        gpu: a name of `gpu_peaks`; None = a CPU.
         gpus: how many work on one batch.
     """
     start = ASSUMED_START_MINUTES["gpu" if gpu else "cpu"]
@@ -107,7 +105,7 @@ def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
     train = getattr(config, stage, None)
     if not isinstance(train, TrainConfig):
         return Estimate(start + sampling, why="; ".join([*said, f"{start} min to start, assumed"]))
-    steps, peak = train.max_steps, PEAK_FLOPS[gpu or "2 CPU cores"]
+    steps, peak = train.max_steps, gpu_peaks()[gpu] if gpu else CPU_FLOPS
     if found := measured_seconds(folder):
         done, seconds, speed = found
         steps = max(0, train.max_steps - done)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm.cluster.duration import MARGIN, Estimate, clock, estimate, minutes_of, time_limit
-from modern_llm.config import ConfigError, PipelineConfig, nearest
+from modern_llm.config import STAGES, ConfigError, PipelineConfig, nearest, require
+from modern_llm.config.machines import Cluster, Partition, find_cluster
 from modern_llm.files import CHECKOUT, write_json
 from modern_llm.messages import StageError
 from modern_llm.runs.outcomes import DAMAGED, folders, reason, record_in
@@ -27,38 +28,18 @@ from modern_llm.runs.record import writes_to
 from modern_llm.runs.scheduler import (
     MARK, is_queued, job_states, slurm_command, submitted, this_job,
 )
-from modern_llm.runs.spec import DATA, setting
+from modern_llm.runs.spec import setting
 
 # greetings come first, the name of a cluster behind
 ONLY_THE_NUMBER = r"sed -nE 's/^([0-9]+)(;.*)?$/\1/p' | tail -n 1"
-TOGETHER = ("eval", "attention", "report")  # one job, slurm/eval.slurm, when all of them are wanted
+# what trains nothing: one job, slurm/eval.slurm, when all of it is wanted
+TOGETHER = tuple(name for name, spec in STAGES.items() if not spec.recipe)
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """What a partition's nodes have: the GPU's name, how many of them, and the longest job there,
-    in minutes.
-    """
-
-    gpu: str
-    count: int
-    longest: int
-
-
-PARTITIONS = {  # of TACC: Lonestar6 and Vista
-    "gpu-a100": Nodes("A100", 3, 2880), "gpu-a100-dev": Nodes("A100", 3, 120),
-    "gpu-a100-small": Nodes("A100", 1, 2880), "gpu-h100": Nodes("H100 PCIe", 2, 2880),
-    "gh": Nodes("GH200", 1, 2880), "gh-dev": Nodes("GH200", 1, 120),
-}
-
-
-def partition_of(config: PipelineConfig) -> str | None:
-    """The TACC partition that a preset was sized for; None where any node of the cluster will do.
-    """
-    memory = config.hardware.min_gpu_memory_gb
-    if not config.hardware.needs_bf16:
-        return None
-    return "gpu-h100" if memory > 40 else "gpu-a100" if memory > 12 else "gpu-a100-dev"
+def partition_of(config: PipelineConfig, cluster: Cluster) -> str | None:
+    """The partition that a preset was sized for; None where any node of the cluster will do."""
+    hardware = config.hardware
+    return cluster.partition_for(hardware.min_gpu_memory_gb) if hardware.needs_bf16 else None
 
 
 # ---- what SLURM says -----------------------------------------------------------------------------
@@ -148,11 +129,11 @@ def with_jobs(rows: list[dict], root: Path, only: str | None = None) -> list[dic
 # ---- where a job begins --------------------------------------------------------------------------
 
 # variables that name one
-FOLDERS = ("MODERN_LLM_DATA", "MODERN_LLM_CACHE", "MODERN_LLM_VENV", "HF_HOME", "HF_HUB_CACHE",
-           "HF_DATASETS_CACHE")
+FOLDERS = ("MODERN_LLM_DATA", "MODERN_LLM_CACHE", "MODERN_LLM_CLUSTERS", "MODERN_LLM_VENV",
+           "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 # settings that may
 FILES = tuple(dict.fromkeys(
-    [path for paths in DATA.values() for path in paths] + ["eval.baselines", "start_from"]))
+    [path for spec in STAGES.values() for path in spec.data] + ["eval.baselines", "start_from"]))
 
 
 def absolute_settings(config: PipelineConfig) -> dict[str, str]:
@@ -229,31 +210,37 @@ class Chain:
         words: further words for `modern-llm run`.
         account, partition, time: of sbatch; the last two are chosen if not given.
         nodes, gpus: for the stages that train, with a rank on every GPU (`gpus` of each node).
+        cluster: the name of its file; if not given, as `find_cluster` says.
 
-    Raises ConfigError for a partition that this cluster does not have, and for a time that is none.
+    Raises ConfigError for a partition or GPUs that this cluster does not have, and for a time that
+    is none.
     """
 
     def __init__(self, plan: Plan, preset: str,
                  words: list[str], account: str | None = None, partition: str | None = None,
-                 time: str | None = None, nodes: int = 1, gpus: int = 1):
+                 time: str | None = None, nodes: int = 1, gpus: int = 1,
+                 cluster: str | None = None):
         self.plan, self.preset, self.words = plan, preset, words
+        self.cluster, facts = cluster, find_cluster(cluster, partition)
         config = next(iter(plan.configs.values()))
         there, default = partitions()
-        self.partition = partition or partition_of(config) or default
+        self.partition = partition or partition_of(config, facts) or default
         # a list: whichever is free first
         names = self.partition.split(",") if self.partition and self.partition not in there else []
         if there and (wrong := [name for name in names if name not in there]):
             raise ConfigError(
                 f"this cluster has no partition {wrong[0]!r}{nearest(wrong[0], there)}. Say "
                 f"--partition NAME; sinfo knows: {', '.join(there)}")
-        known = PARTITIONS.get(self.partition)
-        self.gpu = (known.gpu if known else "A100") if config.hardware.min_gpu_memory_gb else None
+        known = facts.partitions.get(self.partition, Partition())
+        require(gpus <= (known.gpus or gpus), f"--gpus={gpus}: a node of {self.partition} has "
+                                              f"{known.gpus}; for more, say --nodes")
+        self.gpu = (known.gpu or "A100") if config.hardware.min_gpu_memory_gb else None
         limits = [limit for name in names if (limit := there.get(name))]
-        self.longest = (there.get(self.partition)
-                        or (known.longest if known else min(limits, default=None)))
-        self.options = [
-            f"{name}={value}"
-            for name, value in (("--account", account), ("--partition", self.partition)) if value]
+        self.longest = (there.get(self.partition) or min(limits, default=None)
+                        or (int(60 * known.hours) if known.hours else None))
+        asked = (("--account", account), ("--partition", self.partition))
+        self.options = [*(f"{name}={value}" for name, value in asked if value), *facts.options]
+        self.gpus = gpus
         self.together = ([f"--nodes={nodes}", f"--ntasks-per-node={gpus}"] if nodes * gpus > 1
                          else [])
         if time:
@@ -277,9 +264,11 @@ class Chain:
             for stage in stages if stage != "report"}
         limit = time_limit(sum(each.minutes for each in known.values()), self.longest)
         file, first = ("slurm/eval.slurm", []) if len(stages) > 1 else ("slurm/stage.slurm", stages)
+        gpus = str(self.gpus if trains(stages[0]) else 1)
         words = [f"--job-name={stages[0]}",
                  "--output=" + str(folder).replace("%", "%%") + "/logs/%x-%j.out",
-                 f"--time={self.time or clock(limit)}", *self.options,
+                 f"--time={self.time or clock(limit)}",
+                 *(option.replace("{gpus}", gpus) for option in self.options),
                  *(self.together if trains(stages[0]) else []), file, *first, self.preset,
                  folder.name, *(self.words if stages != ["report"] else [])]
         return Job(stages, words, known, limit, self.longest)
@@ -306,6 +295,7 @@ class Chain:
         relative = {name: value for name in FOLDERS if (value := os.environ.get(name, "").strip())
                     and not Path(value).expanduser().is_absolute()}
         return {"MODERN_LLM_RUNS": str(self.plan.run_folder.parent),
+                **({"MODERN_LLM_CLUSTER": self.cluster} if self.cluster else {}),
                 **{name: str(Path(value).absolute()) for name, value in relative.items()}}
 
     def lines(self) -> list[str]:

@@ -9,8 +9,9 @@ from modern_llm.config.presets import (
     local_smoke, smollm2_135m, tacc_a100, tacc_h100, tacc_smoke,
 )
 from modern_llm.config.schema import (
-    GENERATORS, GPT2_VOCAB_SIZE, OPTIMIZERS, PRECISIONS, PREFERENCE_LOSSES, SCHEDULES,
-    SHORTEST_CONTEXT, STRATEGIES, VERIFIER_KINDS, ConfigError, DPOConfig, DataConfig, EvalConfig,
-    HardwareConfig, ModelConfig, PipelineConfig, SFTConfig, TrainConfig, VerifierConfig,
-    device_parts, nearest, require,
+    GPT2_VOCAB_SIZE, OPTIMIZERS, PRECISIONS, PREFERENCE_LOSSES, SCHEDULES, SHORTEST_CONTEXT,
+    STRATEGIES, VERIFIER_KINDS, ConfigError, DPOConfig, DataConfig, EvalConfig, HardwareConfig,
+    ModelConfig, PipelineConfig, SFTConfig, TrainConfig, VerifierConfig, device_parts, nearest,
+    require,
 )
+from modern_llm.config.stages import GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec

@@ -428,8 +428,8 @@ class PipelineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for stage in ("pretrain", "sft", "dpo", "verifier"):
-            size = getattr(self, stage).batch_size
+        for stage, train in vars(self).items():
+            size = train.batch_size if isinstance(train, TrainConfig) else 0
             require(
                 size % self.hardware.ranks == 0,
                 f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
@@ -451,4 +451,3 @@ class PipelineConfig:
 
 SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write
 GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens
-GENERATORS = ("dpo", "sft", "pretrain")  # the stages that make a language model, the last one first

@@ -38,6 +38,7 @@ class TaskFamily:
             none.
         texts: items -> the texts of the task, one an item, that are looked up in the training
             text; "" if none are.
+        put_to: "all"; "stages", of the run, no models from elsewhere; or the "last" of them.
         rows: (items, stage, table) -> ledger rows that are no means over items; "" if there are
             none.
     """
@@ -53,6 +54,7 @@ class TaskFamily:
     compared: str = ""
     texts: Callable | str = ""
     rows: Callable | str = ""
+    put_to: str = "all"
 
     def call(self, part: str, *arguments: object) -> object:
         """What the function of a part, such as "measure", returns."""
@@ -68,7 +70,9 @@ _BY = "modern_llm.evaluation.measuring:"
 FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
     TaskFamily("perplexity", _BY + "perplexity", _BY + "perplexity_items",
                lambda *_: "held-out documents, each token once, packed rows",
-               headline=("perplexity, ",), panels=("bits per byte",)),
+               headline=("perplexity, ",), panels=("bits per byte",),
+               # another tokenizer's rows are other rows; the protocols compare
+               put_to="stages"),
     TaskFamily("protocols", _BY + "protocols", _BY + "protocols_items",
                lambda *_: "each token once, as the protocol says",
                headline=("perplexity T1, ", "word perplexity T3, "), panels=(),
@@ -84,7 +88,7 @@ FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
                _BY + "calculated_protocol", headline=("exact match",), aside="^error, "),
     TaskFamily(SAMPLED, _BY + "samples", _BY + "samples_items", _BY + "samples_protocol",
                headline=("exact match", "pass@all", "majority@all"),
-               panels=("majority@", "weighted_vote@")),
+               panels=("majority@", "weighted_vote@"), put_to="last"),
     TaskFamily("instructions", _BY + "instructions", _BY + "instructions_items",
                lambda of, stage, asked, _: f"built-in, greedy, {asked}, the whole answer",
                headline=("exact match",),

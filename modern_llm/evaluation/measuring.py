@@ -108,22 +108,26 @@ def evaluation_items(config: PipelineConfig, tokenizer: Tokenizer) -> Evaluation
 
 
 def perplexity(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
+    """Nats of the held-out documents, packed as in training."""
     rows = max(1, min(16, 16_384 // subject.model.cfg.context_length))
     return perplexity_piece(subject, of.caches, rows, of.config.data.isolate_documents,
                             of.settings.max_perplexity_tokens)
 
 
 def perplexity_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Nats per token of each source, an item a document."""
     return [item_rows(stage, "perplexity", f"nats per token, {source}", scores.document,
                       scores.nats, weight=scores.tokens)
             for source, scores in table.groupby("source", sort=False)]
 
 
 def protocols(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
+    """The tables of the four perplexity protocols."""
     return protocol_piece(subject, of.texts, of.settings.protocol_tokens, of.config.data.world_seed)
 
 
 def protocols_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Nats per token of each source in the protocols that count by token."""
     per_token = table[table.protocol != "T3"]
     return [item_rows(stage, "protocols", f"nats per token {protocol}, {source}", scores.document,
                       scores.nats, weight=scores.tokens)
@@ -131,15 +135,18 @@ def protocols_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> lis
 
 
 def protocols_rows(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[dict]:
+    """Perplexities of every source and protocol."""
     return protocol_measures(stage, table)
 
 
 def sentiment(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
+    """What is said of each review, with each number of demonstrations."""
     return sentiment_piece(subject, of.reviews, of.demonstrations, of.settings.shots,
                            of.settings.draws, of.config.seed, orders=4)
 
 
 def sentiment_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Accuracy at the most demonstrations, an item a review, the mean of its draws."""
     asked = table[(table.shots == of.settings.shots[-1])
                   & (table.method == "direct") & (table.said != "")]
     right = (asked.said == asked.label).groupby(asked.item).mean()
@@ -147,54 +154,67 @@ def sentiment_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> lis
 
 
 def sentiment_rows(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[dict]:
+    """Accuracy by demonstrations and method."""
     return [{"stage": stage, "task": "sentiment", **row,
              "protocol": f"{of.settings.sentiment}; {row['protocol']}"}
             for row in accuracy_rows(table)]
 
 
 def sentiment_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:
+    """How sentiment was measured."""
     return (f"{of.settings.sentiment}, {of.settings.shots[-1]} demonstrations, mean of "
             f"{of.settings.draws} draws, likelier label word behind 'Sentiment:'")
 
 
 def written_options(of: EvaluationItems) -> dict:
+    """How long an answer may be, what is shown before it, and how many at once."""
     return dict(max_new_tokens=of.settings.max_new_tokens, shots=of.settings.problem_shots,
                 batch_rows=of.settings.batch_rows)
 
 
 def problems(of: EvaluationItems, subject: Subject, calculator: bool = False) -> pd.DataFrame:
-    return problem_piece(subject, of.problems, of.solved, calculator=calculator, **written_options(of))
+    """Greedy answers to the problems."""
+    return problem_piece(subject, of.problems, of.solved, calculator=calculator,
+                         **written_options(of))
 
 
 def problems_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Exact match by level, flexible match, ending and kinds of errors."""
     return [problem_items(stage, "problems", table)]
 
 
 def problems_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:
+    """How problems were measured."""
     return f"{named(of.settings.problems)}, greedy, {asked}, the number behind ####"
 
 
 def calculated(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
+    """Greedy answers to the problems with a calculator."""
     return problems(of, subject, calculator=True)
 
 
 def calculated_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """As `problems_items`."""
     return [problem_items(stage, "problems, calculator", table)]
 
 
 def calculated_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:
+    """How problems were measured with a calculator."""
     return (f"{named(of.settings.problems)}, greedy with a calculator, {asked}, the number behind "
             "####")
 
 
 def samples(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
-    found = problem_piece(subject, [of.problems[i] for i in of.sampled], of.solved, **written_options(of),
+    """Several answers to each sampled problem."""
+    found = problem_piece(subject, [of.problems[i] for i in of.sampled], of.solved,
                           samples=of.settings.samples_per_problem,
-                          temperature=of.settings.temperature, seed=of.config.seed + 1)
+                          temperature=of.settings.temperature, seed=of.config.seed + 1,
+                          **written_options(of))
     return found.assign(problem=np.array(of.sampled)[found.problem])
 
 
 def samples_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Each problem's chance of being right by every way to choose among its samples."""
     if stage == "verifier":
         voted = sample_items(stage, SAMPLED, table, of.sizes, ["best_of_n", "weighted_vote"])
         all_of_them = voted[voted.metric == f"weighted_vote@{of.sizes[-1]}"]
@@ -204,10 +224,12 @@ def samples_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[
 
 
 def instructions(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
+    """Greedy answers to built-in instructions."""
     return instruction_piece(subject, of.instructions, of.shown, batch_rows=of.settings.batch_rows)
 
 
 def instructions_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Exact match by kind of instruction, and ending."""
     return [item_rows(stage, "instructions", "exact match", table.item, table.right, table.kind),
             item_rows(stage, "instructions", "ended", table.item, table.ended)]
 
@@ -225,10 +247,12 @@ def preferences(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
 
 
 def preferences_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Whether the preferred answer is likelier."""
     return [item_rows(stage, "preferences", "accuracy", table.item, table.right)]
 
 
 def samples_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:
+    """How samples were drawn and chosen from."""
     settings = of.settings
     levels = (f" of levels {', '.join(map(str, settings.sampled_levels))}"
               if settings.problems == "synthetic" else "")
@@ -241,6 +265,7 @@ def samples_protocol(of: EvaluationItems, stage: str, asked: str, generator: str
 
 
 def preferences_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:
+    """How preferences were measured."""
     return (f"{', '.join(map(named, of.config.dpo.sources))}, held-out pairs, log "
             "p(chosen) > log p(rejected), "
             + ("chat template" if asked.startswith("chat") else "document"))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modern_llm.config import BUILT_IN, GENERATORS, ModelConfig
+from modern_llm.config import BUILT_IN, GENERATORS, STAGES, ModelConfig
 from modern_llm.data.sources import DatasetInfo, DatasetNotFound, dataset_info
 from modern_llm.data.tokens import load_tokenizer
 from modern_llm.files import read_json
@@ -15,8 +15,6 @@ from modern_llm.messages import say
 from modern_llm.models.counts import parameter_count
 from modern_llm.report.evaluation import main_rows
 from modern_llm.report.page import ReportError, Run, interval, markdown_table, number
-
-LEDGER_NAMES = {"pretrain": "base"}  # how the evaluation calls a stage, where it is not by its name
 
 
 def origin(checkpoint: Path) -> tuple[Run | None, list[str], str]:
@@ -90,8 +88,8 @@ def result_table(run: Run, stage: str) -> str:
     own results; "" if neither.
     """
     ledger = run.frame("eval/ledger.csv")
-    found = [] if ledger.empty else main_rows(ledger[ledger.stage == LEDGER_NAMES.get(
-        stage, stage)]).to_dict("records")
+    found = [] if ledger.empty else main_rows(
+        ledger[ledger.stage == STAGES[stage].called]).to_dict("records")
     own = [{"task": f"held out in the {stage} stage", **row}
            for row in run.results.get(stage, {}).get("table", [])]
     rows = [{"task": row["task"], "metric": row["metric"], "value [95% interval]": interval(row),

@@ -11,13 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.config import BUILT_IN
+from modern_llm.config import BUILT_IN, NOTEBOOKS
 from modern_llm.files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STAGES = ("pretrain", "sft", "dpo", "verifier", "eval", "attention")
 MEASURED = ("ledger.csv", "contamination.csv", "clean_scores.csv", "verifier_mistakes.json",
             "baseline_comparison.json")
 EVAL_FILES = (*MEASURED, "stage_gains.csv", "stage_ledger.csv", "comparison_table.csv",
@@ -124,11 +123,11 @@ class Run:
     @cached_property
     def results(self) -> dict[str, dict]:
         """results.json of every stage that has one."""
-        return {stage: found for stage in STAGES if (found := self.json(f"{stage}/results.json"))}
+        return {stage: found for stage in NOTEBOOKS if (found := self.json(f"{stage}/results.json"))}
 
     @cached_property
     def params(self) -> dict[str, dict]:
-        return {stage: found for stage in STAGES if (found := self.json(f"{stage}/params.json"))}
+        return {stage: found for stage in NOTEBOOKS if (found := self.json(f"{stage}/params.json"))}
 
     @property
     def stages(self) -> dict[str, dict]:
@@ -189,7 +188,7 @@ class Run:
 
     def sources_of_the_report(self) -> list[Path]:
         """The files a report is made from."""
-        names = [f"{stage}/{name}" for stage in STAGES
+        names = [f"{stage}/{name}" for stage in NOTEBOOKS
                  for name in ("params.json", "metrics.jsonl", "results.json")]
         paths = [self.folder / name for name in [*names, *(f"eval/{name}" for name in EVAL_FILES)]]
         return [path for path in paths if path.is_file()]

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from modern_llm.config import ModelConfig
+from modern_llm.config import NOTEBOOKS, STAGES, TRAINED, ModelConfig
 from modern_llm.config import override
 from modern_llm.files import write_text
 from modern_llm.models.counts import flops_per_token, parameter_count
@@ -25,20 +25,10 @@ from modern_llm.report.evaluation import (
     baselines, contamination, perplexities, results, sentiment, stage_gains, verifier,
 )
 from modern_llm.report.page import (
-    MEASURED, STAGES, Page, ReportError, Run, folded, interval, markdown_table, measures, number,
+    MEASURED, Page, ReportError, Run, folded, interval, markdown_table, measures, number,
     text_block,
 )
 from modern_llm.report.seeds import not_comparable, runs_of_other_seeds, summarise_seeds
-
-TITLES = {"pretrain": "Pretraining", "sft": "Instruction tuning (SFT)",
-          "dpo": "Preference optimisation (DPO)", "verifier": "Verifier", "eval": "Evaluation",
-          "attention": "Attention"}
-# What is shown of a stage in one line: the first metric of its table that begins so.
-HEADLINES = {"pretrain": ("bits per byte",),
-             "sft": ("ends by itself and parses", "instruction exact match, SFT"),
-             "dpo": ("preference accuracy, after",), "verifier": ("within-problem AUC",),
-             "eval": (), "attention": ("induction, best head",)}
-
 
 # ---- sections ------------------------------------------------------------------------------------
 
@@ -52,9 +42,8 @@ def model_of(run: Run) -> ModelConfig | None:
 def headline(run: Run, stage: str) -> str:
     """The stage's most telling figure."""
     rows = run.results.get(stage, {}).get("table", [])
-    found = next(
-        (row for start in HEADLINES[stage] for row in rows if row["metric"].startswith(start)), None
-    )
+    found = next((row for start in STAGES[stage].headline for row in rows
+                  if row["metric"].startswith(start)), None)
     if stage == "eval" and stage in run.results:
         return f"{len(run.frame('eval/ledger.csv')) or len(rows)} measures"
     return f"{found['metric']}: {interval(found)}" if found else ""
@@ -68,7 +57,7 @@ def summary(page: Page) -> None:
     size = f"{parameter_count(cfg)['total']:,} parameters" if cfg else "unknown size"
     page.add(f"# Report of the run `{run.folder.name}`",
              f"Preset `{run.preset}`, {size}, seed {record.get('seed', 'unknown')}; "
-             f"{len(run.results)} of {len(STAGES)} stages finished, {seconds / 60:.1f} minutes in "
+             f"{len(run.results)} of {len(NOTEBOOKS)} stages finished, {seconds / 60:.1f} minutes in "
              f"all{f', begun {min(started)}' if started else ''}.")
     page.origin(short=False)
 
@@ -76,14 +65,14 @@ def summary(page: Page) -> None:
 def pipeline(page: Page) -> None:
     page.add("## Pipeline")
     rows = []
-    for stage in STAGES:
+    for stage in NOTEBOOKS:
         entry, results = page.run.stages.get(stage, {}), page.run.results.get(stage, {})
         rows.append({"stage": stage, "status": entry.get("status", "not run"),
                      "steps": results.get("steps"), "tokens": results.get("tokens"),
                      "minutes": entry["seconds"] / 60 if "seconds" in entry else None,
                      "ended by": results.get("ended_by"), "headline": headline(page.run, stage)})
     page.add(markdown_table(rows))
-    for stage in STAGES:
+    for stage in NOTEBOOKS:
         status = page.run.stages.get(stage, {}).get("status")
         if stage not in page.run.results:
             page.add(f"`{stage}` {'was not run' if not status else f'is {status}'}: "
@@ -123,9 +112,8 @@ def architecture(page: Page) -> None:
 def data(page: Page) -> None:
     page.add("## Data")
     results = page.run.results
-    headings = {("pretrain", "data"): "Pretraining text (the fingerprint changes when the data do)",
-                ("sft", "examples"): "Instructions", ("dpo", "pairs"): "Preference pairs",
-                ("verifier", "data"): "The generator's own answers, on which the verifier learns"}
+    headings = {(name, spec.counted[0]): spec.counted[1]
+                for name, spec in STAGES.items() if spec.counted}
     if not any(results.get(stage, {}).get(key) for stage, key in headings):
         page.missing("pretrain")
         return
@@ -139,8 +127,8 @@ def training(page: Page) -> None:
     from modern_llm.report import pictures as report_figures
 
     page.add("## Training curves and what each stage measured")
-    for stage in STAGES[:4]:
-        page.add(f"### {TITLES[stage]}")
+    for stage in TRAINED:
+        page.add(f"### {STAGES[stage].title}")
         if page.missing(stage):
             continue
         results, metrics = page.run.results[stage], page.run.frame(f"{stage}/metrics.jsonl")
@@ -170,7 +158,7 @@ def samples(page: Page) -> None:
     for stage, found in page.run.results.items():
         if not found.get("samples"):
             continue
-        page.add(f"### {TITLES[stage]}")
+        page.add(f"### {STAGES[stage].title}")
         for item in found["samples"] if isinstance(found["samples"], list) else [found["samples"]]:
             page.add(text_block(item.items() if isinstance(item, dict) else [(stage, item)]))
 
@@ -228,7 +216,7 @@ def reproduce(page: Page) -> None:
     run, record = page.run, page.run.record
     commit = record.get("git_commit", "unknown")
     lines = [f"git checkout {commit.removesuffix('+changes')}"] if commit != "unknown" else []
-    lines += [run.command(stage) for stage in STAGES if stage in run.params]
+    lines += [run.command(stage) for stage in NOTEBOOKS if stage in run.params]
     lines.append(
         f"modern-llm run --preset {shlex.quote(run.preset)} --run {run.folder.name} --stage report")
     page.add("## Commands", "Stage by stage, exactly as it was run:",
@@ -253,7 +241,7 @@ def cost(page: Page) -> None:
     threads = 1 if device.startswith("cuda") else page.run.record.get("threads") or 1
     # of the stages that train
     ranks = page.run.record.get("config", {}).get("hardware", {}).get("ranks", 1)
-    for stage in STAGES:
+    for stage in NOTEBOOKS:
         seconds, found = (page.run.stages.get(stage, {}).get("seconds"),
                           page.run.results.get(stage, {}))
         if seconds is None:

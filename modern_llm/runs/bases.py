@@ -14,12 +14,12 @@ import signal
 import time
 from pathlib import Path
 
-from modern_llm.config import PipelineConfig
+from modern_llm.config import STAGES, PipelineConfig
 from modern_llm.files import CHECKOUT, read_json
 from modern_llm.messages import StageError, say
 from modern_llm.runs.launch import start_papermill
 from modern_llm.runs.lineage import own_checkpoint, start_of
-from modern_llm.runs.spec import BASES, NOTEBOOKS, notebooks_folder, sections
+from modern_llm.runs.spec import notebook_of, sections
 
 
 def code_digest(notebook: Path) -> str:
@@ -65,7 +65,7 @@ def base_name(stages: tuple[str, ...], config: PipelineConfig, device: str) -> s
     """
     parts = [device, *(part for stage in stages
                        for part in (sections(config, stage),
-                                    code_digest(notebooks_folder() / NOTEBOOKS[stage])))]
+                                    code_digest(notebook_of(stage))))]
     return f"{config.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
@@ -79,7 +79,7 @@ def make_bases(stage: str, config: PipelineConfig, parameters: dict,
     """
     from modern_llm.data.tokens import build_lock, cache_root
 
-    root, chain = cache_root() / "bases", BASES[stage]
+    root, chain = cache_root() / "bases", STAGES[stage].base
     made: dict[str, Path] = {}
     how = []
     for count, earlier in enumerate(chain, 1):
@@ -99,7 +99,7 @@ def make_bases(stage: str, config: PipelineConfig, parameters: dict,
 
 
 def _make_base(stage: str, folder: Path, start: Path | None, parameters: dict) -> None:
-    notebook = notebooks_folder() / NOTEBOOKS[stage]
+    notebook = notebook_of(stage)
     values = {name: parameters[name] for name in ("preset", "seed", "device", "overrides")
               if parameters.get(name) not in (None, "")}
     # made by this process alone

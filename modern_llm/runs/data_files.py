@@ -10,9 +10,9 @@ import contextlib
 import os
 from collections.abc import Iterable
 
-from modern_llm.config import BUILT_IN, PipelineConfig
+from modern_llm.config import BUILT_IN, STAGES, PipelineConfig
 from modern_llm.files import sha256
-from modern_llm.runs.spec import DATA, setting
+from modern_llm.runs.spec import setting
 
 
 def data_names(config: PipelineConfig, stage: str) -> list[str]:
@@ -20,7 +20,7 @@ def data_names(config: PipelineConfig, stage: str) -> list[str]:
     there.
     """
     found: list[str] = []
-    for path in DATA[stage]:
+    for path in STAGES[stage].data:
         value = setting(config, path)
         found += [value] if isinstance(value, str) else list(value)
     # "text": data.sources
@@ -56,7 +56,7 @@ def missing_data(config: PipelineConfig, stages: Iterable[str]) -> list[str]:
         name, reason = next(iter(absent.items()))
         problems.append(f"data: {', '.join(absent)} not found. Tried, for {name}, {reason}. "
                         f"Remedy, for each: {remedy()}")
-    if "pretrain" in stages and config.data.tokenizer == "gpt2":
+    if any(STAGES[stage].first for stage in stages) and config.data.tokenizer == "gpt2":
         from modern_llm.data.tokens import gpt2_tokenizer
 
         try:

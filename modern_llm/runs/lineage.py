@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modern_llm.config import GENERATORS, PipelineConfig
+from modern_llm.config import GENERATORS, STAGES, PipelineConfig
 from modern_llm.files import find_folder
 from modern_llm.interchange import hub
 from modern_llm.interchange.hub import find_checkpoint, is_model, weights_digest
 from modern_llm.messages import StageError, read_record
-from modern_llm.runs.spec import ALL_OF, BASES, FIRST_OF
 
 
 def own_checkpoint(run_folder: Path, stage: str) -> Path | None:
@@ -28,9 +27,10 @@ def own_inputs(stage: str, run_folder: Path) -> dict[str, Path]:
     """The checkpoints of earlier stages of the same run that the stage starts from or judges; empty
     if there are none.
     """
-    there = {name: folder for name in FIRST_OF.get(stage, ALL_OF.get(stage, ()))
+    spec = STAGES[stage]
+    there = {name: folder for name in spec.starts_from or spec.judges
              if (folder := own_checkpoint(run_folder, name))}
-    if stage in FIRST_OF:
+    if spec.starts_from:
         return dict(list(there.items())[:1])
     # a run that began at SFT: its base is what it was given
     if "sft" in there and "pretrain" not in there:
@@ -46,7 +46,7 @@ def found_inputs(stage: str, run_folder: Path, config: PipelineConfig) -> dict[s
     get that.
     """
     own = own_inputs(stage, run_folder)
-    if own or stage == "pretrain" or not config.start_from:
+    if own or STAGES[stage].first or not config.start_from:
         return own
     try:
         return {"checkpoint": find_checkpoint(hub.find_model(config.start_from))}
@@ -71,9 +71,9 @@ def described(inputs: dict[str, Path]) -> dict[str, dict[str, str]]:
 
 def no_inputs(stage: str, run_folder: Path, preset: str) -> StageError:
     """The error of a stage that has nothing to start from."""
-    needs = BASES[stage][-1] if stage != "attention" else "pretrain"
+    spec = STAGES[stage]
     return StageError(
         f"stage {stage} starts from an earlier checkpoint, and {run_folder} has none: no finished "
-        f"stage {' or '.join(FIRST_OF.get(stage, GENERATORS))}. Run `modern-llm run --preset "
-        f"{preset} --run {run_folder.name} --stage {needs}` first, or `--stage all`, or give a "
+        f"stage {' or '.join(spec.starts_from or GENERATORS)}. Run `modern-llm run --preset "
+        f"{preset} --run {run_folder.name} --stage {spec.base[-1]}` first, or `--stage all`, or give a "
         "checkpoint: --checkpoint PATH (in a notebook, checkpoint = \"PATH\").")

@@ -9,24 +9,17 @@ import json
 import os
 from pathlib import Path
 
+from modern_llm.config import NOTEBOOKS, STAGES
 from modern_llm.files import read_json
 from modern_llm.runs.locks import is_alive, owner_of
 from modern_llm.runs.pipeline import Step
-from modern_llm.runs.spec import NOTEBOOKS
-
-HEADLINES = {  # how the names of a stage's telling figures begin
-    "pretrain": ("bits per byte", "above the floor"),
-    "sft": ("ends by itself and parses", "instruction exact match, SFT", "perplexity tax"),
-    "dpo": ("preference accuracy, after", "implicit-reward accuracy", "perplexity tax"),
-    "verifier": ("within-problem AUC", "weighted_vote@", "best_of_n@"),
-}
 
 
 def headline(stage: str, results: dict) -> str:
     """A few figures of a stage on one line."""
     rows = [row for row in results.get("table", []) if row.get("value") is not None]
     first = [next((row for row in rows if row["metric"].startswith(start)), None)
-             for start in HEADLINES.get(stage, ())]
+             for start in (STAGES[stage].headline if stage in STAGES else ())]
     chosen = [row for row in first if row] or rows[:3]
     return ", ".join(f"{row['metric']} {row['value']:.3g}" for row in chosen)
 

@@ -110,14 +110,15 @@ def preempted(folder: Path, wanted: PipelineConfig) -> bool:
 
 def choose_folder(stage: str, parameters: dict,
                   wanted: PipelineConfig | None = None) -> tuple[str, Path, bool]:
-    """Run name, stage folder and whether to resume. An existing stage is never touched without
-    `resume` or `force`.
+    """Run name, stage folder and whether to resume. A run is called as its preset calls itself; an
+    existing stage is never touched without `resume` or `force`.
 
     With `wanted`, the config asked for, a stage that was preempted under the same settings is
     resumed without being told.
     """
     given = parameters.get("run")
-    name = Path(parameters["preset"]).stem if given in (None, "") else str(given)
+    name = (str(given) if given not in (None, "")
+            else (wanted or get_pipeline_preset(parameters["preset"])).name)
     if (not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?", name)
             or RESERVED.fullmatch(name)):
         raise ConfigError(f"run={name!r:.80} is not a folder name everywhere: use letters, digits, "

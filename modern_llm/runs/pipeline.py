@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import ConfigError, PipelineConfig, TrainConfig, nearest
+from modern_llm.config import NOTEBOOKS, STAGES, ConfigError, nearest
 from modern_llm.config import override, parse_overrides
 from modern_llm.config import get_pipeline_preset
 from modern_llm.files import read_json, write_json
@@ -34,9 +34,8 @@ from modern_llm.runs.record import writes_to
 from modern_llm.runs.resume import begun, changed_settings, params_of, resume_blocker, run_record
 from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
 from modern_llm.runs.scheduler import this_job
-from modern_llm.runs.spec import NOTEBOOKS, changes, notebooks_folder
+from modern_llm.runs.spec import changes, notebook_of
 
-STAGES = (*NOTEBOOKS, "report")  # in the order of the pipeline
 STOP_FILE = "STOP"  # the trainer looks for it after every step
 # Errors whose message says what to do; a reader of any other wants its traceback.
 USER_ERRORS = ("StageError", "ConfigError", "DataError", "DatasetNotFound", "CheckpointError",
@@ -68,18 +67,17 @@ def chosen_stages(stage: str, given: object) -> list[str]:
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, [*STAGES, 'all'])}")
     if stage != "all":
         return [stage]
-    there = [name for name in NOTEBOOKS if declared_parameters(name)]
-    if importlib.util.find_spec("modern_llm.report"):
-        there.append("report")
-    return [name for name in there if not (name == "pretrain" and given)]
+    there = [name for name in NOTEBOOKS
+             if declared_parameters(name) and not (given and STAGES[name].first)]
+    return [*there, "report"] if importlib.util.find_spec("modern_llm.report") else there
 
 
 def declared_parameters(stage: str) -> dict:
     """Names and defaults in the `parameters` cell of the stage's notebook; empty if there is none.
     """
-    if stage == "report":
+    if not STAGES[stage].notebook:
         return {"preset": "", "run": "", "output_dir": "", "force": False}
-    path = notebooks_folder() / NOTEBOOKS[stage]
+    path = notebook_of(stage)
     if not path.is_file():
         return {}
     cells = [cell for cell in read_json(path)["cells"]
@@ -103,10 +101,11 @@ class Plan:
         self.start = parameters.get("checkpoint") or preset.start_from
         self.stages, self.alone, self.no_overwrite = (
             chosen_stages(stage, self.start), stage != "all", no_overwrite)
-        if stage in ("pretrain", "report") and parameters.get("checkpoint"):
+        spec = STAGES.get(stage)  # none for "all"
+        if spec and spec.first and parameters.get("checkpoint"):
             raise ConfigError(f"stage {stage} does not start from a checkpoint; leave --checkpoint "
                               "out, or choose a later stage")
-        if stage == "pretrain" and preset.start_from:
+        if spec and spec.first and spec.notebook and preset.start_from:
             raise ConfigError(f"preset {preset.name!r} starts from {preset.start_from!r} and "
                               "pretrains nothing; choose a later stage")
         if self.stages == ["report"] and parameters.get("overrides"):
@@ -180,7 +179,7 @@ class Plan:
                 else found_inputs(stage, self.run_folder, self.configs[stage]))
 
     def _need_inputs(self, stage: str, pending: bool) -> None:
-        if (stage != "pretrain" and not pending
+        if (not STAGES[stage].first and not pending
                 and not self._inputs(stage) and self.configs[stage].name != "lesson"):
             raise no_inputs(stage, self.run_folder, self.configs[stage].name)
 
@@ -286,8 +285,7 @@ def execute(step: Step) -> int:
         # refuses, before the notebook is touched, if a kernel works there
         RunLock(step.folder.parent, "modern-llm run").take().release()
         output.parent.mkdir(parents=True, exist_ok=True)
-    notebook = notebooks_folder() / NOTEBOOKS[step.stage]
-    process = start_papermill(notebook, output, step.parameters)
+    process = start_papermill(notebook_of(step.stage), output, step.parameters)
     relay = threading.Thread(target=show, args=(process.stdout,), daemon=True)
     relay.start()
     code, warning, asked = None, None, False
@@ -353,7 +351,7 @@ def pass_on(step: Step, papermill: int) -> None:
 
 def trains(stage: str) -> bool:
     """Whether the stage has an optimisation run of its own."""
-    return isinstance(getattr(PipelineConfig(), stage, None), TrainConfig)
+    return bool(STAGES[stage].recipe)
 
 
 def status(step: Step) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from modern_llm.config import PipelineConfig, TrainConfig
+from modern_llm.config import STAGES, PipelineConfig, TrainConfig
 from modern_llm.messages import StageError
 from modern_llm.models import counts
 from modern_llm.runs.data_files import check_splits, missing_data
-from modern_llm.runs.spec import DATA
 
 GIB = 2**30
 
@@ -132,11 +131,11 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
 
 def _forced(config: PipelineConfig, stage: str) -> str:
     """How to try the stage all the same, on another device and built-in data."""
-    words = ([f"{path}=synthetic" for path in DATA[stage] if path != "dpo.replay_sources"]
-             + ["dpo.replay_sources=text"] * (stage == "dpo"))
+    words = ([f"{path}=synthetic" for path in STAGES[stage].data if path != "dpo.replay_sources"]
+             + ["dpo.replay_sources=text"] * ("dpo.replay_sources" in STAGES[stage].data))
     if "sft.sources=synthetic" in words:
         words.append("sft.weights=1")
-    if stage == "pretrain":
+    if STAGES[stage].first:
         words += ["data.tokenizer=bpe", "data.max_validation_tokens=2000"]
     steps = ""
     if isinstance(settings_of(config, stage), TrainConfig):

@@ -14,14 +14,16 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modern_llm.config import PipelineConfig, TrainConfig
 from modern_llm.config import to_dict
 from modern_llm.files import read_json, write_json
 from modern_llm.messages import StageError
+from modern_llm.models.counts import flops_per_token
 from modern_llm.runs.lineage import described, start_of
 from modern_llm.runs.locks import RunLock, this_process
 from modern_llm.runs.parameters import report_folder
@@ -29,6 +31,13 @@ from modern_llm.runs.preflight import settings_of
 from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
 from modern_llm.runs.spec import sections
 from modern_llm.training.ranks import TrainingEnded
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from modern_llm.training.recipe import Recipe
+    from modern_llm.training.train_step import Batch, LossFunction
+    from modern_llm.training.trainer import Trainer
 
 RECORDED_PACKAGES = ("torch", "datasets", "tokenizers", "safetensors", "papermill", "pandas",
                      "modern_llm")
@@ -74,6 +83,19 @@ class StageRun:
     def report(self) -> Path:
         """The folder of the run's report and figures."""
         return report_folder(self.folder.parent)
+
+    def trainer(self, model: nn.Module, loss: LossFunction, batches: Callable[[int], Batch],
+                recipe: Recipe, **others) -> Trainer:
+        """A Trainer with this stage's settings, folder and device, evaluated and saved by the
+        recipe; `others` are arguments of Trainer that differ.
+        """
+        from modern_llm.training.trainer import Trainer
+
+        given = {"cfg": settings_of(self.config, self.stage), "folder": self.folder,
+                 "evaluate": recipe.evaluate, "save_model": recipe.save, "device": self.device,
+                 "flops_per_token": flops_per_token(self.config.model), "seed": self.config.seed,
+                 "resume": self.resume, "world": self.world}
+        return Trainer(model, loss, batches, **(given | others))
 
     def finish(self, results: dict) -> dict:
         """Write `results.json`, mark the stage finished in `run.json`, release the run's lock, and

@@ -7,15 +7,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from modern_llm.config import PipelineConfig, TrainConfig
+from modern_llm.config import STAGES, PipelineConfig, TrainConfig
 from modern_llm.messages import StageError, read_record
 from modern_llm.runs.spec import MAY_CHANGE, changes, sections
 
 # by a stage
 MADE = ("params.json", "results.json", "metrics.jsonl", "checkpoint", "checkpoint.previous",
         "checkpoints", "pieces")
-# kept tables about the trained model, of SFT and DPO
-MEASURED = ("answers_sft.jsonl", "answers_after.jsonl", "held_out.jsonl")
 
 
 def begun(folder: Path) -> bool:
@@ -76,7 +74,7 @@ def changed_settings(former: dict, stage: str, config: PipelineConfig) -> list[s
     rows = {name: {"context_length": length} for name, length in
             (("former", former.get("context_length")), ("now", config.model.context_length))}
     # the length of its rows, where the model allows more
-    if stage != "pretrain" and rows["former"]["context_length"] is not None:
+    if not STAGES[stage].first and rows["former"]["context_length"] is not None:
         lines += changes(rows["former"], rows["now"], "model.")
     return lines
 
@@ -123,7 +121,7 @@ def archive_results(folder: Path) -> None:
     """
     if (folder / "results.json").is_file():
         os.replace(folder / "results.json", folder / "results.previous.json")
-    for name in MEASURED:
+    for name in STAGES[folder.name].measured:
         (folder / name).unlink(missing_ok=True)
 
 

@@ -1,28 +1,17 @@
-"""What a stage is: its notebook, the settings and data that its result depends on, and what it
-starts from. Imports no torch.
+"""What is asked of a `StageSpec`: its notebook, its settings and how they differ from earlier ones,
+what it trains. Imports no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
-from modern_llm.config import GENERATORS, PipelineConfig, to_dict
+from modern_llm.config import STAGES, PipelineConfig, to_dict
 from modern_llm.files import CHECKOUT
 
-NOTEBOOKS = {"pretrain": "03_pretrain.ipynb", "sft": "04_sft.ipynb", "dpo": "05_dpo.ipynb",
-             "verifier": "06_verifier.ipynb", "eval": "07_eval.ipynb",
-             "attention": "08_attention_viz.ipynb"}  # in the order of the pipeline
-# Settings that a stage's result depends on, besides the checkpoints it starts from.
-SECTIONS = {
-    "pretrain": ("model", "data", "pretrain", "seed"),
-    "sft": ("data", "sft", "seed"),
-    "dpo": ("data", "dpo", "seed"),
-    "verifier": ("data", "verifier", "seed"),
-    "eval": ("data", "eval", "sft.sources", "dpo.sources", "seed"),
-    "attention": ("data", "seed"),
-}
 # Those of a stage's own settings that may change while it is under way: how long and how often, by
 # which means, and the learning rates of the steps to come. All the others made what is there
 # already.
@@ -32,22 +21,6 @@ MAY_CHANGE = (
     "lr", "muon_lr", "weight_decay", "betas", "schedule", "warmup_steps", "decay_fraction",
     "final_lr_fraction", "grad_clip",
 )
-# Where data sets are named that a stage reads.
-DATA = {
-    "pretrain": ("data.sources",),
-    "sft": ("sft.sources", "data.sources"),
-    "dpo": ("dpo.sources", "dpo.replay_sources", "data.sources"),
-    "verifier": ("verifier.problems",),
-    "eval": ("data.sources", "dpo.sources", "eval.problems", "eval.sentiment",
-             "eval.protocol_sources"),
-    "attention": (),
-}
-FIRST_OF = {"sft": ("pretrain",), "dpo": ("sft",),
-            "verifier": ("dpo", "sft"), "attention": GENERATORS}
-ALL_OF = {"eval": ("pretrain", "sft", "dpo", "verifier")}
-# what is made for the preset "lesson" when there is nothing
-BASES = {"sft": ("pretrain",), "dpo": ("pretrain", "sft"), "verifier": ("pretrain", "sft"),
-         "eval": ("pretrain", "sft"), "attention": ("pretrain",)}
 
 
 def notebooks_folder() -> Path:
@@ -57,6 +30,17 @@ def notebooks_folder() -> Path:
         raise FileNotFoundError(
             f"no notebooks at {folder}: run from a checkout installed with `pip install -e .`")
     return folder
+
+
+def notebook_of(stage: str) -> Path:
+    """The notebook that is the stage. FileNotFoundError as `notebooks_folder`."""
+    return notebooks_folder() / STAGES[stage].notebook
+
+
+def recipe_of(stage: str) -> type:
+    """The class that prepares and trains a stage on every rank, made of its run; imports torch."""
+    module, name = STAGES[stage].recipe.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def setting(config: PipelineConfig, path: str) -> object:
@@ -72,7 +56,7 @@ def sections(config: PipelineConfig, stage: str) -> dict:
     path.
     """
     found = {}
-    for path in SECTIONS[stage]:
+    for path in STAGES[stage].settings:
         value = setting(config, path)
         found[path] = (to_dict(value) if dataclasses.is_dataclass(value)
                        else json.loads(json.dumps(value)))

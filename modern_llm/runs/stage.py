@@ -1,5 +1,5 @@
 """What every stage notebook does before its own work: `begin` makes a `StageRun` of its parameters,
-`config_table` shows what it will do.
+`config_table` shows what it will do, `train_stage` trains it.
 
 Plain plumbing shared by chapters 03–08, so that a stage's first cells stay three lines long. torch
 is imported where it is needed, not at the top.
@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from modern_llm.config import GPT2_VOCAB_SIZE, PipelineConfig, TrainConfig
+from modern_llm.config import GPT2_VOCAB_SIZE, STAGES, PipelineConfig, TrainConfig
 from modern_llm.config import override, to_dict
 from modern_llm.files import read_json
 from modern_llm.interchange.hub import find_checkpoint, is_model
@@ -35,8 +36,12 @@ from modern_llm.runs.resume import (
     archive_results, changed_settings, history, params_of, resume_blocker, run_record,
 )
 from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
-from modern_llm.runs.spec import DATA, NOTEBOOKS, changes, notebooks_folder, setting
+from modern_llm.runs.spec import changes, recipe_of, setting
 from modern_llm.training.ranks import rank_info
+
+if TYPE_CHECKING:
+    from modern_llm.training.recipe import Recipe
+    from modern_llm.training.trainer import TrainResult
 
 
 def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
@@ -50,8 +55,6 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     refuse_unknown(injected_parameters(namespace.get("In", [])), declared)
     parameters = {name: namespace[name] for name in declared}
     config = resolve(stage, parameters)
-    if task := namespace.get("TASK"):
-        return begin_on_worker(stage, config, task)
     name, folder, _ = choose_folder(stage, parameters, config)
     lock = None
     try:
@@ -113,6 +116,22 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict,
     return stage_run
 
 
+def train_stage(run: StageRun, recipe: Recipe | None = None) -> TrainResult:
+    """Train a stage: what its notebook calls, and every other rank too.
+
+    Args:
+        recipe: what it trains with, where the page has prepared and shown it.
+
+    Raises:
+        StageError: training was stopped before its end; it says how to go on.
+        TrainingEnded: on the other ranks, whatever ended it.
+    """
+    recipe = recipe or recipe_of(run.stage)(run)
+    result = recipe.fit()
+    run.require(result.stopped)
+    return result
+
+
 # ---- the ranks -----------------------------------------------------------------------------------
 
 
@@ -132,17 +151,18 @@ def rank_zero_world(run: StageRun, parameters: dict):
                          f"process{'es were' if size > 1 else ' was'} started: run "
                          f"`modern-llm run --stage {run.stage} -p hardware.ranks={hardware.ranks} "
                          f"…`, or set hardware.ranks={size}")
-    task = {"notebook": str(notebooks_folder() / NOTEBOOKS[run.stage]), "run": run.run,
-            "folder": str(run.folder), "resume": run.resume, "parameters": parameters}
+    task = {"stage": run.stage, "run": run.run, "folder": str(run.folder), "resume": run.resume,
+            "parameters": parameters}
     return World(0, hardware.ranks, hardware.strategy, task)
 
 
-def begin_on_worker(stage: str, config: PipelineConfig, task: dict) -> StageRun:
-    """The stage as rank 0 began it, for another rank; nothing is written."""
+def begin_on_worker(task: dict) -> StageRun:
+    """The stage as rank 0 began it and says in the `task`, for another rank; nothing is written."""
     from modern_llm.training.checkpoints import pick_device
     from modern_llm.training.distributed import World
 
-    folder = Path(task["folder"])
+    stage, folder = task["stage"], Path(task["folder"])
+    config = resolve(stage, task["parameters"])
     inputs = {name: Path(entry["path"])
               for name, entry in read_json(folder / "params.json")["inputs"].items()}
     if start := start_of(inputs):
@@ -168,11 +188,11 @@ def choose_inputs(stage: str, config: PipelineConfig, parameters: dict, folder: 
     """The checkpoints a stage starts from; a line says which. `former` is its `params.json` when it
     is resumed.
     """
-    if stage == "pretrain":
+    if STAGES[stage].first:
         return {}
     run_folder = folder.parent
     # run_folder may carry a time
-    named = run_folder.parent / str(parameters.get("run") or Path(parameters["preset"]).stem)
+    named = run_folder.parent / str(parameters.get("run") or config.name)
     if parameters.get("checkpoint"):
         inputs = {"checkpoint": find_checkpoint(parameters["checkpoint"])}
     elif not (inputs := own_inputs(stage, run_folder) or own_inputs(stage, named)
@@ -316,7 +336,7 @@ def config_table(config: PipelineConfig, stage: str):
 
     model, settings = config.model, settings_of(config, stage)
     parameters = counts.parameter_count(model)
-    data = {name: None for path in DATA[stage] for value in [setting(config, path)]
+    data = {name: None for path in STAGES[stage].data for value in [setting(config, path)]
             for name in ([value] if isinstance(value, str) else value) if name != "text"}
     rows = [
         ("preset", config.name, config.description),
@@ -325,7 +345,7 @@ def config_table(config: PipelineConfig, stage: str):
          f"{model.num_heads} heads, {model.num_kv_heads} key/value "
          f"groups, feed-forward {model.ffn_width}, context {model.context_length}"),
     ]
-    if stage == "pretrain":
+    if STAGES[stage].first:
         rows.append(("data", ", ".join(data),
                      f"tokenizer {config.data.tokenizer}, vocabulary {model.vocab_size}"))
     elif data:
@@ -337,7 +357,7 @@ def config_table(config: PipelineConfig, stage: str):
                  else "estimated, to run the model"))
     if settings is not None:
         shared = ({field.name for field in dataclasses.fields(TrainConfig)}
-                  | {path.split(".")[1] for path in DATA[stage]})
+                  | {path.split(".")[1] for path in STAGES[stage].data})
         own = {field.name: getattr(settings, field.name)
                for field in dataclasses.fields(settings) if field.name not in shared}
         rows += [(name.replace("_", " "),
@@ -351,7 +371,7 @@ def _optimisation(config: PipelineConfig, stage: str,
     """Batch, budget and optimizer; only in pretraining is every row as long as the context."""
     limit = f"at most {train.max_minutes:g} minutes" if train.max_minutes else ""
     batch, budget, detail = f"{train.batch_size} rows", f"{train.max_steps:,} steps", limit
-    if stage == "pretrain":
+    if STAGES[stage].first:
         tokens = train.max_steps * train.batch_size * config.model.context_length
         batch = f"{train.batch_size} × {config.model.context_length} tokens"
         budget += f" = {tokens / 1e6:,.1f}M tokens"

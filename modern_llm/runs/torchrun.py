@@ -2,8 +2,8 @@
 
 Every rank is the same command, `modern-llm run …`, started by torchrun, by srun, or by srun
 torchrun. Rank 0 plans and executes the stages as it does alone. The others wait; when a stage of
-rank 0 is about to train, they run the cells of its notebook up to there, without keeping a page,
-train with it, and wait again. Imports no torch at the top.
+rank 0 is about to train, they call `train_stage` as its notebook does, and wait again. Imports no
+torch at the top.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 from modern_llm.config import ConfigError
-from modern_llm.files import read_json
 from modern_llm.runs.launch import SAME_PACKAGE
 from modern_llm.training.ranks import (
     TrainingEnded, address, broadcast_task, local_gpu, next_training, open_store, rank_info,
@@ -130,7 +128,7 @@ def worker_loop() -> None:
         if (task := wait_for_task(number)) is None:
             return
         try:
-            run_cells(task)
+            train_muted(task)
         except TrainingEnded:
             continue
         except RankFailed as error:
@@ -141,16 +139,10 @@ def worker_loop() -> None:
             raise
 
 
-def run_cells(task: dict) -> None:
-    """Run the code of a stage's notebook with a task's parameters, its output muted."""
-    namespace: dict = {"__name__": "__main__", "TASK": task}
+def train_muted(task: dict) -> None:
+    """Train the stage that rank 0 has begun, without a word."""
+    from modern_llm.runs.stage import begin_on_worker, train_stage
+
     with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere),
           contextlib.redirect_stderr(nowhere)):
-        for cell in read_json(Path(task["notebook"]))["cells"]:
-            if cell["cell_type"] == "code":
-                lines = "".join(cell["source"]).splitlines()
-                source = "\n".join("" if line.startswith(("%", "!")) else line for line in lines)
-                exec(compile(source, f"{Path(task['notebook']).name}, cell {cell['id']}", "exec"),
-                     namespace)
-                if "parameters" in cell["metadata"].get("tags", []):
-                    namespace.update(task["parameters"])
+        train_stage(begin_on_worker(task))

@@ -4,13 +4,20 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from modern_llm.cli import main
 from modern_llm.config import ConfigError
 from modern_llm.config import override, to_dict
 from modern_llm.config import ALIASES, PRESETS, get_pipeline_preset, local_cpu, tacc_h100
 from modern_llm.models import counts
+from modern_llm.runs.parameters import choose_folder
+from modern_llm.runs.pipeline import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
@@ -20,6 +27,23 @@ def test_preset_resolves_and_round_trips(name, tmp_path):
     path.write_text(json.dumps(to_dict(preset)))
     assert get_pipeline_preset(str(path)) == preset
     assert preset.name == ALIASES.get(name, name)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
+def test_a_file_in_configs_is_the_preset_of_its_name(name):
+    """What `modern-llm presets NAME` prints, and the same run: its name, folder and settings."""
+    path = ROOT / "configs" / f"{name.replace('-', '_')}.json"
+    shown = CliRunner().invoke(main, ["presets", name]).output
+    assert path.read_text(encoding="utf-8") == shown, "run `make export` and commit the result"
+    assert get_pipeline_preset(str(path)) == get_pipeline_preset(name)
+    by_name, by_file = (Plan(stage="sft", preset=preset) for preset in (name, str(path)))
+    assert by_file.run_folder == by_name.run_folder and by_file.configs == by_name.configs
+    assert choose_folder("sft", {"preset": str(path), "force": True})[0] == by_name.run_folder.name
+
+
+def test_configs_holds_the_presets_and_nothing_else():
+    assert ({path.stem.replace("_", "-") for path in (ROOT / "configs").iterdir()}
+            == {*PRESETS, *ALIASES})
 
 
 def test_json_preset_starts_from_a_base(tmp_path):

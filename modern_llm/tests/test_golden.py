@@ -34,7 +34,6 @@ import torch
 
 from modern_llm.config import TrainConfig
 from modern_llm.config import override
-from modern_llm.data import chat
 from modern_llm.data.tasks import Problem
 from modern_llm.data.tokens import load_tokenizer
 from modern_llm.files import read_json, write_json
@@ -42,12 +41,14 @@ from modern_llm.models.saving import load_model
 from modern_llm.models.verifier import load_verifier
 from modern_llm.runs.lineage import own_inputs
 from modern_llm.runs.outcomes import runs_table
-from modern_llm.runs.pipeline import Plan
-from modern_llm.runs.spec import NOTEBOOKS, notebooks_folder
+from modern_llm.runs.pipeline import Plan, declared_parameters
+from modern_llm.runs.spec import notebooks_folder
+from modern_llm.runs.stage import begin, train_stage
+from modern_llm.training import sft
 from modern_llm.training.checkpoints import STATE_FILE, read_checkpoint
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.trainer import Trainer
-from modern_llm.training.verifier import read_answers, score
+from modern_llm.training.verifier_scores import read_answers, score
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAJECTORIES = GOLDEN / "trajectories.json"
@@ -68,7 +69,6 @@ SMALL = {
     "verifier.perturbed_fraction": 0.999999,  # gold answers only: rounding could change a sample
 }
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-LESSONS = ("template-transformers", "optimum", "loss-figure")  # slow cells that training can spare
 
 # The largest relative difference that is no change. Measured against one thread of an AMD EPYC
 # with AVX2: two threads give the same digits; SSE2 kernels of MKL and unvectorised ones of torch
@@ -124,30 +124,21 @@ def trajectories(folder: Path, names: list[str]) -> dict[str, dict[str, list[flo
 
 
 def train(folder: Path, name: str) -> None:
-    """Train by a recipe into `folder/name`: the cells of the stage's notebook up to there."""
+    """Train by a recipe into `folder/name`, as the stage's notebook does."""
     recipe = RECIPES[name]
     settings = [f"{setting}={value}" for setting, value in SMALL.items()]
     values = {"run": name, "output_dir": str(folder), "device": "cpu",
               "overrides": " ".join([*settings, recipe.changed]).strip()}
     if recipe.start:
         values["checkpoint"] = str(folder / recipe.start / recipe.start / "checkpoint")
-    namespace: dict = {"__name__": "__main__"}
-    for cell in read_json(notebooks_folder() / NOTEBOOKS[recipe.stage])["cells"]:
-        if cell["cell_type"] == "code" and cell["id"] not in LESSONS:
-            lines = "".join(cell["source"]).splitlines()
-            source = "\n".join("" if line.startswith(("%", "!")) else line for line in lines)
-            # compile passes on that annotations are not evaluated: some name what is for types only
-            exec(compile(source, f"{recipe.stage}, cell {cell['id']}", "exec"), namespace)
-            if "parameters" in cell["metadata"].get("tags", []):
-                namespace.update(values)
-            if cell["id"] == "train":
-                return
+    parameters = {**declared_parameters(recipe.stage), **values}
+    train_stage(begin(recipe.stage, parameters, list(parameters)))
 
 
 @contextlib.contextmanager
 def first_label_hidden():
     """Inside, an encoded conversation that has several labels lacks the first."""
-    encode = chat.encode_example
+    encode = sft.encode_example
 
     def encode_less(*args, **options):
         ids, labels = encode(*args, **options)
@@ -155,7 +146,7 @@ def first_label_hidden():
         hidden = trained[:1] if len(trained) > 1 else []
         return ids, [-100 if place in hidden else label for place, label in enumerate(labels)]
 
-    with mock.patch.object(chat, "encode_example", encode_less):
+    with mock.patch.object(sft, "encode_example", encode_less):
         yield
 
 

@@ -19,13 +19,12 @@ from safetensors.torch import load_file
 
 from modern_llm.cli import main
 from modern_llm.cli.run_commands import _key_values
-from modern_llm.config import ConfigError
+from modern_llm.config import NOTEBOOKS, STAGES, ConfigError
 from modern_llm.files import read_json, write_json
 from modern_llm.interchange import hub
 from modern_llm.messages import StageError
 from modern_llm.runs import pipeline
 from modern_llm.runs.outcomes import runs_table
-from modern_llm.runs.spec import NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -122,7 +121,7 @@ def test_settings_of_the_preset_are_parameters_too():
 def test_unchanged_stages_are_skipped_and_others_follow(tuned):
     code, text = ask(*words("all", tuned, "--dry-run"))
     lines = dict(line.split(": ", 1) for line in text.splitlines())
-    assert code == 0 and list(lines) == list(pipeline.STAGES)
+    assert code == 0 and list(lines) == list(STAGES)
     assert (lines["pretrain"].startswith("skip") and lines["sft"].startswith("skip")
             and lines["dpo"].startswith("run"))
     code, text = ask(*words("sft", tuned))

@@ -12,11 +12,11 @@ import sys
 import pandas as pd
 import pytest
 
-from modern_llm.config import to_dict
+from modern_llm.config import NOTEBOOKS, TRAINED, to_dict
 from modern_llm.config import get_pipeline_preset
 from modern_llm.evaluation.families import FAMILIES, TaskFamily, register_family
 from modern_llm.report.evaluation import main_rows
-from modern_llm.report.page import STAGES, ReportError, Run, interval, markdown_table, number
+from modern_llm.report.page import ReportError, Run, interval, markdown_table, number
 from modern_llm.report.seeds import summarise_seeds
 from modern_llm.report.write import write_report
 from modern_llm.runs.outcomes import headline, summary
@@ -57,7 +57,7 @@ def metrics(**more):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def make_run(runs, name="small", seed=0, shift=0.0, stages=STAGES, preset="lesson"):
+def make_run(runs, name="small", seed=0, shift=0.0, stages=NOTEBOOKS, preset="lesson"):
     """The files of a run, with the keys that the stages write."""
     folder = runs / name
     row = lambda metric, value=0.6: {"metric": metric, "value": value + shift, **MEASURE}
@@ -100,7 +100,7 @@ def make_run(runs, name="small", seed=0, shift=0.0, stages=STAGES, preset="lesso
               {"stage": stage, "preset": preset, "run": name, "seed": seed or None,
                "checkpoint": "", "max_steps": None,
                "overrides": "sft.lr=1e-3 model.width=64" if stage == "sft" else ""})
-        if stage in STAGES[:4]:
+        if stage in TRAINED:
             write(folder / stage / "metrics.jsonl", metrics(**more.get(stage, {})))
     if "eval" in stages:
         write(folder / "eval" / "ledger.csv", LEDGER)
@@ -212,7 +212,7 @@ def test_what_a_run_does_not_know_is_left_blank(names, tmp_path):
     text = write_report("small", tmp_path, tmp_path / "out").read_text()
     assert (len(re.findall("^## ", text, flags=re.M)) == 18
             and not re.search(r"\bnan\b|\bNone\b|\binf\b", text))
-    for stage in STAGES:
+    for stage in NOTEBOOKS:
         assert ("nan" not in summary(Step(stage, folder / stage, {}, "skip"))
                 + headline(stage, json.loads((folder / stage / "results.json").read_text())))
     make_run(tmp_path, "small-seed1", seed=1)
@@ -235,7 +235,7 @@ def test_minutes_of_several_gpus_are_those_of_all(tmp_path):
              if line.startswith("| ")]
     column = table[0].index("GPU minutes")
     share = {row[0].strip("| "): float(row[column]) / float(row[1])
-             for row in table[1:] if row[0].strip("| ") in STAGES}
+             for row in table[1:] if row[0].strip("| ") in NOTEBOOKS}
     assert share == {"pretrain": 4, "attention": 1}
 
 
@@ -317,7 +317,7 @@ def test_nothing_is_overwritten_without_force(tmp_path):
 def test_a_stage_that_is_missing_says_what_fills_it(tmp_path, stages):
     make_run(tmp_path / "runs", stages=stages)
     text = write_report("small", tmp_path / "runs", tmp_path / "out").read_text()
-    for stage in set(STAGES) - set(stages):
+    for stage in set(NOTEBOOKS) - set(stages):
         assert (f"modern-llm run --preset lesson --run small --stage {stage}\n```" in text
                 or stage in ("pretrain", "eval"))
         assert (f"`{stage}` was not run: `modern-llm run --preset lesson --run small --stage "

@@ -326,7 +326,7 @@ def changed(**values) -> bytes:
 @pytest.mark.parametrize(
     "content, why",
     [(b"", "is empty"), (b"\0" * 100, "zeros"), (b"{", "is not JSON"),
-     (b"\xff\xfe{}", "no text in UTF-8"), (b"[]", "not a JSON object"),
+     (b"\xff\xfe{}", "is not UTF-8 text"), (b"[]", "not a JSON object"),
      (b"null", "JSON object"), (b"{}", "lacks 'stages'"),
      (b'{"stages": 5}', "stages=5"), (b'{"stages": {"pretrain": []}}', "pretrain holds []"),
      (b'{"stages": {"pretrain": {}}}', "lacks 'status'"),

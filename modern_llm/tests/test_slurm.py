@@ -19,9 +19,8 @@ from click.testing import CliRunner
 
 from modern_llm.cli import main
 from modern_llm.cluster import duration, submit
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import NOTEBOOKS, get_pipeline_preset
 from modern_llm.files import read_json, sha256
-from modern_llm.runs.spec import NOTEBOOKS
 from modern_llm.tests.slurm import loopback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,14 +38,6 @@ def ask(*words: object) -> tuple[int, str]:
 
 
 # ---- what needs no SLURM -------------------------------------------------------------------------
-
-
-def test_gpus_are_those_of_the_trainer():
-    from modern_llm.training.trainer import PEAK_FLOPS
-
-    assert ({name: peak for name, peak in duration.PEAK_FLOPS.items() if "CPU" not in name}
-            == PEAK_FLOPS)
-    assert {nodes.gpu for nodes in submit.PARTITIONS.values()} <= set(PEAK_FLOPS)
 
 
 def test_an_estimate_is_assumed_then_measured(tmp_path):

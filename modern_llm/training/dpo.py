@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,31 +18,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import DPOConfig, DataConfig
+from ..config import DPOConfig, DataConfig, PipelineConfig
 from ..data import synth
 from modern_llm.data.chat import (
     EncodedExample, PackedExamples, continuations, encode_chat, encode_example, end_id,
 )
 from ..data.packing import IGNORED
-from ..data.pairs import EncodedPair, fitting_turns, pair_batch
+from modern_llm.data.pairs import (
+    EncodedPair, encode_pairs, fitting_turns, pair_batch, preference_pairs,
+)
 from ..data.reading import documents
-from ..data.tokens import encode_documents, end_of_text_id
+from ..data.tokens import encode_documents, end_of_text_id, load_tokenizer
 from ..files import cached_frame
 from ..models.generation import evaluating
 from ..models.likelihoods import completion_log_probs
+from ..models.saving import load_model
+from .checkpoints import compute_dtype
 from .optim import LossOutput
-from .sft import InstructionExample, instructions
+from .recipe import Run
+from .sft import InstructionExample, instructions, save_chat_model
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from tokenizers import Tokenizer
 
     from modern_llm.models.decoder import ModernDecoderLM
+    from modern_llm.training.trainer import TrainResult
 
 # %% auto #0
-__all__ = ['CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'concatenated_log_probs', 'pair_log_probs',
-           'preference_loss', 'dpo_loss', 'compare', 'reference_log_probs', 'replay_rows', 'PairBatches', 'alarms',
-           'write_answers']
+__all__ = ['WATCHED', 'CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'concatenated_log_probs', 'pair_log_probs',
+           'preference_loss', 'dpo_loss', 'compare', 'reference_log_probs', 'replay_rows', 'PairBatches', 'load_pairs',
+           'PreferenceTuning', 'alarms', 'write_answers']
 
 # %% ../../nbs/05_dpo.ipynb #pair-log-probs
 def concatenated_log_probs(
@@ -266,6 +273,73 @@ class PairBatches:
             batch |= {f"replay_{name}": value[torch.from_numpy(drawn)]
                       for name, value in self.replay.items()}
         return batch
+
+# %% ../../nbs/05_dpo.ipynb #load-pairs
+def load_pairs(config: PipelineConfig, tokenizer: Tokenizer,
+               ) -> tuple[list[EncodedPair], list[EncodedPair], list[dict]]:
+    """(training pairs, held-out pairs, what became of all that were read) of the sources of a run.
+    """
+    cfg, found, counts = config.dpo, {"train": [], "validation": []}, []
+    for source in cfg.sources:
+        for split, limit in (("train", cfg.max_train_pairs),
+                             ("validation", cfg.max_validation_pairs)):
+            pairs, read = preference_pairs(source, split, limit, config.seed,
+                                           config.data.world_seed)
+            found[split] += pairs
+            counts.append({"pairs": f"{source}, {split}", **read})
+    for split, pairs in found.items():
+        found[split], fitted = encode_pairs(tokenizer, pairs, config.model.context_length)
+        counts.append({"pairs": f"all, {split}", **fitted})
+    return found["train"], found["validation"], counts
+
+# %% ../../nbs/05_dpo.ipynb #recipe
+WATCHED = ["preference", "margin", "reward_accuracy", "accuracy", "chosen", "rejected",
+           "chosen_shift", "rejected_shift"]  # of held-out pairs, while it trains
+
+
+class PreferenceTuning:
+    """The recipe of DPO: pairs with what the reference says of them, and what is measured."""
+
+    def __init__(self, run: Run):
+        self.run, config = run, run.config
+        self.train, context = config.dpo, config.model.context_length
+        self.tokenizer = load_tokenizer(run.start)
+        self.examples, self.held_out, self.pair_counts = load_pairs(config, self.tokenizer)
+        self.model, device = load_model(run.start, device=run.device), torch.device(run.device)
+        dtype = compute_dtype(self.train.precision, device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            self.reference = reference_log_probs(run.folder / "reference.jsonl", self.model,
+                                                 self.examples)
+            self.before = reference_log_probs(run.folder / "reference_held_out.jsonl", self.model,
+                                              self.held_out)
+        replay = (replay_rows(self.tokenizer, self.train.replay_sources, config.data, 400, context)
+                  if self.train.replay_weight else None)
+        self.batches = PairBatches(self.examples, self.reference, self.train.batch_size,
+                                   config.seed, replay=replay)
+        requests = pd.Series([example.pair.request for example in self.held_out])
+        # where each prompt comes first
+        self.first_of = requests.drop_duplicates().index[:self.train.max_validation_pairs].tolist()
+        self.prompts = [self.held_out[i].pair.prompt for i in self.first_of]
+        self.new_tokens = min(self.train.max_new_tokens, context // 2)
+        self.few = slice(0, 16 * (step := max(1, len(self.prompts) // 16)), step)
+
+    def evaluate(self, model: ModernDecoderLM) -> dict[str, float]:
+        """What dpo_loss measures, on all held-out pairs, and the length of answers to some of their
+        prompts.
+        """
+        by_pair = compare(pair_log_probs(model, self.held_out), self.before, self.train)
+        found = by_pair[WATCHED].astype(float).mean()
+        answers = write_answers(model, self.tokenizer, self.prompts[self.few], self.new_tokens)
+        return {"loss": found.preference, **found, "answer_tokens": answers.tokens.mean()}
+
+    def save(self, model: ModernDecoderLM, folder: Path) -> None:
+        """As `save_chat_model`."""
+        save_chat_model(folder, model, self.tokenizer)
+
+    def fit(self) -> TrainResult:
+        """Train on the preference loss."""
+        return self.run.trainer(self.model, partial(dpo_loss, cfg=self.train), self.batches,
+                                self).fit()
 
 # %% ../../nbs/05_dpo.ipynb #alarms
 # nats per token: each token of the chosen answers 40% less likely than for the reference

@@ -9,7 +9,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,26 +22,32 @@ from ..config import CHAT_KINDS, SFTConfig, names_of, nearest
 from ..data import synth
 from ..data.chat import EncodedExample, Message
 from modern_llm.data.chat import (
-    Answer, PackedExamples, continuations, document_prompt, encode_chat, encode_example, end_id,
-    padded_batch,
+    Answer, PackedExamples, chat_format, continuations, document_prompt, encode_chat,
+    encode_example, end_id, padded_batch,
 )
-from ..data.packing import PackedBatches, TokenCache
+from ..data.packing import PackedBatches, TokenCache, load_corpus
 from ..data.reading import items
 from ..data.sources import dataset_info
 from ..data.tasks import problem_request, sentences, strict_answer, word_problems
-from ..data.tokens import end_of_text_id
+from ..data.tokens import end_of_text_id, load_tokenizer, save_tokenizer
 from ..models.likelihoods import document_nats
+from ..models.saving import load_model, save_model
 from ..statistics import proportion_interval
+from .optim import lm_loss
+from .pretrain import nats_per_token, text_nats
+from .recipe import Run
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
     from modern_llm.models.decoder import ModernDecoderLM
+    from modern_llm.training.trainer import TrainResult
 
 # %% auto #0
 __all__ = ['SENTIMENT_REQUEST', 'InstructionExample', 'instructions', 'encode_examples', 'load_examples', 'mixture', 'SFTBatches',
-           'parses', 'is_right', 'judge_answers', 'shares', 'answer_quality', 'few_shot_quality', 'example_nats']
+           'save_chat_model', 'InstructionTuning', 'parses', 'is_right', 'judge_answers', 'shares', 'answer_quality',
+           'few_shot_quality', 'example_nats']
 
 # %% ../../nbs/04_sft.ipynb #example
 @dataclass(frozen=True)
@@ -233,6 +241,53 @@ class SFTBatches:
                          else {**part, "segment_ids": segments.clamp(max=1)})
         return {name: torch.cat([part[name] for part in parts])
                 for name in ("input_ids", "labels", "segment_ids")}
+
+# %% ../../nbs/04_sft.ipynb #recipe
+def save_chat_model(folder: Path, model: ModernDecoderLM, tokenizer: Tokenizer) -> None:
+    """The files other programs read: weights, config, tokenizer with its chat template."""
+    save_model(folder, model, eos_id=end_id(tokenizer))
+    save_tokenizer(tokenizer, folder, chat_template=chat_format(tokenizer).template)
+
+
+class InstructionTuning:
+    """The recipe of SFT: the sources of the run as batches, the base, and what is measured."""
+
+    def __init__(self, run: Run):
+        self.run, config = run, run.config
+        self.train, context = config.sft, config.model.context_length
+        self.tokenizer = load_tokenizer(run.start)
+        self.examples, encoded, self.counts = load_examples(
+            self.train, self.tokenizer, context, "train", config.data.world_seed)
+        self.held_out, self.encoded, self.held_out_counts = load_examples(
+            self.train, self.tokenizer, context, "validation", config.data.world_seed)
+        self.train_caches, self.validation_caches = load_corpus(config.data, self.tokenizer)
+        self.epoch = mixture(list(encoded.values()), self.train.weights,
+                             self.train.max_steps * self.train.batch_size * context, config.seed)
+        self.batches = SFTBatches(self.epoch, self.train_caches, self.train, context, config.seed,
+                                  config.data.isolate_documents, end_of_text_id(self.tokenizer))
+        self.model = load_model(run.start, device=run.device)
+
+    def text(self, model: ModernDecoderLM, max_tokens: int | None = None) -> dict[str, pd.DataFrame]:
+        """`text_nats` of the held-out pretraining text."""
+        return text_nats(model, self.validation_caches, self.run.config, self.train.micro_batch,
+                         max_tokens)
+
+    def evaluate(self, model: ModernDecoderLM) -> dict[str, float]:
+        """Nats per token of the answers of every source, and of pretraining text."""
+        answers = {source: example_nats(model, items[:64])
+                   for source, items in self.encoded.items()}
+        text = self.text(model, 8_000 // len(self.validation_caches))
+        return {"loss": nats_per_token(answers), "text_loss": nats_per_token(text),
+                **{f"loss/{k}": t.nats.sum() / t.tokens.sum() for k, t in answers.items()}}
+
+    def save(self, model: ModernDecoderLM, folder: Path) -> None:
+        """As `save_chat_model`."""
+        save_chat_model(folder, model, self.tokenizer)
+
+    def fit(self) -> TrainResult:
+        """Train on the next token of answers, and of replayed text."""
+        loss = partial(lm_loss, chunk_tokens=self.train.loss_chunk_tokens)
+        return self.run.trainer(self.model, loss, self.batches, self).fit()
 
 # %% ../../nbs/04_sft.ipynb #judge
 def parses(example: InstructionExample, text: str) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import TrainConfig
+from ..config.machines import gpu_peaks
 from modern_llm.training.checkpoints import (
     RunFolder, TrainingState, append_row, load_checkpoint, pick_device, random_states,
     read_checkpoint, read_metrics, restore_random_states, seed_everything,
@@ -31,10 +32,9 @@ from .optim import LossOutput, learning_rate_factor
 from .train_step import Batch, LossFunction, add_losses, optimizer_step, prefetch
 
 # %% auto #0
-__all__ = ['REASONS', 'PEAK_FLOPS', 'Evaluate', 'SaveModel', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'stop_signals',
-           'job_ends_soon', 'run_progress', 'next_learning_rate', 'stop_reason', 'shared_stop_reason', 'peak_flops',
-           'mfu_scale', 'prepare_module', 'validate', 'due', 'parts_done', 'Recorder', 'open_run', 'TrainResult',
-           'Trainer']
+__all__ = ['REASONS', 'Evaluate', 'SaveModel', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'stop_signals', 'job_ends_soon',
+           'run_progress', 'next_learning_rate', 'stop_reason', 'shared_stop_reason', 'peak_flops', 'mfu_scale',
+           'prepare_module', 'validate', 'due', 'parts_done', 'Recorder', 'open_run', 'TrainResult', 'Trainer']
 
 # %% ../../nbs/03_trainer.ipynb #window
 class Window:
@@ -172,15 +172,12 @@ def shared_stop_reason(state: TrainingState, world: World, reason: str | None) -
     return REASONS[int(number)]
 
 # %% ../../nbs/03_trainer.ipynb #peak-flops
-PEAK_FLOPS = {"GH200": 989e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12,
-              "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}  # dense bf16 / s
-
-
 def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
     """Peak dense FLOP/s of a whole GPU in 16-bit precision; None where unknown, as on CPUs and
     slices of a GPU (MIG, vGPU).
     """
-    known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name))
+    known = (peak for name, peak in gpu_peaks().items()
+             if re.search(rf"\b{re.escape(name)}\b", device_name))
     return (None if dtype == torch.float32 or re.search(r"\bMIG\b|\bGRID\b", device_name)
             else next(known, None))
 

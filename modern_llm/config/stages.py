@@ -1,0 +1,106 @@
+"""What a stage is: one `StageSpec` each, from which pipeline, stage, report, submit, status and
+export take what they must know of it. Plain data; imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """All that is particular to a stage. A setting is named by its path, such as "sft.sources".
+
+    Args:
+        notebook: in nbs/; "" for the report, which has none.
+        title: its heading in the report.
+        settings: that its result depends on, besides the checkpoints it starts from.
+        data: settings that name data sets it reads.
+        starts_from: earlier stages, the first of which that is finished it starts from.
+        judges: earlier stages, all of which that are finished it reads, instead.
+        base: stages that make a small model to start from, for the preset "lesson" without one.
+        recipe: what it trains, as "module:class", see `train_stage`; "" where nothing is trained.
+        makes_generator: whether a language model comes of it, for later stages to start from.
+        called: its name in the evaluation's tables.
+        measured: files of its folder about the model it trained, stale once that is trained on.
+        headline: how the names of its telling figures begin, the most telling first.
+        counted: (key of its results, heading) of the table that says what data were read.
+    """
+
+    name: str
+    notebook: str = ""
+    title: str = ""
+    settings: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    starts_from: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
+    base: tuple[str, ...] = ()
+    recipe: str = ""
+    makes_generator: bool = False
+    called: str = ""
+    measured: tuple[str, ...] = ()
+    headline: tuple[str, ...] = ()
+    counted: tuple[str, str] | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether it starts from no earlier stage."""
+        return not (self.starts_from or self.judges)
+
+
+STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
+    StageSpec(
+        "pretrain", "03_pretrain.ipynb", "Pretraining",
+        settings=("model", "data", "pretrain", "seed"), data=("data.sources",),
+        recipe="modern_llm.training.pretrain:Pretraining", makes_generator=True, called="base",
+        headline=("bits per byte", "above the floor"),
+        counted=("data", "Pretraining text (the fingerprint changes when the data do)")),
+    StageSpec(
+        "sft", "04_sft.ipynb", "Instruction tuning (SFT)",
+        settings=("data", "sft", "seed"), data=("sft.sources", "data.sources"),
+        starts_from=("pretrain",), base=("pretrain",),
+        recipe="modern_llm.training.sft:InstructionTuning", makes_generator=True, called="sft",
+        measured=("answers_sft.jsonl",),
+        headline=("ends by itself and parses", "instruction exact match, SFT", "perplexity tax"),
+        counted=("examples", "Instructions")),
+    StageSpec(
+        "dpo", "05_dpo.ipynb", "Preference optimisation (DPO)",
+        settings=("data", "dpo", "seed"),
+        data=("dpo.sources", "dpo.replay_sources", "data.sources"),
+        starts_from=("sft",), base=("pretrain", "sft"),
+        recipe="modern_llm.training.dpo:PreferenceTuning", makes_generator=True, called="dpo",
+        measured=("answers_after.jsonl", "held_out.jsonl"),
+        headline=("preference accuracy, after", "implicit-reward accuracy", "perplexity tax"),
+        counted=("pairs", "Preference pairs")),
+    StageSpec(
+        "verifier", "06_verifier.ipynb", "Verifier",
+        settings=("data", "verifier", "seed"), data=("verifier.problems",),
+        starts_from=("dpo", "sft"), base=("pretrain", "sft"),
+        recipe="modern_llm.training.verifier:VerifierTraining", called="verifier",
+        measured=("samples-own-greedy.jsonl",),
+        headline=("within-problem AUC", "weighted_vote@", "best_of_n@"),
+        counted=("data", "The generator's own answers, on which the verifier learns")),
+    StageSpec(
+        "eval", "07_eval.ipynb", "Evaluation",
+        settings=("data", "eval", "sft.sources", "dpo.sources", "seed"),
+        data=("data.sources", "dpo.sources", "eval.problems", "eval.sentiment",
+              "eval.protocol_sources"),
+        judges=("pretrain", "sft", "dpo", "verifier"), base=("pretrain", "sft")),
+    StageSpec(
+        "attention", "08_attention_viz.ipynb", "Attention", settings=("data", "seed"),
+        starts_from=("dpo", "sft", "pretrain"), base=("pretrain",),
+        headline=("induction, best head", "nats saved by a repetition", "sink mass")),
+    StageSpec("report", title="Report"),
+)}
+
+
+def stages_that(wanted: str) -> tuple[str, ...]:
+    """The stages, in their order, that have this field: `stages_that("recipe")` are those that
+    train.
+    """
+    return tuple(name for name, spec in STAGES.items() if getattr(spec, wanted))
+
+
+NOTEBOOKS = stages_that("notebook")  # those that are a notebook
+TRAINED = stages_that("recipe")  # those that train
+GENERATORS = stages_that("makes_generator")[::-1]  # the last one first
