@@ -12,12 +12,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
-import seaborn as sns
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-COLOURS = sns.color_palette("colorblind")
+STYLE = matplotlib.rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False)
+COLOURS = [to_rgb(colour) for colour in STYLE["axes.prop_cycle"].by_key()["color"]]
 
 
 def figure(width: float = 6.0, height: float = 3.0, columns: int = 1, rows: int = 1, **options):
@@ -26,9 +28,7 @@ def figure(width: float = 6.0, height: float = 3.0, columns: int = 1, rows: int 
 
     From here on this notebook, if it is one, stores every figure as `small_png`.
     """
-    sns.set_theme(style="ticks", context="notebook", palette="colorblind", font_scale=0.8)
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
-                         "legend.frameon": False, "savefig.dpi": 100})
+    plt.rcParams.update(STYLE)
     from IPython import get_ipython
 
     made = plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained",
@@ -51,6 +51,8 @@ def small_png(fig: Figure, colours: int = 128) -> bytes:
 def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "",
             colour_bar: bool = True, **options):
     """Draw a matrix (rows downwards) on `ax`; options go to seaborn's heatmap."""
+    import seaborn as sns  # and with it scipy, where that is installed: two seconds
+
     sns.heatmap(values, ax=ax, cmap=options.pop("cmap", "mako_r"), cbar=colour_bar,
                 square=options.pop("square", True), rasterized=True, **options)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)

@@ -19,7 +19,7 @@ from modern_llm.messages import StageError, say
 from modern_llm.models.generation import generate, stream
 from modern_llm.models.saving import load_model
 from modern_llm.runs.parameters import runs_folder
-from modern_llm.training.checkpoints import pick_device
+from modern_llm.training.training_state import pick_device
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

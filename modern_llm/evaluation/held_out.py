@@ -46,7 +46,7 @@ def blank_lines(lines: Sequence[str]) -> list[str]:
 # %% ../../nbs/41_held_out.ipynb #wikitext-pages
 def wikitext_pages(lines: Iterable[str]) -> list[str]:
     """WikiText's articles, from a title to the line before the next, with their spaces; a blank
-    line is one space, as published.
+    line is one space, as in the original.
     """
     lines = blank_lines([line.rstrip("\r\n") for line in lines])
     lines = [line if line.strip() else "" for line in lines]
@@ -138,7 +138,7 @@ def words_and_bytes(text: str) -> tuple[int, int]:
 # %% ../../nbs/41_held_out.ipynb #source
 def held_out_pages(name: str, split: str, world_seed: int = 0) -> Iterator[str]:
     """The documents of a source; WikiText's articles with the spaces and blank lines of the
-    published files.
+    original files.
     """
     if dataset_info(name).is_wikitext:
         yield from wikitext_pages(row["text"] for row in rows(name, split))

@@ -31,7 +31,7 @@ from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import generate
 from modern_llm.models.saving import load_model, save_model
 from modern_llm.statistics import mean_interval
-from modern_llm.training.checkpoints import pick_device
+from modern_llm.training.training_state import pick_device
 
 GB = 10**9
 LIMIT_GB = 12.0

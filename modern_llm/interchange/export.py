@@ -9,6 +9,7 @@ must.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -34,14 +35,16 @@ def counterpart(folder: Path) -> tuple[ModelConfig, str]:
     """A checkpoint's own config, and the transformers class that computes the same. ExportError
     names what none of them has.
     """
-    from modern_llm.models.saving import hugging_face_layout, read_config
+    from modern_llm.models.saving import hugging_face_layout, own_options, read_config
 
     cfg = read_config(folder)
     architecture = hugging_face_layout(cfg)[0]
-    if architecture == "ModernDecoderLM":
-        raise ExportError(f"{folder}: model.use_attention_sinks=true has no counterpart: no Llama, "
-                          "Mistral, Mixtral or Qwen3 of transformers adds a learned logit to the "
-                          "softmax. Train with model.use_attention_sinks=false to export; "
+    if own := own_options(cfg):
+        option, default = f"model.{own[0]}", json.dumps(getattr(ModelConfig(), own[0]))
+        what = {"use_attention_sinks": "adds a learned logit to the softmax"}.get(own[0], "has it")
+        raise ExportError(f"{folder}: {option}={json.dumps(getattr(cfg, own[0]))} has no "
+                          f"counterpart: no Llama, Mistral, Mixtral or Qwen3 of transformers {what}. "
+                          f"Train with {option}={default} to export; "
                           "modern-llm itself reads this folder as it is")
     if (folder / "verifier.json").is_file():
         raise ExportError(f"{folder} is a verifier: its score comes from a head beside the "

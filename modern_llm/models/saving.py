@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,18 +19,33 @@ from ..files import DamagedFolder, check_folder, find_folder, read_json, write_j
 from .decoder import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['FIELD_OF_TENSOR', 'hugging_face_layout', 'disk_names', 'hugging_face_config', 'write_tensors', 'save_model',
-           'read_config', 'num_layers', 'check_tensors', 'converted', 'load_model']
+__all__ = ['KNOWN_ELSEWHERE', 'FIELD_OF_TENSOR', 'own_options', 'hugging_face_layout', 'disk_names', 'hugging_face_config',
+           'write_tensors', 'save_model', 'read_config', 'num_layers', 'check_tensors', 'converted', 'load_model']
+
+# %% ../../nbs/10_saving.ipynb #own-options
+# fields that the configs of others have too, and those that only training reads
+KNOWN_ELSEWHERE = {
+    "vocab_size", "context_length", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    "ffn_width", "rope_theta", "rope_factor", "rope_trained_context", "norm_eps", "use_qk_norm",
+    "sliding_window", "num_experts", "experts_per_token", "tie_embeddings",
+    "balance_loss_weight", "router_z_loss_weight", "dropout", "init_std", "zero_init_outputs"}
+
+
+def own_options(cfg: ModelConfig) -> list[str]:
+    """The options set here that no class of transformers has. A field that is not entered above
+    counts as one: a new option is refused by an export, never left out in silence.
+    """
+    return [field.name for field in fields(cfg) if field.name not in KNOWN_ELSEWHERE
+            and getattr(cfg, field.name) != field.default]
 
 # %% ../../nbs/10_saving.ipynb #hugging-face-layout
 def hugging_face_layout(cfg: ModelConfig) -> tuple[str, str, list[tuple[str, str]]]:
     """The Hugging Face architecture and model type that compute what this model does, and (name
     here, name there) pairs.
 
-    Learned sinks beside plain attention exist in none of them: such a model keeps its own name,
-    `ModernDecoderLM`.
+    A model with an option that exists in none of them keeps its own name, `ModernDecoderLM`.
     """
-    if cfg.use_attention_sinks:
+    if own_options(cfg):
         return "ModernDecoderLM", "modern_llm", []
     if cfg.num_experts and cfg.use_qk_norm:
         return "Qwen3MoeForCausalLM", "qwen3_moe", [(".mlp.router.gate.", ".mlp.gate.")]

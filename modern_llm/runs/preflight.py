@@ -80,7 +80,7 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
     """
     import torch
 
-    from modern_llm.training.checkpoints import pick_device
+    from modern_llm.training.training_state import pick_device
 
     missing = []
     device, hardware = "cpu", config.hardware

@@ -158,8 +158,8 @@ def rank_zero_world(run: StageRun, parameters: dict):
 
 def begin_on_worker(task: dict) -> StageRun:
     """The stage as rank 0 began it and says in the `task`, for another rank; nothing is written."""
-    from modern_llm.training.checkpoints import pick_device
     from modern_llm.training.distributed import World
+    from modern_llm.training.training_state import pick_device
 
     stage, folder = task["stage"], Path(task["folder"])
     config = resolve(stage, task["parameters"])

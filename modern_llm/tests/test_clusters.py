@@ -107,7 +107,7 @@ def test_which_cluster_is_meant(clusters, monkeypatch):
 
 
 def test_peaks_are_in_one_place_and_a_file_may_add_to_them(clusters):
-    from modern_llm.training.trainer import peak_flops
+    from modern_llm.training.recording import peak_flops
 
     assert gpu_peaks() == PEAK_FLOPS | {"B200": 2250e12}
     assert peak_flops("NVIDIA B200") == 2250e12 and peak_flops("NVIDIA B2000") is None

@@ -122,7 +122,7 @@ def test_preset_fits_the_memory_it_names(name):
                                    bytes_per_value=2)["total"] <= 12 * 2**30
 
 
-def test_published_model_has_253m_parameters():
+def test_the_model_of_tacc_h100_has_253m_parameters():
     assert round(counts.parameter_count(tacc_h100().model)["total"] / 1e6) == 253
 
 

@@ -4,10 +4,12 @@ import base64
 import io
 
 import numpy as np
+import pytest
 from execnb.shell import CaptureShell
 from IPython.core.pylabtools import print_figure
 from PIL import Image
 
+from modern_llm import figures
 from modern_llm.figures import figure, small_png
 
 
@@ -32,3 +34,21 @@ def test_a_small_png_is_the_figure_to_the_eye():
     assert (len(small) < 0.5 * len(whole) and one.shape == other.shape
             and np.abs(one - other).mean() < 3)
     assert (np.abs(one - other).max(-1) < 60).mean() > 0.999
+
+
+def test_the_style_file_is_seaborns_theme():
+    import seaborn as sns
+    from matplotlib import rc_context, rcParams
+
+    with rc_context():
+        sns.set_theme(style="ticks", context="notebook", palette="colorblind", font_scale=0.8)
+        theirs = dict(rcParams)
+    with rc_context():
+        rcParams.update(figures.STYLE)
+        own = dict(rcParams)
+    changed = {"axes.spines.top", "axes.spines.right", "axes.titlesize", "legend.frameon",
+               "savefig.dpi", "image.cmap", "axes.prop_cycle"}
+    differs = lambda a, b: a != (pytest.approx(b) if isinstance(b, float) else b)
+    different = {name for name in theirs if name not in changed and differs(own[name], theirs[name])}
+    assert different == set()
+    assert np.allclose(figures.COLOURS, sns.color_palette("colorblind"), atol=1e-9)

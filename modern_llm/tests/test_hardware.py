@@ -29,13 +29,14 @@ from modern_llm.models.verifier import VerifierModel, small_encoder
 from modern_llm.runs.parameters import resolve
 from modern_llm.runs.preflight import preflight
 from modern_llm.training import distributed
-from modern_llm.training.checkpoints import TrainingState, pick_device
 from modern_llm.training.distributed import World, check_one_gpu_per_rank, on_ranks
 from modern_llm.training.dpo import dpo_loss
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.ranks import local_gpu
+from modern_llm.training.recording import peak_flops
 from modern_llm.training.train_step import micro_batches, optimizer_step
-from modern_llm.training.trainer import Trainer, peak_flops
+from modern_llm.training.trainer import Trainer
+from modern_llm.training.training_state import TrainingState, pick_device
 from modern_llm.training.verifier import verifier_loss
 
 NO_NAMES = ["tpu", "CPU", "gpu", "GPU", "meta", "cuda:-1", "cuda:", "cuda:x", "cuda:1.0", "cuda:01",
@@ -403,7 +404,7 @@ def mfu_of(world: World, folder, ranks_peak: float = 1e9) -> list[dict]:
     """The rows of four steps on a device whose peak seems to be known."""
     module, loss, batches, train = stage_of("pretrain", MODEL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modern_llm.training.trainer.peak_flops", lambda name, dtype: ranks_peak)
+        patch.setattr("modern_llm.training.recording.peak_flops", lambda name, dtype: ranks_peak)
         run = Trainer(module, loss, batches, replace(train, max_steps=4, log_every=1), folder,
                       device="cpu", world=world, progress_bar=False, flops_per_token=1e6)
         return run.fit().history

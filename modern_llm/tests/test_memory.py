@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from modern_llm.config import ModelConfig
 from modern_llm.models.counts import parameter_count, training_memory
 from modern_llm.tests.test_hardware import stage_of
-from modern_llm.training.checkpoints import TrainingState
 from modern_llm.training.train_step import optimizer_step
+from modern_llm.training.training_state import TrainingState
 
 
 class LiveBytes(TorchDispatchMode):

@@ -305,7 +305,7 @@ def test_wikitext_from_a_mirror(tmp_path, monkeypatch, tokenizer):
 
 
 @pytest.mark.skipif(not HAS_DATA, reason="MODERN_LLM_DATA is not set: no WikiText here")
-def test_wikitext_is_the_published_text():
+def test_wikitext_is_the_original_text():
     """60 articles and, with GPT-2's tokenizer, the token count that every user of this test set
     knows.
     """

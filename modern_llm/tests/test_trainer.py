@@ -23,11 +23,13 @@ from modern_llm.data.packing import PackedBatches, load_corpus
 from modern_llm.data.tokens import make_tokenizer
 from modern_llm.files import DamagedFolder, read_json, sha256, write_json
 from modern_llm.models.decoder import ModernDecoderLM
-from modern_llm.training.checkpoints import CheckpointError, load_checkpoint, read_metrics
+from modern_llm.training.checkpoints import load_checkpoint, read_metrics
 from modern_llm.training.optim import (
     LossOutput, Muon, chunked_cross_entropy, lm_loss, make_optimizers,
 )
-from modern_llm.training.trainer import Trainer, TrainingDiverged
+from modern_llm.training.recording import TrainingDiverged
+from modern_llm.training.trainer import Trainer
+from modern_llm.training.training_state import CheckpointError
 
 CONFIG = TrainConfig(max_steps=14, batch_size=8, micro_batch_size=4, warmup_steps=3, ema_decay=0.9,
                      log_every=3, eval_every=4, checkpoint_every=5, lr=0.01)

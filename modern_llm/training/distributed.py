@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
-from .checkpoints import random_states, restore_random_states, seed_everything
 from .optim import LossOutput
 from modern_llm.training.ranks import (
     PATIENCE, broadcast_task, local_gpu, next_training, open_store, wait_for_task,
 )
+from .training_state import random_states, restore_random_states, seed_everything
 
 # %% auto #0
 __all__ = ['check_one_gpu_per_rank', 'World', 'on_ranks', 'per_rank_rng', 'LossModule', 'blocks_of', 'DataParallelLoss',

@@ -33,10 +33,10 @@ from ..files import cached_frame
 from ..models.generation import evaluating
 from ..models.likelihoods import completion_log_probs
 from ..models.saving import load_model
-from .checkpoints import compute_dtype
 from .optim import LossOutput
 from .recipe import Run
 from .sft import InstructionExample, instructions, save_chat_model
+from .training_state import compute_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig
-from .checkpoints import TrainingState
 from .distributed import World, gradient_sync
 from .optim import LossOutput, gather_tensor
+from .training_state import TrainingState
 
 # %% auto #0
 __all__ = ['Batch', 'LossFunction', 'micro_batches', 'batch_tokens', 'add_losses', 'rescale_gradients', 'optimizer_step',
-           'prefetch']
+           'prepare_module', 'prefetch']
 
 # %% ../../nbs/30_train_step.ipynb #types
 Batch = dict[str, Tensor]
@@ -108,6 +108,24 @@ def optimizer_step(state: TrainingState, loss_fn: LossFunction, batch: Batch, cf
     if state.average:
         state.average.update(state.module, state.step)
     return summed, norm
+
+# %% ../../nbs/30_train_step.ipynb #prepare
+def prepare_module(module: nn.Module, cfg: TrainConfig, device: torch.device) -> None:
+    """Apply gradient checkpointing, compilation (block by block, where the module has `layers`) and
+    TF32.
+    """
+    if cfg.gradient_checkpointing:
+        able = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
+        if not able:
+            raise ValueError(f"train.gradient_checkpointing=True, but {type(module).__name__} has "
+                             "no such attribute")
+        for m in able:
+            m.gradient_checkpointing = True
+    if cfg.compile:
+        for block in getattr(module, "layers", [module]):
+            block.compile()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
 
 # %% ../../nbs/30_train_step.ipynb #prefetch
 def prefetch(batches: Callable[[int], Batch], start: int, stop: int, rows: int, pin: bool = False,

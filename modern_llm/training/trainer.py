@@ -6,293 +6,38 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..config import TrainConfig
-from ..config.machines import gpu_peaks
-from modern_llm.training.checkpoints import (
-    RunFolder, TrainingState, append_row, load_checkpoint, pick_device, random_states,
-    read_checkpoint, read_metrics, restore_random_states, seed_everything,
-)
+from .checkpoints import RunFolder, open_run, read_metrics
 from .distributed import World, data_parallel, per_rank_rng, propagate_failures
-from .optim import LossOutput, learning_rate_factor
-from .train_step import Batch, LossFunction, add_losses, optimizer_step, prefetch
+from .optim import learning_rate_factor
+from .recording import Evaluate, Recorder, SaveModel, mfu_scale
+from modern_llm.training.stopping import (
+    job_ends_soon, run_progress, shared_stop_reason, stop_reason, stop_signals,
+)
+from modern_llm.training.train_step import (
+    Batch, LossFunction, optimizer_step, prefetch, prepare_module,
+)
+from modern_llm.training.training_state import (
+    TrainingState, pick_device, random_states, restore_random_states, seed_everything,
+)
 
 # %% auto #0
-__all__ = ['REASONS', 'Evaluate', 'SaveModel', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'stop_signals', 'job_ends_soon',
-           'run_progress', 'next_learning_rate', 'stop_reason', 'shared_stop_reason', 'peak_flops', 'mfu_scale',
-           'prepare_module', 'validate', 'due', 'parts_done', 'Recorder', 'open_run', 'TrainResult', 'Trainer']
+__all__ = ['next_learning_rate', 'TrainResult', 'Trainer']
 
-# %% ../../nbs/03_trainer.ipynb #window
-class Window:
-    """Sums since the last look, kept on the device; `read` is the only place where the host waits
-    for it.
-    """
-
-    def __init__(self):
-        self.clear(0)
-
-    def clear(self, tokens: int) -> None:
-        """Start again, at this many tokens."""
-        self.outputs, self.norm, self.tokens, self.started = [], None, tokens, time.perf_counter()
-
-    def add(self, out: LossOutput, norm: Tensor) -> None:
-        """Add one step."""
-        self.outputs, self.norm = [add_losses([*self.outputs, out])], norm
-
-    def read(self, tokens: int) -> dict[str, float]:
-        """Mean loss and metrics per item, the last gradient norm, tokens per second; empty after no
-        step.
-        """
-        if not self.outputs:
-            return {}
-        total = self.outputs[0]
-        values = torch.stack([total.total, *total.metrics.values()]) / total.count.clamp(min=1)
-        loss, *metrics = values.tolist()
-        speed = (tokens - self.tokens) / (time.perf_counter() - self.started)
-        return {"loss": loss, **dict(zip(total.metrics, metrics)), "grad_norm": self.norm.item(),
-                "tokens_per_s": speed}
-
-# %% ../../nbs/03_trainer.ipynb #divergence
-class TrainingDiverged(RuntimeError):
-    """The loss is not finite, or far above its best. The message names the step and the last good
-    checkpoint.
-    """
-
-
-class DivergenceGuard:
-    """Raises when training is lost: at once if a number is not finite, after `patience` checks far
-    above the best.
-    """
-
-    def __init__(self, margin: float = 3.0, patience: int = 3):
-        self.margin, self.patience = margin, patience
-        self.best, self.smooth, self.bad = math.inf, None, 0
-
-    def check(self, step: int, loss: float, grad_norm: float | None, checkpoint: str) -> None:
-        """Look at the loss (mean since the last check) and the gradient norm at `step`."""
-        if not math.isfinite(loss) or (grad_norm is not None and not math.isfinite(grad_norm)):
-            problem = f"loss={loss}, gradient norm={grad_norm}"
-        else:
-            self.smooth = loss if self.smooth is None else 0.5 * (self.smooth + loss)
-            self.best = min(self.best, self.smooth)
-            self.bad = self.bad + 1 if self.smooth > self.best + self.margin else 0
-            problem = (f"loss={loss:.3g}, its best was {self.best:.3g}" if self.bad >= self.patience
-                       else None)
-        if problem:
-            raise TrainingDiverged(
-                f"diverged by step {step}: {problem}; last good checkpoint: {checkpoint}. Lower "
-                "train.lr and train.muon_lr or lengthen train.warmup_steps, then go on from it.")
-
-# %% ../../nbs/03_trainer.ipynb #stop-signals
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """Inside, SIGINT, SIGTERM and SIGUSR1 only put "interrupted" or "preempted" on the yielded
-    list: a step is never torn.
-
-    A second SIGINT raises KeyboardInterrupt. Outside the main thread nothing is changed.
-    """
-    caught: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(number, frame):
-        if number == signal.SIGINT and caught:
-            raise KeyboardInterrupt
-        caught.append("interrupted" if number == signal.SIGINT else "preempted")
-
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-               if hasattr(signal, name)]
-    former = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield caught
-    finally:
-        for number, handler in former.items():
-            # a failing rank ignores them until its error is shown (chapter 32)
-            if signal.getsignal(number) is note:
-                signal.signal(number, handler or signal.SIG_DFL)
-
-# %% ../../nbs/03_trainer.ipynb #job-end
-def job_ends_soon(margin: float) -> bool:
-    """Whether SLURM ends this job within `margin` seconds, or a minute if that is more; False where
-    it does not say.
-
-    The time is SLURM_JOB_END_TIME, seconds since 1970.
-    """
-    return (time.time() + max(60.0, margin)
-            >= float(os.environ.get("SLURM_JOB_END_TIME") or math.inf))
-
-# %% ../../nbs/03_trainer.ipynb #progress
-def run_progress(step: float, seconds: float, cfg: TrainConfig) -> float:
-    """Share of the run that is over, 0 to 1: of its steps or of its minutes, whichever is further.
-    """
-    timed = seconds / (60 * cfg.max_minutes) if cfg.max_minutes else 0.0
-    return min(1.0, max(step / cfg.max_steps, timed))
-
-
+# %% ../../nbs/03_trainer.ipynb #next-learning-rate
 def next_learning_rate(state: TrainingState, cfg: TrainConfig) -> float:
     """Learning rate of the step to come, as a share of its peak."""
     middle = state.step + 0.5
     return learning_rate_factor(middle, run_progress(middle, state.seconds, cfg), cfg)
-
-# %% ../../nbs/03_trainer.ipynb #stop-reason
-# if ranks differ, the last one counts
-REASONS = (None, "max_minutes", "stopped", "preempted", "interrupted", "finished")
-
-
-def stop_reason(state: TrainingState, cfg: TrainConfig, asked: str | None = None,
-                caught: Sequence[str] = ()) -> str | None:
-    """Why to stop after this step, or None to go on; `asked` by a file or function, `caught` as
-    signals.
-    """
-    if state.step >= cfg.max_steps:
-        return "finished"
-    if caught or asked:
-        return caught[0] if caught else asked
-    return "max_minutes" if cfg.max_minutes and state.seconds >= 60 * cfg.max_minutes else None
-
-
-def shared_stop_reason(state: TrainingState, world: World, reason: str | None) -> str | None:
-    """The last in REASONS of what the ranks give; the clock of the latest becomes that of all."""
-    state.seconds, number = world.all_reduce_max(state.seconds, REASONS.index(reason))
-    return REASONS[int(number)]
-
-# %% ../../nbs/03_trainer.ipynb #peak-flops
-def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
-    """Peak dense FLOP/s of a whole GPU in 16-bit precision; None where unknown, as on CPUs and
-    slices of a GPU (MIG, vGPU).
-    """
-    known = (peak for name, peak in gpu_peaks().items()
-             if re.search(rf"\b{re.escape(name)}\b", device_name))
-    return (None if dtype == torch.float32 or re.search(r"\bMIG\b|\bGRID\b", device_name)
-            else next(known, None))
-
-
-def mfu_scale(flops_per_token: float | None, state: TrainingState, ranks: int = 1) -> float | None:
-    """Model FLOPs utilisation (MFU) per token per second over all ranks: FLOPs per token / peak of
-    all GPUs; None where that is not known.
-    """
-    name = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else ""
-    peak = peak_flops(name, state.dtype)
-    return flops_per_token / (peak * ranks) if flops_per_token and peak else None
-
-# %% ../../nbs/03_trainer.ipynb #prepare
-def prepare_module(module: nn.Module, cfg: TrainConfig, device: torch.device) -> None:
-    """Apply gradient checkpointing, compilation (block by block, where the module has `layers`) and
-    TF32.
-    """
-    if cfg.gradient_checkpointing:
-        able = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
-        if not able:
-            raise ValueError(f"train.gradient_checkpointing=True, but {type(module).__name__} has "
-                             "no such attribute")
-        for m in able:
-            m.gradient_checkpointing = True
-    if cfg.compile:
-        for block in getattr(module, "layers", [module]):
-            block.compile()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-
-# %% ../../nbs/03_trainer.ipynb #validate
-Evaluate = Callable[[nn.Module], dict[str, float]]
-SaveModel = Callable[[nn.Module, Path], None]
-
-
-def validate(state: TrainingState, evaluate: Evaluate) -> dict[str, float]:
-    """What `evaluate` finds in the weights that would be saved, every name beginning with val_."""
-    with state.eval_context() as module, state.autocast():
-        found = evaluate(module)
-    return {name if name.startswith("val_") else f"val_{name}": float(value)
-            for name, value in found.items()}
-
-# %% ../../nbs/03_trainer.ipynb #due
-def due(state: TrainingState, cfg: TrainConfig, reason: str | None = None) -> dict[str, bool]:
-    """What to do after this step: "row", "checkpoint", "keep" a model, "validate"; `reason` is why
-    the run stops here.
-    """
-    every = lambda steps: state.step % steps == 0
-    return {
-        "row": every(cfg.log_every) or state.step == 1,
-        "checkpoint": every(cfg.checkpoint_every) or reason is not None,
-        "keep": state.kept < parts_done(state, cfg) <= cfg.keep_checkpoints,
-        "validate": reason in ("finished", "max_minutes") if reason else every(cfg.eval_every),
-    }
-
-
-def parts_done(state: TrainingState, cfg: TrainConfig) -> int:
-    """How many of the run's keep_checkpoints + 1 equal parts are over."""
-    return int(run_progress(state.step, state.seconds, cfg) * (cfg.keep_checkpoints + 1) + 1e-9)
-
-# %% ../../nbs/03_trainer.ipynb #recorder
-class Recorder:
-    """Looks at a run after every step: stops a lost one, writes checkpoints and metrics, validates.
-    """
-
-    def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Evaluate | None = None,
-                 mfu_scale: float | None = None):
-        self.files, self.cfg, self.evaluate, self.mfu_scale = files, cfg, evaluate, mfu_scale
-        self.guard, self.window, self.slowest_save = DivergenceGuard(), Window(), 0.0
-        for row in read_metrics(files.metrics):  # of the sessions before this one
-            if row["loss"] is not None:
-                self.guard.check(row["step"], row["loss"], None, files.last_checkpoint)
-
-    def observe(self, state: TrainingState, lr_factor: float,
-                reason: str | None) -> dict[str, float]:
-        """Do what is due: check, checkpoint, validate, write the row, which is returned. So nothing
-        bad is saved, nothing good lost.
-        """
-        todo = due(state, self.cfg, reason)
-        todo["validate"] &= self.evaluate is not None
-        if not any(todo.values()):
-            return {}
-        seen = self.window.read(state.tokens)
-        row = {"step": state.step, "tokens": state.tokens, "lr": self.cfg.lr * lr_factor, **seen}
-        # both over all ranks
-        row["mfu"] = seen["tokens_per_s"] * self.mfu_scale if self.mfu_scale and seen else None
-        try:
-            if seen:
-                # the scaler skips such steps by itself
-                norm = None if state.scaler.is_enabled() else row["grad_norm"]
-                self.guard.check(state.step, row["loss"], norm, self.files.last_checkpoint)
-            state.kept = max(state.kept, parts_done(state, self.cfg))
-            if reason or (todo["checkpoint"] and not self.guard.bad):
-                began = time.perf_counter()
-                self.files.save(state)
-                self.slowest_save = max(self.slowest_save, time.perf_counter() - began)
-            if todo["keep"] and not self.guard.bad:
-                self.files.keep(state)
-            if todo["validate"]:
-                row |= validate(state, self.evaluate if self.files.writes else lambda module: {})
-        finally:
-            if seen and self.files.writes:
-                append_row(self.files.metrics, row)
-            self.window.clear(state.tokens)
-        return row
-
-# %% ../../nbs/03_trainer.ipynb #open-run
-def open_run(files: RunFolder, state: TrainingState, world: World, resume: bool) -> None:
-    """Make the folder, or load its checkpoint into the `state` of every rank; see `RunFolder.open`.
-    """
-    if world.is_main_process:
-        files.open(state, resume)
-    found = world.broadcast(files.opened)
-    if found and not world.is_main_process:
-        state.load_state_dict(read_checkpoint(found)[0])
 
 # %% ../../nbs/03_trainer.ipynb #train-result
 @dataclass

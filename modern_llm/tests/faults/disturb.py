@@ -28,9 +28,10 @@ from modern_llm.config import ModelConfig, TrainConfig
 from modern_llm.files import sha256
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.saving import save_model
-from modern_llm.training.checkpoints import RunFolder, restore_random_states
+from modern_llm.training.checkpoints import RunFolder
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.trainer import Trainer
+from modern_llm.training.training_state import restore_random_states
 
 MODEL = ModelConfig(vocab_size=32, context_length=16, width=16, num_layers=1, num_heads=2,
                     num_kv_heads=1, ffn_width=16, dropout=0.1)
