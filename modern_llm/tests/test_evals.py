@@ -18,11 +18,14 @@ from modern_llm.data import synth
 from modern_llm.data.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id, is_chat_model
 from modern_llm.data.tasks import sentences, solve, word_problems
 from modern_llm.data.tokens import end_of_text_id, save_tokenizer, train_tokenizer
-from modern_llm.evaluation.evals import (
-    Subject, ask, baselines, document_pair, mark_problems, perplexity_rows, piece,
-    preference_piece, problem_items, problem_piece, protocol_measures, protocol_piece,
-    same_settings, sample_items, score_examples, separator_ids, verifier_mistakes,
+from modern_llm.evaluation.asking import Subject, ask, baselines, separator_ids
+from modern_llm.evaluation.evals import piece, same_settings
+from modern_llm.evaluation.pieces import (
+    document_pair, perplexity_rows, preference_piece, protocol_measures, protocol_piece,
+    score_examples,
 )
+from modern_llm.evaluation.reranking import sample_items, verifier_mistakes
+from modern_llm.evaluation.written import mark_problems, problem_items, problem_piece
 from modern_llm.evaluation.ledger import (
     STAGES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows,
     read_ledger, stage_gains, stage_ledger, write_derived, write_ledger,

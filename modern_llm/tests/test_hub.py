@@ -739,7 +739,7 @@ def test_several_gguf_files_are_a_question(tmp_path):
 @pytest.mark.fault("names")
 @pytest.mark.parametrize("name", ["", " ", "empty", "file.txt", "someone/tiny", "cut"])
 def test_a_baseline_that_is_none_is_absent_and_takes_nothing_down(name, tmp_path, monkeypatch):
-    from modern_llm.evaluation.evals import baselines
+    from modern_llm.evaluation.asking import baselines
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from modern_llm.training.train_step import Batch, LossFunction
-    from modern_llm.training.trainer import Trainer, TrainResult
+    from modern_llm.training.trainer import TrainResult, Trainer
 
 
 class Run(Protocol):
