@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .layers import RMSNorm
+from .sinks import add_sink_key
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 # %% auto #0
-__all__ = ['attention_weights', 'rotary_frequencies', 'rotary_tables', 'apply_rotary', 'attention_mask', 'add_sink_key', 'attend',
-           'KVCache', 'CausalSelfAttention']
+__all__ = ['attention_weights', 'rotary_frequencies', 'rotary_tables', 'apply_rotary', 'attention_mask', 'KVCache', 'attend',
+           'CausalSelfAttention']
 
 # %% ../../nbs/01_attention.ipynb #attention-weights
 def attention_weights(
@@ -140,76 +141,6 @@ def attention_mask(
         mask = mask & (keys >= pad_lengths[:, None, None, None])
     return mask | (keys == queries)
 
-# %% ../../nbs/01_attention.ipynb #with-sink-key
-def add_sink_key(
-    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"],
-    v: Float[Tensor, "b g s d"], sinks: Float[Tensor, "h"]
-) -> tuple[Float[Tensor, "b h t D"], Float[Tensor, "b g s1 D"], Float[Tensor, "b g s1 D"]]:
-    """Turn the sink logit of each head into one more key, with value 0, that plain attention
-    understands.
-
-    A new channel holds the head's logit (times the square root of d, which the scale takes off
-    again) in every query, 1 in the new key 0 and 0 in all other keys. Widths are padded to a
-    multiple of 8, as fused kernels like them.
-
-    Args:
-        q: queries of width d.
-        k: keys of width d.
-        v: values of width d.
-        sinks: logit of each query head.
-
-    Returns:
-        Queries, keys and values of width D, with s + 1 keys.
-    """
-    d = q.shape[-1]
-    extra = -d % 8 or 8
-    logit = (sinks * math.sqrt(d)).to(q.dtype).view(1, -1, 1, 1).expand(*q.shape[:-1], 1)
-    q = torch.cat([q, F.pad(logit, (0, extra - 1))], dim=-1)
-    k, v = F.pad(k, (0, extra, 1, 0)), F.pad(v, (0, extra, 1, 0))
-    k[:, :, 0, d] = 1
-    return q, k, v
-
-# %% ../../nbs/01_attention.ipynb #attend
-def attend(
-    q: Float[Tensor, "b h t d"],
-    k: Float[Tensor, "b g s d"],
-    v: Float[Tensor, "b g s d"],
-    mask: Bool[Tensor, "#b 1 t s"] | None = None,
-    sinks: Float[Tensor, "h"] | None = None,
-) -> Float[Tensor, "b h t d"]:
-    """Causal grouped-query attention by the fused kernel:
-    `attention_weights(q, k, mask, sinks) @ v`.
-
-    Args:
-        q: queries, the last t of the s positions.
-        k: keys of g groups.
-        v: values of g groups.
-        mask: from `attention_mask`; None means causal, with t = s or t = 1.
-        sinks: one logit per head that joins every softmax.
-
-    Raises:
-        ValueError: there is no mask although 1 < t < s.
-    """
-    (h, t, d), s = q.shape[1:], k.shape[-2]
-    if mask is None and t not in (1, s):
-        raise ValueError(
-            f"attend: {t} queries of {s} keys need a mask; build it with attention_mask({t}, {s})")
-    causal = mask is None and t > 1
-    if sinks is not None:
-        q, k, v = add_sink_key(q, k, v, sinks)
-        if mask is not None:
-            mask = F.pad(mask, (1, 0), value=True)
-        elif causal:
-            q = F.pad(q, (0, 0, 1, 0))  # a query for the sink's own row keeps the triangle square
-    if t == 1:  # the heads of a group become queries of the same keys, which are then read once
-        q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
-    elif q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        # those kernels want a key for every head
-        k, v = (x.repeat_interleave(h // x.shape[1], dim=1) for x in (k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                       scale=1 / math.sqrt(d), enable_gqa=k.shape[1] != q.shape[1])
-    return (y.reshape(len(y), h, 1, -1) if t == 1 else y)[..., -t:, :d]
-
 # %% ../../nbs/01_attention.ipynb #kv-cache
 class KVCache:
     """Keys and values of every layer, in memory allocated once, so that decoding computes each
@@ -278,6 +209,43 @@ class KVCache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         if self.pad_lengths is not None:
             self.pad_lengths = self.pad_lengths[rows]
+
+# %% ../../nbs/01_attention.ipynb #attend
+def attend(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    v: Float[Tensor, "b g s d"],
+    mask: Bool[Tensor, "#b 1 t s"] | None = None,
+    sinks: Float[Tensor, "h"] | None = None,
+) -> Float[Tensor, "b h t d"]:
+    """Causal grouped-query attention by the fused kernel:
+    `attention_weights(q, k, mask, sinks) @ v`.
+
+    Args:
+        q: queries, the last t of the s positions.
+        k: keys of g groups.
+        v: values of g groups.
+        mask: from `attention_mask`; None means causal, with t = s or t = 1.
+        sinks: one logit per head that joins every softmax.
+
+    Raises:
+        ValueError: there is no mask although 1 < t < s.
+    """
+    (h, t, d), s = q.shape[1:], k.shape[-2]
+    if mask is None and t not in (1, s):
+        raise ValueError(
+            f"attend: {t} queries of {s} keys need a mask; build it with attention_mask({t}, {s})")
+    causal = mask is None and t > 1
+    if sinks is not None:
+        q, k, v, mask = add_sink_key(q, k, v, mask, sinks)
+    if t == 1:  # the heads of a group become queries of the same keys, which are then read once
+        q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
+    elif q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # those kernels want a key for every head
+        k, v = (x.repeat_interleave(h // x.shape[1], dim=1) for x in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                       scale=1 / math.sqrt(d), enable_gqa=k.shape[1] != q.shape[1])
+    return (y.reshape(len(y), h, 1, -1) if t == 1 else y)[..., -t:, :d]
 
 # %% ../../nbs/01_attention.ipynb #causal-self-attention
 class CausalSelfAttention(nn.Module):
