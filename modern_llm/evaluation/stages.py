@@ -55,7 +55,8 @@ class Evaluation:
         others: models from elsewhere; not_here: why one that was asked for is missing.
         generator: the last stage, which alone is sampled from.
         pieces: (stage, task) -> what the model did, item by item; seconds: what each took.
-        item_table, overlap, clean, ledger, files, gains, mistakes, samples: what was made of the pieces.
+        item_table, overlap, clean, ledger, files, gains, mistakes, samples: what was made of the
+            pieces.
     """
 
     item_table: pd.DataFrame

@@ -160,13 +160,15 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load an optimizer's state but keep its settings: a resumed run uses the learning rate it is
     given now.
     """
-    settings = [{name: value for name, value in group.items() if name != "params"}
-                for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {name: shard_like(parameters[i], value)
-                       if getattr(value, "shape", None) == parameters[i].shape else value
-                 for name, value in values.items()}
-             for i, values in saved["state"].items() if i < len(parameters)}
+    settings = [dict(group) for group in optimizer.param_groups]
+    parameters = sum((group["params"] for group in optimizer.param_groups), [])
+    state = {}
+    for i, values in saved["state"].items():
+        if i < len(parameters):
+            whole = {name for name, value in values.items()
+                     if getattr(value, "shape", None) == parameters[i].shape}
+            state[i] = {name: shard_like(parameters[i], value) if name in whole else value
+                        for name, value in values.items()}
     optimizer.load_state_dict({**saved, "state": state})
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)
@@ -206,6 +208,14 @@ class TrainingState:
         self.step, self.tokens, self.seconds, self.kept = 0, 0, 0.0, 0
         # as of the last step; the generators belong to others between two calls of fit
         self.random = random_states()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, in the order of the optimizers' groups."""
+        found = []
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                found += group["params"]
+        return found
 
     def autocast(self) -> torch.autocast:
         """The context of forward passes."""
