@@ -14,7 +14,7 @@ import pandas as pd
 
 from modern_llm.data.chat import Answer
 from modern_llm.data.tasks import word_problems
-from modern_llm.evaluation.evals import mark_problems
+from modern_llm.evaluation.written import mark_problems
 
 
 def remarked(path: Path, settings: dict) -> dict:

@@ -48,7 +48,7 @@ from modern_llm.training import sft
 from modern_llm.training.checkpoints import STATE_FILE, read_checkpoint
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.trainer import Trainer
-from modern_llm.training.verifier import read_answers, score
+from modern_llm.training.verifier_scores import read_answers, score
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAJECTORIES = GOLDEN / "trajectories.json"

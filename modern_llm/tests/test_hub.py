@@ -26,7 +26,8 @@ from modern_llm.files import DamagedFolder, read_json, write_json
 from modern_llm.interchange import hub
 from modern_llm.interchange.foreign import TransformersLM
 from modern_llm.interchange.llama_layout import CannotImport, model_config
-from modern_llm.models.decoder import ModernDecoderLM, load_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import load_model
 from modern_llm.models.generation import generate
 from modern_llm.models.likelihoods import completion_log_probs, document_nats
 
@@ -739,7 +740,7 @@ def test_several_gguf_files_are_a_question(tmp_path):
 @pytest.mark.fault("names")
 @pytest.mark.parametrize("name", ["", " ", "empty", "file.txt", "someone/tiny", "cut"])
 def test_a_baseline_that_is_none_is_absent_and_takes_nothing_down(name, tmp_path, monkeypatch):
-    from modern_llm.evaluation.evals import baselines
+    from modern_llm.evaluation.asking import baselines
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)

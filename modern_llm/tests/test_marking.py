@@ -26,7 +26,7 @@ from modern_llm.data.tasks import (
     Calculator, flexible_answer, mark, rerank, strict_answer, word_problems,
 )
 from modern_llm.data.tokens import encode_documents, train_tokenizer
-from modern_llm.evaluation.evals import error_kind, mark_problems
+from modern_llm.evaluation.written import error_kind, mark_problems
 from modern_llm.files import cached_frame
 from modern_llm.training.sft import InstructionExample, is_right, parses
 

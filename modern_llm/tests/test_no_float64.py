@@ -18,7 +18,8 @@ from modern_llm.models.prefix import continuation_log_probs, word_log_probs
 from modern_llm.models.verifier import VerifierModel
 from modern_llm.tests.test_hardware import MODEL, rows_of, stage_of
 from modern_llm.training.dpo import pair_log_probs
-from modern_llm.training.verifier import score_answers, start_from_surprise
+from modern_llm.training.verifier_scores import start_from_surprise
+from modern_llm.training.verifier_scores import score_answers
 
 CONFIG = ModelConfig(width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=16)
 

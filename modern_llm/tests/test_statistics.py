@@ -23,7 +23,7 @@ from statsmodels.stats.proportion import proportion_confint
 from modern_llm.data import synth
 from modern_llm.data.tasks import RERANKERS, choice_weights, pass_at_k, rerank
 from modern_llm.evaluation.attention import row_measures
-from modern_llm.evaluation.evals import sample_items
+from modern_llm.evaluation.reranking import sample_items
 from modern_llm.evaluation.fewshot import accuracy_rows, confusion_table, order_entropies
 from modern_llm.evaluation.ledger import (
     difference_row, is_significant, item_rows, ledger_rows, measure_rows, problem_analysis,
@@ -34,7 +34,8 @@ from modern_llm.statistics import (
     auc, held_out_measures, items_interval, mcnemar, mean_interval, paired_difference,
     perplexity_ratio, proportion_interval, ratio_interval, within_group_auc,
 )
-from modern_llm.training.verifier import calibration_error, judgements, logistic_fit, reliability
+from modern_llm.evaluation.reranking import calibration_error, judgements, reliability
+from modern_llm.training.verifier_scores import logistic_fit
 
 quickly = settings(max_examples=25, deadline=None, derandomize=True)
 INTERVAL = ("value", "low", "high")
@@ -369,7 +370,7 @@ def test_the_floors_standard_error_is_scipys():
 
 def test_entropies_of_orders_are_scipys():
     scores = np.log(np.random.default_rng(0).dirichlet((1, 1), 30)) - 3.0
-    scorer = SimpleNamespace(behind=lambda demonstrations, suffixes: (scores, None))
+    scorer = SimpleNamespace(direct=lambda demonstrations, suffixes: (scores, None))
     row = order_entropies(scorer, [], ["text"] * 30, [()]).iloc[0]
     assert row.local_entropy == pytest.approx(stats.entropy(np.exp(scores), axis=1).mean())
     assert row.global_entropy == pytest.approx(stats.entropy(

@@ -28,10 +28,13 @@ from modern_llm.models.verifier import (
 )
 from modern_llm.training.train_step import micro_batches
 from modern_llm.training.trainer import Trainer
-from modern_llm.training.verifier import (
-    calibrate, calibration_error, judgements, read_answers, reliability, rerank_differences,
-    sampling_plan, save_verifier, score, score_answers, start_from_surprise, token_scores,
-    verifier_loss,
+from modern_llm.evaluation.reranking import (
+    calibration_error, judgements, reliability, rerank_differences,
+)
+from modern_llm.training.verifier import sampling_plan, verifier_loss
+from modern_llm.training.verifier_scores import start_from_surprise
+from modern_llm.training.verifier_scores import (
+    calibrate, read_answers, save_verifier, score, score_answers, token_scores,
 )
 
 CONTEXT = 160

@@ -215,9 +215,11 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The blocks of every part of a module that has `layers`; each once, even if a wrapper shows
     those of its body as its own.
     """
-    return list(dict.fromkeys(block for part in module.modules()
-                              if isinstance(getattr(part, "layers", None), nn.ModuleList)
-                              for block in part.layers))
+    found: dict[nn.Module, None] = {}
+    for part in module.modules():
+        if isinstance(getattr(part, "layers", None), nn.ModuleList):
+            found |= dict.fromkeys(part.layers)
+    return list(found)
 
 
 class DataParallelLoss:

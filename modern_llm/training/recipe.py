@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from modern_llm.config import PipelineConfig
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from modern_llm.training.train_step import Batch, LossFunction
-    from modern_llm.training.trainer import Trainer, TrainResult
+    from modern_llm.training.trainer import TrainResult, Trainer
 
 
+@runtime_checkable
 class Run(Protocol):
     """A stage under way, as far as training has to know it (`runs.record.StageRun`)."""
 
@@ -35,6 +36,7 @@ class Run(Protocol):
         """
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """What a stage trains with, made of its Run alone: every rank makes the same.
 

@@ -83,7 +83,6 @@ def optimizer_step(state: TrainingState, loss_fn: LossFunction, batch: Batch, cf
     before clipping.
     """
     rows = len(next(iter(batch.values())))
-    parameters = [p for o in state.optimizers for group in o.param_groups for p in group["params"]]
     parts, outputs = list(micro_batches(batch, cfg.micro_batch)), []
     for number, part in enumerate(parts, 1):
         part = {name: value.to(state.device, non_blocking=True) for name, value in part.items()}
@@ -96,7 +95,8 @@ def optimizer_step(state: TrainingState, loss_fn: LossFunction, batch: Batch, cf
     summed = world.all_reduce(add_losses(outputs))
     # the ranks have averaged their gradients
     factor = rows * world.size / summed.count.clamp(min=1)
-    norm = rescale_gradients(parameters, factor, cfg.grad_clip, state.scaler.get_scale())
+    norm = rescale_gradients(state.parameters(), factor, cfg.grad_clip,
+                             state.scaler.get_scale())
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor

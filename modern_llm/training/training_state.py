@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..config import ConfigError, TrainConfig, device_parts
+from ..messages import UserError
 from .optim import gather_tensor, make_optimizers, shard_like
 
 # %% auto #0
@@ -160,13 +161,15 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load an optimizer's state but keep its settings: a resumed run uses the learning rate it is
     given now.
     """
-    settings = [{name: value for name, value in group.items() if name != "params"}
-                for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {name: shard_like(parameters[i], value)
-                       if getattr(value, "shape", None) == parameters[i].shape else value
-                 for name, value in values.items()}
-             for i, values in saved["state"].items() if i < len(parameters)}
+    settings = [dict(group) for group in optimizer.param_groups]
+    parameters = sum((group["params"] for group in optimizer.param_groups), [])
+    state = {}
+    for i, values in saved["state"].items():
+        if i < len(parameters):
+            whole = {name for name, value in values.items()
+                     if getattr(value, "shape", None) == parameters[i].shape}
+            state[i] = {name: shard_like(parameters[i], value) if name in whole else value
+                        for name, value in values.items()}
     optimizer.load_state_dict({**saved, "state": state})
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)
@@ -183,7 +186,7 @@ def gather_state(value: object) -> object:
     return gather_tensor(value).cpu() if hasattr(value, "full_tensor") else value
 
 # %% ../../nbs/34_training_state.ipynb #training-state
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written or does not fit this run. The message says which and what
     to do.
     """
@@ -206,6 +209,14 @@ class TrainingState:
         self.step, self.tokens, self.seconds, self.kept = 0, 0, 0.0, 0
         # as of the last step; the generators belong to others between two calls of fit
         self.random = random_states()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, in the order of the optimizers' groups."""
+        found = []
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                found += group["params"]
+        return found
 
     def autocast(self) -> torch.autocast:
         """The context of forward passes."""

@@ -5,44 +5,59 @@
 # %% ../../nbs/06_verifier.ipynb #imports
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import VerifierConfig
-from ..data.answer_pairs import AnswerBatches, encode_candidate
-from ..data.chat import chat_format, end_id
-from ..data.tasks import Problem, rerank, solve, word_problems
-from ..data.tokens import load_tokenizer, save_tokenizer
-from ..files import cached_frame, write_json
+from ..data.answer_pairs import AnswerBatches
+from ..data.tasks import Problem, solve, word_problems
+from ..data.tokens import load_tokenizer
+from ..files import cached_frame
 from ..models.counts import flops_per_token
-from ..models.generation import evaluating
-from ..models.saving import load_model, save_model, write_tensors
-from modern_llm.models.verifier import (
-    VerifierModel, running_surprise, small_encoder, token_log_probs,
-)
-from ..statistics import auc, paired_difference, proportion_interval, within_group_auc
+from ..models.saving import load_model
+from ..models.verifier import VerifierModel, small_encoder
+from ..statistics import within_group_auc
 from .optim import LossOutput
 from .recipe import Run
+from modern_llm.training.verifier_scores import (
+    calibrate, read_answers, save_verifier, score_samples, start_from_surprise,
+)
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-
     from modern_llm.models.decoder import ModernDecoderLM
     from modern_llm.training.trainer import TrainResult, Trainer
 
 # %% auto #0
-__all__ = ['MIDDLE_LEVELS', 'DIFFERENCES', 'split_problems', 'sampling_plan', 'VerifierTraining', 'read_answers', 'score_answers',
-           'score', 'score_samples', 'verifier_loss', 'logistic_fit', 'start_from_surprise', 'calibrate',
-           'save_verifier', 'token_scores', 'reliability', 'calibration_error', 'judgements', 'rerank_differences']
+__all__ = ['verifier_loss', 'split_problems', 'sampling_plan', 'VerifierTraining']
+
+# %% ../../nbs/06_verifier.ipynb #verifier-loss
+def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor],
+                  lm_weight: float = 0.5) -> LossOutput:
+    """Binary cross-entropy at every answer token, averaged over an answer, and the nats of right
+    answers' tokens.
+
+    The items are the judged answers, each with the same weight. Metrics: `judgement`
+    (cross-entropy), `language` (nats per token, summed over all right answers) and `accuracy`
+    (share of tokens on the right side of one half).
+    """
+    answers, weights, targets = batch["answers"], batch["weights"], batch["targets"]
+    said, features, log_p, aux = verifier(batch["input_ids"], answers > 0, batch["segment_ids"])
+    logits = verifier.combine(said, features)
+    judgement = (
+        (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum())
+    language = -(answers * targets * log_p).sum()
+    accuracy = (weights * ((logits > 0) == (targets > 0))).sum()
+    count = weights.sum()
+    return LossOutput(judgement + lm_weight * language + aux * count, count,
+                      {"judgement": judgement.detach(), "language": language.detach(),
+                       "accuracy": accuracy.detach()})
 
 # %% ../../nbs/06_verifier.ipynb #split-problems
 def split_problems(
@@ -56,12 +71,12 @@ def split_problems(
     reserved = len(own) - max(1, len(own) // 5)
     held = word_problems(cfg.problems, "validation", cfg.validation_problems, cfg.levels)
     unseen = {problem.question for problem in [*own[reserved:], *held]}
-    gold = [problem for problem in word_problems(
-        cfg.problems, "train", max(1, cfg.gold_problems), cfg.levels, seed=seed + 1)
-            if problem.question not in unseen][: cfg.gold_problems]
+    gold = word_problems(cfg.problems, "train", max(1, cfg.gold_problems), cfg.levels,
+                         seed=seed + 1)
+    gold = [problem for problem in gold if problem.question not in unseen][:cfg.gold_problems]
     return own[:reserved], own[reserved:], gold, held
 
-# %% ../../nbs/06_verifier.ipynb #sampling-plan
+
 def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
     """Which weights answer how often: `start` at least every second time, those kept while it was
     trained the rest.
@@ -91,6 +106,22 @@ class VerifierTraining:
                                  samples=self.train.validation_samples,
                                  temperature=self.train.temperature, seed=7)
         self.watched = self.held[self.held.problem < 25].groupby("problem").head(8)
+
+    @property
+    def counts(self) -> list[dict]:
+        """How many answers each part has, and how many problems can show the difference between
+        right and wrong ones, as table rows.
+        """
+        parts = {"train": self.for_training, "calibrate": self.for_calibration,
+                 "held out": self.held}
+        rows = []
+        for name, samples in parts.items():
+            right = samples.groupby("problem").right.mean()
+            rows.append({"": name, "problems": len(right), "answers": len(samples),
+                         "right": f"{samples.right.mean():.1%}",
+                         "problems with both": int(((right > 0) & (right < 1)).sum()),
+                         "with a right one": f"{(right > 0).mean():.1%}"})
+        return rows
 
     @cached_property
     def generator(self) -> ModernDecoderLM:
@@ -150,252 +181,3 @@ class VerifierTraining:
     def fit(self) -> TrainResult:
         """Train on pairs of a right and a wrong answer."""
         return self.trainer(self.train, self.run.folder).fit()
-
-# %% ../../nbs/06_verifier.ipynb #read-answers
-@torch.inference_mode()
-def read_answers(verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterable[Problem],
-                 answers: Iterable[str], batch_rows: int = 64) -> Float[np.ndarray, "n 3"]:
-    """What the head says at the end of each answer, and the sum and minimum of log p; NaN for
-    answers that do not fit the context.
-
-    Neither padding nor the other rows of a batch matter.
-    """
-    device, room = verifier.head.weight.device, verifier.model.cfg.context_length
-    coded = [encode_candidate(tokenizer, p, text)
-             for p, text in zip(problems, answers, strict=True)]
-    order = sorted((i for i, (ids, _) in enumerate(coded) if len(ids) <= room),
-                   key=lambda i: len(coded[i][0]))
-    found = np.full((len(coded), 3), np.nan)
-    for rows in (order[i : i + batch_rows] for i in range(0, len(order), batch_rows)):
-        ids = torch.zeros(len(rows), len(coded[rows[-1]][0]), dtype=torch.long)
-        answer = torch.zeros_like(ids, dtype=torch.bool)
-        for row, (tokens, start) in enumerate(coded[i] for i in rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            answer[row, start : len(tokens)] = True
-        ends = (torch.arange(len(rows), device=device),
-                torch.tensor([len(coded[i][0]) - 1 for i in rows], device=device))
-        with evaluating(verifier):
-            said, features, _, _ = verifier(ids.to(device), answer.to(device))
-        found[rows] = torch.cat([said[ends][:, None], features[ends]], dim=1).cpu().double().numpy()
-    return found
-
-# %% ../../nbs/06_verifier.ipynb #score-answers
-@torch.inference_mode()
-def score_answers(verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterable[Problem],
-                  answers: Iterable[str], batch_rows: int = 64) -> Float[np.ndarray, "n"]:
-    """How likely each answer to its problem is right, 0 to 1, read at the end of the answer; 0 if
-    it does not fit the context.
-    """
-    parts = torch.tensor(read_answers(verifier, tokenizer, problems, answers, batch_rows),
-                         dtype=torch.float32)
-    parts = parts.to(verifier.head.weight.device)
-    return (
-        verifier.weigh(parts[:, 0], parts[:, 1:]).cpu().double().sigmoid().nan_to_num(0.0).numpy())
-
-
-def score(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem, answer: str) -> float:
-    """How likely this answer to the problem is right, 0 to 1."""
-    return float(score_answers(verifier, tokenizer, [problem], [answer])[0])
-
-
-def score_samples(verifier: VerifierModel, tokenizer: Tokenizer, samples: pd.DataFrame,
-                  problems: Sequence[Problem]) -> Float[np.ndarray, "n"]:
-    """`score_answers` of the samples of `tasks.solve` for these problems."""
-    return score_answers(verifier, tokenizer, [problems[p] for p in samples.problem], samples.text,
-                         batch_rows=128)
-
-# %% ../../nbs/06_verifier.ipynb #verifier-loss
-def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor],
-                  lm_weight: float = 0.5) -> LossOutput:
-    """Binary cross-entropy at every answer token, averaged over an answer, and the nats of right
-    answers' tokens.
-
-    The items are the judged answers, each with the same weight. Metrics: `judgement`
-    (cross-entropy), `language` (nats per token, summed over all right answers) and `accuracy`
-    (share of tokens on the right side of one half).
-    """
-    answers, weights, targets = batch["answers"], batch["weights"], batch["targets"]
-    said, features, log_p, aux = verifier(batch["input_ids"], answers > 0, batch["segment_ids"])
-    logits = verifier.combine(said, features)
-    judgement = (
-        (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum())
-    language = -(answers * targets * log_p).sum()
-    accuracy = (weights * ((logits > 0) == (targets > 0))).sum()
-    count = weights.sum()
-    return LossOutput(judgement + lm_weight * language + aux * count, count,
-                      {"judgement": judgement.detach(), "language": language.detach(),
-                       "accuracy": accuracy.detach()})
-
-# %% ../../nbs/06_verifier.ipynb #logistic-fit
-def logistic_fit(features: Tensor, targets: Tensor, weights: Tensor,
-                 prior: Sequence[float]) -> Tensor:
-    """The weights w for which sigmoid(features @ w) fits the 0/1 targets best; `prior` counts as
-    much as one item.
-    """
-    features, targets, weights = (
-        x.detach().cpu().double().clone() for x in (features, targets, weights))
-    centre = torch.tensor(prior, dtype=torch.double)
-    line = centre.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([line], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        nats = F.binary_cross_entropy_with_logits(
-            features @ line, targets, weights, reduction="sum")
-        nats = nats + (line - centre).square().sum()
-        (nats / weights.sum()).backward()
-        return nats.detach() / weights.sum()
-
-    optimizer.step(closure)
-    return line.detach().float()
-
-# %% ../../nbs/06_verifier.ipynb #start-from-surprise
-def start_from_surprise(verifier: VerifierModel, batches: Iterable[dict[str, Tensor]]) -> None:
-    """Set the weights on the surprise, and the bias, to the logistic regression that fits these
-    batches; the rest stays.
-    """
-    found = []
-    with torch.inference_mode(), evaluating(verifier):
-        for batch in batches:
-            ids, segments, answers, weights, targets = (
-                batch[name].to(verifier.head.weight.device)
-                for name in ("input_ids", "segment_ids", "answers", "weights", "targets"))
-            log_p = token_log_probs(verifier.model,
-                                    verifier.model.hidden(ids, segments)[0], ids, answers > 0)
-            features = running_surprise(log_p, (answers > 0) * segments)
-            used = weights > 0
-            found.append(torch.cat([features[used], torch.ones_like(features[used][:, :1]),
-                                    targets[used][:, None], weights[used][:, None]], dim=1))
-    table = torch.cat(found)
-    line = logistic_fit(table[:, :3], table[:, 3], table[:, 4], prior=(0.0, 0.0, 0.0))
-    with torch.no_grad():
-        verifier.surprise.copy_(line[:2])
-        verifier.head.bias.copy_(line[2:])
-
-# %% ../../nbs/06_verifier.ipynb #calibrate
-def calibrate(parts: Float[np.ndarray, "n 3"], right: Bool[np.ndarray, "n"]) -> list[float]:
-    """Weights of the three parts of a score, and a shift, so that the sigmoid of their sum fits
-    these answers' labels best.
-
-    Source: Platt 1999, here with three inputs. No weight is negative: an input that would get such
-    a weight is left out. The answers must be as the generator writes them, to problems that the
-    verifier was not trained on. Without any the head alone counts.
-    """
-    known = ~np.isnan(parts).any(1)
-    if not known.any():
-        return [1.0, 0.0, 0.0, 0.0]
-    features, targets = (np.column_stack([parts[known], np.ones(known.sum())]),
-                         torch.tensor(right[known], dtype=torch.double))
-    weights, used = [0.0] * 4, [0, 1, 2, 3]
-    while True:
-        fit = logistic_fit(torch.tensor(features[:, used]), targets, torch.ones_like(targets),
-                           prior=[0.0] * len(used)).tolist()
-        negative = [column for column, weight in zip(used, fit) if weight < 0 and column < 3]
-        if not negative:
-            break
-        used.remove(negative[0])
-    for column, weight in zip(used, fit):
-        weights[column] = weight
-    # labels of one kind teach no order: keep the head's
-    return weights if any(weights[:3]) else [1.0, *weights[1:]]
-
-# %% ../../nbs/06_verifier.ipynb #save-load
-def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokenizer,
-                  calibration: Sequence[float] = ()) -> None:
-    """Write the body as a language model with its tokenizer, and beside it the head:
-    verifier.safetensors, verifier.json.
-
-    `calibration` (the weights of `calibrate`) is stored instead of the verifier's own.
-    """
-    folder, verifier = Path(folder), getattr(verifier, "_orig_mod", verifier)
-    save_model(folder, verifier.model, eos_id=end_id(tokenizer))
-    save_tokenizer(tokenizer, folder, chat_template=chat_format(tokenizer).template)
-    head = {name: value.detach().cpu().contiguous() for name, value in verifier.state_dict().items()
-            if not name.startswith("model.")}
-    if calibration:
-        head["calibration"] = torch.tensor(calibration, dtype=torch.float32)
-    write_tensors(head, folder / "verifier.safetensors")
-    write_json(folder / "verifier.json", {"kind": "encoder" if verifier.is_encoder else "generator",
-                                          "surprise": verifier.surprise is not None})
-
-# %% ../../nbs/06_verifier.ipynb #token-scores
-@torch.inference_mode()
-def token_scores(verifier: VerifierModel, tokenizer: Tokenizer, problem: Problem,
-                 answer: str) -> tuple[list[str], np.ndarray]:
-    """The answer's tokens as text, and how likely the answer is right after each of them."""
-    ids, start = encode_candidate(tokenizer, problem, answer)
-    row = torch.tensor([ids], device=verifier.head.weight.device)
-    with evaluating(verifier):
-        logits = verifier.score_logits(
-            row, torch.arange(len(ids), device=row.device)[None] >= start)
-    return ([tokenizer.decode([i], skip_special_tokens=False) for i in ids[start:]],
-            logits[0, start:].sigmoid().cpu().numpy())
-
-# %% ../../nbs/06_verifier.ipynb #reliability
-def reliability(scores: Float[np.ndarray, "n"],
-                right: Bool[np.ndarray, "n"], bins: int = 10) -> pd.DataFrame:
-    """Answers sorted by score and cut into equally large bins: mean score, share right with its
-    interval, n, one row a bin.
-    """
-    order = np.argsort(scores, kind="stable")
-    rows = [{"score": float(np.mean(scores[part])),
-             **proportion_interval(int(right[part].sum()), len(part))}
-            for part in np.array_split(order, bins) if len(part)]
-    return pd.DataFrame(rows)
-
-
-def calibration_error(table: pd.DataFrame) -> float:
-    """Expected calibration error: mean |score - share right| over the bins of `reliability`,
-    weighted by their size.
-
-    Source: Guo et al. 2017 (1706.04599), equation 3, with bins of equal size instead of equal
-    width.
-    """
-    return float(np.average((table.score - table.value).abs(), weights=table.n))
-
-# %% ../../nbs/06_verifier.ipynb #judgements
-def judgements(samples: pd.DataFrame, signals: dict[str, str]) -> list[dict]:
-    """Pooled and within-problem AUC of every signal, as rows of a results table.
-
-    Args:
-        samples: of `tasks.solve`, with a column `right` and one for every signal.
-        signals: name in the table -> column.
-    """
-    rows = []
-    for name, column in signals.items():
-        values, right = samples[column].to_numpy(float), samples.right.to_numpy(bool)
-        pooled, both = auc(values, right), samples.groupby("problem").right.nunique().max() == 2
-        rows.append({
-            "metric": f"pooled AUC, {name}", "value": None if np.isnan(pooled) else pooled,
-            "low": None, "high": None, "n": len(samples),
-            "protocol": "any right sample against any wrong one; rewards knowing what is difficult"
-        })
-        none = {"value": None, "low": None, "high": None, "n": 0}
-        within = within_group_auc(values, right, samples.problem.to_numpy()) if both else none
-        rows.append({"metric": f"within-problem AUC, {name}", **within,
-                     "protocol": "right against wrong samples of one problem, mean over the "
-                                 "problems that have both"})
-    return rows
-
-# %% ../../nbs/06_verifier.ipynb #rerank-differences
-MIDDLE_LEVELS = (2, 3, 4)  # steps: fixed before any result was seen
-DIFFERENCES = (("weighted_vote", "majority"), ("weighted_vote", "greedy"),
-               ("weighted_vote", "log_prob"), ("best_of_n", "random"))
-
-
-def rerank_differences(samples: pd.DataFrame, greedy: pd.Series, size: int) -> list[dict]:
-    """Paired differences between ways to choose, on the problems of middle difficulty (all, if none
-    is), as table rows.
-
-    Args:
-        samples: of `tasks.solve` with a column `score`; `size` of them per problem are offered.
-        greedy: 1 or 0 for every problem: whether its answer at temperature 0 is right.
-    """
-    middle = samples[samples.level.isin(MIDDLE_LEVELS)]
-    middle = middle if len(middle) else samples
-    chosen = {m: rerank(middle, size, m) for pair in DIFFERENCES for m in pair if m != "greedy"}
-    chosen["greedy"] = greedy.loc[chosen["random"].index]
-    return [{"metric": f"{a}@{size} - {b}" + f"@{size}" * (b != "greedy"),
-             **paired_difference(chosen[a].to_numpy(), chosen[b].to_numpy()),
-             "protocol": f"held-out problems of {MIDDLE_LEVELS[0]} to {MIDDLE_LEVELS[-1]} steps, "
-                         "paired by problem"} for a, b in DIFFERENCES]

@@ -1,0 +1,183 @@
+"""The figures of chapters 06 and 07, each drawn from tables and returned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from modern_llm.figures import COLOURS, figure, heatmap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+# ---- a verifier ----------------------------------------------------------------------------------
+
+
+def judgement_curves(metrics: pd.DataFrame) -> Figure:
+    """Cross-entropy of the judgement, and the within-problem AUC of some held-out samples, by step.
+
+    Args:
+        metrics: step, judgement, and val_auc where the held-out samples can show one.
+    """
+    fig, (left, right) = figure(6, 2.2, columns=2, sharex=True)
+    left.plot(metrics.step, metrics.judgement, label="judgement, training")
+    left.axhline(np.log(2), color="black", lw=1, ls="--", label="log 2")
+    left.set(xlabel="step", ylabel="nats per answer", ylim=(0, None))
+    left.legend(fontsize=8, loc="lower left")
+    if "val_auc" in metrics:
+        right.plot(metrics.step[metrics.val_auc.notna()], metrics.val_auc.dropna(), "o-",
+                   color=COLOURS[2])
+    right.axhline(0.5, color="black", lw=1, ls="--")
+    right.set(xlabel="step", ylabel="within-problem AUC", ylim=(0.4, 1))
+    return fig
+
+
+def score_strips(strips: dict[str, tuple[list[str], np.ndarray]], most: int = 64) -> Figure:
+    """The score after every token, one strip an answer: heading -> (tokens, scores)."""
+    fig, axes = figure(7, 1.3 * len(strips), rows=len(strips))
+    for ax, (name, (tokens, values)) in zip(axes, strips.items()):
+        heatmap(ax, values[None, :most], title=f"{name}: {values[-1]:.2f} at the end",
+                square=False, colour_bar=False, vmin=0, vmax=1, cmap="RdYlGn", yticklabels=False,
+                xticklabels=[repr(token)[1:-1] for token in tokens[:most]])
+        ax.tick_params(axis="x", labelsize=7, rotation=90, length=0)
+    return fig
+
+
+def reliability_curve(table: pd.DataFrame, error: float) -> Figure:
+    """Share right against the score, answers in bins: columns score, value, low, high."""
+    fig, ax = figure(3.2, 2.8)
+    ax.plot([0, 1], [0, 1], color="black", lw=1, ls="--")
+    ax.errorbar(table.score, table.value, [table.value - table.low, table.high - table.value],
+                fmt="o-", ms=4, capsize=2)
+    ax.set(xlabel="score", ylabel="share right", title=f"calibration error {error:.3f}")
+    top = min(1.01, 1.1 * max(table.score.max(), table.high.max()))
+    ax.axis([-0.01, top, -0.01, top])
+    return fig
+
+
+def rerank_curves(table: pd.DataFrame, greedy: float) -> Figure:
+    """Share right against the number of answers to choose from, by method; dashed: the greedy
+    answer.
+    """
+    fig, ax = figure(5.8, 3)
+    colours = [COLOURS[i] for i in (7, 1, 2, 0, 4, 3)]
+    for colour, (method, line) in zip(colours, table.groupby("method", sort=False)):
+        ax.plot(line["size"], line.value, "o-", ms=4, color=colour, label=method.replace("_", " "))
+        if method in ("majority", "weighted_vote"):
+            ax.fill_between(line["size"], line.low, line.high, color=colour, alpha=0.1, lw=0)
+    ax.axhline(greedy, color="black", lw=1, ls="--", label="greedy")
+    sizes = table["size"].unique()
+    ax.set(xlabel="answers to choose from", ylabel="share right", xscale="log", xticks=sizes,
+           xticklabels=sizes)
+    ax.minorticks_off()
+    ax.legend(fontsize=8, ncols=2)
+    return fig
+
+
+def score_histogram(samples: pd.DataFrame | None) -> Figure | None:
+    """The scores of right and of wrong samples; None without samples."""
+    if samples is None:
+        return None
+    fig, ax = figure(6, 2.6)
+    for right, colour in ((True, COLOURS[0]), (False, COLOURS[1])):
+        ax.hist(samples.score[samples.right == right], bins=np.linspace(0, 1, 31), alpha=0.6,
+                color=colour, label="right" if right else "wrong")
+    ax.set(xlabel="score of a sample", ylabel="samples")
+    ax.legend()
+    return fig
+
+
+# ---- stages side by side -------------------------------------------------------------------------
+
+
+def gains_chart(gains: pd.DataFrame) -> Figure:
+    """What each stage changed in exact match and accuracy, in points; grey where the interval holds
+    0.
+
+    Args:
+        gains: of `ledger.stage_gains`.
+    """
+    shown = gains[gains.metric.isin(("exact match", "accuracy"))
+                  & ~gains.against.isin(("majority class", "no calculator"))].iloc[::-1]
+    fig, ax = figure(6.5, 0.8 + 0.22 * len(shown))
+    colours = [COLOURS[0] if real else "gray" for real in shown.significant]
+    labels = [f"{row.stage} − {row.against}: {row.task}" for row in shown.itertuples()]
+    ax.hlines(labels, 100 * shown.low, 100 * shown.high, colors=colours)
+    ax.scatter(100 * shown.change, labels, c=colours, zorder=3)
+    ax.axvline(0, color="black", lw=1, ls="--")
+    ax.set(xlabel="points gained, with 95% interval")
+    return fig
+
+
+def percent_bars(table: pd.DataFrame) -> np.ndarray:
+    """The lengths of error bars below and above, in percent."""
+    return 100 * np.stack([table.value - table.low, table.high - table.value])
+
+
+def sentiment_chart(ledger: pd.DataFrame, stages: Sequence[str]) -> Figure:
+    """Accuracy of each way to read the labels' probabilities, by number of demonstrations, one
+    panel a stage; dashed: the commonest label.
+    """
+    of_task = ledger[ledger.task == "sentiment"]
+    names = of_task.metric.str.extract(r"^accuracy, (?P<shots>\d+)-shot, (?P<method>\w+)$")
+    rows = of_task.join(names).dropna(subset="shots")
+    fig, axes = figure(min(7, 2.6 * len(stages)), 2.8, columns=len(stages), sharey=True,
+                       squeeze=False)
+    for ax, stage in zip(axes[0], stages):
+        by_method = rows[rows.stage == stage].groupby("method", sort=False)
+        for i, (method, line) in enumerate(by_method):
+            places = range(len(line))
+            ax.errorbar(np.array(places) + 0.08 * (i - 1.5), 100 * line.value,
+                        yerr=percent_bars(line), fmt="o-", ms=3, lw=1, color=COLOURS[i],
+                        label=method)
+            ax.set_xticks(places, line.shots)
+        majority = of_task[of_task.stage.eq(stage) & of_task.metric.eq("majority class")].value
+        ax.axhline(100 * majority.iloc[0], color="black", lw=1, ls="--")
+        ax.set(title=stage, xlabel="demonstrations")
+    axes[0][0].set_ylabel("accuracy, %")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+               fontsize=8)
+    return fig
+
+
+def levels_chart(ledger: pd.DataFrame, stages: Sequence[str], label: str) -> Figure:
+    """Greedy exact match on word problems by level, one line a stage; `label`: what a level is."""
+    rows = ledger[ledger.metric.str.startswith("exact match, level") & (ledger.task == "problems")]
+    level = rows.metric.str.extract(r"(\d+)$")[0].astype(int)
+    fig, ax = figure(5, 2.6)
+    for i, stage in enumerate(stages):
+        line = rows[rows.stage == stage]
+        beside = level[line.index] + 0.06 * (2 * i - len(stages) + 1)
+        ax.errorbar(beside, 100 * line.value, yerr=percent_bars(line), fmt="o-", ms=4, lw=1.2,
+                    label=stage)
+    ax.set(xlabel=label, ylabel="exact match, %", xticks=sorted(level.unique()), ylim=(-3, 103))
+    ax.legend()
+    return fig
+
+
+def sample_curves(curves: dict[str, list[dict]]) -> Figure:
+    """Share of problems right against the number of samples; black: the bound pass@k.
+
+    Args:
+        curves: method -> points (size, value, low, high), as in gsm8k_analysis.json.
+    """
+    fig, ax = figure(6, 3.2)
+    shown = {method: pd.DataFrame(points) for method, points in curves.items()
+             if method != "random"}
+    for i, (method, curve) in enumerate(shown.items()):
+        colour = "black" if method == "pass" else COLOURS[i]
+        ax.plot(curve["size"], 100 * curve.value, "o-", ms=3, lw=1.4, color=colour,
+                label=method.replace("_", " "))
+        ax.fill_between(curve["size"], 100 * curve.low, 100 * curve.high, color=colour,
+                        alpha=0.08, lw=0)
+    if shown:
+        sizes = sorted({size for curve in shown.values() for size in curve["size"]})
+        ax.set(xscale="log", xticks=sizes, xticklabels=sizes, xlabel="samples k",
+               ylabel="problems right, %")
+        ax.minorticks_off()
+        ax.legend(ncol=2)
+    return fig

@@ -1,0 +1,117 @@
+"""The tasks of the evaluation, one entry each: how a model is put to it, what becomes an item of
+the ledger, the protocol in words, which metrics are told first, and where the report shows them.
+
+An entry is all there is to add for a new task: the evaluation goes through FAMILIES, and so do the
+record and the report. Its functions are named, not imported, so that a report needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from modern_llm.config.datasets import function_of
+
+SAMPLED = "problems, sampled"  # the task that costs most: of the last model only
+
+
+@dataclass(frozen=True)
+class TaskFamily:
+    """One task of the evaluation. A function may be given as itself or by where it is,
+    "package.module:name".
+
+    Args:
+        name: in the ledger.
+        measure: (items, model under test) -> a table of what the model did, item by item.
+        items: (items, stage, that table) -> the ledger's items of it, as tables of `item_rows`.
+        protocol: (items, stage, how the stage is asked, the sampled stage) -> in words.
+        headline: the metrics that the record shows first; one that ends with a space is the
+            beginning of several, `@all` stands for all samples.
+        panels: how the metrics begin that have a panel in the report's figure of results; None =
+            those of the headline.
+        aside: a pattern of the metrics that are parts or kinds, which neither results nor changes
+            in the report show.
+        section: the task has a section of its own in the report, in place of its lines there.
+        compared: the metric by which a model from elsewhere is set beside the last stage; "" if by
+            none.
+        texts: items -> the texts of the task, one an item, that are looked up in the training
+            text; "" if none are.
+        put_to: "all"; "stages", of the run, no models from elsewhere; or the "last" of them.
+        rows: (items, stage, table) -> ledger rows that are no means over items; "" if there are
+            none.
+    """
+
+    name: str
+    measure: Callable | str
+    items: Callable | str
+    protocol: Callable | str
+    headline: Sequence[str] = ()
+    panels: Sequence[str] | None = None
+    aside: str = ""
+    section: bool = False
+    compared: str = ""
+    texts: Callable | str = ""
+    rows: Callable | str = ""
+    put_to: str = "all"
+
+    def call(self, part: str, *arguments: object) -> object:
+        """What the function of a part, such as "measure", returns."""
+        return function_of(getattr(self, part))(*arguments)
+
+    def leads(self, metric: str, most: int = 0) -> bool:
+        """Whether a metric is of the headline, `most` samples being all."""
+        names = [name.replace("@all", f"@{most}") for name in self.headline]
+        return any(metric == name or name[-1] == " " and metric.startswith(name) for name in names)
+
+
+_BY = "modern_llm.evaluation.measuring:"
+FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
+    TaskFamily("perplexity", _BY + "perplexity", _BY + "perplexity_items",
+               lambda *_: "held-out documents, each token once, packed rows",
+               headline=("perplexity, ",), panels=("bits per byte",),
+               # another tokenizer's rows are other rows; the protocols compare
+               put_to="stages"),
+    TaskFamily("protocols", _BY + "protocols", _BY + "protocols_items",
+               lambda *_: "each token once, as the protocol says",
+               headline=("perplexity T1, ", "word perplexity T3, "), panels=(),
+               aside="nats per token T", section=True, rows=_BY + "protocols_rows"),
+    TaskFamily("sentiment", _BY + "sentiment", _BY + "sentiment_items",
+               _BY + "sentiment_protocol", headline=("accuracy",), compared="accuracy",
+               aside="-shot, |^majority class", texts=lambda of: [r.text for r in of.reviews],
+               rows=_BY + "sentiment_rows"),
+    TaskFamily("problems", _BY + "problems", _BY + "problems_items", _BY + "problems_protocol",
+               headline=("exact match",), compared="exact match", aside="^error, ",
+               texts=lambda of: [p.question for p in of.problems]),
+    TaskFamily("problems, calculator", _BY + "calculated", _BY + "calculated_items",
+               _BY + "calculated_protocol", headline=("exact match",), aside="^error, "),
+    TaskFamily(SAMPLED, _BY + "samples", _BY + "samples_items", _BY + "samples_protocol",
+               headline=("exact match", "pass@all", "majority@all"),
+               panels=("majority@", "weighted_vote@"), put_to="last"),
+    TaskFamily("instructions", _BY + "instructions", _BY + "instructions_items",
+               lambda of, stage, asked, _: f"built-in, greedy, {asked}, the whole answer",
+               headline=("exact match",),
+               texts=lambda of: [f"{i.instruction}\n{i.input}" for i in of.instructions]),
+    TaskFamily("preferences", _BY + "preferences", _BY + "preferences_items",
+               _BY + "preferences_protocol", headline=("accuracy",), compared="accuracy",
+               texts=lambda of: [p.request for p in of.pairs]),
+)}
+
+
+def register_family(family: TaskFamily) -> TaskFamily:
+    """Add a task from outside, for this process. ValueError if there is one of that name."""
+    if not family.name or family.name in FAMILIES or family.name == "cost":
+        raise ValueError(f"register_family: the name {family.name!r} is taken; call the task "
+                         "otherwise")
+    FAMILIES[family.name] = family
+    return family
+
+
+def is_aside(ledger: pd.DataFrame) -> pd.Series:
+    """Which rows (task, metric) are parts or kinds of another measure, by `TaskFamily.aside`."""
+    aside = pd.Series(False, index=ledger.index)
+    for family in FAMILIES.values():
+        if family.aside:
+            aside |= ledger.task.eq(family.name) & ledger.metric.str.contains(family.aside)
+    return aside
