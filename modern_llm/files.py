@@ -1,5 +1,5 @@
-"""Files that are whole or absent: atomic writes, checksums, folders that appear in one step. A
-leaf, no torch.
+"""Files that are whole or absent: atomic writes, checksums, folders that appear in one step. No
+torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from modern_llm.messages import StageError, UserError
+
 # the folder the package lies in: a checkout, if it was installed from one with -e
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-class DamagedFolder(RuntimeError):
+class DamagedFolder(UserError, RuntimeError):
     """Kept files, such as those of `atomic_folder`, that are missing or changed. The message names
     the file.
     """
@@ -108,6 +110,16 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise InvalidJson(path, f"holds {json.dumps(value)[:40]}, not a JSON object")
     return value
+
+
+def read_record(path: Path) -> dict:
+    """A JSON object that a stage wrote. StageError if it is missing or damaged."""
+    try:
+        return read_json(path)
+    except FileNotFoundError as error:
+        raise StageError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise StageError(f"{path} is damaged ({getattr(error, 'what', error)})") from error
 
 
 def cached_frame(path: str | Path, make: Callable[[], object]):

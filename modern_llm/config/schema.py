@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from modern_llm.messages import UserError
+
 from modern_llm.config.datasets import CHAT_KINDS, columns_of, names_of
 
 OPTIMIZERS = ("muon", "adamw")
@@ -23,7 +25,7 @@ VERIFIER_KINDS = ("generator", "encoder")
 STRATEGIES = ("ddp", "fsdp")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A setting that cannot be used. The message names the value, the place and the remedy."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from ..config import DATASET_REGISTRY, DatasetInfo, nearest, register
+from ..messages import UserError
 
 # %% auto #0
 __all__ = ['TEXT_SUFFIXES', 'FILE_TYPES', 'SPLIT_FILES', 'DataError', 'DatasetNotFound', 'plain_suffix', 'dataset_info',
@@ -23,7 +24,7 @@ __all__ = ['TEXT_SUFFIXES', 'FILE_TYPES', 'SPLIT_FILES', 'DataError', 'DatasetNo
            'remedy', 'check_sources']
 
 # %% ../../nbs/20_sources.ipynb #dataset-info
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be used. The message names the value, the place and the remedy."""
 
 

@@ -19,6 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from modern_llm.files import read_json
+from modern_llm.messages import UserError
 
 # what a template may ask for by name
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -28,7 +29,7 @@ MOST = 100_000
 TYPED = "\ufdd0", "\ufdd1"
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError, ValueError):
     """A chat template that cannot be used, or not for this conversation. The message names its file
     and line.
     """

@@ -21,13 +21,13 @@ from tokenizers import Tokenizer
 from modern_llm.config import GENERATORS
 from modern_llm.data.sources import hub_reachable
 from modern_llm.data.tokens import build_lock, cache_root, load_tokenizer
-from modern_llm.files import DamagedFolder, check_folder, find_folder, sha256
+from modern_llm.files import DamagedFolder, check_folder, find_folder, read_record, sha256
 from modern_llm.interchange.importing import (
     IMPORT_VERSION, check_vocabulary, generation_settings, gguf_file, import_model, is_third_party,
     source_name, source_tokenizer, token_ids, with_end_of_text, with_settings, with_transformers,
 )
 from modern_llm.interchange.llama_layout import REMEDY, CannotImport, weight_files
-from modern_llm.messages import StageError, read_record, say
+from modern_llm.messages import StageError, say
 
 if TYPE_CHECKING:
     import torch

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from modern_llm.config import ConfigError, ModelConfig
 from modern_llm.files import DamagedFolder, read_json
+from modern_llm.messages import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ REMEDY = ("evaluate it as it is with modern_llm.interchange.hub.load, which need
           "'modern_llm[baselines]'`")
 
 
-class CannotImport(ValueError):
+class CannotImport(UserError, ValueError):
     """A model that ModernDecoderLM cannot compute or that lacks a file. The message names the field
     and the remedy.
     """

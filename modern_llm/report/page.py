@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from modern_llm.config import BUILT_IN, NOTEBOOKS
 from modern_llm.files import read_json
+from modern_llm.messages import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +25,7 @@ EVAL_FILES = (*MEASURED, "stage_gains.csv", "stage_ledger.csv", "comparison_tabl
               "dpo_eval.json", "verifier_eval.json")  # the others follow from the ledger
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """The report cannot be written. The message names the value, the place and the remedy."""
 
 

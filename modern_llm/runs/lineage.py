@@ -7,10 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from modern_llm.config import GENERATORS, STAGES, PipelineConfig
-from modern_llm.files import find_folder
+from modern_llm.files import find_folder, read_record
 from modern_llm.interchange import hub
 from modern_llm.interchange.hub import find_checkpoint, is_model, weights_digest
-from modern_llm.messages import StageError, read_record
+from modern_llm.messages import StageError
 
 
 def own_checkpoint(run_folder: Path, stage: str) -> Path | None:

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,9 +38,6 @@ from modern_llm.runs.scheduler import this_job
 from modern_llm.runs.spec import changes, notebook_of
 
 STOP_FILE = "STOP"  # the trainer looks for it after every step
-# Errors whose message says what to do; a reader of any other wants its traceback.
-USER_ERRORS = ("StageError", "ConfigError", "DataError", "DatasetNotFound", "CheckpointError",
-               "DamagedFolder", "CannotImport", "TemplateError", "TrainingDiverged", "Preempted")
 # of `modern-llm run`, EX_TEMPFAIL of sysexits.h: start it again, and it goes on
 EXIT_PREEMPTED = 75
 
@@ -440,13 +438,13 @@ def _show(stream) -> None:
 
 
 def user_message(error: list[str]) -> list[str]:
-    """What to show of the lines with a cell's traceback: of an error that its user can fix only the
+    """What to show of the lines that say which cell failed and how: of a UserError only the
     message, of others everything.
     """
-    names = [line.split()[0]
-             for line in error if line.endswith("Traceback (most recent call last)")]
-    if names and names[-1].rpartition(".")[2] in USER_ERRORS:
-        begin = max((i for i, line in enumerate(error) if line.startswith(f"{names[-1]}: ")),
-                    default=0)
-        return [error[begin].removeprefix(f"{names[-1]}: "), *error[begin + 1:]] if begin else error
-    return error
+    begin = max((i for i, line in enumerate(error) if line.startswith("Exception encountered")),
+                default=len(error))
+    said = [line for line in error[begin + 1:] if line != RULE]
+    if (any("Traceback (most recent call last)" in line for line in said)
+            or not (said and re.match(r"\w+: ", said[0]))):
+        return error
+    return [said[0].partition(": ")[2], *said[1:]]

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from modern_llm.config import STAGES, PipelineConfig, TrainConfig
-from modern_llm.messages import StageError, read_record
+from modern_llm.files import read_record
+from modern_llm.messages import StageError
 from modern_llm.runs.spec import MAY_CHANGE, changes, sections
 
 # by a stage

@@ -12,8 +12,18 @@ import nbformat
 import pytest
 
 import modern_llm
+from modern_llm.config import ConfigError
+from modern_llm.data.sources import DataError, DatasetNotFound
+from modern_llm.data.templates import TemplateError
+from modern_llm.files import DamagedFolder, read_json
+from modern_llm.interchange.llama_layout import CannotImport
+from modern_llm.messages import Preempted, StageError
+from modern_llm.report.page import ReportError
 from modern_llm.runs import pipeline
 from modern_llm.runs.launch import KERNEL_DIED, SAME_PACKAGE, stage_environment, start_papermill
+from modern_llm.runs.spec import notebook_of
+from modern_llm.training.recording import TrainingDiverged
+from modern_llm.training.training_state import CheckpointError
 
 pytestmark = pytest.mark.fault("kernel")
 SHADOWS = ("random", "datasets", "torch", "json", "token", "numpy", "papermill", "ipykernel",
@@ -179,19 +189,54 @@ def test_a_terminal_that_knows_no_accents_shows_the_rest():
 
 
 RULE = 75 * "-"
-FAILED = [RULE, 'Exception encountered at "In [4]":', RULE,
-          "{name}    Traceback (most recent call last)", "Cell In[4], line 2", "----> 2 begin()",
-          "", "{name}: it cannot run here:", "  - device='cuda:7' is not there"]
+FAILED = [RULE, 'Exception encountered at "In [4]":']
+TRACED = [RULE, "TypeError    Traceback (most recent call last)", "Cell In[4], line 2",
+          "----> 2 begin()", "", "TypeError: it cannot run here:"]
+UNREADABLE = ["  Cell In[4], line 2", "    begin(", "         ^", "SyntaxError: '(' was never closed"]
 
 
 @pytest.mark.fault("messages")
-@pytest.mark.parametrize("name, short",
-                         [("StageError", True), ("modern_llm.data.sources.DataError", True),
-                          ("TypeError", False)])
-def test_what_its_user_can_mend_is_said_without_a_traceback(name, short, capsys):
-    lines = [f"{RULE}\n", "a table\n", *(line.format(name=name) + "\n" for line in FAILED)]
-    pipeline.show(line.encode() for line in lines)
-    said = capsys.readouterr().out
-    assert (said.startswith(f"{RULE}\na table\n")
-            and said.endswith("it cannot run here:\n  - device='cuda:7' is not there\n"))
-    assert ("Traceback" in said) is ("begin()" in said) is (not short)
+@pytest.mark.parametrize("lines, shown", [
+    (["StageError: it cannot run here:"], ["it cannot run here:"]),
+    (["DataError: it cannot run here:"], ["it cannot run here:"]),
+    (TRACED, [*FAILED, *TRACED]), (UNREADABLE, [*FAILED, *UNREADABLE])])
+def test_what_its_user_can_mend_is_said_without_a_traceback(lines, shown, capsys):
+    device = "  - device='cuda:7' is not there"
+    pipeline.show(f"{line}\n".encode() for line in [RULE, "a table", *FAILED, *lines, device])
+    assert capsys.readouterr().out.splitlines() == [RULE, "a table", *shown, device]
+
+
+def errors_of(page: Path) -> list[dict]:
+    return [output for cell in read_json(page)["cells"] for output in cell.get("outputs", [])
+            if output["output_type"] == "error"]
+
+
+@pytest.mark.parametrize("error", [
+    StageError, Preempted, ConfigError, DataError, DatasetNotFound, CheckpointError, DamagedFolder,
+    CannotImport, TemplateError, TrainingDiverged, ReportError])
+def test_what_its_user_can_mend_is_a_line_in_a_notebook(error):
+    assert error("say so")._render_traceback_() == [f"{error.__name__}: say so"]
+
+
+@pytest.mark.fault("messages")
+def test_papermill_shows_a_refusal_in_one_line(tmp_path):
+    page, runs = tmp_path / "page.ipynb", tmp_path / "runs"
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", notebook_of("sft"), page, "-p", "preset", "local-smoke",
+         "-p", "output_dir", runs], capture_output=True, text=True)
+    [error] = errors_of(page)
+    assert done.returncode == 1 and not runs.exists()
+    assert len(error["traceback"]) == 1 and "earlier checkpoint" in error["traceback"][0]
+    assert done.stderr.strip().endswith(error["traceback"][0])
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("stage", ["sft", "all"])
+def test_a_stage_that_cannot_start_refuses_in_one_line(stage, tmp_path):
+    given = ["--stage", stage, "--preset", "local-cpu", "-p", 'data.sources=["nosuch"]',
+             "--output-dir", tmp_path / "runs"]
+    code = "from modern_llm.cli import main; main(prog_name='modern-llm')"
+    done = subprocess.run([sys.executable, "-c", code, "run", *given], capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
+    assert done.stderr.startswith("Error: ") and not (tmp_path / "runs").exists()

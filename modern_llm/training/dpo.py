@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import DPOConfig, DataConfig, PipelineConfig
+from ..config import ConfigError, DPOConfig, DataConfig, PipelineConfig
 from ..data import synth
 from modern_llm.data.chat import (
     EncodedExample, PackedExamples, continuations, encode_chat, encode_example, end_id,
@@ -28,6 +28,7 @@ from modern_llm.data.pairs import (
     EncodedPair, encode_pairs, fitting_turns, pair_batch, preference_pairs,
 )
 from ..data.reading import documents
+from ..data.sources import DataError
 from ..data.tokens import encode_documents, end_of_text_id, load_tokenizer
 from ..files import cached_frame
 from ..models.generation import evaluating
@@ -161,13 +162,13 @@ def reference_log_probs(path: Path, model: nn.Module,
     `path`, read from then on.
 
     Raises:
-        ValueError: the file is of other pairs.
+        DataError: the file is of other pairs.
     """
     table = cached_frame(path, lambda: pair_log_probs(model, examples, batch_pairs))
     if list(table["pair"]) != [example.digest for example in examples]:
-        raise ValueError(f"{path} holds the log-probabilities of {len(table)} other pairs than the "
-                         f"{len(examples)} of this run: were the data, the tokenizer or "
-                         "dpo.max_train_pairs changed? Start over with force=True")
+        raise DataError(f"{path} holds the log-probabilities of {len(table)} other pairs than the "
+                        f"{len(examples)} of this run: were the data, the tokenizer or "
+                        "dpo.max_train_pairs changed? Start over with force=True")
     return table
 
 # %% ../../nbs/05_dpo.ipynb #replay
@@ -197,7 +198,7 @@ def replay_rows(
             filled.
 
     Raises:
-        ValueError: a kind of which nothing fits the context.
+        ConfigError: a kind of which nothing fits the context.
     """
     each, found = math.ceil(rows / len(kinds)), []
     for seed, kind in enumerate(kinds):
@@ -221,7 +222,7 @@ def replay_rows(
                                    data.world_seed)
             fitting = [chat for chat in chats if len(chat[0]) <= context_length]
             if not fitting:
-                raise ValueError(
+                raise ConfigError(
                     f"dpo.replay_sources: none of {len(chats)} examples of {kind!r} fits a context "
                     f"of {context_length} tokens; leave it out or use a longer context")
             found.append(PackedExamples(fitting, context_length, each, seed)(0))
@@ -321,7 +322,8 @@ class PreferenceTuning:
         self.first_of = requests.drop_duplicates().index[:self.train.max_validation_pairs].tolist()
         self.prompts = [self.held_out[i].pair.prompt for i in self.first_of]
         self.new_tokens = min(self.train.max_new_tokens, context // 2)
-        self.few = slice(0, 16 * (step := max(1, len(self.prompts) // 16)), step)
+        every = max(1, len(self.prompts) // 16)
+        self.few = slice(0, 16 * every, every)
 
     def evaluate(self, model: ModernDecoderLM) -> dict[str, float]:
         """What dpo_loss measures, on all held-out pairs, and the length of answers to some of their

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from modern_llm.config import PipelineConfig
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from modern_llm.training.trainer import TrainResult, Trainer
 
 
+@runtime_checkable
 class Run(Protocol):
     """A stage under way, as far as training has to know it (`runs.record.StageRun`)."""
 
@@ -35,6 +36,7 @@ class Run(Protocol):
         """
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """What a stage trains with, made of its Run alone: every rank makes the same.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..config.machines import gpu_peaks
+from ..messages import UserError
 from .checkpoints import RunFolder, append_row, read_metrics
 from .optim import LossOutput
 from .stopping import run_progress
@@ -57,7 +58,7 @@ class Window:
                 "tokens_per_s": speed}
 
 # %% ../../nbs/35_recording.ipynb #divergence
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError, RuntimeError):
     """The loss is not finite, or far above its best. The message names the step and the last good
     checkpoint.
     """

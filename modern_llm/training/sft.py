@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import CHAT_KINDS, SFTConfig, names_of, nearest
+from ..config import CHAT_KINDS, ConfigError, SFTConfig, names_of, nearest
 from ..data import synth
 from ..data.chat import EncodedExample, Message
 from modern_llm.data.chat import (
@@ -27,7 +27,7 @@ from modern_llm.data.chat import (
 )
 from ..data.packing import PackedBatches, TokenCache, load_corpus
 from ..data.reading import items
-from ..data.sources import dataset_info
+from ..data.sources import DataError, dataset_info
 from ..data.tasks import problem_request, sentences, strict_answer, word_problems
 from ..data.tokens import end_of_text_id, load_tokenizer, save_tokenizer
 from ..models.likelihoods import document_nats
@@ -113,14 +113,15 @@ def instructions(source: str, split: str, limit: int,
         world_seed: of the built-in world, whose facts its instructions ask for.
 
     Raises:
-        ValueError: naming the nearest valid source, or a source without any example.
+        ConfigError: naming the nearest valid source.
+        DataError: a source without any example.
     """
     if source not in (valid := names_of(*CHAT_KINDS)):
-        raise ValueError(f"sft.sources: {source!r} is unknown{nearest(source, valid)}")
+        raise ConfigError(f"sft.sources: {source!r} is unknown{nearest(source, valid)}")
     found = list(_examples(source, split, limit, world_seed))
     if not found:
-        raise ValueError(f"sft.sources: {source!r} has no example in its {split} split; add rows "
-                         "or leave the source out")
+        raise DataError(f"sft.sources: {source!r} has no example in its {split} split; add rows "
+                        "or leave the source out")
     return found
 
 # %% ../../nbs/04_sft.ipynb #encode-examples
@@ -162,7 +163,7 @@ def load_examples(
     """(examples, encoded examples, table of counts) of every source of an SFTConfig.
 
     Raises:
-        ValueError: a source of which nothing can be used.
+        ConfigError: a source of which nothing can be used.
     """
     limit = cfg.max_train_examples if split == "train" else cfg.max_validation_examples
     examples = {source: instructions(source, split, limit, world_seed) for source in cfg.sources}
@@ -170,9 +171,9 @@ def load_examples(
     for source, items in examples.items():
         encoded[source], counts[source] = encode_examples(tokenizer, items, context_length)
         if not encoded[source]:
-            raise ValueError(f"sft.sources: {source!r}, {split}: none of {len(items)} examples "
-                             f"fits a context of {context_length} tokens with a token of its "
-                             "answer; raise model.context_length or leave the source out")
+            raise ConfigError(f"sft.sources: {source!r}, {split}: none of {len(items)} examples "
+                              f"fits a context of {context_length} tokens with a token of its "
+                              "answer; raise model.context_length or leave the source out")
     return examples, encoded, pd.DataFrame(counts).T.rename_axis(f"source, {split}")
 
 # %% ../../nbs/04_sft.ipynb #mixture

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..config import ConfigError, TrainConfig, device_parts
+from ..messages import UserError
 from .optim import gather_tensor, make_optimizers, shard_like
 
 # %% auto #0
@@ -185,7 +186,7 @@ def gather_state(value: object) -> object:
     return gather_tensor(value).cpu() if hasattr(value, "full_tensor") else value
 
 # %% ../../nbs/34_training_state.ipynb #training-state
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written or does not fit this run. The message says which and what
     to do.
     """
