@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 
 # what a parser makes of a row: a text (str); chat messages; data.pairs.Pair, or why it is none;
 # data.synth.Problem; data.synth.Review
@@ -27,7 +28,7 @@ class DatasetInfo:
     licence: str
     kind: str  # what a row is, one of KINDS
     fields: tuple[str, ...]  # columns that, joined, make a document
-    # a row -> an item of the kind: a function, or where it is, "package.module.name"; "" = of a
+    # a row -> an item of the kind: a function, or where it is, "package.module:name"; "" = of a
     # text: the fields, joined
     parse: Callable | str = ""
     # `parse` takes all the rows of a split at once, where an item is spread over several
@@ -87,23 +88,23 @@ DATASET_REGISTRY: dict[str, DatasetInfo] = {info.name: info for info in (
     DatasetInfo("bookcorpus", "bookcorpus/bookcorpus", "unknown", "text", ("text",),
                 revision=_PARQUET),
     DatasetInfo("alpaca", "tatsu-lab/alpaca", "CC BY-NC 4.0", "chats",
-                ("instruction", "input", "output"), "modern_llm.data.conversations.instruction",
+                ("instruction", "input", "output"), "modern_llm.data.conversations:instruction",
                 files={"train": ("random_9k.jsonl.gz", "extra.jsonl.gz")},
                 key=lambda row: str(row.get("instruction")), optional=("input",)),
     DatasetInfo("oasst1", "OpenAssistant/oasst1", "Apache-2.0", "chats", ("text",),
-                "modern_llm.data.conversations.best_paths", parses_all=True,
+                "modern_llm.data.conversations:best_paths", parses_all=True,
                 hub_splits=("train", "validation"),
                 key=lambda row: str(row.get("message_tree_id") or row.get("text")),
                 columns={**dict.fromkeys(("message_id", "role", "lang"), (str,)),
                          "parent_id": (str, type(None)), "rank": (int, float, type(None))}),
     DatasetInfo("hh-rlhf", "Anthropic/hh-rlhf", "MIT", "pairs", ("chosen",),
-                "modern_llm.data.pairs.dialogue_pair", files={"test": _HH},
+                "modern_llm.data.pairs:dialogue_pair", files={"test": _HH},
                 hub_splits=("train", "test"), key=_question, columns={"rejected": (str,)}),
     DatasetInfo("gsm8k", "openai/gsm8k", "MIT", "problems", ("question", "answer"),
-                "modern_llm.data.tasks.marked_problem", config="main",
+                "modern_llm.data.tasks:marked_problem", config="main",
                 hub_splits=("train", "test"), key=lambda row: str(row.get("question"))),
     DatasetInfo("sst2", "stanfordnlp/sst2", "see its authors", "sentences", ("sentence",),
-                "modern_llm.data.tasks.labelled_sentence", folders=("sst-2", "SST-2"),
+                "modern_llm.data.tasks:labelled_sentence", folders=("sst-2", "SST-2"),
                 files={"train": ("train.tsv.gz",),
                        "validation": ("dev.tsv",), "test": ("test_labeled.tsv",)},
                 hub_splits=_ALL, aliases=("glue/sst2",), columns={"label": (int, str)},
@@ -128,6 +129,14 @@ def register(info: DatasetInfo) -> DatasetInfo:
         raise ValueError(f"register: {info.name}: rows become {info.kind} by a parser; give parse=")
     DATASET_REGISTRY[info.name] = info
     return info
+
+
+def function_of(given: Callable | str) -> Callable:
+    """A function, given as itself or by where it is: "package.module:name"."""
+    if callable(given):
+        return given
+    module, _, name = given.partition(":")
+    return getattr(import_module(module), name)
 
 
 def names_of(*kinds: str) -> tuple[str, ...]:

@@ -415,10 +415,11 @@ def validation_batches(cache: TokenCache, context_length: int, batch_size: int,
     row = pack_documents(pieces.length, context_length)
     members = np.split(np.argsort(row, kind="stable"), np.cumsum(np.bincount(row))[:-1])
     document = np.searchsorted(cache.offsets, pieces.start, side="right") - 1
+    whole = lambda row: [(piece, 0, pieces.length[piece]) for piece in row]
     for i in range(0, len(members), batch_size):
-        batch = pieces.batch([[(piece, 0, pieces.length[piece]) for piece in row]
-                              for row in members[i:i + batch_size]])
-        owners = [np.append(-1, document[row]) for row in members[i:i + batch_size]]
+        rows = members[i:i + batch_size]
+        batch = pieces.batch([whole(row) for row in rows])
+        owners = [np.append(-1, document[row]) for row in rows]  # segment 0 is padding
         ids = [owner[segments] for owner, segments in zip(owners, batch["segment_ids"].numpy())]
         yield {**batch, "document_ids": torch.from_numpy(np.stack(ids))}
 

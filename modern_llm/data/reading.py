@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
+from ..config import function_of
 from .formats import Row, read_file
 from .sources import TEXT_SUFFIXES, DataError, DatasetNotFound, Source, dataset_info
 from .sources import find_source, hub_reachable, hub_state, plain_suffix
@@ -280,11 +280,7 @@ def items(name: str, split: str = "train") -> Iterator:
     info = dataset_info(name)
     if not info.parse:
         return documents(name, split)
-    parse = info.parse
-    if isinstance(parse, str):
-        module, _, function = parse.rpartition(".")
-        parse = getattr(import_module(module), function)
-    found = rows(name, split, also=info.needed_columns)
+    parse, found = function_of(info.parse), rows(name, split, also=info.needed_columns)
     return parse(found) if info.parses_all else map(parse, found)
 
 # %% ../../nbs/23_reading.ipynb #content-id

@@ -1,263 +1,117 @@
-"""What is measured of every model: the items of all tasks, and of each task how a model is asked,
-what becomes an item of the ledger, and the protocol in words.
+"""The tasks of the evaluation, one entry each: how a model is put to it, what becomes an item of
+the ledger, the protocol in words, which metrics are told first, and where the report shows them.
 
-A plain module: how the measuring itself is checked is chapters 46 and 47. A task is one
-`TaskFamily` in `FAMILIES`.
+An entry is all there is to add for a new task: the evaluation goes through FAMILIES, and so do the
+record and the report. Its functions are named, not imported, so that a report needs no torch.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
-from tokenizers import Tokenizer
 
-from modern_llm.config import EvalConfig, PipelineConfig
-from modern_llm.data import synth
-from modern_llm.data.packing import TokenCache, build_token_cache
-from modern_llm.data.pairs import Pair, encode_pairs, preference_pairs
-from modern_llm.data.tasks import RERANKERS, Problem, Review, sentences, word_problems
-from modern_llm.evaluation.asking import Subject
-from modern_llm.evaluation.held_out import scored_split
-from modern_llm.evaluation.ledger import item_rows
-from modern_llm.evaluation.pieces import (
-    document_pair, perplexity_piece, preference_piece, protocol_piece, sentiment_piece,
-)
-from modern_llm.evaluation.reranking import sample_items
-from modern_llm.evaluation.written import instruction_piece, problem_items, problem_piece
+from modern_llm.config.datasets import function_of
 
 SAMPLED = "problems, sampled"  # the task that costs most: of the last model only
 
 
-def held_out_split(source: str) -> str:
-    """The split that a source is judged on: "test" where there is one."""
-    return "test" if source == "synthetic" else scored_split(source)
-
-
-def named(source: str) -> str:
-    """A source in words, with its split where that is not the test split."""
-    return source + " (validation split)" * (held_out_split(source) != "test")
-
-
-@dataclass(frozen=True)
-class EvaluationItems:
-    """What every model is asked, all of it held out, and the solved examples shown before it."""
-
-    config: PipelineConfig
-    problems: list[Problem]
-    solved: list[Problem]
-    sampled: list[int]  # places in `problems` of those that are sampled from
-    reviews: list[Review]
-    demonstrations: list[Review]
-    instructions: list
-    shown: list  # solved instructions
-    pairs: list[Pair]
-    texts: list[str]  # sources of the four protocols
-    caches: dict[str, TokenCache]
-
-    @property
-    def settings(self) -> EvalConfig:
-        """What is measured, on how many items."""
-        return self.config.eval
-
-    @property
-    def sizes(self) -> list[int]:
-        """Numbers of samples to choose among; the last is all that the settings allow."""
-        return [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= self.settings.samples_per_problem]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many items there are."""
-        return {"problems": len(self.problems), "sampled from": len(self.sampled),
-                "reviews": len(self.reviews), "instructions": len(self.instructions),
-                "pairs": len(self.pairs)}
-
-
-def evaluation_items(config: PipelineConfig, tokenizer: Tokenizer) -> EvaluationItems:
-    """The items of the settings. Problems and pairs that came without a test split are those of the
-    validation split.
-    """
-    settings, seed, world_seed = config.eval, config.seed, config.data.world_seed
-    levels = dict(levels=settings.levels, seed=seed)
-    problems = word_problems(settings.problems, held_out_split(settings.problems),
-                             settings.num_problems, **levels)
-    sampled = [i for i, p in enumerate(problems) if settings.problems != "synthetic"
-               or p.level in settings.sampled_levels][:settings.sampled_problems]
-    built_in = any(source.startswith("synthetic") for source in config.sft.sources)
-    requests = lambda split, n: list(
-        itertools.islice(synth.instructions(split, seed=7, world_seed=world_seed), n))
-    each = math.ceil(settings.num_pairs / len(config.dpo.sources))
-    pairs = [preference_pairs(source, held_out_split(source), each, world_seed=world_seed)[0]
-             for source in config.dpo.sources]
-    texts = [config.data.sources if source == "text" else [source]
-             for source in settings.protocol_sources]
-    return EvaluationItems(
-        config, problems, word_problems(settings.problems, "train", 200, **levels), sampled,
-        sentences(settings.sentiment, "test", settings.num_sentences),
-        sentences(settings.sentiment, "train", 400),
-        requests("heldout", settings.num_instructions * built_in), requests("train", 200),
-        list(itertools.chain(*pairs)), list(dict.fromkeys(itertools.chain(*texts))),
-        {name: build_token_cache(name, "validation", tokenizer, config.data.max_validation_tokens,
-                                 world_seed=world_seed) for name in config.data.sources})
-
-
-# ---- the tasks -----------------------------------------------------------------------------------
-
-
-def _perplexity(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
-    rows = max(1, min(16, 16_384 // subject.model.cfg.context_length))
-    return perplexity_piece(subject, of.caches, rows, of.config.data.isolate_documents,
-                            of.settings.max_perplexity_tokens)
-
-
-def _perplexity_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
-    return [item_rows(stage, "perplexity", f"nats per token, {source}", scores.document,
-                      scores.nats, weight=scores.tokens)
-            for source, scores in table.groupby("source", sort=False)]
-
-
-def _protocols(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
-    return protocol_piece(subject, of.texts, of.settings.protocol_tokens, of.config.data.world_seed)
-
-
-def _protocols_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
-    per_token = table[table.protocol != "T3"]
-    return [item_rows(stage, "protocols", f"nats per token {protocol}, {source}", scores.document,
-                      scores.nats, weight=scores.tokens)
-            for (source, protocol), scores in per_token.groupby(["source", "protocol"], sort=False)]
-
-
-def _sentiment(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
-    return sentiment_piece(subject, of.reviews, of.demonstrations, of.settings.shots,
-                           of.settings.draws, of.config.seed, orders=4)
-
-
-def _sentiment_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
-    asked = table[(table.shots == of.settings.shots[-1])
-                  & (table.method == "direct") & (table.said != "")]
-    right = (asked.said == asked.label).groupby(asked.item).mean()
-    return [item_rows(stage, "sentiment", "accuracy", right.index, right)]
-
-
-def _written(of: EvaluationItems) -> dict:
-    return dict(max_new_tokens=of.settings.max_new_tokens, shots=of.settings.problem_shots,
-                batch_rows=of.settings.batch_rows)
-
-
-def _problems(of: EvaluationItems, subject: Subject, calculator: bool = False) -> pd.DataFrame:
-    return problem_piece(subject, of.problems, of.solved, calculator=calculator, **_written(of))
-
-
-def _samples(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
-    found = problem_piece(subject, [of.problems[i] for i in of.sampled], of.solved, **_written(of),
-                          samples=of.settings.samples_per_problem,
-                          temperature=of.settings.temperature, seed=of.config.seed + 1)
-    return found.assign(problem=np.array(of.sampled)[found.problem])
-
-
-def _samples_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
-    if stage == "verifier":
-        voted = sample_items(stage, SAMPLED, table, of.sizes, ["best_of_n", "weighted_vote"])
-        all_of_them = voted[voted.metric == f"weighted_vote@{of.sizes[-1]}"]
-        return [all_of_them.assign(metric="exact match"), voted]
-    plain = [method for method in RERANKERS if method not in ("best_of_n", "weighted_vote")]
-    return [sample_items(stage, SAMPLED, table, of.sizes, [*plain, "pass"])]
-
-
-def _instructions(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
-    return instruction_piece(subject, of.instructions, of.shown, batch_rows=of.settings.batch_rows)
-
-
-def _preferences(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
-    """In the form that the model knows; in a chat, pairs that do not fit the context are left out.
-    """
-    tokenizer, room = subject.tokenizer, subject.model.cfg.context_length
-    if subject.chat:
-        pairs = [(p.chosen, p.rejected) for p in encode_pairs(tokenizer, of.pairs, room)[0]]
-    else:
-        pairs = [document_pair(tokenizer, p.request, (p.chosen, p.rejected), room)
-                 for p in of.pairs]
-    return preference_piece(subject, pairs)
-
-
-def _samples_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:
-    settings = of.settings
-    levels = (f" of levels {', '.join(map(str, settings.sampled_levels))}"
-              if settings.problems == "synthetic" else "")
-    drawn = (f"{of.sizes[-1]} samples per problem{levels} at temperature "
-             f"{settings.temperature:g}")
-    if stage == "verifier":
-        return (f"{drawn} from {generator}, chosen with the verifier's scores; exact match is the "
-                "weighted vote among all of them")
-    return f"{drawn}; exact match is the greedy answer to the same problems"
-
-
-def _preferences_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:
-    return (f"{', '.join(map(named, of.config.dpo.sources))}, held-out pairs, log "
-            "p(chosen) > log p(rejected), "
-            + ("chat template" if asked.startswith("chat") else "document"))
-
-
 @dataclass(frozen=True)
 class TaskFamily:
-    """One task of the evaluation.
+    """One task of the evaluation. A function may be given as itself or by where it is,
+    "package.module:name".
 
     Args:
         name: in the ledger.
         measure: (items, model under test) -> a table of what the model did, item by item.
-        items: (items, stage, that table) -> the ledger's items of it.
+        items: (items, stage, that table) -> the ledger's items of it, as tables of `item_rows`.
         protocol: (items, stage, how the stage is asked, the sampled stage) -> in words.
         headline: the metrics that the record shows first; one that ends with a space is the
-            beginning of several.
+            beginning of several, `@all` stands for all samples.
+        panels: how the metrics begin that have a panel in the report's figure of results; None =
+            those of the headline.
+        aside: a pattern of the metrics that are parts or kinds, which neither results nor changes
+            in the report show.
+        section: the task has a section of its own in the report, in place of its lines there.
         compared: the metric by which a model from elsewhere is set beside the last stage; "" if by
+            none.
+        texts: items -> the texts of the task, one an item, that are looked up in the training
+            text; "" if none are.
+        put_to: "all"; "stages", of the run, no models from elsewhere; or the "last" of them.
+        rows: (items, stage, table) -> ledger rows that are no means over items; "" if there are
             none.
     """
 
     name: str
-    measure: Callable[[EvaluationItems, Subject], pd.DataFrame]
-    items: Callable[[EvaluationItems, str, pd.DataFrame], list[pd.DataFrame]]
-    protocol: Callable[[EvaluationItems, str, str, str], str]
+    measure: Callable | str
+    items: Callable | str
+    protocol: Callable | str
     headline: Sequence[str] = ()
+    panels: Sequence[str] | None = None
+    aside: str = ""
+    section: bool = False
     compared: str = ""
+    texts: Callable | str = ""
+    rows: Callable | str = ""
+    put_to: str = "all"
+
+    def call(self, part: str, *arguments: object) -> object:
+        """What the function of a part, such as "measure", returns."""
+        return function_of(getattr(self, part))(*arguments)
+
+    def leads(self, metric: str, most: int = 0) -> bool:
+        """Whether a metric is of the headline, `most` samples being all."""
+        names = [name.replace("@all", f"@{most}") for name in self.headline]
+        return any(metric == name or name[-1] == " " and metric.startswith(name) for name in names)
 
 
-FAMILIES = {family.name: family for family in (
-    TaskFamily("perplexity", _perplexity, _perplexity_items,
-               lambda of, *_: "held-out documents, each token once, packed rows",
-               headline=("perplexity, ",)),
-    TaskFamily("protocols", _protocols, _protocols_items,
-               lambda of, *_: "each token once, as the protocol says",
-               headline=("perplexity T1, ", "word perplexity T3, ")),
-    TaskFamily("sentiment", _sentiment, _sentiment_items,
-               lambda of, *_: f"{of.settings.sentiment}, {of.settings.shots[-1]} demonstrations, "
-                              f"mean of {of.settings.draws} draws, likelier label word behind "
-                              "'Sentiment:'",
-               headline=("accuracy",), compared="accuracy"),
-    TaskFamily("problems", _problems,
-               lambda of, stage, table: [problem_items(stage, "problems", table)],
-               lambda of, stage, asked, _: f"{named(of.settings.problems)}, greedy, {asked}, the "
-                                           "number behind ####",
-               headline=("exact match",), compared="exact match"),
-    TaskFamily("problems, calculator", lambda of, subject: _problems(of, subject, calculator=True),
-               lambda of, stage, table: [problem_items(stage, "problems, calculator", table)],
-               lambda of, stage, asked, _: f"{named(of.settings.problems)}, greedy with a "
-                                           f"calculator, {asked}, the number behind ####",
-               headline=("exact match",)),
-    TaskFamily(SAMPLED, _samples, _samples_items, _samples_protocol,
-               headline=("exact match", "pass@all", "majority@all")),
-    TaskFamily("instructions", _instructions,
-               lambda of, stage, table: [
-                   item_rows(stage, "instructions", "exact match", table.item, table.right,
-                             table.kind),
-                   item_rows(stage, "instructions", "ended", table.item, table.ended)],
+_BY = "modern_llm.evaluation.measuring:"
+FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
+    TaskFamily("perplexity", _BY + "perplexity", _BY + "perplexity_items",
+               lambda *_: "held-out documents, each token once, packed rows",
+               headline=("perplexity, ",), panels=("bits per byte",),
+               # another tokenizer's rows are other rows; the protocols compare
+               put_to="stages"),
+    TaskFamily("protocols", _BY + "protocols", _BY + "protocols_items",
+               lambda *_: "each token once, as the protocol says",
+               headline=("perplexity T1, ", "word perplexity T3, "), panels=(),
+               aside="nats per token T", section=True, rows=_BY + "protocols_rows"),
+    TaskFamily("sentiment", _BY + "sentiment", _BY + "sentiment_items",
+               _BY + "sentiment_protocol", headline=("accuracy",), compared="accuracy",
+               aside="-shot, |^majority class", texts=lambda of: [r.text for r in of.reviews],
+               rows=_BY + "sentiment_rows"),
+    TaskFamily("problems", _BY + "problems", _BY + "problems_items", _BY + "problems_protocol",
+               headline=("exact match",), compared="exact match", aside="^error, ",
+               texts=lambda of: [p.question for p in of.problems]),
+    TaskFamily("problems, calculator", _BY + "calculated", _BY + "calculated_items",
+               _BY + "calculated_protocol", headline=("exact match",), aside="^error, "),
+    TaskFamily(SAMPLED, _BY + "samples", _BY + "samples_items", _BY + "samples_protocol",
+               headline=("exact match", "pass@all", "majority@all"),
+               panels=("majority@", "weighted_vote@"), put_to="last"),
+    TaskFamily("instructions", _BY + "instructions", _BY + "instructions_items",
                lambda of, stage, asked, _: f"built-in, greedy, {asked}, the whole answer",
-               headline=("exact match",)),
-    TaskFamily("preferences", _preferences,
-               lambda of, stage, table: [item_rows(stage, "preferences", "accuracy", table.item,
-                                                   table.right)],
-               _preferences_protocol, headline=("accuracy",), compared="accuracy"),
+               headline=("exact match",),
+               texts=lambda of: [f"{i.instruction}\n{i.input}" for i in of.instructions]),
+    TaskFamily("preferences", _BY + "preferences", _BY + "preferences_items",
+               _BY + "preferences_protocol", headline=("accuracy",), compared="accuracy",
+               texts=lambda of: [p.request for p in of.pairs]),
 )}
+
+
+def register_family(family: TaskFamily) -> TaskFamily:
+    """Add a task from outside, for this process. ValueError if there is one of that name."""
+    if not family.name or family.name in FAMILIES or family.name == "cost":
+        raise ValueError(f"register_family: the name {family.name!r} is taken; call the task "
+                         "otherwise")
+    FAMILIES[family.name] = family
+    return family
+
+
+def is_aside(ledger: pd.DataFrame) -> pd.Series:
+    """Which rows (task, metric) are parts or kinds of another measure, by `TaskFamily.aside`."""
+    aside = pd.Series(False, index=ledger.index)
+    for family in FAMILIES.values():
+        if family.aside:
+            aside |= ledger.task.eq(family.name) & ledger.metric.str.contains(family.aside)
+    return aside

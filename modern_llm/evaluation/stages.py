@@ -17,14 +17,14 @@ from modern_llm.data.chat import is_chat_model
 from modern_llm.data.tokens import load_tokenizer
 from modern_llm.evaluation.asking import Subject, baselines
 from modern_llm.evaluation.evals import piece, same_settings
-from modern_llm.evaluation.families import FAMILIES, SAMPLED, evaluation_items
-from modern_llm.evaluation.fewshot import accuracy_rows
+from modern_llm.evaluation.families import FAMILIES, SAMPLED
 from modern_llm.evaluation.held_out import held_out_pages, scored_split
 from modern_llm.evaluation.ledger import (
     cost_rows, item_rows, ledger_rows, read_ledger, stage_gains, write_derived, write_ledger,
 )
+from modern_llm.evaluation.measuring import evaluation_items
 from modern_llm.evaluation.overlap import clean_rows, overlap_summary, run_overlap, training_sources
-from modern_llm.evaluation.pieces import perplexity_rows, protocol_measures
+from modern_llm.evaluation.pieces import perplexity_rows
 from modern_llm.evaluation.reranking import verifier_mistakes
 from modern_llm.evaluation.written import problem_items
 from modern_llm.files import cached_frame, read_json, write_json, write_text
@@ -55,7 +55,8 @@ class Evaluation:
         others: models from elsewhere; not_here: why one that was asked for is missing.
         generator: the last stage, which alone is sampled from.
         pieces: (stage, task) -> what the model did, item by item; seconds: what each took.
-        item_table, overlap, clean, ledger, files, gains, mistakes, samples: what was made of the pieces.
+        item_table, overlap, clean, ledger, files, gains, mistakes, samples: what was made of the
+            pieces.
     """
 
     item_table: pd.DataFrame
@@ -100,11 +101,11 @@ class Evaluation:
 
     def asks(self, name: str, task: str) -> bool:
         """Whether this model is put to this task."""
-        if task == "perplexity":  # another tokenizer's rows are other rows; the protocols compare
-            return name not in self.others
-        if task == "instructions":
-            return bool(self.items.instructions)
-        return task != SAMPLED or name == self.generator
+        family = FAMILIES[task]
+        if family.texts and not family.call("texts", self.items):
+            return False
+        return {"all": True, "stages": name not in self.others,
+                "last": name == self.generator}[family.put_to]
 
     def how_asked(self, name: str) -> str:
         """How a stage is asked for problems and instructions, in words."""
@@ -118,12 +119,12 @@ class Evaluation:
     @property
     def protocols(self) -> dict[tuple[str, str], str]:
         """(stage, task) -> how it was measured, in words."""
-        found = {(name, task): family.protocol(self.items, name, self.how_asked(name),
-                                               self.generator)
+        found = {(name, task): family.call("protocol", self.items, name, self.how_asked(name),
+                                           self.generator)
                  for name in self.models for task, family in FAMILIES.items()}
         if self.verifier_samples is not None:
-            found["verifier", SAMPLED] = FAMILIES[SAMPLED].protocol(
-                self.items, "verifier", "", self.generator)
+            found["verifier", SAMPLED] = FAMILIES[SAMPLED].call(
+                "protocol", self.items, "verifier", "", self.generator)
         return found
 
 
@@ -163,7 +164,8 @@ def measure(of: Evaluation) -> None:
     for name, (task, family) in itertools.product(of.models, FAMILIES.items()):
         if of.asks(name, task):
             of.pieces[name, task] = piece(of.folder, name, task,
-                                          lambda: family.measure(of.items, of.subject(name)))
+                                          lambda: family.call("measure", of.items,
+                                                              of.subject(name)))
     if "verifier" in of.run.inputs:
         of.pieces["verifier", SAMPLED] = piece(of.folder, "verifier", SAMPLED,
                                                lambda: scored_samples(of))
@@ -185,7 +187,7 @@ def ledger_items(of: Evaluation) -> pd.DataFrame:
     verifier's score; its exact match stands beside the model's greedy one on the same problems.
     """
     found = [rows for (name, task), table in of.pieces.items()
-             for rows in FAMILIES[task].items(of.items, name, table)]
+             for rows in FAMILIES[task].call("items", of.items, name, table)]
     found += [problem_items(name, SAMPLED, of.pieces[name, "problems"], of.items.sampled)
               for name in of.models]
     return pd.concat(found, ignore_index=True)
@@ -198,12 +200,9 @@ def overlap_sets(of: Evaluation) -> dict[str, list[str]]:
     """The text of every evaluation set, by name; of the protocols' sources, the pages that were
     scored.
     """
-    items = of.items
-    sets = {"problems": [p.question for p in items.problems],
-            "sentiment": [r.text for r in items.reviews],
-            "instructions": [f"{i.instruction}\n{i.input}" for i in items.instructions],
-            "preferences": [p.request for p in items.pairs]}
-    for source in items.texts:
+    sets = {name: family.call("texts", of.items) for name, family in FAMILIES.items()
+            if family.texts}
+    for source in of.items.texts:
         scored = -1
         for name in of.models:
             table = of.pieces[name, "protocols"]
@@ -230,8 +229,8 @@ def contamination(of: Evaluation) -> None:
         write_text(of.folder / "contamination.csv", of.overlap.to_csv(index=False))
     set_of = {("protocols", f"nats per token T1, {source}"): f"text {source}"
               for source in of.items.texts}
-    metrics = ("exact match", "accuracy", *(metric for _, metric in set_of))
-    compared = of.item_table[of.item_table.metric.isin(metrics)]
+    keys = zip(of.item_table.task, of.item_table.metric)
+    compared = of.item_table[[key in set_of or FAMILIES[key[0]].leads(key[1]) for key in keys]]
     rows = [] if found is None else clean_rows(compared, found, set_of)
     of.clean = pd.DataFrame(rows, columns=CLEAN_COLUMNS)
     write_text(of.folder / "clean_scores.csv", of.clean.to_csv(index=False))
@@ -264,11 +263,9 @@ def further_rows(of: Evaluation) -> list[dict]:
     costs.
     """
     rows = perplexity_rows({name: of.pieces[name, "perplexity"] for name in of.folders})
-    for name in of.models:
-        rows += protocol_measures(name, of.pieces[name, "protocols"])
-        rows += [{"stage": name, "task": "sentiment", **row,
-                  "protocol": f"{of.config.eval.sentiment}; {row['protocol']}"}
-                 for row in accuracy_rows(of.pieces[name, "sentiment"])]
+    for name, (task, family) in itertools.product(of.models, FAMILIES.items()):
+        if family.rows and (name, task) in of.pieces:
+            rows += family.call("rows", of.items, name, of.pieces[name, task])
     return rows + cost_rows(spent(of.run), of.run.device)
 
 
@@ -311,10 +308,7 @@ def keep_mistakes(of: Evaluation) -> dict[str, list[dict]]:
 
 def is_headline(row: dict, most: int) -> bool:
     """Whether the record shows this row of the ledger first."""
-    begins = FAMILIES[row["task"]].headline if row["task"] in FAMILIES else ()
-    names = [name.replace("@all", f"@{most}") for name in begins]
-    return any(row["metric"] == name or name[-1] == " " and row["metric"].startswith(name)
-               for name in names)
+    return row["task"] in FAMILIES and FAMILIES[row["task"]].leads(row["metric"], most)
 
 
 def record(of: Evaluation) -> dict:

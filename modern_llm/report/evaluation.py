@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from modern_llm.evaluation.families import FAMILIES, is_aside
 from modern_llm.report.page import (
     Page, folded, interval, markdown_table, measured, measures, number, text_block,
 )
@@ -18,14 +19,12 @@ if TYPE_CHECKING:
 
 
 def main_rows(ledger: pd.DataFrame) -> pd.DataFrame:
-    """The ledger without differences, kinds of errors and parts of a measure (levels); of a curve
-    the largest @k only.
-
-    Sentiment by shots, the perplexity protocols and the costs have sections of their own.
+    """The ledger without differences, costs, and what has a section of its own or is part of a
+    measure (levels, kinds of errors); of a curve the largest @k only.
     """
-    kept = ledger[~ledger.metric.str.contains(
-        " minus |^error, |-shot, |^majority class", regex=True
-    ) & ~ledger.task.isin(("protocols", "cost"))].copy()
+    elsewhere = ["cost", *(family.name for family in FAMILIES.values() if family.section)]
+    kept = ledger[~ledger.metric.str.contains(" minus ") & ~ledger.task.isin(elsewhere)
+                  & ~is_aside(ledger)].copy()
     there = set(zip(kept.stage, kept.task, kept.metric))
     part = [", " in row.metric and (row.stage, row.task, row.metric.rpartition(", ")[0]) in there
             for row in kept.itertuples()]
@@ -33,13 +32,6 @@ def main_rows(ledger: pd.DataFrame) -> pd.DataFrame:
     sizes = kept.metric.str.extract(r"@(\d+)$")[0].astype(float)
     largest = sizes.groupby([kept.stage, kept.task]).transform("max")
     return kept[sizes.isna() | (sizes == largest)]
-
-
-# task, beginning of the metric
-PANELS = (("perplexity", "bits per byte"), ("sentiment", "accuracy"),
-          ("instructions", "exact match"), ("preferences", "accuracy"),
-          ("problems", "exact match"), ("problems, calculator", "exact match"),
-          ("problems, sampled", "majority@"), ("problems, sampled", "weighted_vote@"))
 
 
 def results(page: Page) -> None:
@@ -63,9 +55,10 @@ def results(page: Page) -> None:
                                      {"task": row["task"], "metric": row["metric"]})
         line[row["stage"]] = interval(row)
         line["n"] = int(row["n"]) if row["n"] == row["n"] else None
-    panels = [row | {"panel": f"{row['task']}\n{row['metric']}"} for task, start in PANELS
-              for row in rows.to_dict("records") if row["task"] == task
-              and row["metric"].startswith(start) and row["low"] == row["low"]]
+    panels = [row | {"panel": f"{task}\n{row['metric']}"} for task, family in FAMILIES.items()
+              for start in (family.headline if family.panels is None else family.panels)
+              for row in rows[rows.task.eq(task) & rows.low.notna()].to_dict("records")
+              if row["metric"].startswith(start)]
     if panels:
         page.picture("results.png", report_figures.stage_results, pd.DataFrame(panels),
                      caption="Each measure by stage, with 95% intervals.")
@@ -100,7 +93,7 @@ def stage_gains(page: Page) -> None:
             page.add("`eval/stage_gains.csv` is empty: there was only one stage to measure.")
         return
     table["significant"] = table.significant.astype(str) == "True"
-    kept = table[~table.metric.str.contains("^error, |-shot, |nats per token T", regex=True)]
+    kept = table[~is_aside(table)]
     kept = kept.assign(p=pd.to_numeric(kept.p, errors="coerce") if "p" in kept else float("nan"))
     page.add("Each row compares two stages item by item. *Significant* means that the paired 95% "
              "interval leaves out 0, that McNemar's p is below 0.05 where items are right or "
@@ -239,14 +232,12 @@ def baselines(page: Page) -> None:
     page.origin()
     absent = [{"model": name, "": f"not available here: {reason}"}
               for name, reason in found.get("not available here", {}).items()]
-    shown = [("protocols", "perplexity T1"), ("protocols", "word perplexity T3"),
-             ("sentiment", "accuracy"), ("problems", "exact match")]
+    last = list(found["models"].values())[-1]
+    named = [(task, metric) for task, family in FAMILIES.items() for metric in last.get(task, {})
+             if family.leads(metric) and " minus " not in metric]
     lines = [{"task": task, "metric": metric,
               **{model: interval(tasks[task][metric]) for model, tasks in found["models"].items()
-                 if metric in tasks.get(task, {})}} for task, start in shown
-             for metric in dict.fromkeys(m for tasks in found["models"].values() for m in tasks.get(
-                 task, {})) if metric == start
-             or metric.startswith(f"{start}, ") and task == "protocols" and " minus " not in metric]
+                 if metric in tasks.get(task, {})}} for task, metric in named]
     page.add(markdown_table(lines, ["task", "metric", *found["models"]]))
     if absent:
         page.add(markdown_table(absent))

@@ -5,6 +5,7 @@ derived from it agree.
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,11 +21,13 @@ from modern_llm.data.tasks import sentences, solve, word_problems
 from modern_llm.data.tokens import end_of_text_id, save_tokenizer, train_tokenizer
 from modern_llm.evaluation.asking import Subject, ask, baselines, separator_ids
 from modern_llm.evaluation.evals import piece, same_settings
+from modern_llm.evaluation.families import FAMILIES, TaskFamily, register_family
 from modern_llm.evaluation.pieces import (
     document_pair, perplexity_rows, preference_piece, protocol_measures, protocol_piece,
     score_examples,
 )
 from modern_llm.evaluation.reranking import sample_items, verifier_mistakes
+from modern_llm.evaluation.stages import evaluate, overlap_sets, record
 from modern_llm.evaluation.written import mark_problems, problem_items, problem_piece
 from modern_llm.evaluation.ledger import (
     STAGES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows,
@@ -374,3 +377,42 @@ def test_bad_evaluation_files_are_named(name, text, words, tmp_path, monkeypatch
     read = sentences if name.startswith("sst2") else word_problems
     with pytest.raises(ValueError, match=words):
         read(name.split("/")[0], "test", 10)
+
+
+def shouts(of, subject):
+    """Whether a model writes a word in capitals, which is asked of it in small letters."""
+    words = [problem.question.split()[0] for problem in of.problems]
+    answers = ask(subject, words, [("a", "A")], max_new_tokens=2)
+    return pd.DataFrame({"item": range(len(words)),
+                         "right": [a.text == word.upper() for a, word in zip(answers, words)]})
+
+
+def test_a_task_in_one_entry_is_measured_and_in_the_ledger(model, tokenizer, tmp_path):
+    """One registered from outside, beside the others, through the whole evaluation of a model."""
+    folder, run_folder = tmp_path / "model", tmp_path / "run"
+    for needed in (folder, run_folder / "eval"):
+        needed.mkdir(parents=True)
+    save_model(folder, model)
+    save_tokenizer(tokenizer, folder)
+    (run_folder / "run.json").write_text('{"stages": {}}')
+    config = override(get_pipeline_preset("lesson"), {"eval": {
+        "num_problems": 4, "sampled_problems": 2, "samples_per_problem": 2, "num_sentences": 4,
+        "num_instructions": 4, "num_pairs": 4, "max_new_tokens": 4, "shots": [0], "draws": 1,
+        "max_perplexity_tokens": 500, "protocol_tokens": 500}})
+    run = SimpleNamespace(config=config, device="cpu", folder=run_folder / "eval", start=folder,
+                          inputs={"checkpoint": folder})
+    family = register_family(TaskFamily(
+        "shouting", shouts, lambda of, stage, table: [
+            item_rows(stage, "shouting", "exact match", table.item, table.right)],
+        lambda of, stage, asked, _: f"first words in capitals, {asked}",
+        headline=("exact match",), texts=lambda of: [p.question for p in of.problems]))
+    try:
+        found = evaluate(run)
+        written = read_ledger(run.folder)
+        row, = written[written.task == "shouting"].to_dict("records")
+        assert (row["stage"], row["metric"], row["n"]) == ("checkpoint", "exact match", 4)
+        assert row["protocol"].startswith("first words in capitals, document")
+        assert "checkpoint: shouting, exact match" in {r["metric"] for r in record(found)["table"]}
+        assert set(FAMILIES) <= set(written.task) and family.name in overlap_sets(found)
+    finally:
+        del FAMILIES["shouting"]

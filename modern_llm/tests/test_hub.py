@@ -26,9 +26,10 @@ from modern_llm.files import DamagedFolder, read_json, write_json
 from modern_llm.interchange import hub
 from modern_llm.interchange.foreign import TransformersLM
 from modern_llm.interchange.llama_layout import CannotImport, model_config
-from modern_llm.models.decoder import ModernDecoderLM, load_model
+from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import generate
 from modern_llm.models.likelihoods import completion_log_probs, document_nats
+from modern_llm.models.saving import load_model
 
 transformers = pytest.importorskip("transformers",
                                    reason="transformers writes the models that are imported here")

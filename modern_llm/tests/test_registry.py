@@ -116,7 +116,7 @@ def test_sentences_in_one_entry(added):
 def test_a_parser_may_be_named_and_may_take_all_rows(added):
     info = added("trees", "chats", [{"message_id": "a", "role": "prompter", "text": "Hi?",
                                      "lang": "en"}],
-                 parse="modern_llm.data.conversations.best_paths", parses_all=True)
+                 parse="modern_llm.data.conversations:best_paths", parses_all=True)
     assert list(items("trees")) == [[{"role": "user", "content": "Hi?"}]] and info.parses_all
 
 

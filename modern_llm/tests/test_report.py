@@ -14,6 +14,7 @@ import pytest
 
 from modern_llm.config import NOTEBOOKS, TRAINED, to_dict
 from modern_llm.config import get_pipeline_preset
+from modern_llm.evaluation.families import FAMILIES, TaskFamily, register_family
 from modern_llm.report.evaluation import main_rows
 from modern_llm.report.page import ReportError, Run, interval, markdown_table, number
 from modern_llm.report.seeds import summarise_seeds
@@ -406,6 +407,27 @@ def test_main_rows():
     kept = main_rows(pd.read_csv(io.StringIO(LEDGER)))
     assert kept.metric.tolist() == ["bits per byte, synthetic", "exact match", "exact match",
                                     "majority@16"]
+
+
+def test_a_task_in_one_entry_is_in_the_report(tmp_path, monkeypatch):
+    from modern_llm.report import pictures
+
+    family = TaskFamily("spelling", str, str, str, headline=("exact match",), aside="^letter, ")
+    monkeypatch.setitem(FAMILIES, "spelling", family)
+    make_run(tmp_path / "runs")
+    with open(tmp_path / "runs" / "small" / "eval" / "ledger.csv", "a") as file:
+        file.write('sft,spelling,exact match,0.8,0.7,0.9,50,"greedy, whole word",1.0\n'
+                   'sft,spelling,"letter, a",0.1,0.0,0.2,50,greedy,1.0\n')
+    drawn, draw = [], pictures.stage_results
+    monkeypatch.setattr(pictures, "stage_results", lambda table, path: drawn.extend(table.panel)
+                                                                       or draw(table, path))
+    text = write_report("small", tmp_path / "runs", tmp_path / "out").read_text()
+    assert "| spelling | exact match |" in text and "\n| spelling | letter, a |" not in text
+    assert "greedy, whole word" in text and "spelling\nexact match" in drawn
+    monkeypatch.delitem(FAMILIES, "spelling")
+    assert register_family(family) is FAMILIES["spelling"] and family.leads("exact match")
+    with pytest.raises(ValueError, match="'spelling' is taken"):
+        register_family(family)
 
 
 def test_numbers_and_tables():

@@ -24,7 +24,8 @@ from modern_llm.data.conversations import best_paths
 from modern_llm.data.packing import build_token_cache
 from modern_llm.data.sources import DataError
 from modern_llm.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
-from modern_llm.models.decoder import ModernDecoderLM, load_model, save_model
+from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import load_model, save_model
 from modern_llm.statistics import perplexity_ratio
 from modern_llm.training import sft
 from modern_llm.training.optim import lm_loss
