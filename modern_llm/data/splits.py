@@ -207,8 +207,8 @@ def make_cut(documents: Iterable[str],
             f"and {len(hundredths)} or more are needed, one each for {', '.join(hundredths)}; add "
             "rows (those with the same instruction, question or text count once)")
     left, parts, notes = {key: size if divisible else 1 for key, size in sizes.items()}, {}, []
-    for split in reversed(held_out):
-        chosen = smallest(left, min(0.1, FEW / n))
+    for waiting, split in zip(range(len(held_out), 0, -1), reversed(held_out)):
+        chosen = smallest(left, min(0.1, FEW / n))[:len(left) - waiting]  # one for each that waits
         parts |= {key: {split: slice(None)} for key in chosen}
         left = {key: weight for key, weight in left.items() if key not in parts}
         notes.append(f"{len(chosen)} held out for {split}")

@@ -7,7 +7,7 @@ import random
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modern_llm.config import DataConfig
@@ -240,6 +240,7 @@ texts_of = st.lists(st.text(st.sampled_from("ab .\n"), min_size=1, max_size=80),
 @pytest.mark.parametrize("hundredths", [TRAIN_ONLY, TEST_ONLY], ids=["train only", "test only"])
 @pytest.mark.parametrize("divisible", [True, False], ids=["texts", "rows"])
 @quick
+@example(["a", ".", "aaaaaaaaa"])  # the two lightest are a tenth of all, and two splits wait
 @given(texts_of)
 def test_every_character_is_on_one_side(divisible, hundredths, texts):
     try:
