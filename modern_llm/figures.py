@@ -48,10 +48,17 @@ def small_png(fig: Figure, colours: int = 128) -> bytes:
     return packed.getvalue()
 
 
+def colour_map(name: str):
+    """A colour map of seaborn's, such as "mako_r" or "vlag", which matplotlib does not know."""
+    import seaborn as sns  # and with it scipy, where that is installed: two seconds
+
+    return sns.color_palette(name, as_cmap=True)
+
+
 def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "",
             colour_bar: bool = True, **options):
     """Draw a matrix (rows downwards) on `ax`; options go to seaborn's heatmap."""
-    import seaborn as sns  # and with it scipy, where that is installed: two seconds
+    import seaborn as sns
 
     sns.heatmap(values, ax=ax, cmap=options.pop("cmap", "mako_r"), cbar=colour_bar,
                 square=options.pop("square", True), rasterized=True, **options)

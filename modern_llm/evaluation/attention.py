@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.synth_world import PEOPLE, PRONOUNS, state, world
-from ..figures import figure, heatmap
+from ..figures import colour_map, figure, heatmap
 from ..models.attention import attention_mask, attention_weights
 
 if TYPE_CHECKING:
@@ -294,7 +294,8 @@ def maps_figure(weights: Float[Tensor, "l h t s"]) -> Figure:
             mosaic[top:top + t, left:left + t] = weights[layer, head].sqrt()
     side = min(1.4, 14 / heads)
     fig, ax = figure(side * heads + 0.4, side * layers + 0.4)
-    ax.imshow(mosaic[:-gap, :-gap].numpy(), cmap="mako_r", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(mosaic[:-gap, :-gap].numpy(), cmap=colour_map("mako_r"), vmin=0, vmax=1,
+              interpolation="nearest")
     middles = lambda n: [i * (t + gap) + t / 2 for i in range(n)]
     ax.set(xticks=middles(heads), xticklabels=range(heads), xlabel="head",
            yticks=middles(layers), yticklabels=range(layers), ylabel="layer")

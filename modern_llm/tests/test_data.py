@@ -171,7 +171,7 @@ made.rename(place)
 info = json.loads((place / "dataset_info.json").read_text())
 info.update(builder_name="parquet", dataset_name="tiny_stories", config_name="default")
 (place / "dataset_info.json").write_text(json.dumps(info))
-from modern_llm import reading, sources
+from modern_llm.data import reading, sources
 assert sources.check_sources(["tinystories"])[0]["where"] == "hub (cached)"
 assert list(reading.documents("tinystories"))[:2] == ["story 0", "story 1"]
 assert reading.content_id("tinystories") == reading.content_id("roneneldan/TinyStories")

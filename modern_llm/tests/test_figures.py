@@ -3,6 +3,7 @@
 import base64
 import io
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from execnb.shell import CaptureShell
@@ -14,6 +15,7 @@ from modern_llm.figures import figure, small_png
 
 
 def test_a_notebook_stores_figures_with_a_palette():
+    plt.close("all")  # a notebook shows what other tests have left open
     notebook = CaptureShell()
     notebook.run("from modern_llm.figures import figure")
     outputs = notebook.run("fig, ax = figure(3, 2)\nax.plot([1, 2, 3]);")
