@@ -24,7 +24,8 @@ WITHOUT_A_DOT = tuple(
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run; `modern-llm presets` lists the names.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{', '.join(STAGES)}, or all.")
+@click.option("--stage", default="all", show_default=True, metavar="STAGE",
+              help=f"{', '.join(STAGES)}, or all.")
 @click.option("--run", "run_name", metavar="NAME",
               help="Folder under runs/; default: the preset's name.")
 @click.option("--checkpoint", metavar="PATH",
@@ -188,7 +189,8 @@ def _key_values(items: tuple[str, ...]) -> dict:
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE", help=f"{', '.join(STAGES)}, or all.")
+@click.option("--stage", default="all", show_default=True, metavar="STAGE",
+              help=f"{', '.join(STAGES)}, or all.")
 @click.option("--run", "run_name", metavar="NAME",
               help="Folder under runs/; default: the preset's name.")
 @click.option("--account", metavar="PROJECT",

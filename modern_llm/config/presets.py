@@ -131,8 +131,8 @@ def local() -> PipelineConfig:
 def tacc_h100() -> PipelineConfig:
     return PipelineConfig(
         name="tacc-h100",
-        description="253M parameters, 5.2B tokens of WikiText-103 and TinyStories on one 80 GB H100; "
-                    "planned, not run yet",
+        description="253M parameters, 5.2B tokens of WikiText-103 and TinyStories on one 80 GB "
+                    "H100; planned, not run yet",
         model=ModelConfig(vocab_size=50_304, context_length=1024, width=1024, num_layers=12,
                           num_heads=16, num_kv_heads=16, ffn_width=4096),
         data=DataConfig(sources=("wikitext-103-raw-v1", "tinystories"), tokenizer="gpt2",

@@ -43,8 +43,8 @@ def counterpart(folder: Path) -> tuple[ModelConfig, str]:
         option, default = f"model.{own[0]}", json.dumps(getattr(ModelConfig(), own[0]))
         what = {"use_attention_sinks": "adds a learned logit to the softmax"}.get(own[0], "has it")
         raise ExportError(f"{folder}: {option}={json.dumps(getattr(cfg, own[0]))} has no "
-                          f"counterpart: no Llama, Mistral, Mixtral or Qwen3 of transformers {what}. "
-                          f"Train with {option}={default} to export; "
+                          "counterpart: no Llama, Mistral, Mixtral or Qwen3 of "
+                          f"transformers {what}. Train with {option}={default} to export; "
                           "modern-llm itself reads this folder as it is")
     if (folder / "verifier.json").is_file():
         raise ExportError(f"{folder} is a verifier: its score comes from a head beside the "

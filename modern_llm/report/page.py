@@ -124,7 +124,8 @@ class Run:
     @cached_property
     def results(self) -> dict[str, dict]:
         """results.json of every stage that has one."""
-        return {stage: found for stage in NOTEBOOKS if (found := self.json(f"{stage}/results.json"))}
+        return {stage: found for stage in NOTEBOOKS
+                if (found := self.json(f"{stage}/results.json"))}
 
     @cached_property
     def params(self) -> dict[str, dict]:

@@ -57,8 +57,8 @@ def summary(page: Page) -> None:
     size = f"{parameter_count(cfg)['total']:,} parameters" if cfg else "unknown size"
     page.add(f"# Report of the run `{run.folder.name}`",
              f"Preset `{run.preset}`, {size}, seed {record.get('seed', 'unknown')}; "
-             f"{len(run.results)} of {len(NOTEBOOKS)} stages finished, {seconds / 60:.1f} minutes in "
-             f"all{f', begun {min(started)}' if started else ''}.")
+             f"{len(run.results)} of {len(NOTEBOOKS)} stages finished, {seconds / 60:.1f} minutes "
+             f"in all{f', begun {min(started)}' if started else ''}.")
     page.origin(short=False)
 
 

@@ -75,5 +75,5 @@ def no_inputs(stage: str, run_folder: Path, preset: str) -> StageError:
     return StageError(
         f"stage {stage} starts from an earlier checkpoint, and {run_folder} has none: no finished "
         f"stage {' or '.join(spec.starts_from or GENERATORS)}. Run `modern-llm run --preset "
-        f"{preset} --run {run_folder.name} --stage {spec.base[-1]}` first, or `--stage all`, or give a "
-        "checkpoint: --checkpoint PATH (in a notebook, checkpoint = \"PATH\").")
+        f"{preset} --run {run_folder.name} --stage {spec.base[-1]}` first, or `--stage all`, or "
+        "give a checkpoint: --checkpoint PATH (in a notebook, checkpoint = \"PATH\").")

@@ -116,8 +116,9 @@ def test_peaks_are_in_one_place_and_a_file_may_add_to_them(clusters):
 
 
 def test_help_names_the_clusters():
-    text = subprocess.run([sys.executable, "-c", "from modern_llm.cli import main; main()", "submit",
-                           "--help"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([sys.executable, "-c",
+                           "from modern_llm.cli import main; main()", "submit", "--help"],
+                          capture_output=True, text=True, check=True).stdout
     assert re.search(r"clusters/:\s+ls6,\s+vista\.", text)
 
 
@@ -144,7 +145,8 @@ def test_more_gpus_than_a_node_has(clusters):
     ("options = '-x'", "options='-x' is str, should be a list"),
     ("partitions = 3", r"partitions=3 must be a table \[partitions\]"),
     ("[partitions]\nx = 3", r"partitions.x=3 must be a table \[partitions.x\]"),
-    ("[partitions.x]\ngpu = 'A10'", "partitions.x.gpu='A10' has no known peak; did you mean 'A100'"),
+    ("[partitions.x]\ngpu = 'A10'",
+     "partitions.x.gpu='A10' has no known peak; did you mean 'A100'"),
     ("[partitions.x]\ngpus = '3'", "partitions.x.gpus='3' is str, should be int"),
     ("[partitions.x]\ngpus = 0", "partitions.x.gpus=0 must be over 0"),
     ("[partitions.x]\nhours = -1", "partitions.x.hours=-1.0 must be over 0"),
@@ -179,7 +181,8 @@ def test_modules_are_loaded_as_the_file_says(clusters, environment, loaded):
     ("slurm/smoke.json", "smoke")])
 def test_a_job_file_names_a_run_as_its_preset_does(preset, name):
     function = re.search(r"^preset_name\(\).*$", (ROOT / "slurm/job.sh").read_text(), re.M)[0]
-    said = subprocess.run(["/bin/bash", "-euo", "pipefail", "-c", f"{function}; preset_name {preset}"],
-                          cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.defpath}"})
+    said = subprocess.run(
+        ["/bin/bash", "-euo", "pipefail", "-c", f"{function}; preset_name {preset}"], cwd=ROOT,
+        capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.defpath}"})
     assert (said.stdout, said.returncode) == (name + "\n", 0)

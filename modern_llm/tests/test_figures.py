@@ -51,6 +51,7 @@ def test_the_style_file_is_seaborns_theme():
     changed = {"axes.spines.top", "axes.spines.right", "axes.titlesize", "legend.frameon",
                "savefig.dpi", "image.cmap", "axes.prop_cycle"}
     differs = lambda a, b: a != (pytest.approx(b) if isinstance(b, float) else b)
-    different = {name for name in theirs if name not in changed and differs(own[name], theirs[name])}
+    different = {name for name in theirs
+                 if name not in changed and differs(own[name], theirs[name])}
     assert different == set()
     assert np.allclose(figures.COLOURS, sns.color_palette("colorblind"), atol=1e-9)

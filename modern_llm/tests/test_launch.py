@@ -192,7 +192,8 @@ RULE = 75 * "-"
 FAILED = [RULE, 'Exception encountered at "In [4]":']
 TRACED = [RULE, "TypeError    Traceback (most recent call last)", "Cell In[4], line 2",
           "----> 2 begin()", "", "TypeError: it cannot run here:"]
-UNREADABLE = ["  Cell In[4], line 2", "    begin(", "         ^", "SyntaxError: '(' was never closed"]
+UNREADABLE = ["  Cell In[4], line 2", "    begin(", "         ^",
+              "SyntaxError: '(' was never closed"]
 
 
 @pytest.mark.fault("messages")

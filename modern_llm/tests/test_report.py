@@ -446,8 +446,9 @@ def test_numbers_and_tables():
 
 def test_no_torch_is_loaded(tmp_path):
     make_run(tmp_path / "runs", stages=("pretrain",))
-    code = ("import sys; from pathlib import Path; from modern_llm.report.write import write_report; "
-            "write_report('small', Path('runs'), Path('out')); assert 'torch' not in sys.modules")
+    code = (
+        "import sys; from pathlib import Path; from modern_llm.report.write import write_report; "
+        "write_report('small', Path('runs'), Path('out')); assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 

@@ -185,7 +185,8 @@ def test_many_samples_are_those_of_few(folder):
      (["--run", "it", "--stage", "verifier"], "makes no language model", 2),
      (["--run", "it", "--stage", "pretrain"], "is a base model", 2),
      (["--checkpoint", "VERIFIER"], "is a verifier", 2),
-     (["--checkpoint", "/nowhere"], "Tried", 2), (["--temperature", "nan"], "not a finite number", 2),
+     (["--checkpoint", "/nowhere"], "Tried", 2),
+     (["--temperature", "nan"], "not a finite number", 2),
      (["--temperature", "inf"], "not a finite number", 2),
      (["--temperature", "-1"], "range", 2), (["--max-new-tokens", "0"], "range", 2),
      (["--max-new-tokens", "-5"], "range", 2), (["--seed", "-1"], "range", 2)])

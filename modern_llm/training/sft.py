@@ -268,7 +268,8 @@ class InstructionTuning:
                                   config.data.isolate_documents, end_of_text_id(self.tokenizer))
         self.model = load_model(run.start, device=run.device)
 
-    def text(self, model: ModernDecoderLM, max_tokens: int | None = None) -> dict[str, pd.DataFrame]:
+    def text(self, model: ModernDecoderLM,
+             max_tokens: int | None = None) -> dict[str, pd.DataFrame]:
         """`text_nats` of the held-out pretraining text."""
         return text_nats(model, self.validation_caches, self.run.config, self.train.micro_batch,
                          max_tokens)
