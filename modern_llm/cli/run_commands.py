@@ -116,9 +116,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
         raise Failure(str(error)) from error
     if stage == "all":
         rows = runs_table(plan.run_folder.parent, plan.run_folder.name)
-        click.echo(
-            "\n"
-            f"{as_table([{key: row[key] for key in ('stage', 'status', 'minutes', 'figures')} for row in rows])}")
+        columns = ("stage", "status", "minutes", "figures")
+        click.echo("\n" + as_table([{key: row[key] for key in columns} for row in rows]))
         click.echo(f"\n{len(plan.stages)} stages in {(time.time() - began) / 60:.1f} minutes; run "
                    f"{plan.run_folder}")
 

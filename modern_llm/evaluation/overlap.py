@@ -180,10 +180,10 @@ def find_overlap(sets: Mapping[str, Sequence[str]], training: Iterable[str], n: 
     if not 1 <= shortest <= n:
         raise ValueError(
             f"find_overlap: n={n} and shortest={shortest} must obey 1 <= shortest <= n")
-    if not sets or (empty := [name for name, texts in sets.items() if not len(texts)]):
-        raise ValueError(
-            "find_overlap: "
-            f"{'set ' + repr(empty[0]) + ' has no items' if sets else 'no evaluation set was given'}")
+    if not sets:
+        raise ValueError("find_overlap: no evaluation set was given")
+    if empty := [name for name, texts in sets.items() if not len(texts)]:
+        raise ValueError(f"find_overlap: set {empty[0]!r} has no items")
     table = pd.DataFrame([(name, i, words(text)) for name, texts in sets.items()
                           for i, text in enumerate(texts)], columns=["set", "item", "words"])
     lengths = np.array([min(n, len(item)) for item in table.words])

@@ -275,7 +275,7 @@ def verifier(page: Page) -> None:
     for kind, mistakes in page.run.json("eval/verifier_mistakes.json").items():
         shown = [("score " + ("unknown" if one["score"] is None else f"{one['score']:.2f}"),
                   f"{one['question']}\n→ {one['answer']}\ngold: {one['gold']}") for one in mistakes]
-        page.add(folded(
-            f"{kind.capitalize()}: "
-            f"{'wrong answers it likes most' if 'positives' in kind else 'right answers it likes least'}",
-            text_block(shown)))
+        which = "wrong answers it likes most"
+        if "positives" not in kind:
+            which = "right answers it likes least"
+        page.add(folded(f"{kind.capitalize()}: {which}", text_block(shown)))

@@ -111,8 +111,8 @@ def job_states(ids: list[str]) -> dict[str, str]:
              else None)
     rows = queue.rows(4) if queue else []
     if queue and queue.code and not rows:
-        say("squeue: "
-            f"{(_lines(queue.err.strip() or queue.out.strip()) or [''])[-1] or f'exit code {queue.code}'}")
+        said = _lines(queue.err.strip() or queue.out.strip())[-1]
+        say(f"squeue: {said or f'exit code {queue.code}'}")
     for number, shown, state, reason in rows:
         for job in ids:
             if is_shown_as(job, number, shown, state):

@@ -73,7 +73,7 @@ def changes(former: dict, wanted: dict, place: str = "") -> list[str]:
         if isinstance(one, dict) and isinstance(other, dict):
             lines += changes(one, other, f"{path}.")
         elif (one != other or (name in former) != (name in wanted)) and name != "micro_batch_size":
-            lines.append(
-                f"{path}: "
-                f"{' -> '.join(json.dumps(side[name]) if name in side else 'not there' for side in (former, wanted))}")
+            values = (json.dumps(side[name]) if name in side else "not there"
+                      for side in (former, wanted))
+            lines.append(f"{path}: {' -> '.join(values)}")
     return lines
