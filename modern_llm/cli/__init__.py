@@ -44,15 +44,8 @@ def main() -> None:
     modern-llm datasets --preset local-cpu         is the data it needs there?
     modern-llm submit --preset tacc-h100 --dry-run   as jobs of a SLURM cluster: how long, the lines
     """
-    for stream in (sys.stdout, sys.stderr):
-        # a letter that the terminal's encoding lacks is shown as \\xe9, and ends nothing
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 for command in (run, submit, status, chat, sample, export, check_inference, presets, datasets,
                 prefetch):
     main.add_command(command)
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,7 @@ from functools import partial
 import click
 
 from modern_llm.cli.common import Failure, as_table
-from modern_llm.config import ALIASES, NOTEBOOKS, PRESETS, ConfigError
-from modern_llm.config import get_pipeline_preset, to_dict
+from modern_llm.config import ALIASES, NOTEBOOKS, PRESETS, ConfigError, get_pipeline_preset, to_dict
 
 
 @click.command()
@@ -110,7 +109,7 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
 
 @click.command()
 @click.option("--preset", required=True, metavar="NAME|FILE.json",
-              help="Whose data, tokenizer and baselines.")
+              help="Whose data, tokenizer and models.")
 def prefetch(preset: str) -> None:
     """Fetch what a preset needs and this machine does not have, on a login node whose compute nodes
     have no network.
@@ -136,7 +135,8 @@ def prefetch(preset: str) -> None:
         raise Failure(str(error)) from error
     tasks += [("GPT-2's tokenizer", gpt2_tokenizer)] * (config.data.tokenizer == "gpt2")
     tasks += [(name, partial(hub.find_model, name, download=True))
-              for name in config.eval.baselines]
+              for name in dict.fromkeys(filter(None, (config.start_from,
+                                                  *config.eval.baselines)))]
     failed = 0
     for name, fetch in tasks:
         try:

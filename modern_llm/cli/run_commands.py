@@ -74,8 +74,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     modern-llm run -p seed=1 --run seed-1 --dry-run      what would be done?
     """
     from modern_llm.cluster.submit import note_this_job
-    from modern_llm.messages import Preempted
-    from modern_llm.messages import StageError
+    from modern_llm.messages import Preempted, StageError
     from modern_llm.runs import pipeline
     from modern_llm.runs.outcomes import runs_table
     from modern_llm.runs.torchrun import launch_ranks
@@ -230,8 +229,7 @@ def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, g
     modern-llm status tacc-h100                  stages and their jobs
     """
     from modern_llm.cluster.submit import Chain, absolute_words
-    from modern_llm.config import override, parse_overrides
-    from modern_llm.config import ALIASES, PRESETS, get_pipeline_preset
+    from modern_llm.config import ALIASES, PRESETS, get_pipeline_preset, override, parse_overrides
     from modern_llm.messages import StageError
     from modern_llm.runs.pipeline import Plan
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.config import nearest
-from modern_llm.config import GENERATORS
+from modern_llm.config import GENERATORS, nearest
 from modern_llm.data.chat import (
     DEFAULT_FORMAT, chat_format, encode_chat, end_id, is_chat_model, stop_sequences,
 )

@@ -32,8 +32,7 @@ from modern_llm.runs.spec import setting
 
 # greetings come first, the name of a cluster behind
 ONLY_THE_NUMBER = r"sed -nE 's/^([0-9]+)(;.*)?$/\1/p' | tail -n 1"
-# what trains nothing: one job, slurm/eval.slurm, when all of it is wanted
-TOGETHER = tuple(name for name, spec in STAGES.items() if not spec.recipe)
+TOGETHER = ("eval", "attention", "report")  # one job, slurm/eval.slurm, when all are wanted
 
 
 def partition_of(config: PipelineConfig, cluster: Cluster) -> str | None:

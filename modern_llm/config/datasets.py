@@ -127,12 +127,14 @@ def register(info: DatasetInfo) -> DatasetInfo:
         raise ValueError(f"register: {info.name}: kind {info.kind!r} is none of {', '.join(KINDS)}")
     if info.kind != "text" and not info.parse:
         raise ValueError(f"register: {info.name}: rows become {info.kind} by a parser; give parse=")
+    if info.kind == "text" and info.parse:
+        raise ValueError(f"register: {info.name}: a text is its fields, joined; leave parse= out")
     DATASET_REGISTRY[info.name] = info
     return info
 
 
 def function_of(given: Callable | str) -> Callable:
-    """A function, given as itself or by where it is: "package.module:name"."""
+    """A function or class, given as itself or by where it is: "package.module:name"."""
     if callable(given):
         return given
     module, _, name = given.partition(":")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -127,5 +128,6 @@ def gpu_peaks() -> dict[str, float]:
     """
     peaks = dict(PEAK_FLOPS)
     for name in cluster_files():
-        peaks.update(get_cluster(name).peaks)
+        with contextlib.suppress(ConfigError):  # `submit` says what is wrong with a file
+            peaks.update(get_cluster(name).peaks)
     return dict(sorted(peaks.items(), key=lambda item: -len(item[0])))

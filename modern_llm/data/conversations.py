@@ -53,7 +53,8 @@ def best_paths(messages: Iterable[dict], languages: Sequence[str] = ("en",)) -> 
             raise DataError(
                 f"{place}: an assistant's message has no parent_id, but answers something")
     if roots and not (there := {root["lang"] for root in roots}) & set(languages):
-        raise DataError(f"oasst1: no conversation is in {', '.join(languages)}, only in "
+        file = place.partition(": ")[0]
+        raise DataError(f"{file}: no conversation is in {', '.join(languages)}, only in "
                         f"{', '.join(sorted(there))}")
     for root in (root for root in roots if root["lang"] in languages):
         path = [root]

@@ -18,7 +18,7 @@ from ..files import write_json, write_text
 from ..statistics import items_interval, mcnemar, paired_difference, ratio_interval
 
 # %% auto #0
-__all__ = ['COLUMNS', 'INTERVAL', 'STAGES', 'MEASURES', 'item_rows', 'in_order', 'difference_row', 'measure_rows',
+__all__ = ['COLUMNS', 'INTERVAL', 'STAGES', 'MEASURES', 'ASKED', 'item_rows', 'in_order', 'difference_row', 'measure_rows',
            'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger', 'mcnemar_p', 'is_significant',
            'stage_gains', 'comparison_table', 'cost_rows', 'stage_ledger', 'problem_analysis', 'derive',
            'write_derived']
@@ -231,13 +231,17 @@ def stage_ledger(ledger: pd.DataFrame) -> pd.DataFrame:
 MEASURES = ["value", "low", "high", "n"]
 
 
+ASKED = {"problems": "greedy", "problems, calculator": "calculator",
+         "problems, sampled": "on the sampled problems"}
+
+
 def problem_analysis(ledger: pd.DataFrame) -> dict:
     """Word problems stage by stage: greedy, by level, calculator on and off, kinds of errors, and
     the curves against samples.
     """
     measure = lambda row: {name: row[name] for name in MEASURES}
     found: dict = {"stages": {}, "curves": {}, "differences": []}
-    for row in ledger[ledger.task.str.startswith("problems")].to_dict("records"):
+    for row in ledger[ledger.task.isin(ASKED)].to_dict("records"):
         metric, task, stage = (row["metric"], row["task"],
                                found["stages"].setdefault(row["stage"], {}))
         name, _, group = metric.partition(", ")
@@ -253,8 +257,7 @@ def problem_analysis(ledger: pd.DataFrame) -> dict:
         elif task == "problems" and name == "error" and "level" not in metric:
             stage.setdefault("errors", {})[group] = measure(row)
         elif name == "exact match":
-            place = {"problems": "greedy", "problems, calculator": "calculator",
-                     "problems, sampled": "on the sampled problems"}[task]
+            place = ASKED[task]
             (stage.setdefault(f"{place} by level", {}) if group else stage)[group or place] = {
                 **measure(row), **({} if group else {"protocol": row["protocol"]})}
     return found

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer
 
-from modern_llm.config import EvalConfig, PipelineConfig
+from modern_llm.config import BUILT_IN, EvalConfig, PipelineConfig
 from modern_llm.data import synth
 from modern_llm.data.packing import TokenCache, build_token_cache
 from modern_llm.data.pairs import Pair, encode_pairs, preference_pairs
@@ -86,7 +86,7 @@ def evaluation_items(config: PipelineConfig, tokenizer: Tokenizer) -> Evaluation
                              settings.num_problems, **levels)
     sampled = [i for i, p in enumerate(problems) if settings.problems != "synthetic"
                or p.level in settings.sampled_levels][:settings.sampled_problems]
-    built_in = any(source.startswith("synthetic") for source in config.sft.sources)
+    built_in = bool(set(BUILT_IN) & set(config.sft.sources))
     requests = lambda split, n: list(
         itertools.islice(synth.instructions(split, seed=7, world_seed=world_seed), n))
     each = math.ceil(settings.num_pairs / len(config.dpo.sources))

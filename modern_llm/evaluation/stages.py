@@ -19,9 +19,7 @@ from modern_llm.evaluation.asking import Subject, baselines
 from modern_llm.evaluation.evals import piece, same_settings
 from modern_llm.evaluation.families import FAMILIES, SAMPLED
 from modern_llm.evaluation.held_out import held_out_pages, scored_split
-from modern_llm.evaluation.ledger import (
-    cost_rows, item_rows, ledger_rows, read_ledger, stage_gains, write_derived, write_ledger,
-)
+from modern_llm.evaluation.ledger import cost_rows, ledger_rows, read_ledger, write_derived, write_ledger
 from modern_llm.evaluation.measuring import evaluation_items
 from modern_llm.evaluation.overlap import clean_rows, overlap_summary, run_overlap, training_sources
 from modern_llm.evaluation.pieces import perplexity_rows

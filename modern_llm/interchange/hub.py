@@ -24,7 +24,7 @@ from modern_llm.data.tokens import build_lock, cache_root, load_tokenizer
 from modern_llm.files import DamagedFolder, check_folder, find_folder, read_record, sha256
 from modern_llm.interchange.importing import (
     IMPORT_VERSION, check_vocabulary, generation_settings, gguf_file, import_model, is_third_party,
-    source_name, source_tokenizer, token_ids, with_end_of_text, with_settings, with_transformers,
+    source_tokenizer, token_ids, with_end_of_text, with_settings, with_transformers,
 )
 from modern_llm.interchange.llama_layout import REMEDY, CannotImport, weight_files
 from modern_llm.messages import StageError, say

@@ -37,7 +37,7 @@ def main_rows(ledger: pd.DataFrame) -> pd.DataFrame:
 def results(page: Page) -> None:
     import pandas as pd
 
-    from modern_llm.report import pictures as report_figures
+    from modern_llm.report import pictures
 
     page.add("## Results")
     ledger = page.run.frame("eval/ledger.csv")
@@ -60,7 +60,7 @@ def results(page: Page) -> None:
               for row in rows[rows.task.eq(task) & rows.low.notna()].to_dict("records")
               if row["metric"].startswith(start)]
     if panels:
-        page.picture("results.png", report_figures.stage_results, pd.DataFrame(panels),
+        page.picture("results.png", pictures.stage_results, pd.DataFrame(panels),
                      caption="Each measure by stage, with 95% intervals.")
     page.add(markdown_table(by_measure.values(), ["task", "metric", *stages, "n"]))
     page.add("Brackets are 95% intervals over the items measured, not over seeds.")
@@ -77,14 +77,14 @@ def results(page: Page) -> None:
                 for name, row in found.get("greedy by level", {}).items()
                 if name.split()[-1].isdigit()]
     if by_level:
-        page.picture("levels.png", report_figures.levels, measured(by_level),
+        page.picture("levels.png", pictures.levels, measured(by_level),
                      caption="Word problems by number of steps, greedy answers.")
 
 
 def stage_gains(page: Page) -> None:
     import pandas as pd
 
-    from modern_llm.report import pictures as report_figures
+    from modern_llm.report import pictures
 
     page.add("## Stage gains")
     table = page.run.frame("eval/stage_gains.csv")
@@ -103,7 +103,7 @@ def stage_gains(page: Page) -> None:
     shares = kept[~kept.task.eq("perplexity")]
     labels = shares.stage + " − " + shares.against + ": " + shares.task + ", " + shares.metric
     if len(shares):
-        page.picture("gains.png", report_figures.gains, shares.assign(label=labels).head(40),
+        page.picture("gains.png", pictures.gains, shares.assign(label=labels).head(40),
                      caption="Changes with their paired intervals; filled points are significant. "
                              "Perplexity: see the table.")
     page.add(markdown_table(
@@ -153,7 +153,7 @@ def perplexities(page: Page) -> None:
 
 
 def sentiment(page: Page) -> None:
-    from modern_llm.report import pictures as report_figures
+    from modern_llm.report import pictures
 
     rows = of_task(page, "Sentiment by demonstrations", "sentiment", r"-shot, |^majority class$")
     if rows is None:
@@ -165,7 +165,7 @@ def sentiment(page: Page) -> None:
              "demonstrations in the order that uses the labels most evenly (ordered).")
     page.origin()
     majority = rows[rows.metric == "majority class"].value.iloc[0]
-    page.picture("sentiment.png", report_figures.sentiment, shots, majority,
+    page.picture("sentiment.png", pictures.sentiment, shots, majority,
                  caption="Accuracy by number of demonstrations, with 95% intervals over sentences; "
                          "dashed: always the commonest label.")
     spread = rows[rows.metric.str.endswith(", over draws")].set_index(["stage", "metric"])
@@ -244,7 +244,7 @@ def baselines(page: Page) -> None:
 
 
 def verifier(page: Page) -> None:
-    from modern_llm.report import pictures as report_figures
+    from modern_llm.report import pictures
 
     page.add("## What the verifier is worth")
     if page.missing("verifier"):
@@ -255,7 +255,7 @@ def verifier(page: Page) -> None:
     page.add(measures(row for row in found.get("table", []) if row["metric"].startswith(telling)))
     if found.get("rerank"):
         table = measured(found["rerank"])
-        page.picture("rerank.png", report_figures.rerank,
+        page.picture("rerank.png", pictures.rerank,
                      table, caption="The verifier stage's held-out problems: share right by way of "
                                     "choosing; bands are 95% intervals.")
         last = table[table["size"] == table["size"].max()]
@@ -263,13 +263,13 @@ def verifier(page: Page) -> None:
             {"way to choose": row["method"].replace("_", " "), "answers": row["size"],
              "share right": interval(row), "n": row.get("n")} for row in last.to_dict("records")))
     if found.get("calibration"):
-        page.picture("calibration.png", report_figures.calibration, measured(found["calibration"]),
+        page.picture("calibration.png", pictures.calibration, measured(found["calibration"]),
                      caption="Calibration: below the dashed line the verifier is too sure.")
     curves = page.run.json("eval/gsm8k_analysis.json").get("curves", {})
     for stage in dict.fromkeys(row["stage"] for rows in curves.values() for row in rows):
         rows = [{"method": method, **row} for method, line in curves.items()
                 for row in line if row["stage"] == stage]
-        page.picture(f"rerank_eval_{stage}.png", report_figures.rerank,
+        page.picture(f"rerank_eval_{stage}.png", pictures.rerank,
                      measured(rows), caption=f"The evaluation's problems, samples of {stage}; "
                                              "pass: at least one of them is right.")
     for kind, mistakes in page.run.json("eval/verifier_mistakes.json").items():

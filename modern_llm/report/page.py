@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.config import BUILT_IN, NOTEBOOKS
+from modern_llm.config import BUILT_IN, NOTEBOOKS, STAGES
 from modern_llm.files import read_json
 from modern_llm.messages import UserError
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 MEASURED = ("ledger.csv", "contamination.csv", "clean_scores.csv", "verifier_mistakes.json",
             "baseline_comparison.json")
 EVAL_FILES = (*MEASURED, "stage_gains.csv", "stage_ledger.csv", "comparison_table.csv",
-              "task_metrics.json", "gsm8k_analysis.json", "base_eval.json", "sft_eval.json",
-              "dpo_eval.json", "verifier_eval.json")  # the others follow from the ledger
+              "task_metrics.json", "gsm8k_analysis.json",
+              *(f"{spec.called}_eval.json" for spec in STAGES.values() if spec.called),
+              "checkpoint_eval.json")  # the others follow from the ledger
 
 
 class ReportError(UserError, ValueError):

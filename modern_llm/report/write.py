@@ -17,8 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from modern_llm.config import NOTEBOOKS, STAGES, TRAINED, ModelConfig
-from modern_llm.config import override
+from modern_llm.config import NOTEBOOKS, STAGES, TRAINED, ModelConfig, override
 from modern_llm.files import write_text
 from modern_llm.models.counts import flops_per_token, parameter_count
 from modern_llm.report.evaluation import (
@@ -80,7 +79,7 @@ def pipeline(page: Page) -> None:
 
 
 def architecture(page: Page) -> None:
-    from modern_llm.report import pictures as report_figures
+    from modern_llm.report import pictures
 
     page.add("## Architecture")
     cfg = model_of(page.run)
@@ -105,7 +104,7 @@ def architecture(page: Page) -> None:
         "training FLOPs per token": f"{flops_per_token(cfg):.2e}",
     }.items()]))
     parts = {name: count for name, count in counts.items() if name not in ("total", "active")}
-    page.picture("parameters.png", report_figures.parameters, parts,
+    page.picture("parameters.png", pictures.parameters, parts,
                  caption="Where the parameters are.")
 
 
@@ -124,7 +123,7 @@ def data(page: Page) -> None:
 
 
 def training(page: Page) -> None:
-    from modern_llm.report import pictures as report_figures
+    from modern_llm.report import pictures
 
     page.add("## Training curves and what each stage measured")
     for stage in TRAINED:
@@ -133,11 +132,11 @@ def training(page: Page) -> None:
             continue
         results, metrics = page.run.results[stage], page.run.frame(f"{stage}/metrics.jsonl")
         if stage == "dpo":
-            page.picture("dpo_preferences.png", report_figures.preference_curves, metrics,
+            page.picture("dpo_preferences.png", pictures.preference_curves, metrics,
                          caption="Dots: held-out pairs; lines: training batches.")
         floor = results.get("floor")
         page.picture(
-            f"{stage}.png", report_figures.curves, metrics, floor=floor,
+            f"{stage}.png", pictures.curves, metrics, floor=floor,
             caption="Training and held-out loss against tokens."
                     + (" Dashed: the entropy floor, below which no model's expected loss lies."
                        if floor else ""))
@@ -233,7 +232,7 @@ def reproduce(page: Page) -> None:
 
 
 def cost(page: Page) -> None:
-    from modern_llm.report import pictures as report_figures
+    from modern_llm.report import pictures
 
     page.add("## Cost")
     cfg, rows, device = model_of(page.run), [], page.run.record.get("device", "cpu")
@@ -256,7 +255,7 @@ def cost(page: Page) -> None:
     if not rows:
         page.add("No stage has run.")
         return
-    page.picture("cost.png", report_figures.cost, {row["stage"]: row["minutes"] for row in rows},
+    page.picture("cost.png", pictures.cost, {row["stage"]: row["minutes"] for row in rows},
                  caption="Minutes of each stage by the clock.")
     summed = ("minutes", "of them training", unit, "tokens", "training FLOPs")
     rows.append({"stage": "all", **{name: sum(row[name] or 0 for row in rows) for name in summed}})

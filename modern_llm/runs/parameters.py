@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from modern_llm.config import ConfigError, PipelineConfig, nearest
-from modern_llm.config import override, parse_overrides
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import (
+    ConfigError, PipelineConfig, get_pipeline_preset, nearest, override, parse_overrides,
+)
 from modern_llm.files import CHECKOUT
 from modern_llm.messages import StageError
 from modern_llm.runs.locks import owner_of

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import os
 import re
 import signal
@@ -20,9 +19,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import NOTEBOOKS, STAGES, ConfigError, nearest
-from modern_llm.config import override, parse_overrides
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import (
+    NOTEBOOKS, STAGES, ConfigError, get_pipeline_preset, nearest, override, parse_overrides,
+)
 from modern_llm.files import read_json, write_json
 from modern_llm.interchange.hub import find_checkpoint
 from modern_llm.messages import Preempted, StageError
@@ -33,8 +32,7 @@ from modern_llm.runs.locks import COMMAND_LOCK, RunLock, is_alive, owner_of
 from modern_llm.runs.parameters import choose_folder, refuse_unknown, report_folder, resolve
 from modern_llm.runs.record import writes_to
 from modern_llm.runs.resume import begun, changed_settings, params_of, resume_blocker, run_record
-from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
-from modern_llm.runs.scheduler import this_job
+from modern_llm.runs.scheduler import PREEMPTION_SIGNALS, this_job
 from modern_llm.runs.spec import changes, notebook_of
 
 STOP_FILE = "STOP"  # the trainer looks for it after every step
@@ -67,7 +65,7 @@ def chosen_stages(stage: str, given: object) -> list[str]:
         return [stage]
     there = [name for name in NOTEBOOKS
              if declared_parameters(name) and not (given and STAGES[name].first)]
-    return [*there, "report"] if importlib.util.find_spec("modern_llm.report") else there
+    return [*there, "report"]
 
 
 def declared_parameters(stage: str) -> dict:

@@ -19,8 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.config import PipelineConfig, TrainConfig
-from modern_llm.config import to_dict
+from modern_llm.config import PipelineConfig, TrainConfig, to_dict
 from modern_llm.files import read_json, write_json
 from modern_llm.messages import StageError
 from modern_llm.models.counts import flops_per_token

@@ -5,11 +5,11 @@ what it trains. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 
 from modern_llm.config import STAGES, PipelineConfig, to_dict
+from modern_llm.config.datasets import function_of
 from modern_llm.files import CHECKOUT
 
 # Those of a stage's own settings that may change while it is under way: how long and how often, by
@@ -39,8 +39,7 @@ def notebook_of(stage: str) -> Path:
 
 def recipe_of(stage: str) -> type:
     """The class that prepares and trains a stage on every rank, made of its run; imports torch."""
-    module, name = STAGES[stage].recipe.split(":")
-    return getattr(importlib.import_module(module), name)
+    return function_of(STAGES[stage].recipe)
 
 
 def setting(config: PipelineConfig, path: str) -> object:

@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.config import GPT2_VOCAB_SIZE, STAGES, PipelineConfig, TrainConfig
-from modern_llm.config import override, to_dict
+from modern_llm.config import (
+    GPT2_VOCAB_SIZE, STAGES, PipelineConfig, TrainConfig, override, to_dict,
+)
 from modern_llm.files import read_json
 from modern_llm.interchange.hub import find_checkpoint, is_model
 from modern_llm.messages import Preempted, StageError, say

@@ -113,6 +113,8 @@ def test_peaks_are_in_one_place_and_a_file_may_add_to_them(clusters):
     assert peak_flops("NVIDIA B200") == 2250e12 and peak_flops("NVIDIA B2000") is None
     (clusters / "other.toml").write_text('[peaks]\n"B200 (early)" = 1e15')
     assert peak_flops("NVIDIA B200") == 2250e12
+    (clusters / "broken.toml").write_text("[peaks")  # of a cluster that nobody asked for
+    assert peak_flops("NVIDIA B200") == 2250e12 and peak_flops("") is None
 
 
 def test_help_names_the_clusters():

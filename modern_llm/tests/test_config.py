@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from modern_llm.cli import main
-from modern_llm.config import ConfigError
-from modern_llm.config import override, to_dict
-from modern_llm.config import ALIASES, PRESETS, get_pipeline_preset, local_cpu, tacc_h100
+from modern_llm.config import (
+    ALIASES, PRESETS, ConfigError, get_pipeline_preset, local_cpu, override, tacc_h100, to_dict,
+)
 from modern_llm.models import counts
 from modern_llm.runs.parameters import choose_folder
 from modern_llm.runs.pipeline import Plan

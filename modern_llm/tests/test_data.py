@@ -18,8 +18,7 @@ from click.testing import CliRunner
 
 from modern_llm import cli
 from modern_llm.config import DataConfig
-from modern_llm.data import packing
-from modern_llm.data import reading, sources, splits, tokens
+from modern_llm.data import packing, reading, sources, splits, tokens
 from modern_llm.data.sources import DataError, DatasetNotFound
 from modern_llm.training.distributed import World
 

@@ -12,9 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm.config import ConfigError, ModelConfig
-from modern_llm.config import override
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import ConfigError, ModelConfig, get_pipeline_preset, override
 from modern_llm.data import synth
 from modern_llm.data.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id, is_chat_model
 from modern_llm.data.tasks import sentences, solve, word_problems
@@ -402,17 +400,18 @@ def test_a_task_in_one_entry_is_measured_and_in_the_ledger(model, tokenizer, tmp
     run = SimpleNamespace(config=config, device="cpu", folder=run_folder / "eval", start=folder,
                           inputs={"checkpoint": folder})
     family = register_family(TaskFamily(
-        "shouting", shouts, lambda of, stage, table: [
-            item_rows(stage, "shouting", "exact match", table.item, table.right)],
+        "problems, shouted", shouts, lambda of, stage, table: [
+            item_rows(stage, "problems, shouted", "exact match", table.item, table.right)],
         lambda of, stage, asked, _: f"first words in capitals, {asked}",
         headline=("exact match",), texts=lambda of: [p.question for p in of.problems]))
     try:
         found = evaluate(run)
         written = read_ledger(run.folder)
-        row, = written[written.task == "shouting"].to_dict("records")
+        row, = written[written.task == "problems, shouted"].to_dict("records")
         assert (row["stage"], row["metric"], row["n"]) == ("checkpoint", "exact match", 4)
         assert row["protocol"].startswith("first words in capitals, document")
-        assert "checkpoint: shouting, exact match" in {r["metric"] for r in record(found)["table"]}
+        metrics = {row["metric"] for row in record(found)["table"]}
+        assert "checkpoint: problems, shouted, exact match" in metrics
         assert set(FAMILIES) <= set(written.task) and family.name in overlap_sets(found)
     finally:
-        del FAMILIES["shouting"]
+        del FAMILIES["problems, shouted"]

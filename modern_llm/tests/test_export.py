@@ -17,13 +17,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from modern_llm.cli import main
-from modern_llm.config import ModelConfig
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import ModelConfig, get_pipeline_preset
 from modern_llm.data import synth
 from modern_llm.data.chat import CHAT_TEMPLATE, encode_chat, end_id, is_chat_model
 from modern_llm.data.tokens import end_of_text_id, load_tokenizer, save_tokenizer, train_tokenizer
 from modern_llm.files import DamagedFolder, atomic_folder, check_folder, read_json, write_json
-from modern_llm.interchange import export, hub
+from modern_llm.interchange import hub
 from modern_llm.interchange.export import ExportError, shards
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import generate

@@ -32,8 +32,7 @@ import numpy as np
 import pytest
 import torch
 
-from modern_llm.config import TrainConfig
-from modern_llm.config import override
+from modern_llm.config import TrainConfig, override
 from modern_llm.data.tasks import Problem
 from modern_llm.data.tokens import load_tokenizer
 from modern_llm.files import read_json, write_json

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modern_llm.config import ConfigError, ModelConfig, TrainConfig
-from modern_llm.config import PRESETS
+from modern_llm.config import PRESETS, ConfigError, ModelConfig, TrainConfig
 from modern_llm.files import DamagedFolder, atomic_folder
 from modern_llm.models import counts
 from modern_llm.models.decoder import ModernDecoderLM

@@ -10,11 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from modern_llm import cli
-from modern_llm.config import ConfigError
-from modern_llm.config import override, parse_overrides
-from modern_llm.config import get_pipeline_preset
-from modern_llm.data import packing
-from modern_llm.data import reading, sources, tokens
+from modern_llm.config import ConfigError, get_pipeline_preset, override, parse_overrides
+from modern_llm.data import packing, reading, sources, tokens
 from modern_llm.data.sources import DatasetNotFound
 from modern_llm.runs import data_files
 

@@ -7,8 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modern_llm.config import ModelConfig, VerifierConfig
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import ModelConfig, VerifierConfig, get_pipeline_preset
 from modern_llm.data.pairs import encode_pairs, preference_pairs
 from modern_llm.data.tasks import word_problems
 from modern_llm.data.tokens import make_tokenizer
@@ -18,8 +17,7 @@ from modern_llm.models.prefix import continuation_log_probs, word_log_probs
 from modern_llm.models.verifier import VerifierModel
 from modern_llm.tests.test_hardware import MODEL, rows_of, stage_of
 from modern_llm.training.dpo import pair_log_probs
-from modern_llm.training.verifier_scores import start_from_surprise
-from modern_llm.training.verifier_scores import score_answers
+from modern_llm.training.verifier_scores import score_answers, start_from_surprise
 
 CONFIG = ModelConfig(width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=16)
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings, strategies as st
 
 from modern_llm.cli import main
 from modern_llm.cli.run_commands import _key_values
-from modern_llm.config import ConfigError, PipelineConfig
-from modern_llm.config import override, parse_overrides, to_dict
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import (
+    ConfigError, PipelineConfig, get_pipeline_preset, override, parse_overrides, to_dict,
+)
 from modern_llm.messages import StageError
 from modern_llm.runs.parameters import choose_folder, resolve
 from modern_llm.runs.spec import setting

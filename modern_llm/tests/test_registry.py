@@ -126,7 +126,8 @@ def test_a_name_is_registered_once(added):
     for change, message in (({}, "'kitchen' is taken"), ({"name": "text"}, "'text' is taken"),
                             ({"name": "glue/sst2"}, "is taken"), ({"name": "Own"}, "capital"),
                             ({"name": "own", "kind": "chat"}, "kind 'chat' is none of text, chats"),
-                            ({"name": "own", "parse": ""}, "give parse=")):
+                            ({"name": "own", "parse": ""}, "give parse="),
+                            ({"name": "own", "kind": "text"}, "leave parse= out")):
         with pytest.raises(ValueError, match=message):
             register(replace(info, **change))
 

@@ -12,8 +12,7 @@ import sys
 import pandas as pd
 import pytest
 
-from modern_llm.config import NOTEBOOKS, TRAINED, to_dict
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import NOTEBOOKS, TRAINED, get_pipeline_preset, to_dict
 from modern_llm.evaluation.families import FAMILIES, TaskFamily, register_family
 from modern_llm.report.evaluation import main_rows
 from modern_llm.report.page import ReportError, Run, interval, markdown_table, number

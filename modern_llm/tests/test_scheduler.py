@@ -254,8 +254,7 @@ def test_a_job_reads_what_was_named_here(elsewhere, words):
 
 @fault
 def test_start_and_baselines_are_absolute_too(elsewhere):
-    from modern_llm.config import override, parse_overrides
-    from modern_llm.config import get_pipeline_preset
+    from modern_llm.config import get_pipeline_preset, override, parse_overrides
 
     here, _ = elsewhere
     (here / "base").mkdir()

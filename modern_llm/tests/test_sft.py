@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm.config import CHAT_KINDS, ConfigError, ModelConfig, SFTConfig, names_of
-from modern_llm.config import override
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import (
+    CHAT_KINDS, ConfigError, ModelConfig, SFTConfig, get_pipeline_preset, names_of, override,
+)
 from modern_llm.data import synth
 from modern_llm.data.chat import CHAT_TEMPLATE, Answer, end_id, padded_batch
 from modern_llm.data.conversations import best_paths

@@ -10,11 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from modern_llm.config import DataConfig
-from modern_llm.config import override
-from modern_llm.config import get_pipeline_preset
-from modern_llm.data import packing
-from modern_llm.data import pairs, reading, splits, tasks, tokens
+from modern_llm.config import DataConfig, get_pipeline_preset, override
+from modern_llm.data import packing, pairs, reading, splits, tasks, tokens
 from modern_llm.data.sources import DataError
 from modern_llm.runs import data_files
 from modern_llm.training import dpo, sft

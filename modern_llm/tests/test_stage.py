@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modern_llm.config import ConfigError
-from modern_llm.config import parse_overrides
+from modern_llm.config import ConfigError, parse_overrides
 from modern_llm.files import atomic_folder, read_json, write_json
 from modern_llm.messages import StageError
 from modern_llm.runs.parameters import report_folder, resolve

@@ -10,8 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from modern_llm.cli import talk
-from modern_llm.cli import main
+from modern_llm.cli import main, talk
 from modern_llm.cli.talk import Chat, open_model, samples
 from modern_llm.config import ModelConfig
 from modern_llm.data.tokens import encode_documents

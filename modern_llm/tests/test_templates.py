@@ -4,7 +4,6 @@ every place that writes a conversation.
 
 import datetime
 import json
-import shutil
 
 import pytest
 import torch

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm.config import ConfigError, ModelConfig, VerifierConfig
-from modern_llm.config import override
-from modern_llm.config import get_pipeline_preset
+from modern_llm.config import (
+    ConfigError, ModelConfig, VerifierConfig, get_pipeline_preset, override,
+)
 from modern_llm.data import synth
 from modern_llm.data.answer_pairs import AnswerBatches, encode_candidate, fork_of, perturb
 from modern_llm.data.tasks import word_problems
@@ -385,6 +385,9 @@ def test_calibrate_finds_the_weights_and_gives_none_a_negative_sign():
     right = draw.random(5000) < 1 / (1 + np.exp(-(parts @ [0.5, 1.5, 0.0] - 1)))
     assert np.allclose(calibrate(parts, right), (0.5, 1.5, 0, -1), atol=0.2)
     assert min(calibrate(parts, ~right)[:3]) >= 0
+    for kind in (np.zeros(5000, bool), np.ones(5000, bool)):
+        weights = calibrate(parts, kind)
+        assert weights[:3] == [1.0, 0.0, 0.0] and (weights[3] > 0) == kind[0]
     for one, labels in (([0.3, 0.4], [False, False]), ([1.0, 0.0], [True, False]),
                         ([0.5], [True]), ([np.nan, 1], [True, False])):
         assert np.isfinite(calibrate(np.array([one, one, one]).T, np.array(labels))).all()

@@ -86,17 +86,19 @@ class DivergenceGuard:
         if problem:
             raise TrainingDiverged(
                 f"diverged by step {step}: {problem}; last good checkpoint: {checkpoint}. Lower "
-                "train.lr and train.muon_lr or lengthen train.warmup_steps, then go on from it.")
+                "the stage's lr and muon_lr or lengthen its warmup_steps (as in pretrain.lr), then "
+                "go on from it.")
 
 # %% ../../nbs/35_recording.ipynb #peak-flops
 def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
     """Peak dense FLOP/s of a whole GPU in 16-bit precision; None where unknown, as on CPUs and
     slices of a GPU (MIG, vGPU).
     """
-    known = (peak for name, peak in gpu_peaks().items()
-             if re.search(rf"\b{re.escape(name)}\b", device_name))
-    return (None if dtype == torch.float32 or re.search(r"\bMIG\b|\bGRID\b", device_name)
-            else next(known, None))
+    sliced = re.search(r"\bMIG\b|\bGRID\b", device_name)
+    if dtype == torch.float32 or not device_name or sliced:
+        return None
+    return next((peak for name, peak in gpu_peaks().items()
+                 if re.search(rf"\b{re.escape(name)}\b", device_name)), None)
 
 
 def mfu_scale(flops_per_token: float | None, state: TrainingState, ranks: int = 1) -> float | None:

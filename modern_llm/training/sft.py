@@ -377,7 +377,7 @@ def few_shot_quality(
 # %% ../../nbs/04_sft.ipynb #example-nats
 def example_nats(model: ModernDecoderLM, examples: Sequence[EncodedExample], batch_rows: int = 32,
                  pad_id: int = 0) -> pd.DataFrame:
-    """Nats and trained tokens of every example, one row each, in order: chapter 40's table with
+    """Nats and trained tokens of every example, one row each, in order: chapter 14's table with
     examples as documents.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))

@@ -65,7 +65,7 @@ def split_problems(
 ) -> tuple[list[Problem], list[Problem], list[Problem], list[Problem]]:
     """Problems to train on, to calibrate on, with gold answers only, and held out to judge on.
 
-    None is in two of the first two and the last; a gold problem may be among the first.
+    The first two and the last have no problem in common; a gold problem may be among the first.
     """
     own = word_problems(cfg.problems, "train", cfg.train_problems, cfg.levels, seed=seed)
     reserved = len(own) - max(1, len(own) // 5)

@@ -159,6 +159,8 @@ def calibrate(parts: Float[np.ndarray, "n 3"], right: Bool[np.ndarray, "n"]) -> 
     features, targets = (np.column_stack([parts[known], np.ones(known.sum())]),
                          torch.tensor(right[known], dtype=torch.double))
     weights, used = [0.0] * 4, [0, 1, 2, 3]
+    if not 0 < right[known].sum() < known.sum():  # labels of one kind teach no order
+        used = [3]
     while True:
         fit = logistic_fit(torch.tensor(features[:, used]), targets, torch.ones_like(targets),
                            prior=[0.0] * len(used)).tolist()
@@ -168,7 +170,7 @@ def calibrate(parts: Float[np.ndarray, "n 3"], right: Bool[np.ndarray, "n"]) -> 
         used.remove(negative[0])
     for column, weight in zip(used, fit):
         weights[column] = weight
-    # labels of one kind teach no order: keep the head's
+    # no part is left that counts: keep the head's order
     return weights if any(weights[:3]) else [1.0, *weights[1:]]
 
 # %% ../../nbs/36_verifier_scores.ipynb #save-load
