@@ -267,6 +267,8 @@ def training_sources(
             "sft": [kinds.get(name, (name, "chats")) for name in config.sft.sources],
             "dpo": [(name, "pairs") for name in config.dpo.sources],
             "verifier": [(config.verifier.problems, "problems")]}
+    if config.sft.replay_fraction:
+        read["sft"] += read["pretrain"]
     if config.dpo.replay_weight:
         read["dpo"] += [kinds.get(name, (name, "chats"))
                         for name in config.dpo.replay_sources if name != "text"]

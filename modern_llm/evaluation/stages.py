@@ -12,14 +12,16 @@ from typing import Protocol
 
 import pandas as pd
 
-from modern_llm.config import PipelineConfig, to_dict
+from modern_llm.config import STAGES, PipelineConfig, to_dict
 from modern_llm.data.chat import is_chat_model
 from modern_llm.data.tokens import load_tokenizer
 from modern_llm.evaluation.asking import Subject, baselines
 from modern_llm.evaluation.evals import piece, same_settings
 from modern_llm.evaluation.families import FAMILIES, SAMPLED
 from modern_llm.evaluation.held_out import held_out_pages, scored_split
-from modern_llm.evaluation.ledger import cost_rows, ledger_rows, read_ledger, write_derived, write_ledger
+from modern_llm.evaluation.ledger import (
+    cost_rows, ledger_rows, read_ledger, write_derived, write_ledger,
+)
 from modern_llm.evaluation.measuring import evaluation_items
 from modern_llm.evaluation.overlap import clean_rows, overlap_summary, run_overlap, training_sources
 from modern_llm.evaluation.pieces import perplexity_rows
@@ -30,8 +32,12 @@ from modern_llm.models.saving import load_model
 from modern_llm.models.verifier import load_verifier
 from modern_llm.training.verifier_scores import score_answers
 
-CALLED = {"pretrain": "base"}  # a stage's name in the tables, where that is another
 CLEAN_COLUMNS = ["stage", "task", "metric", "subset", "value", "low", "high", "n", "protocol"]
+
+
+def called(name: str) -> str:
+    """The name in the tables of a stage, or of what else a model was given as."""
+    return STAGES[name].called if name in STAGES else name
 
 
 class EvaluatedRun(Protocol):
@@ -70,7 +76,7 @@ class Evaluation:
     def __init__(self, run: EvaluatedRun):
         self.run, self.config, self.folder = run, run.config, run.folder
         self.tokenizer = load_tokenizer(run.start)
-        self.folders = {CALLED.get(name, name): folder for name, folder in run.inputs.items()
+        self.folders = {called(name): folder for name, folder in run.inputs.items()
                         if name != "verifier"}
         self.chats = {name: is_chat_model(folder, self.tokenizer)
                       for name, folder in self.folders.items()}
@@ -274,7 +280,7 @@ def spent(run: EvaluatedRun) -> dict[str, dict]:
     for name, folder in run.inputs.items():
         if folder.parent.parent == run_folder and "seconds" in stages.get(name, {}):
             tokens = read_json(folder.parent / "results.json").get("tokens")
-            found[CALLED.get(name, name)] = {"minutes": stages[name]["seconds"] / 60,
+            found[called(name)] = {"minutes": stages[name]["seconds"] / 60,
                                              **({"tokens": tokens} if tokens else {})}
     return found
 

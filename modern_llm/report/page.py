@@ -145,16 +145,13 @@ class Run:
     @property
     def sources(self) -> list[str]:
         """Every data set that the run's settings name."""
-        config = self.record.get("config", {})
-        named = [config.get("data", {}).get("sources", [])]
-        for stage in self.results:
-            section = config.get(stage, {})
-            found = [
-                section[key] for key in ("sources", "problems", "sentiment", "protocol_sources")
-                if section.get(key)]
-            named += [value if isinstance(value, list) else [value] for value in found]
-        # "text": data.sources
-        return list(dict.fromkeys(name for names in named for name in names if name != "text"))
+        named = []
+        for path in ("data.sources", *(path for stage in self.results
+                                       for path in STAGES[stage].data)):
+            section, _, name = path.partition(".")
+            value = self.record.get("config", {}).get(section, {}).get(name, [])
+            named += [value] if isinstance(value, str) else value
+        return [name for name in dict.fromkeys(named) if name not in ("", "text")]
 
     def command(self, stage: str, preset: str = "") -> str:
         """The command that runs this stage as it was run, or would be."""
