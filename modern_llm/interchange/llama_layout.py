@@ -248,8 +248,7 @@ def build_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path,
     """
     import torch
 
-    from modern_llm.models.decoder import ModernDecoderLM
-    from modern_llm.models.saving import check_tensors, converted, disk_names
+    from modern_llm.models.saving import check_tensors, converted, disk_names, unfilled
 
     tensors = {name: tensor for name, tensor in tensors.items()
                if not name.endswith("rotary_emb.inv_freq")}
@@ -263,8 +262,7 @@ def build_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path,
             del tensors["lm_head.weight"]
         else:  # as transformers reads it
             cfg = dataclasses.replace(cfg, tie_embeddings=False)
-    with torch.device("meta"):
-        model = ModernDecoderLM(cfg)
+    model = unfilled(cfg)
     names, state = disk_names(model), model.state_dict()
     check_tensors(place, tensors, {on_disk: state[name] for on_disk, name in names.items()})
     state = {names[on_disk]: converted(on_disk, tensor, dtype, place)
@@ -274,8 +272,7 @@ def build_model(tensors: dict[str, torch.Tensor], cfg: ModelConfig, place: Path,
             state[name] = torch.cat(
                 [state[name],
                  state[name].float().mean(0, keepdim=True).to(dtype).expand(new_rows, -1)])
-        with torch.device("meta"):
-            model = ModernDecoderLM(dataclasses.replace(cfg, vocab_size=cfg.vocab_size + new_rows))
+        model = unfilled(dataclasses.replace(cfg, vocab_size=cfg.vocab_size + new_rows))
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     return model

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig, override, to_dict
 from ..files import DamagedFolder, check_folder, find_folder, read_json, write_json
@@ -20,7 +21,8 @@ from .decoder import ModernDecoderLM
 
 # %% auto #0
 __all__ = ['KNOWN_ELSEWHERE', 'FIELD_OF_TENSOR', 'own_options', 'hugging_face_layout', 'disk_names', 'hugging_face_config',
-           'write_tensors', 'save_model', 'read_config', 'num_layers', 'check_tensors', 'converted', 'load_model']
+           'write_tensors', 'save_model', 'read_config', 'num_layers', 'check_tensors', 'converted', 'unfilled',
+           'load_model']
 
 # %% ../../nbs/10_saving.ipynb #own-options
 # fields that the configs of others have too, and those that only training reads
@@ -211,6 +213,22 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype, place: str | Path) 
     return tensor.to(dtype)
 
 
+# %% ../../nbs/10_saving.ipynb #unfilled
+class _WithoutInit(TorchFunctionMode):
+    """Inside it, the functions of `torch.nn.init` change nothing."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def unfilled(cfg: ModelConfig) -> ModernDecoderLM:
+    """A model with shapes and names but no values, for `load_state_dict(…, assign=True)`."""
+    with torch.device("meta"), _WithoutInit():
+        return ModernDecoderLM(cfg)
+
 # %% ../../nbs/10_saving.ipynb #load-model
 def load_model(folder: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype | None = None) -> ModernDecoderLM:
@@ -244,8 +262,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu",
     except SafetensorError as error:
         raise DamagedFolder(f"{path} is truncated or damaged ({error}): copy it again or use "
                             "another checkpoint") from error
-    with torch.device("meta"):
-        model = ModernDecoderLM(cfg)
+    model = unfilled(cfg)
     names, state = disk_names(model), model.state_dict()
     check_tensors(path, tensors, {on_disk: state[name] for on_disk, name in names.items()})
     if dtype:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..data.packing import IGNORED
+from .eager import AdamW, Eager
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -162,7 +163,7 @@ def shard_like(model: Tensor, value: Tensor) -> Tensor:
                              src_data_rank=None)
 
 # %% ../../nbs/02b_optim.ipynb #muon
-class Muon(torch.optim.Optimizer):
+class Muon(Eager, torch.optim.Optimizer):
     """`torch.optim.Muon`, with matrices of one shape orthogonalised together and the dtype of that
     left open.
 
@@ -248,8 +249,7 @@ def make_optimizers(module: nn.Module, cfg: TrainConfig) -> list[torch.optim.Opt
                                cfg.weight_decay))
     if adamw:
         fused = all(p.device.type in ("cuda", "cpu") for group in adamw for p in group["params"])
-        optimizers.append(
-            torch.optim.AdamW(adamw, lr=cfg.lr, betas=cfg.betas, eps=1e-8, fused=fused))
+        optimizers.append(AdamW(adamw, lr=cfg.lr, betas=cfg.betas, eps=1e-8, fused=fused))
     if not optimizers:
         raise ValueError("the module has no parameter that requires a gradient: nothing to train")
     return optimizers
