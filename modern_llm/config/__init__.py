@@ -1,7 +1,8 @@
 """Every setting, the presets made of them, and how a word changes one. Imports no torch."""
 
 from modern_llm.config.datasets import (
-    BUILT_IN, CHAT_KINDS, DATASET_REGISTRY, KINDS, DatasetInfo, function_of, names_of, register,
+    BUILT_IN, CHAT_KINDS, DATASET_REGISTRY, KINDS, DatasetInfo, function_of, names_of,
+    register_dataset,
 )
 from modern_llm.config.overrides import PLAIN, json_or_text, override, parse_overrides, to_dict
 from modern_llm.config.presets import (
