@@ -229,7 +229,7 @@ def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, g
     modern-llm status tacc-h100                  stages and their jobs
     """
     from modern_llm.cluster.submit import Chain, absolute_words
-    from modern_llm.config import ALIASES, PRESETS, get_pipeline_preset, override, parse_overrides
+    from modern_llm.config import ALIASES, PRESETS, preset_with
     from modern_llm.messages import StageError
     from modern_llm.runs.pipeline import Plan
 
@@ -240,8 +240,7 @@ def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, g
     if preset not in (*PRESETS, *ALIASES) and Path(preset).is_file():
         preset = str(Path(preset).resolve())
     try:
-        as_here = override(get_pipeline_preset(preset),
-                           parse_overrides(_key_values(extra).get("overrides") or ""), "overrides")
+        as_here = preset_with(preset, _key_values(extra).get("overrides"))
         extra = absolute_words(extra, as_here)
         words = ([word for item in extra for word in ("-p", item)]
                  + (["--max-steps", str(max_steps)] if max_steps else []))

@@ -7,7 +7,7 @@ from modern_llm.config.datasets import (
 from modern_llm.config.overrides import PLAIN, json_or_text, override, parse_overrides, to_dict
 from modern_llm.config.presets import (
     ALIASES, PRESETS, get_pipeline_preset, gpu_full, h100_speedrun, lesson, local, local_cpu,
-    local_smoke, smollm2_135m, tacc_a100, tacc_h100, tacc_smoke,
+    local_smoke, preset_with, smollm2_135m, tacc_a100, tacc_h100, tacc_smoke,
 )
 from modern_llm.config.schema import (
     GPT2_VOCAB_SIZE, OPTIMIZERS, PRECISIONS, PREFERENCE_LOSSES, SCHEDULES, SHORTEST_CONTEXT,

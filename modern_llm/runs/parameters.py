@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modern_llm.config import (
-    ConfigError, PipelineConfig, get_pipeline_preset, nearest, override, parse_overrides,
+    ConfigError, PipelineConfig, get_pipeline_preset, nearest, override, preset_with,
 )
 from modern_llm.files import CHECKOUT
 from modern_llm.messages import StageError
@@ -63,8 +63,7 @@ def resolve(stage: str, parameters: dict) -> PipelineConfig:
     if parameters.get("resume") and parameters.get("force"):
         raise ConfigError("parameters: resume=True goes on with what is there, force=True deletes "
                           "it: say one of them")
-    resolved = get_pipeline_preset(parameters["preset"])
-    resolved = override(resolved, parse_overrides(parameters.get("overrides") or ""), "overrides")
+    resolved = preset_with(parameters["preset"], parameters.get("overrides"))
     train = {k: parameters[k] for k in ("max_steps", "max_minutes")
              if parameters.get(k) is not None}
     values: dict = {stage: train} if train else {}

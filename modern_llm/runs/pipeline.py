@@ -19,9 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import (
-    NOTEBOOKS, STAGES, ConfigError, get_pipeline_preset, nearest, override, parse_overrides,
-)
+from modern_llm.config import NOTEBOOKS, STAGES, ConfigError, nearest, preset_with
 from modern_llm.files import read_json, write_json
 from modern_llm.interchange.hub import find_checkpoint
 from modern_llm.messages import Preempted, StageError
@@ -92,8 +90,7 @@ class Plan:
     """
 
     def __init__(self, stage: str = "all", no_overwrite: bool = False, **parameters):
-        preset = override(get_pipeline_preset(parameters["preset"]),
-                          parse_overrides(parameters.get("overrides") or ""), "overrides")
+        preset = preset_with(parameters["preset"], parameters.get("overrides"))
         self.start = parameters.get("checkpoint") or preset.start_from
         self.stages, self.alone, self.no_overwrite = (
             chosen_stages(stage, self.start), stage != "all", no_overwrite)
