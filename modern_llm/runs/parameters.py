@@ -17,7 +17,7 @@ from pathlib import Path
 from modern_llm.config import (
     ConfigError, PipelineConfig, get_pipeline_preset, nearest, override, preset_with,
 )
-from modern_llm.files import CHECKOUT
+from modern_llm.files import CHECKOUT, IN_CHECKOUT
 from modern_llm.messages import StageError
 from modern_llm.runs.locks import owner_of
 from modern_llm.runs.resume import begun, changed_settings, params_of, run_record
@@ -86,15 +86,14 @@ def runs_folder() -> Path:
             return Path(chosen).expanduser()
         except RuntimeError as error:
             raise ConfigError(f"MODERN_LLM_RUNS={chosen!r} is not a folder: {error}") from error
-    return (CHECKOUT if (CHECKOUT / "settings.ini").is_file() else Path.cwd()) / "runs"
+    return (CHECKOUT if IN_CHECKOUT else Path.cwd()) / "runs"
 
 
 def report_folder(run_folder: Path) -> Path:
     """`report/` of the checkout for a run that is kept in its `runs/`; a run elsewhere keeps its
     report with it.
     """
-    inside = ((CHECKOUT / "settings.ini").is_file()
-              and run_folder.resolve().parent == CHECKOUT / "runs")
+    inside = IN_CHECKOUT and run_folder.resolve().parent == CHECKOUT / "runs"
     return CHECKOUT / "report" if inside else run_folder / "report"
 
 
