@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -88,7 +87,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     try:
         plan = pipeline.Plan(stage, no_overwrite, **parameters)
         if dry_run:
-            for step in planned(plan):
+            for step in plan.steps():
                 click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> "
                            f"{step.folder}")
             return
@@ -101,8 +100,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
             pipeline.raise_on_preemption()
             with pipeline.lock_for(plan.run_folder, plan.stages):
                 # what a later stage refuses is said before an earlier one runs for hours
-                for _ in planned(plan):
-                    pass
+                list(plan.steps())
                 note_this_job(plan.run_folder, plan.stages)
                 for name in plan.stages:
                     _run_step(plan.step(name))
@@ -119,16 +117,6 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
         click.echo("\n" + as_table([{key: row[key] for key in columns} for row in rows]))
         click.echo(f"\n{len(plan.stages)} stages in {(time.time() - began) / 60:.1f} minutes; run "
                    f"{plan.run_folder}")
-
-
-def planned(plan) -> Iterator:
-    """What would be done about each stage, as far as it can be told before the earlier ones have
-    run. StageError if one is refused.
-    """
-    pending = False
-    for name in plan.stages:
-        yield (step := plan.step(name, pending))
-        pending = pending or step.action != "skip"
 
 
 def _run_step(step) -> None:

@@ -244,12 +244,8 @@ class Chain:
                          else [])
         if time:
             minutes_of(time)  # a ConfigError now, not sbatch's refusal later
-        self.time, self.ranks, self.todo = time, nodes * gpus, []
-        pending = False
-        for stage in plan.stages:
-            if plan.step(stage, pending).action != "skip":
-                self.todo.append(stage)
-                pending = True
+        self.time, self.ranks = time, nodes * gpus
+        self.todo = [step.stage for step in plan.steps() if step.action != "skip"]
         self.jobs = [self._job(stages) for stages in self._groups()]
 
     def _groups(self) -> list[list[str]]:

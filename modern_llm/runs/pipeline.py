@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +124,15 @@ class Plan:
                                   else resolve(name, {**declared[name], **own}))
         _, folder, _ = choose_folder(self.stages[0], {**given, "force": True})
         self.run_folder = folder.parent
+
+    def steps(self) -> Iterator[Step]:
+        """What would be done about each stage, as far as it can be told before the earlier ones
+        have run. StageError if one is refused.
+        """
+        pending = False
+        for name in self.stages:
+            yield (step := self.step(name, pending))
+            pending = pending or step.action != "skip"
 
     def step(self, stage: str, pending: bool = False) -> Step:
         """What to do about a stage, given what is on disk now; `pending` if an earlier stage of the
