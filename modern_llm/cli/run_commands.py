@@ -19,21 +19,26 @@ from modern_llm.config.machines import cluster_files
 WITHOUT_A_DOT = tuple(
     field.name for field in dataclasses.fields(PipelineConfig) if field.name != "seed")
 
+# options of `run` and of `submit`
+STAGE = click.option("--stage", default="all", show_default=True, metavar="STAGE",
+                     help=f"{', '.join(STAGES)}, or all.")
+RUN = click.option("--run", "run_name", metavar="NAME",
+                   help="Folder under runs/; default: the preset's name.")
+MAX_STEPS = click.option("--max-steps", type=click.IntRange(min=1),
+                         help="Stop after so many optimizer steps, in every stage that trains.")
+
 
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run; `modern-llm presets` lists the names.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE",
-              help=f"{', '.join(STAGES)}, or all.")
-@click.option("--run", "run_name", metavar="NAME",
-              help="Folder under runs/; default: the preset's name.")
+@STAGE
+@RUN
 @click.option("--checkpoint", metavar="PATH",
               help="Start from these weights: a checkpoint, stage or run folder. With --stage all, "
                    "pretraining is left out.")
 @click.option("--output-dir", metavar="DIR",
               help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
-@click.option("--max-steps", type=click.IntRange(min=1),
-              help="Stop after so many optimizer steps, in every stage that trains.")
+@MAX_STEPS
 @click.option("-p", "extra", multiple=True, metavar="KEY=VALUE",
               help="A parameter of the stage notebooks: seed=1, max_minutes=10 (each stage that "
                    "trains), device=cpu; or a setting of the preset: model.num_experts=4, "
@@ -175,10 +180,8 @@ def _key_values(items: tuple[str, ...]) -> dict:
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE",
-              help=f"{', '.join(STAGES)}, or all.")
-@click.option("--run", "run_name", metavar="NAME",
-              help="Folder under runs/; default: the preset's name.")
+@STAGE
+@RUN
 @click.option("--account", metavar="PROJECT",
               help="Your allocation, where the cluster asks for one.")
 @click.option("--cluster", metavar="NAME",
@@ -192,8 +195,7 @@ def _key_values(items: tuple[str, ...]) -> dict:
               help="Of each job that trains.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True,
               help="Of each node, with a rank on each.")
-@click.option("--max-steps", type=click.IntRange(min=1),
-              help="Stop after so many optimizer steps, in every stage that trains.")
+@MAX_STEPS
 @click.option("-p", "extra", multiple=True, metavar="KEY=VALUE",
               help="As for `modern-llm run`. As often as needed.")
 @click.option("--dry-run", is_flag=True,
