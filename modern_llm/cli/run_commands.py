@@ -19,11 +19,13 @@ from modern_llm.config.machines import cluster_files
 WITHOUT_A_DOT = tuple(
     field.name for field in dataclasses.fields(PipelineConfig) if field.name != "seed")
 
-# options of `run` and of `submit`
+# options of several commands
 STAGE = click.option("--stage", default="all", show_default=True, metavar="STAGE",
                      help=f"{', '.join(STAGES)}, or all.")
 RUN = click.option("--run", "run_name", metavar="NAME",
                    help="Folder under runs/; default: the preset's name.")
+OUTPUT_DIR = click.option("--output-dir", metavar="DIR",
+                          help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
 MAX_STEPS = click.option("--max-steps", type=click.IntRange(min=1),
                          help="Stop after so many optimizer steps, in every stage that trains.")
 
@@ -36,8 +38,7 @@ MAX_STEPS = click.option("--max-steps", type=click.IntRange(min=1),
 @click.option("--checkpoint", metavar="PATH",
               help="Start from these weights: a checkpoint, stage or run folder. With --stage all, "
                    "pretraining is left out.")
-@click.option("--output-dir", metavar="DIR",
-              help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
+@OUTPUT_DIR
 @MAX_STEPS
 @click.option("-p", "extra", multiple=True, metavar="KEY=VALUE",
               help="A parameter of the stage notebooks: seed=1, max_minutes=10 (each stage that "
@@ -259,8 +260,7 @@ def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, g
 
 @click.command()
 @click.argument("name", metavar="[RUN]", required=False)
-@click.option("--output-dir", metavar="DIR",
-              help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
+@OUTPUT_DIR
 def status(name: str | None, output_dir: str | None) -> None:
     """Show the runs (or one): their stages, how they ended, when they began, what they took and
     what came out.
