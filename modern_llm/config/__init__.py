@@ -15,4 +15,4 @@ from modern_llm.config.schema import (
     ModelConfig, PipelineConfig, SFTConfig, TrainConfig, VerifierConfig, device_parts, nearest,
     require,
 )
-from modern_llm.config.stages import GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec
+from modern_llm.config.stages import GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec, trained_on

@@ -16,6 +16,8 @@ class StageSpec:
         title: its heading in the report.
         settings: that its result depends on, besides the checkpoints it starts from.
         data: settings that name data sets it reads.
+        learns: (setting that names data sets it trains on, as which kind, and the setting that is 0
+            where it does not, or "").
         starts_from: earlier stages, the first of which that is finished it starts from.
         judges: earlier stages, all of which that are finished it reads, instead.
         base: stages that make a small model to start from, for the preset "lesson" without one.
@@ -32,6 +34,7 @@ class StageSpec:
     title: str = ""
     settings: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
+    learns: tuple[tuple[str, str, str], ...] = ()
     starts_from: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
     base: tuple[str, ...] = ()
@@ -52,12 +55,14 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
     StageSpec(
         "pretrain", "03_pretrain.ipynb", "Pretraining",
         settings=("model", "data", "pretrain", "seed"), data=("data.sources",),
+        learns=(("data.sources", "text", ""),),
         recipe="modern_llm.training.pretrain:Pretraining", makes_generator=True, called="base",
         headline=("bits per byte", "above the floor"),
         counted=("data", "Pretraining text (the fingerprint changes when the data do)")),
     StageSpec(
         "sft", "04_sft.ipynb", "Instruction tuning (SFT)",
         settings=("data", "sft", "seed"), data=("sft.sources", "data.sources"),
+        learns=(("sft.sources", "chats", ""), ("data.sources", "text", "sft.replay_fraction")),
         starts_from=("pretrain",), base=("pretrain",),
         recipe="modern_llm.training.sft:InstructionTuning", makes_generator=True, called="sft",
         measured=("answers_sft.jsonl",),
@@ -67,6 +72,7 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         "dpo", "05_dpo.ipynb", "Preference optimisation (DPO)",
         settings=("data", "dpo", "seed"),
         data=("dpo.sources", "dpo.replay_sources", "data.sources"),
+        learns=(("dpo.sources", "pairs", ""), ("dpo.replay_sources", "chats", "dpo.replay_weight")),
         starts_from=("sft",), base=("pretrain", "sft"),
         recipe="modern_llm.training.dpo:PreferenceTuning", makes_generator=True, called="dpo",
         measured=("answers_after.jsonl", "held_out.jsonl"),
@@ -75,6 +81,7 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
     StageSpec(
         "verifier", "06_verifier.ipynb", "Verifier",
         settings=("data", "verifier", "seed"), data=("verifier.problems",),
+        learns=(("verifier.problems", "problems", ""),),
         starts_from=("dpo", "sft"), base=("pretrain", "sft"),
         recipe="modern_llm.training.verifier:VerifierTraining", called="verifier",
         measured=("samples-own-greedy.jsonl",),
@@ -99,6 +106,27 @@ def stages_that(wanted: str) -> tuple[str, ...]:
     train.
     """
     return tuple(name for name, spec in STAGES.items() if getattr(spec, wanted))
+
+
+def trained_on(stage: str, settings: dict) -> list[tuple[str, str]]:
+    """The data sets that a stage trains on, each with the kind that it is read as.
+
+    Args:
+        settings: the sections of a config as plain values, those that the stage depends on at
+            least.
+    """
+    def value(path: str) -> object:
+        section, _, name = path.partition(".")
+        return settings[section][name]
+
+    found = []
+    for path, kind, condition in STAGES[stage].learns:
+        if not condition or value(condition):
+            named = value(path)
+            for name in [named] if isinstance(named, str) else named:
+                found += ([(source, "text") for source in value("data.sources")] if name == "text"
+                          else [(name, kind)])
+    return list(dict.fromkeys(found))
 
 
 NOTEBOOKS = stages_that("notebook")  # those that are a notebook
