@@ -26,7 +26,8 @@ class TaskFamily:
         name: in the ledger.
         measure: (items, model under test) -> a table of what the model did, item by item.
         items: (items, stage, that table) -> the ledger's items of it, as tables of `item_rows`.
-        protocol: (items, stage, how the stage is asked, the sampled stage) -> in words.
+        protocol: (items, stage, how the stage is asked, "" if it is not, the sampled stage) -> in
+            words.
         headline: the metrics that the record shows first; one that ends with a space is the
             beginning of several, `@all` stands for all samples.
         panels: how the metrics begin that have a panel in the report's figure of results; None =

@@ -215,7 +215,7 @@ def samples(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
 
 def samples_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
     """Each problem's chance of being right by every way to choose among its samples."""
-    if stage == "verifier":
+    if "score" in table:  # the verifier's
         voted = sample_items(stage, SAMPLED, table, of.sizes, ["best_of_n", "weighted_vote"])
         all_of_them = voted[voted.metric == f"weighted_vote@{of.sizes[-1]}"]
         return [all_of_them.assign(metric="exact match"), voted]
@@ -258,7 +258,7 @@ def samples_protocol(of: EvaluationItems, stage: str, asked: str, generator: str
               if settings.problems == "synthetic" else "")
     drawn = (f"{of.sizes[-1]} samples per problem{levels} at temperature "
              f"{settings.temperature:g}")
-    if stage == "verifier":
+    if not asked:  # the samples of another one, scored
         return (f"{drawn} from {generator}, chosen with the verifier's scores; exact match is the "
                 "weighted vote among all of them")
     return f"{drawn}; exact match is the greedy answer to the same problems"

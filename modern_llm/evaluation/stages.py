@@ -77,7 +77,7 @@ class Evaluation:
         self.run, self.config, self.folder = run, run.config, run.folder
         self.tokenizer = load_tokenizer(run.start)
         self.folders = {called(name): folder for name, folder in run.inputs.items()
-                        if name != "verifier"}
+                        if name not in STAGES or STAGES[name].makes_generator}
         self.chats = {name: is_chat_model(folder, self.tokenizer)
                       for name, folder in self.folders.items()}
         self.others, self.not_here = baselines(self.config.eval.baselines, run.device)
