@@ -4,6 +4,7 @@ export take what they must know of it. Plain data; imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -26,6 +27,7 @@ class StageSpec:
         called: its name in the evaluation's tables.
         measured: files of its folder about the model it trained, stale once that is trained on.
         headline: how the names of its telling figures begin, the most telling first.
+        section: it has a section of its own in the report, in place of its curves and table there.
         counted: (key of its results, heading) of the table that says what data were read.
     """
 
@@ -43,12 +45,20 @@ class StageSpec:
     called: str = ""
     measured: tuple[str, ...] = ()
     headline: tuple[str, ...] = ()
+    section: bool = False
     counted: tuple[str, str] | None = None
 
     @property
     def first(self) -> bool:
         """Whether it starts from no earlier stage."""
         return not (self.starts_from or self.judges)
+
+    def telling(self, rows: Iterable[dict]) -> list[dict]:
+        """Of the rows of its table those that the headline names, the most telling first."""
+        rows = list(rows)
+        found = (next((row for row in rows if row["metric"].startswith(start)), None)
+                 for start in self.headline)
+        return [row for row in found if row]
 
 
 STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
@@ -92,11 +102,12 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         settings=("data", "eval", "sft.sources", "dpo.sources", "seed"),
         data=("data.sources", "dpo.sources", "eval.problems", "eval.sentiment",
               "eval.protocol_sources"),
-        judges=("pretrain", "sft", "dpo", "verifier"), base=("pretrain", "sft")),
+        judges=("pretrain", "sft", "dpo", "verifier"), base=("pretrain", "sft"), section=True),
     StageSpec(
         "attention", "08_attention_viz.ipynb", "Attention", settings=("data", "seed"),
         starts_from=("dpo", "sft", "pretrain"), base=("pretrain",),
-        headline=("induction, best head", "nats saved by a repetition", "sink mass")),
+        headline=("induction, best head", "nats saved by a repetition", "sink mass"),
+        section=True),
     StageSpec("report", title="Report"),
 )}
 

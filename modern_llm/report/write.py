@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from modern_llm.config import NOTEBOOKS, STAGES, TRAINED, ModelConfig, override
+from modern_llm.config import NOTEBOOKS, STAGES, ModelConfig, override
 from modern_llm.files import write_text
 from modern_llm.models.counts import flops_per_token, parameter_count
 from modern_llm.report.evaluation import (
@@ -41,11 +41,11 @@ def model_of(run: Run) -> ModelConfig | None:
 def headline(run: Run, stage: str) -> str:
     """The stage's most telling figure."""
     rows = run.results.get(stage, {}).get("table", [])
-    found = next((row for start in STAGES[stage].headline for row in rows
-                  if row["metric"].startswith(start)), None)
-    if stage == "eval" and stage in run.results:
-        return f"{len(run.frame('eval/ledger.csv')) or len(rows)} measures"
-    return f"{found['metric']}: {interval(found)}" if found else ""
+    if found := STAGES[stage].telling(rows):
+        return f"{found[0]['metric']}: {interval(found[0])}"
+    if STAGES[stage].headline or stage not in run.results:
+        return ""
+    return f"{len(run.frame(f'{stage}/ledger.csv')) or len(rows)} measures"
 
 
 def summary(page: Page) -> None:
@@ -114,7 +114,7 @@ def data(page: Page) -> None:
     headings = {(name, spec.counted[0]): spec.counted[1]
                 for name, spec in STAGES.items() if spec.counted}
     if not any(results.get(stage, {}).get(key) for stage, key in headings):
-        page.missing("pretrain")
+        page.missing(NOTEBOOKS[0])
         return
     page.origin()
     for (stage, key), heading in headings.items():
@@ -126,13 +126,13 @@ def training(page: Page) -> None:
     from modern_llm.report import pictures
 
     page.add("## Training curves and what each stage measured")
-    for stage in TRAINED:
+    for stage in (name for name in NOTEBOOKS if not STAGES[name].section):
         page.add(f"### {STAGES[stage].title}")
         if page.missing(stage):
             continue
         results, metrics = page.run.results[stage], page.run.frame(f"{stage}/metrics.jsonl")
-        if stage == "dpo":
-            page.picture("dpo_preferences.png", pictures.preference_curves, metrics,
+        if "margin" in metrics:
+            page.picture(f"{stage}_preferences.png", pictures.preference_curves, metrics,
                          caption="Dots: held-out pairs; lines: training batches.")
         floor = results.get("floor")
         page.picture(
@@ -152,7 +152,7 @@ def training(page: Page) -> None:
 def samples(page: Page) -> None:
     page.add("## Samples")
     if not any(found.get("samples") for found in page.run.results.values()):
-        page.missing("pretrain")
+        page.missing(NOTEBOOKS[0])
         return
     for stage, found in page.run.results.items():
         if not found.get("samples"):
