@@ -16,3 +16,4 @@ from modern_llm.config.schema import (
     require,
 )
 from modern_llm.config.stages import GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec, trained_on
+from modern_llm.config.work import Work

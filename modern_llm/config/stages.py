@@ -23,6 +23,7 @@ class StageSpec:
         judges: earlier stages, all of which that are finished it reads, instead.
         base: stages that make a small model to start from, for the preset "lesson" without one.
         recipe: what it trains, as "module:class", see `train_stage`; "" where nothing is trained.
+        work: what it does besides training, "module:function" of the config, see `work.Work`.
         makes_generator: whether a language model comes of it, for later stages to start from.
         called: its name in the evaluation's tables.
         measured: files of its folder about the model it trained, stale once that is trained on.
@@ -41,6 +42,7 @@ class StageSpec:
     judges: tuple[str, ...] = ()
     base: tuple[str, ...] = ()
     recipe: str = ""
+    work: str = ""
     makes_generator: bool = False
     called: str = ""
     measured: tuple[str, ...] = ()
@@ -84,7 +86,8 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         data=("dpo.sources", "dpo.replay_sources", "data.sources"),
         learns=(("dpo.sources", "pairs", ""), ("dpo.replay_sources", "chats", "dpo.replay_weight")),
         starts_from=("sft",), base=("pretrain", "sft"),
-        recipe="modern_llm.training.dpo:PreferenceTuning", makes_generator=True, called="dpo",
+        recipe="modern_llm.training.dpo:PreferenceTuning", work="modern_llm.config.work:of_dpo",
+        makes_generator=True, called="dpo",
         measured=("answers_after.jsonl", "held_out.jsonl"),
         headline=("preference accuracy, after", "implicit-reward accuracy", "perplexity tax"),
         counted=("pairs", "Preference pairs")),
@@ -93,7 +96,8 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         settings=("data", "verifier", "seed"), data=("verifier.problems",),
         learns=(("verifier.problems", "problems", ""),),
         starts_from=("dpo", "sft"), base=("pretrain", "sft"),
-        recipe="modern_llm.training.verifier:VerifierTraining", called="verifier",
+        recipe="modern_llm.training.verifier:VerifierTraining",
+        work="modern_llm.config.work:of_verifier", called="verifier",
         measured=("samples-own-greedy.jsonl",),
         headline=("within-problem AUC", "weighted_vote@", "best_of_n@"),
         counted=("data", "The generator's own answers, on which the verifier learns")),
@@ -102,7 +106,8 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         settings=("data", "eval", "sft.sources", "dpo.sources", "seed"),
         data=("data.sources", "dpo.sources", "eval.problems", "eval.sentiment",
               "eval.protocol_sources"),
-        judges=("pretrain", "sft", "dpo", "verifier"), base=("pretrain", "sft"), section=True),
+        judges=("pretrain", "sft", "dpo", "verifier"), base=("pretrain", "sft"),
+        work="modern_llm.evaluation.families:evaluation_work", section=True),
     StageSpec(
         "attention", "08_attention_viz.ipynb", "Attention", settings=("data", "seed"),
         starts_from=("dpo", "sft", "pretrain"), base=("pretrain",),
