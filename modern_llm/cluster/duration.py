@@ -73,11 +73,16 @@ def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
         stage: which stage.
         folder: its folder; if `metrics.jsonl` there has rows, their speed counts, and only the
             steps still to do.
-        gpu: a name of `gpu_peaks`; None = a CPU.
+        gpu: a name of `gpu_peaks`; "" = one that nobody knows, taken for the slowest of those;
+            None = a CPU.
         gpus: how many work on one batch.
     """
-    start = ASSUMED_START_MINUTES["gpu" if gpu else "cpu"]
-    peak = gpu_peaks()[gpu] if gpu else CPU_FLOPS
+    start = ASSUMED_START_MINUTES["cpu" if gpu is None else "gpu"]
+    peak, device = CPU_FLOPS, "2 CPU cores"
+    if gpu is not None:
+        peaks = gpu_peaks()
+        slowest = min(peaks, key=peaks.get)
+        peak, device = peaks[gpu or slowest], gpu or f"unknown GPU, assumed {slowest}"
     work = function_of(STAGES[stage].work)(config) if STAGES[stage].work else Work()
     # a token costs the forward pass, a third of training on it
     minutes = (work.steps * ASSUMED_DECODE_SECONDS
@@ -97,7 +102,7 @@ def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
         speed = ASSUMED_MFU * peak * gpus / flops_per_token(config.model)
         seconds = tokens_per_step(config, stage) / speed
         said.insert(0, f"assumed: {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:g} TFLOP/s "
-                       f"({f'{gpus} × ' * (gpus > 1)}{gpu or '2 CPU cores'})")
+                       f"({f'{gpus} × ' * (gpus > 1)}{device})")
     training = steps * seconds / 60
     if train.max_minutes and training > train.max_minutes:
         training = train.max_minutes

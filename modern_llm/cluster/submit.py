@@ -233,7 +233,7 @@ class Chain:
         known = facts.partitions.get(self.partition, Partition())
         require(gpus <= (known.gpus or gpus), f"--gpus={gpus}: a node of {self.partition} has "
                                               f"{known.gpus}; for more, say --nodes")
-        self.gpu = (known.gpu or "A100") if config.hardware.min_gpu_memory_gb else None
+        self.gpu = known.gpu if config.hardware.min_gpu_memory_gb else None
         limits = [limit for name in names if (limit := there.get(name))]
         self.longest = (there.get(self.partition) or min(limits, default=None)
                         or (int(60 * known.hours) if known.hours else None))
