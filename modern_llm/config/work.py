@@ -1,5 +1,5 @@
-"""What a stage does besides optimizer steps, counted from its settings: tokens that pass through the
-model, and steps of writing, a token of every answer of a batch. Imports no torch.
+"""What a stage does besides optimizer steps, counted from its settings: tokens that pass through
+the model, and steps of writing, a token of every answer of a batch. Imports no torch.
 """
 
 from __future__ import annotations
