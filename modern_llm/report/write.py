@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modern_llm.config import NOTEBOOKS, STAGES, ModelConfig, override
+from modern_llm.evaluation.families import is_aside
 from modern_llm.files import write_text
 from modern_llm.models.counts import flops_per_token, parameter_count
 from modern_llm.report.evaluation import (
@@ -204,7 +205,7 @@ def across_seeds(page: Page) -> None:
     page.origin()
     named = [f"`{run.folder.name}` (seed {run.record.get('seed')})" for run in page.seeds]
     page.add(f"Median and range of {len(named)} runs: {', '.join(named)}.")
-    kept = table[~table.metric.str.contains(r"level \d|error, |-shot, ", regex=True)]
+    kept = table[~is_aside(table)]
     rows = [{"stage": row["stage"], "task": row["task"], "metric": row["metric"],
              "median": row["median"], "range": f"{number(row['low'])} … {number(row['high'])}",
              "runs": row["runs"]} for row in kept.to_dict("records")]
