@@ -78,7 +78,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     srun --ntasks-per-node=1 modern-llm run -p hardware.ranks=8   torchrun on each of the nodes
     modern-llm run -p seed=1 --run seed-1 --dry-run      what would be done?
     """
-    from modern_llm.cluster.submit import note_this_job
+    from modern_llm.cluster.jobs import note_this_job
     from modern_llm.messages import Preempted, StageError
     from modern_llm.runs import pipeline
     from modern_llm.runs.outcomes import runs_table
@@ -272,7 +272,7 @@ def status(name: str | None, output_dir: str | None) -> None:
     modern-llm status
     modern-llm status local-smoke
     """
-    from modern_llm.cluster.submit import with_jobs
+    from modern_llm.cluster.jobs import with_jobs
     from modern_llm.runs.outcomes import DAMAGED, runs_table
     from modern_llm.runs.parameters import runs_folder
 
