@@ -80,8 +80,9 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     """
     from modern_llm.cluster.jobs import note_this_job
     from modern_llm.messages import Preempted, StageError
-    from modern_llm.runs import pipeline
+    from modern_llm.runs import execution
     from modern_llm.runs.outcomes import runs_table
+    from modern_llm.runs.pipeline import Plan
     from modern_llm.runs.torchrun import launch_ranks
 
     parameters = {"preset": preset, **_key_values(extra)}
@@ -91,7 +92,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
             parameters[name] = value
     began = time.time()
     try:
-        plan = pipeline.Plan(stage, no_overwrite, **parameters)
+        plan = Plan(stage, no_overwrite, **parameters)
         if dry_run:
             for step in plan.steps():
                 click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> "
@@ -103,8 +104,8 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
                            f"{plan.parameters[plan.stages[0]].get('checkpoint') or plan.start}")
             plan.check_data()
         with launch_ranks(max(config.hardware.ranks for config in plan.configs.values())):
-            pipeline.raise_on_preemption()
-            with pipeline.lock_for(plan.run_folder, plan.stages):
+            execution.raise_on_preemption()
+            with execution.lock_for(plan.run_folder, plan.stages):
                 # what a later stage refuses is said before an earlier one runs for hours
                 list(plan.steps())
                 note_this_job(plan.run_folder, plan.stages)
@@ -114,7 +115,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
         click.echo(
             f"{warning}: the run ended early, kept what it had, and goes on with the same command",
             err=True)
-        sys.exit(pipeline.EXIT_PREEMPTED)
+        sys.exit(execution.EXIT_PREEMPTED)
     except (ConfigError, StageError, FileNotFoundError) as error:
         raise Failure(str(error)) from error
     if stage == "all":
@@ -127,7 +128,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
 
 def _run_step(step) -> None:
     """Execute what a step asks for; leaves the program with the stage's exit code if it fails."""
-    from modern_llm.runs import pipeline
+    from modern_llm.runs import execution
     from modern_llm.runs.outcomes import summary
 
     if step.action == "skip":
@@ -137,10 +138,10 @@ def _run_step(step) -> None:
         f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
     page = step.folder / "notebook.ipynb"
     former = page.stat().st_mtime_ns if page.is_file() else None
-    code = pipeline.execute(step)
+    code = execution.execute(step)
     if code:
         shown = page.is_file() and page.stat().st_mtime_ns != former
-        if pipeline.status(step) in ("stopped", "preempted", "interrupted"):
+        if execution.status(step) in ("stopped", "preempted", "interrupted"):
             click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from "
                        "there", err=True)
         else:

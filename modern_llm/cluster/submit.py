@@ -17,11 +17,11 @@ from pathlib import Path
 
 from modern_llm.cluster.duration import MARGIN, Estimate, clock, estimate, minutes_of, time_limit
 from modern_llm.cluster.jobs import jobs_of, note_job
-from modern_llm.config import STAGES, ConfigError, PipelineConfig, nearest, require
+from modern_llm.config import STAGES, TRAINED, ConfigError, PipelineConfig, nearest, require
 from modern_llm.config.machines import Cluster, Partition, find_cluster
 from modern_llm.files import CHECKOUT
 from modern_llm.messages import StageError
-from modern_llm.runs.pipeline import Plan, trains
+from modern_llm.runs.pipeline import Plan
 from modern_llm.runs.record import writes_to
 from modern_llm.runs.scheduler import MARK, is_queued, job_states, slurm_command, submitted
 from modern_llm.runs.spec import setting
@@ -188,12 +188,12 @@ class Chain:
             for stage in stages if stage != "report"}
         limit = time_limit(sum(each.minutes for each in known.values()), self.longest)
         file, first = ("slurm/eval.slurm", []) if len(stages) > 1 else ("slurm/stage.slurm", stages)
-        gpus = str(self.gpus if trains(stages[0]) else 1)
+        gpus = str(self.gpus if stages[0] in TRAINED else 1)
         words = [f"--job-name={stages[0]}",
                  "--output=" + str(folder).replace("%", "%%") + "/logs/%x-%j.out",
                  f"--time={self.time or clock(limit)}",
                  *(option.replace("{gpus}", gpus) for option in self.options),
-                 *(self.together if trains(stages[0]) else []), file, *first, self.preset,
+                 *(self.together if stages[0] in TRAINED else []), file, *first, self.preset,
                  folder.name, *(self.words if stages != ["report"] else [])]
         return Job(stages, words, known, limit, self.longest)
 
