@@ -116,8 +116,10 @@ def change_chart(labels: pd.Series, changes: pd.DataFrame, xlabel: str = "change
     """
     fig, ax = figure(width, 0.8 + 0.22 * len(changes))
     colours = [COLOURS[0] if real else "gray" for real in changes.significant]
-    ax.hlines(labels, changes.low, changes.high, colors=colours)
-    ax.scatter(changes.change, labels, c=colours, zorder=3)
+    places = range(len(changes))
+    ax.hlines(places, changes.low, changes.high, colors=colours)
+    ax.scatter(changes.change, places, c=colours, zorder=3)
+    ax.set_yticks(places, labels)
     ax.axvline(0, color="black", lw=1, ls="--")
     ax.invert_yaxis()
     ax.set(xlabel=xlabel)

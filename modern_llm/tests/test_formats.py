@@ -21,7 +21,7 @@ from modern_llm.training import sft
 
 
 @pytest.fixture(autouse=True)
-def mirror(monkeypatch, tmp_path, offline):
+def here(monkeypatch, tmp_path, offline):
     monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path / "mirror"))
 
 
