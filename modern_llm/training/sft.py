@@ -9,7 +9,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,8 +32,7 @@ from ..data.tokens import end_of_text_id, load_tokenizer, save_tokenizer
 from ..models.likelihoods import document_nats
 from ..models.saving import load_model, save_model
 from ..statistics import proportion_interval
-from .optim import lm_loss
-from .pretrain import nats_per_token, text_nats
+from .pretrain import Pretraining, nats_per_token
 from .recipe import Run
 
 if TYPE_CHECKING:
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from modern_llm.models.decoder import ModernDecoderLM
-    from modern_llm.training.trainer import TrainResult
 
 # %% auto #0
 __all__ = ['SENTIMENT_REQUEST', 'InstructionExample', 'instructions', 'encode_examples', 'load_examples', 'mixture', 'SFTBatches',
@@ -250,8 +247,10 @@ def save_chat_model(folder: Path, model: ModernDecoderLM, tokenizer: Tokenizer) 
     save_tokenizer(tokenizer, folder, chat_template=chat_format(tokenizer).template)
 
 
-class InstructionTuning:
-    """The recipe of SFT: the sources of the run as batches, the base, and what is measured."""
+class InstructionTuning(Pretraining):
+    """The recipe of SFT: pretraining's, with the sources of the run as batches, the base to start
+    from, and what is measured.
+    """
 
     def __init__(self, run: Run):
         self.run, config = run, run.config
@@ -268,28 +267,17 @@ class InstructionTuning:
                                   config.data.isolate_documents, end_of_text_id(self.tokenizer))
         self.model = load_model(run.start, device=run.device)
 
-    def text(self, model: ModernDecoderLM,
-             max_tokens: int | None = None) -> dict[str, pd.DataFrame]:
-        """`text_nats` of the held-out pretraining text."""
-        return text_nats(model, self.validation_caches, self.run.config, self.train.micro_batch,
-                         max_tokens)
-
     def evaluate(self, model: ModernDecoderLM) -> dict[str, float]:
         """Nats per token of the answers of every source, and of pretraining text."""
         answers = {source: example_nats(model, items[:64])
                    for source, items in self.encoded.items()}
-        text = self.text(model, 8_000 // len(self.validation_caches))
+        text = self.scores(model, 8_000 // len(self.validation_caches))
         return {"loss": nats_per_token(answers), "text_loss": nats_per_token(text),
                 **{f"loss/{k}": t.nats.sum() / t.tokens.sum() for k, t in answers.items()}}
 
     def save(self, model: ModernDecoderLM, folder: Path) -> None:
         """As `save_chat_model`."""
         save_chat_model(folder, model, self.tokenizer)
-
-    def fit(self) -> TrainResult:
-        """Train on the next token of answers, and of replayed text."""
-        loss = partial(lm_loss, chunk_tokens=self.train.loss_chunk_tokens)
-        return self.run.trainer(self.model, loss, self.batches, self).fit()
 
 # %% ../../nbs/04_sft.ipynb #judge
 def parses(example: InstructionExample, text: str) -> bool:
