@@ -1,12 +1,13 @@
 """Every setting, the presets made of them, and how a word changes one. Imports no torch."""
 
 from modern_llm.config.datasets import (
-    BUILT_IN, CHAT_KINDS, DATASET_REGISTRY, KINDS, DatasetInfo, function_of, names_of, register,
+    BUILT_IN, CHAT_KINDS, DATASET_REGISTRY, KINDS, DatasetInfo, function_of, names_of,
+    register_dataset,
 )
 from modern_llm.config.overrides import PLAIN, json_or_text, override, parse_overrides, to_dict
 from modern_llm.config.presets import (
     ALIASES, PRESETS, get_pipeline_preset, gpu_full, h100_speedrun, lesson, local, local_cpu,
-    local_smoke, smollm2_135m, tacc_a100, tacc_h100, tacc_smoke,
+    local_smoke, preset_with, smollm2_135m, tacc_a100, tacc_h100, tacc_smoke,
 )
 from modern_llm.config.schema import (
     GPT2_VOCAB_SIZE, OPTIMIZERS, PRECISIONS, PREFERENCE_LOSSES, SCHEDULES, SHORTEST_CONTEXT,
@@ -14,4 +15,5 @@ from modern_llm.config.schema import (
     ModelConfig, PipelineConfig, SFTConfig, TrainConfig, VerifierConfig, device_parts, nearest,
     require,
 )
-from modern_llm.config.stages import GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec
+from modern_llm.config.stages import GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec, trained_on
+from modern_llm.config.work import Work

@@ -229,6 +229,11 @@ class TrainConfig:
                     f"{place}.{name}={getattr(self, name)} must not be negative")
 
     @property
+    def sequences(self) -> int:
+        """Sequences of tokens that a row of a batch is."""
+        return 1
+
+    @property
     def micro_batch(self) -> int:
         """Sequences per forward pass."""
         return self.micro_batch_size or self.batch_size
@@ -294,6 +299,11 @@ class DPOConfig(TrainConfig):
                 "dpo.replay_sources is empty; to replay nothing say dpo.replay_weight=0")
         for name in self.replay_sources:
             _one_of("dpo.replay_sources", name, ("text", *names_of(*CHAT_KINDS)))
+
+    @property
+    def sequences(self) -> int:
+        """The pair, and a third one where something is replayed."""
+        return 2 + bool(self.replay_weight)
 
 
 @dataclass(frozen=True)

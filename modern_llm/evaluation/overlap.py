@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..config import PipelineConfig
+from ..config import TRAINED, PipelineConfig, to_dict, trained_on
 from ..data import synth
 from ..data.reading import documents, rows
 from ..data.sources import dataset_info
@@ -256,26 +256,15 @@ def training_texts(name: str, kind: str = "", limit: int | None = None,
     return islice(documents(name, "train", world_seed), limit)
 
 
-def training_sources(
-    config: PipelineConfig, stages: Iterable[str] = ("pretrain", "sft", "dpo", "verifier")
-) -> pd.DataFrame:
+def training_sources(config: PipelineConfig, stages: Iterable[str] = TRAINED) -> pd.DataFrame:
     """What the stages of a run train on: source (a label), name, kind, stages ("sft, verifier"),
     one line each.
     """
     kinds = {"synthetic-problems": ("synthetic", "problems")}
-    read = {"pretrain": [(name, "text") for name in config.data.sources],
-            "sft": [kinds.get(name, (name, "chats")) for name in config.sft.sources],
-            "dpo": [(name, "pairs") for name in config.dpo.sources],
-            "verifier": [(config.verifier.problems, "problems")]}
-    if config.sft.replay_fraction:
-        read["sft"] += read["pretrain"]
-    if config.dpo.replay_weight:
-        read["dpo"] += [kinds.get(name, (name, "chats"))
-                        for name in config.dpo.replay_sources if name != "text"]
-        read["dpo"] += read["pretrain"] * ("text" in config.dpo.replay_sources)
     by_source: dict[tuple[str, str], list[str]] = {}
     for stage in stages:
-        for name, kind in read[stage]:
+        for name, kind in (kinds.get(name, (name, kind))
+                           for name, kind in trained_on(stage, to_dict(config))):
             info = dataset_info(name)
             place = by_source.setdefault(
                 (name, kind if info.name == "synthetic" else info.kind), [])
