@@ -445,7 +445,7 @@ def test_a_ctrl_c_before_training_stops_it_all_the_same(tmp_path, monkeypatch, c
               "for _ in range(1000):\n    time.sleep(0.01)\n    if stop.exists(): sys.exit(3)\n")
     words = [sys.executable, "-I", "-S", "-c", script, str(step.folder / execution.STOP_FILE)]
     monkeypatch.setattr(
-        pipeline, "start_papermill",
+        execution, "start_papermill",
         lambda *_: subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True))
     # ignored where the tests were started in the background
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
