@@ -1,5 +1,5 @@
-"""What every setting is checked by: an error that names the value, the place and the remedy. Imports
-no torch.
+"""What every setting is checked by: an error that names the value, the place and the remedy. No
+torch.
 """
 
 from __future__ import annotations
