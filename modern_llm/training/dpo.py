@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, DPOConfig, DataConfig, PipelineConfig
 from ..data import synth
 from modern_llm.data.chat import (
-    EncodedExample, PackedExamples, continuations, encode_chat, encode_example, end_id,
+    PackedExamples, continuations, encode_chat, encode_example, end_id,
 )
 from ..data.packing import IGNORED
 from modern_llm.data.pairs import (
@@ -173,18 +173,43 @@ def reference_log_probs(path: Path, model: nn.Module,
     return table
 
 # %% ../../nbs/05_dpo.ipynb #replay
-def _earlier_chats(tokenizer: Tokenizer, kind: str, limit: int,
-                   world_seed: int) -> list[EncodedExample]:
+def _text_rows(tokenizer: Tokenizer, data: DataConfig, rows: int,
+               context_length: int) -> dict[str, Tensor]:
+    texts = [documents(name, "train", data.world_seed) for name in data.sources]
+    ids, end = [], end_of_text_id(tokenizer)
+    for text in islice((text for group in zip_longest(*texts) for text in group if text),
+                       rows * context_length):
+        ids += [end, *encode_documents(tokenizer, [text])[0]]
+        if len(ids) > rows * context_length:
+            break
+    ids *= math.ceil((context_length + 1) / len(ids))  # of a text shorter than a row
+    count = (len(ids) - 1) // context_length
+    inputs, labels = (torch.tensor(ids[i : i + count * context_length]).view(count, -1)
+                      for i in (0, 1))
+    segments = ((inputs == end).cumsum(1) + 1 if data.isolate_documents
+                else torch.ones_like(inputs))
+    return {"input_ids": inputs, "labels": labels, "segment_ids": segments}
+
+
+def _chat_rows(tokenizer: Tokenizer, kind: str, world_seed: int, rows: int, context_length: int,
+               seed: int) -> dict[str, Tensor]:
+    limit = max(200, rows * context_length // 60)
     if kind == "synthetic":
         others = [name for name in synth.INSTRUCTION_KINDS if name != "fact"]
         found = [InstructionExample(item.instruction, item.input, item.output)
                  for item in islice(synth.instructions("train", 0, world_seed, others), limit)]
     else:
         found = instructions(kind, "train", limit, world_seed)
-    return [encode_example(tokenizer, example.messages) for example in found
-            if example.request and example.output.strip()]
+    chats = [encode_example(tokenizer, example.messages) for example in found
+             if example.request and example.output.strip()]
+    fitting = [chat for chat in chats if len(chat[0]) <= context_length]
+    if not fitting:
+        raise ConfigError(
+            f"dpo.replay_sources: none of {len(chats)} examples of {kind!r} fits a context "
+            f"of {context_length} tokens; leave it out or use a longer context")
+    return PackedExamples(fitting, context_length, rows, seed)(0)
 
-
+# %% ../../nbs/05_dpo.ipynb #replay-rows
 def replay_rows(
     tokenizer: Tokenizer, kinds: Sequence[str], data: DataConfig, rows: int, context_length: int
 ) -> dict[str, Tensor]:
@@ -201,32 +226,10 @@ def replay_rows(
     Raises:
         ConfigError: a kind of which nothing fits the context.
     """
-    each, found = math.ceil(rows / len(kinds)), []
-    for seed, kind in enumerate(kinds):
-        if kind == "text":
-            texts, ids, end = ([documents(name, "train", data.world_seed) for name in data.sources],
-                               [], end_of_text_id(tokenizer))
-            for text in islice((text for group in zip_longest(*texts) for text in group if text),
-                               each * context_length):
-                ids += [end, *encode_documents(tokenizer, [text])[0]]
-                if len(ids) > each * context_length:
-                    break
-            ids *= math.ceil((context_length + 1) / len(ids))  # of a text shorter than a row
-            count = (len(ids) - 1) // context_length
-            inputs, labels = (torch.tensor(ids[i : i + count * context_length]).view(count, -1)
-                              for i in (0, 1))
-            segments = ((inputs == end).cumsum(1) + 1 if data.isolate_documents
-                        else torch.ones_like(inputs))
-            found.append({"input_ids": inputs, "labels": labels, "segment_ids": segments})
-        else:
-            chats = _earlier_chats(tokenizer, kind, max(200, each * context_length // 60),
-                                   data.world_seed)
-            fitting = [chat for chat in chats if len(chat[0]) <= context_length]
-            if not fitting:
-                raise ConfigError(
-                    f"dpo.replay_sources: none of {len(chats)} examples of {kind!r} fits a context "
-                    f"of {context_length} tokens; leave it out or use a longer context")
-            found.append(PackedExamples(fitting, context_length, each, seed)(0))
+    each = math.ceil(rows / len(kinds))
+    found = [_text_rows(tokenizer, data, each, context_length) if kind == "text"
+             else _chat_rows(tokenizer, kind, data.world_seed, each, context_length, seed)
+             for seed, kind in enumerate(kinds)]
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 # %% ../../nbs/05_dpo.ipynb #pair-batches
