@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from modern_llm.config.checks import ConfigError, nearest, require
 from modern_llm.config.overrides import override
-from modern_llm.config.schema import ConfigError, nearest, require
 from modern_llm.files import CHECKOUT, IN_CHECKOUT
 
 if sys.version_info >= (3, 11):

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from modern_llm.config.checks import ConfigError, nearest, require
 from modern_llm.config.overrides import override, parse_overrides
-from modern_llm.config.schema import (
-    ConfigError, DPOConfig, DataConfig, EvalConfig, HardwareConfig, ModelConfig, PipelineConfig,
-    SFTConfig, TrainConfig, VerifierConfig, nearest, require,
+from modern_llm.config.schema import DataConfig, HardwareConfig, ModelConfig, PipelineConfig
+from modern_llm.config.stage_settings import (
+    DPOConfig, EvalConfig, SFTConfig, TrainConfig, VerifierConfig,
 )
 
 

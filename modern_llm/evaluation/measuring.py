@@ -23,7 +23,6 @@ from modern_llm.evaluation.asking import Subject
 from modern_llm.evaluation.families import (
     INSTRUCTION_TOKENS, SAMPLED, has_instructions, protocol_sources,
 )
-from modern_llm.evaluation.fewshot import accuracy_rows
 from modern_llm.evaluation.held_out import scored_split
 from modern_llm.evaluation.ledger import item_rows
 from modern_llm.evaluation.pieces import (
@@ -31,6 +30,7 @@ from modern_llm.evaluation.pieces import (
     sentiment_piece,
 )
 from modern_llm.evaluation.reranking import sample_items
+from modern_llm.evaluation.sentiment_tables import accuracy_rows
 from modern_llm.evaluation.written import instruction_piece, problem_items, problem_piece
 
 

@@ -16,13 +16,14 @@ from modern_llm.config import STAGES, PipelineConfig, to_dict
 from modern_llm.data.chat import is_chat_model
 from modern_llm.data.tokens import load_tokenizer
 from modern_llm.evaluation.asking import Subject, baselines
+from modern_llm.evaluation.contamination import run_overlap, training_sources
 from modern_llm.evaluation.families import FAMILIES, SAMPLED
 from modern_llm.evaluation.held_out import held_out_pages, scored_split
 from modern_llm.evaluation.ledger import (
     cost_rows, ledger_rows, read_ledger, write_derived, write_ledger,
 )
 from modern_llm.evaluation.measuring import evaluation_items
-from modern_llm.evaluation.overlap import clean_rows, overlap_summary, run_overlap, training_sources
+from modern_llm.evaluation.overlap import clean_rows, overlap_summary
 from modern_llm.evaluation.piece_cache import piece, same_settings
 from modern_llm.evaluation.pieces import perplexity_rows
 from modern_llm.evaluation.reranking import verifier_mistakes

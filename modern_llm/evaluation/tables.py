@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from modern_llm.evaluation.families import is_aside
-from modern_llm.evaluation.fewshot import confusion_table
 from modern_llm.evaluation.ledger import comparison_table
+from modern_llm.evaluation.sentiment_tables import confusion_table
 from modern_llm.evaluation.stages import Evaluation
 from modern_llm.figures import sample_sheet
 

@@ -20,8 +20,8 @@ from modern_llm.data.tokens import end_of_text_id, save_tokenizer, train_tokeniz
 from modern_llm.evaluation.asking import Subject, ask, baselines, separator_ids
 from modern_llm.evaluation.families import FAMILIES, TaskFamily, register_family
 from modern_llm.evaluation.ledger import (
-    STAGE_NAMES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows,
-    measure_rows, read_ledger, stage_gains, stage_ledger, write_derived, write_ledger,
+    STAGE_NAMES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows,
+    read_ledger, stage_gains, stage_ledger, write_derived, write_ledger,
 )
 from modern_llm.evaluation.piece_cache import piece, same_settings
 from modern_llm.evaluation.pieces import (

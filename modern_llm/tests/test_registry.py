@@ -19,7 +19,8 @@ from modern_llm.data.reading import documents, items
 from modern_llm.data.sources import DatasetNotFound, find_source
 from modern_llm.data.synth import Problem, Review
 from modern_llm.data.tasks import sentences, word_problems
-from modern_llm.evaluation.overlap import find_overlap, training_sources, training_texts
+from modern_llm.evaluation.contamination import training_sources, training_texts
+from modern_llm.evaluation.overlap import find_overlap
 from modern_llm.runs.data_files import data_names
 from modern_llm.training.sft import instructions
 
