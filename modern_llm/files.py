@@ -19,6 +19,7 @@ from modern_llm.messages import StageError, UserError
 
 # the folder the package lies in: a checkout, if it was installed from one with -e
 CHECKOUT = Path(__file__).resolve().parent.parent
+IN_CHECKOUT = (CHECKOUT / "settings.ini").is_file()
 
 
 class DamagedFolder(UserError, RuntimeError):

@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -20,21 +19,27 @@ from modern_llm.config.machines import cluster_files
 WITHOUT_A_DOT = tuple(
     field.name for field in dataclasses.fields(PipelineConfig) if field.name != "seed")
 
+# options of several commands
+STAGE = click.option("--stage", default="all", show_default=True, metavar="STAGE",
+                     help=f"{', '.join(STAGES)}, or all.")
+RUN = click.option("--run", "run_name", metavar="NAME",
+                   help="Folder under runs/; default: the preset's name.")
+OUTPUT_DIR = click.option("--output-dir", metavar="DIR",
+                          help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
+MAX_STEPS = click.option("--max-steps", type=click.IntRange(min=1),
+                         help="Stop after so many optimizer steps, in every stage that trains.")
+
 
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run; `modern-llm presets` lists the names.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE",
-              help=f"{', '.join(STAGES)}, or all.")
-@click.option("--run", "run_name", metavar="NAME",
-              help="Folder under runs/; default: the preset's name.")
+@STAGE
+@RUN
 @click.option("--checkpoint", metavar="PATH",
               help="Start from these weights: a checkpoint, stage or run folder. With --stage all, "
                    "pretraining is left out.")
-@click.option("--output-dir", metavar="DIR",
-              help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
-@click.option("--max-steps", type=click.IntRange(min=1),
-              help="Stop after so many optimizer steps, in every stage that trains.")
+@OUTPUT_DIR
+@MAX_STEPS
 @click.option("-p", "extra", multiple=True, metavar="KEY=VALUE",
               help="A parameter of the stage notebooks: seed=1, max_minutes=10 (each stage that "
                    "trains), device=cpu; or a setting of the preset: model.num_experts=4, "
@@ -73,10 +78,11 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     srun --ntasks-per-node=1 modern-llm run -p hardware.ranks=8   torchrun on each of the nodes
     modern-llm run -p seed=1 --run seed-1 --dry-run      what would be done?
     """
-    from modern_llm.cluster.submit import note_this_job
+    from modern_llm.cluster.jobs import note_this_job
     from modern_llm.messages import Preempted, StageError
-    from modern_llm.runs import pipeline
+    from modern_llm.runs import execution
     from modern_llm.runs.outcomes import runs_table
+    from modern_llm.runs.pipeline import Plan
     from modern_llm.runs.torchrun import launch_ranks
 
     parameters = {"preset": preset, **_key_values(extra)}
@@ -86,9 +92,9 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
             parameters[name] = value
     began = time.time()
     try:
-        plan = pipeline.Plan(stage, no_overwrite, **parameters)
+        plan = Plan(stage, no_overwrite, **parameters)
         if dry_run:
-            for step in planned(plan):
+            for step in plan.steps():
                 click.echo(f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> "
                            f"{step.folder}")
             return
@@ -98,11 +104,10 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
                            f"{plan.parameters[plan.stages[0]].get('checkpoint') or plan.start}")
             plan.check_data()
         with launch_ranks(max(config.hardware.ranks for config in plan.configs.values())):
-            pipeline.raise_on_preemption()
-            with pipeline.lock_for(plan.run_folder, plan.stages):
+            execution.raise_on_preemption()
+            with execution.lock_for(plan.run_folder, plan.stages):
                 # what a later stage refuses is said before an earlier one runs for hours
-                for _ in planned(plan):
-                    pass
+                list(plan.steps())
                 note_this_job(plan.run_folder, plan.stages)
                 for name in plan.stages:
                     _run_step(plan.step(name))
@@ -110,7 +115,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
         click.echo(
             f"{warning}: the run ended early, kept what it had, and goes on with the same command",
             err=True)
-        sys.exit(pipeline.EXIT_PREEMPTED)
+        sys.exit(execution.EXIT_PREEMPTED)
     except (ConfigError, StageError, FileNotFoundError) as error:
         raise Failure(str(error)) from error
     if stage == "all":
@@ -121,19 +126,9 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
                    f"{plan.run_folder}")
 
 
-def planned(plan) -> Iterator:
-    """What would be done about each stage, as far as it can be told before the earlier ones have
-    run. StageError if one is refused.
-    """
-    pending = False
-    for name in plan.stages:
-        yield (step := plan.step(name, pending))
-        pending = pending or step.action != "skip"
-
-
 def _run_step(step) -> None:
     """Execute what a step asks for; leaves the program with the stage's exit code if it fails."""
-    from modern_llm.runs import pipeline
+    from modern_llm.runs import execution
     from modern_llm.runs.outcomes import summary
 
     if step.action == "skip":
@@ -143,10 +138,10 @@ def _run_step(step) -> None:
         f"{step.stage}: {step.action}{f' ({step.why})' if step.why else ''} -> {step.folder}")
     page = step.folder / "notebook.ipynb"
     former = page.stat().st_mtime_ns if page.is_file() else None
-    code = pipeline.execute(step)
+    code = execution.execute(step)
     if code:
         shown = page.is_file() and page.stat().st_mtime_ns != former
-        if pipeline.status(step) in ("stopped", "preempted", "interrupted"):
+        if execution.status(step) in ("stopped", "preempted", "interrupted"):
             click.echo(f"{step.stage}: stopped with a checkpoint; the same command goes on from "
                        "there", err=True)
         else:
@@ -187,10 +182,8 @@ def _key_values(items: tuple[str, ...]) -> dict:
 @click.command()
 @click.option("--preset", "--config", default="local-smoke", show_default=True,
               metavar="NAME|FILE.json", help="What to run.")
-@click.option("--stage", default="all", show_default=True, metavar="STAGE",
-              help=f"{', '.join(STAGES)}, or all.")
-@click.option("--run", "run_name", metavar="NAME",
-              help="Folder under runs/; default: the preset's name.")
+@STAGE
+@RUN
 @click.option("--account", metavar="PROJECT",
               help="Your allocation, where the cluster asks for one.")
 @click.option("--cluster", metavar="NAME",
@@ -204,8 +197,7 @@ def _key_values(items: tuple[str, ...]) -> dict:
               help="Of each job that trains.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True,
               help="Of each node, with a rank on each.")
-@click.option("--max-steps", type=click.IntRange(min=1),
-              help="Stop after so many optimizer steps, in every stage that trains.")
+@MAX_STEPS
 @click.option("-p", "extra", multiple=True, metavar="KEY=VALUE",
               help="As for `modern-llm run`. As often as needed.")
 @click.option("--dry-run", is_flag=True,
@@ -229,7 +221,7 @@ def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, g
     modern-llm status tacc-h100                  stages and their jobs
     """
     from modern_llm.cluster.submit import Chain, absolute_words
-    from modern_llm.config import ALIASES, PRESETS, get_pipeline_preset, override, parse_overrides
+    from modern_llm.config import ALIASES, PRESETS, preset_with
     from modern_llm.messages import StageError
     from modern_llm.runs.pipeline import Plan
 
@@ -240,8 +232,7 @@ def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, g
     if preset not in (*PRESETS, *ALIASES) and Path(preset).is_file():
         preset = str(Path(preset).resolve())
     try:
-        as_here = override(get_pipeline_preset(preset),
-                           parse_overrides(_key_values(extra).get("overrides") or ""), "overrides")
+        as_here = preset_with(preset, _key_values(extra).get("overrides"))
         extra = absolute_words(extra, as_here)
         words = ([word for item in extra for word in ("-p", item)]
                  + (["--max-steps", str(max_steps)] if max_steps else []))
@@ -270,8 +261,7 @@ def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, g
 
 @click.command()
 @click.argument("name", metavar="[RUN]", required=False)
-@click.option("--output-dir", metavar="DIR",
-              help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
+@OUTPUT_DIR
 def status(name: str | None, output_dir: str | None) -> None:
     """Show the runs (or one): their stages, how they ended, when they began, what they took and
     what came out.
@@ -283,7 +273,7 @@ def status(name: str | None, output_dir: str | None) -> None:
     modern-llm status
     modern-llm status local-smoke
     """
-    from modern_llm.cluster.submit import with_jobs
+    from modern_llm.cluster.jobs import with_jobs
     from modern_llm.runs.outcomes import DAMAGED, runs_table
     from modern_llm.runs.parameters import runs_folder
 

@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import ConfigError, PipelineConfig, TrainConfig
+from modern_llm.config import STAGES, ConfigError, PipelineConfig, TrainConfig, Work, function_of
 from modern_llm.config.machines import gpu_peaks
 from modern_llm.models.counts import flops_per_token
 
@@ -39,30 +39,9 @@ class Estimate:
 
 
 def tokens_per_step(config: PipelineConfig, stage: str) -> int:
-    """Tokens that an optimizer step reads when every row is as long as the context; a row of DPO is
-    a pair.
-    """
-    train, rows = getattr(config, stage), 1
-    if stage == "dpo":
-        rows = 2 + bool(train.replay_weight)
-    return train.batch_size * rows * config.model.context_length
-
-
-def decoded_steps(config: PipelineConfig, stage: str) -> int:
-    """Steps of decoding that the stage's sampling takes: batches of answers × tokens of each."""
-    batches = lambda answers, rows=256: -(-answers // rows)
-    if stage == "dpo":
-        return 2 * batches(config.dpo.max_validation_pairs) * config.dpo.max_new_tokens
-    if stage == "verifier":
-        v = config.verifier
-        return batches(v.train_problems * v.samples_per_problem
-                       + v.validation_problems * v.validation_samples) * v.max_new_tokens
-    if stage == "eval":
-        e = config.eval
-        answers = batches(e.num_problems, e.batch_rows) + batches(e.num_instructions, e.batch_rows)
-        samples = batches(e.sampled_problems * e.samples_per_problem, e.batch_rows)
-        return (3 + len(e.baselines)) * (answers + samples) * e.max_new_tokens
-    return 0
+    """Tokens that an optimizer step reads when every row is as long as the context."""
+    train = getattr(config, stage)
+    return train.batch_size * train.sequences * config.model.context_length
 
 
 def measured_seconds(folder: Path) -> tuple[int, float, float] | None:
@@ -86,26 +65,34 @@ def measured_seconds(folder: Path) -> tuple[int, float, float] | None:
 
 def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
              gpus: int = 1) -> Estimate:
-    """How long a stage takes: steps × seconds per step, measured or assumed, sampling, and the
-    start.
+    """How long a stage takes: steps × seconds per step, measured or assumed, what else it does, and
+    the start.
 
     Args:
         config: the settings of the run.
         stage: which stage.
         folder: its folder; if `metrics.jsonl` there has rows, their speed counts, and only the
             steps still to do.
-        gpu: a name of `gpu_peaks`; None = a CPU.
+        gpu: a name of `gpu_peaks`; "" = one that nobody knows, taken for the slowest of those;
+            None = a CPU.
         gpus: how many work on one batch.
     """
-    start = ASSUMED_START_MINUTES["gpu" if gpu else "cpu"]
-    decode = decoded_steps(config, stage)
-    sampling = decode * ASSUMED_DECODE_SECONDS / 60
-    said = ([f"{decode:,} decoding steps of {1000 * ASSUMED_DECODE_SECONDS:.0f} ms, assumed"]
-            * bool(decode))
+    start = ASSUMED_START_MINUTES["cpu" if gpu is None else "gpu"]
+    peak, device = CPU_FLOPS, "2 CPU cores"
+    if gpu is not None:
+        peaks = gpu_peaks()
+        slowest = min(peaks, key=peaks.get)
+        peak, device = peaks[gpu or slowest], gpu or f"unknown GPU, assumed {slowest}"
+    work = function_of(STAGES[stage].work)(config) if STAGES[stage].work else Work()
+    # a token costs the forward pass, a third of training on it
+    minutes = (work.steps * ASSUMED_DECODE_SECONDS
+               + work.tokens * flops_per_token(config.model) / 3 / (ASSUMED_MFU * peak)) / 60
+    said = [f"{work.steps:,} decoding steps of {1000 * ASSUMED_DECODE_SECONDS:.0f} ms and "
+            f"{work.tokens:,} tokens, assumed"] * (work != Work())
     train = getattr(config, stage, None)
     if not isinstance(train, TrainConfig):
-        return Estimate(start + sampling, why="; ".join([*said, f"{start} min to start, assumed"]))
-    steps, peak = train.max_steps, gpu_peaks()[gpu] if gpu else CPU_FLOPS
+        return Estimate(start + minutes, why="; ".join([*said, f"{start} min to start, assumed"]))
+    steps = train.max_steps
     if found := measured_seconds(folder):
         done, seconds, speed = found
         steps = max(0, train.max_steps - done)
@@ -115,12 +102,12 @@ def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
         speed = ASSUMED_MFU * peak * gpus / flops_per_token(config.model)
         seconds = tokens_per_step(config, stage) / speed
         said.insert(0, f"assumed: {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:g} TFLOP/s "
-                       f"({f'{gpus} × ' * (gpus > 1)}{gpu or '2 CPU cores'})")
-    minutes = steps * seconds / 60
-    if train.max_minutes and minutes > train.max_minutes:
-        minutes = train.max_minutes
+                       f"({f'{gpus} × ' * (gpus > 1)}{device})")
+    training = steps * seconds / 60
+    if train.max_minutes and training > train.max_minutes:
+        training = train.max_minutes
         said.append(f"at most {train.max_minutes:g} min, a setting")
-    return Estimate(minutes + sampling + start, steps, speed,
+    return Estimate(training + minutes + start, steps, speed,
                     "; ".join([*said, f"{start} min to start, assumed"]))
 
 

@@ -1,4 +1,4 @@
-"""Stages as SLURM jobs: the lines for `sbatch`, the chain, what SLURM says of the jobs.
+"""Stages as SLURM jobs: the lines for `sbatch`, and the chain.
 
 Imports no torch: it runs on a login node. SLURM itself does the scheduling; the job files in
 `slurm/` do the work.
@@ -7,10 +7,8 @@ Imports no torch: it runs on a login node. SLURM itself does the scheduling; the
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Iterable
@@ -18,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm.cluster.duration import MARGIN, Estimate, clock, estimate, minutes_of, time_limit
-from modern_llm.config import STAGES, ConfigError, PipelineConfig, nearest, require
+from modern_llm.cluster.jobs import jobs_of, note_job
+from modern_llm.config import STAGES, TRAINED, ConfigError, PipelineConfig, nearest, require
 from modern_llm.config.machines import Cluster, Partition, find_cluster
-from modern_llm.files import CHECKOUT, write_json
+from modern_llm.files import CHECKOUT
 from modern_llm.messages import StageError
-from modern_llm.runs.outcomes import DAMAGED, folders, reason, record_in
-from modern_llm.runs.pipeline import Plan, trains
+from modern_llm.runs.pipeline import Plan
 from modern_llm.runs.record import writes_to
-from modern_llm.runs.scheduler import (
-    MARK, is_queued, job_states, slurm_command, submitted, this_job,
-)
+from modern_llm.runs.scheduler import MARK, is_queued, job_states, slurm_command, submitted
 from modern_llm.runs.spec import setting
 
 # greetings come first, the name of a cluster behind
@@ -56,73 +52,6 @@ def partitions() -> tuple[dict[str, int | None], str | None]:
         with contextlib.suppress(ValueError):  # a limit that is no time: as if there were none
             found[name.rstrip("*")] = minutes_of(limit)
     return found, default
-
-
-# ---- the record ----------------------------------------------------------------------------------
-
-
-def note_job(run_folder: Path, job: str, stages: list[str], command: str) -> Path:
-    """Write `jobs/<id>.json` of a run: a file per job, so that a job under way and a submission
-    never overwrite each other.
-    """
-    (run_folder / "jobs").mkdir(parents=True, exist_ok=True)
-    submitted = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return write_json(run_folder / "jobs" / f"{job}.json",
-                      {"id": job, "stages": stages, "submitted": submitted, "command": command})
-
-
-def note_this_job(run_folder: Path, stages: list[str]) -> None:
-    """Inside a job that was submitted by hand: note it too."""
-    job = this_job()
-    if job and not (run_folder / "jobs" / f"{job}.json").exists():
-        note_job(run_folder, job, stages,
-                 f"{os.environ.get('SLURM_JOB_NAME', '')} (sbatch by hand)")
-
-
-def job_records(run_folder: Path) -> tuple[list[dict], list[str]]:
-    """The jobs of a run, the oldest first; and what is wrong with the records that cannot be read.
-    """
-    records, damaged = [], []
-    for path in sorted(run_folder.glob("jobs/*.json")):
-        try:
-            records.append(record_in(path, id=str, stages=list, submitted=str))
-        except (OSError, ValueError) as error:
-            damaged.append(f"jobs/{path.name}: {reason(error)}")
-    return sorted(records, key=lambda record: (
-        record["submitted"], [int(part) for part in re.findall(r"\d+", record["id"])])), damaged
-
-
-def jobs_of(run_folder: Path) -> list[dict]:
-    """The jobs of a run, the oldest first; records that cannot be read are left out."""
-    return job_records(run_folder)[0]
-
-
-def with_jobs(rows: list[dict], root: Path, only: str | None = None) -> list[dict]:
-    """The rows of `runs_table` with a column `job`, and a row for every stage that still waits for
-    its job, or whose job's record is damaged.
-
-    Where no run was ever submitted the rows stay as they are.
-    """
-    latest, broken = {}, []
-    for path in folders(root):
-        records, damaged = job_records(path) if only in (None, path.name) else ([], [])
-        latest |= {(path.name, str(stage)): record["id"] for record in records
-                   for stage in record["stages"]}
-        broken += [{"run": path.name, "stage": "", "status": f"{DAMAGED}: {text}"}
-                   for text in damaged]
-    if not latest and not broken:
-        return rows
-    states = job_states(sorted(set(latest.values())))
-    there = {(row["run"], row["stage"]) for row in rows}
-    waiting = [{"run": run, "stage": stage, "status": "to do"}
-               for run, stage in latest if (run, stage) not in there]
-    table = []
-    for row in [*rows, *waiting, *broken]:
-        job = latest.get((row["run"], row["stage"]), "")
-        table.append({**{name: row[name] for name in ("run", "stage", "status")},
-                      "job": f"{job} {states.get(job, '')}".strip(),
-                      **{name: row.get(name, "") for name in ("started", "minutes", "figures")}})
-    return table
 
 
 # ---- where a job begins --------------------------------------------------------------------------
@@ -233,7 +162,7 @@ class Chain:
         known = facts.partitions.get(self.partition, Partition())
         require(gpus <= (known.gpus or gpus), f"--gpus={gpus}: a node of {self.partition} has "
                                               f"{known.gpus}; for more, say --nodes")
-        self.gpu = (known.gpu or "A100") if config.hardware.min_gpu_memory_gb else None
+        self.gpu = known.gpu if config.hardware.min_gpu_memory_gb else None
         limits = [limit for name in names if (limit := there.get(name))]
         self.longest = (there.get(self.partition) or min(limits, default=None)
                         or (int(60 * known.hours) if known.hours else None))
@@ -244,12 +173,8 @@ class Chain:
                          else [])
         if time:
             minutes_of(time)  # a ConfigError now, not sbatch's refusal later
-        self.time, self.ranks, self.todo = time, nodes * gpus, []
-        pending = False
-        for stage in plan.stages:
-            if plan.step(stage, pending).action != "skip":
-                self.todo.append(stage)
-                pending = True
+        self.time, self.ranks = time, nodes * gpus
+        self.todo = [step.stage for step in plan.steps() if step.action != "skip"]
         self.jobs = [self._job(stages) for stages in self._groups()]
 
     def _groups(self) -> list[list[str]]:
@@ -263,12 +188,12 @@ class Chain:
             for stage in stages if stage != "report"}
         limit = time_limit(sum(each.minutes for each in known.values()), self.longest)
         file, first = ("slurm/eval.slurm", []) if len(stages) > 1 else ("slurm/stage.slurm", stages)
-        gpus = str(self.gpus if trains(stages[0]) else 1)
+        gpus = str(self.gpus if stages[0] in TRAINED else 1)
         words = [f"--job-name={stages[0]}",
                  "--output=" + str(folder).replace("%", "%%") + "/logs/%x-%j.out",
                  f"--time={self.time or clock(limit)}",
                  *(option.replace("{gpus}", gpus) for option in self.options),
-                 *(self.together if trains(stages[0]) else []), file, *first, self.preset,
+                 *(self.together if stages[0] in TRAINED else []), file, *first, self.preset,
                  folder.name, *(self.words if stages != ["report"] else [])]
         return Job(stages, words, known, limit, self.longest)
 

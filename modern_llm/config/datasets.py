@@ -112,7 +112,7 @@ DATASET_REGISTRY: dict[str, DatasetInfo] = {info.name: info for info in (
 )}
 
 
-def register(info: DatasetInfo) -> DatasetInfo:
+def register_dataset(info: DatasetInfo) -> DatasetInfo:
     """Add an entry from outside, for this process: its name is then accepted wherever its kind is.
 
     Raises:
@@ -121,14 +121,15 @@ def register(info: DatasetInfo) -> DatasetInfo:
     taken = {*BUILT_IN, "text", *DATASET_REGISTRY,
              *(alias for known in DATASET_REGISTRY.values() for alias in known.aliases)}
     if info.name in taken or info.name != info.name.lower() or not info.name:
-        raise ValueError(f"register: the name {info.name!r} is taken, or has capital letters; "
-                         "call the data set otherwise")
+        raise ValueError(f"register_dataset: the name {info.name!r} is taken, or has capital "
+                         "letters; call the data set otherwise")
+    refused = f"register_dataset: {info.name}: "
     if info.kind not in KINDS:
-        raise ValueError(f"register: {info.name}: kind {info.kind!r} is none of {', '.join(KINDS)}")
+        raise ValueError(f"{refused}kind {info.kind!r} is none of {', '.join(KINDS)}")
     if info.kind != "text" and not info.parse:
-        raise ValueError(f"register: {info.name}: rows become {info.kind} by a parser; give parse=")
+        raise ValueError(f"{refused}rows become {info.kind} by a parser; give parse=")
     if info.kind == "text" and info.parse:
-        raise ValueError(f"register: {info.name}: a text is its fields, joined; leave parse= out")
+        raise ValueError(f"{refused}a text is its fields, joined; leave parse= out")
     DATASET_REGISTRY[info.name] = info
     return info
 

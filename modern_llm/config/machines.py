@@ -10,9 +10,9 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from modern_llm.config.checks import ConfigError, nearest, require
 from modern_llm.config.overrides import override
-from modern_llm.config.schema import ConfigError, nearest, require
-from modern_llm.files import CHECKOUT
+from modern_llm.files import CHECKOUT, IN_CHECKOUT
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,7 +63,7 @@ def cluster_files() -> dict[str, Path]:
     """The file of every cluster by its name: the user's own (in `$MODERN_LLM_CLUSTERS`, else in
     `clusters/` of the checkout), which win, and those of this package.
     """
-    checkout = CHECKOUT if (CHECKOUT / "settings.ini").is_file() else Path.cwd()
+    checkout = CHECKOUT if IN_CHECKOUT else Path.cwd()
     own = Path(os.environ.get("MODERN_LLM_CLUSTERS") or checkout / "clusters")
     found = {path.stem: path for folder in (SHIPPED, own) for path in folder.glob("*.toml")}
     return dict(sorted(found.items()))

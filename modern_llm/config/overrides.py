@@ -14,7 +14,8 @@ import sys
 import types
 import typing
 
-from modern_llm.config.schema import ConfigError, PipelineConfig, nearest, require
+from modern_llm.config.checks import ConfigError, nearest, require
+from modern_llm.config.schema import PipelineConfig
 
 _hints = functools.cache(typing.get_type_hints)
 # Python's words, which the parameters of a notebook are written in

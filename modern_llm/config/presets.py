@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from modern_llm.config.overrides import override
-from modern_llm.config.schema import (
-    ConfigError, DPOConfig, DataConfig, EvalConfig, HardwareConfig, ModelConfig, PipelineConfig,
-    SFTConfig, TrainConfig, VerifierConfig, nearest, require,
+from modern_llm.config.checks import ConfigError, nearest, require
+from modern_llm.config.overrides import override, parse_overrides
+from modern_llm.config.schema import DataConfig, HardwareConfig, ModelConfig, PipelineConfig
+from modern_llm.config.stage_settings import (
+    DPOConfig, EvalConfig, SFTConfig, TrainConfig, VerifierConfig,
 )
 
 
@@ -310,6 +311,11 @@ def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
     # not the base's: its run is another one
     start = replace(get_pipeline_preset(base) if base else PipelineConfig(), name=path.stem)
     return override(start, values, place=str(path))
+
+
+def preset_with(name_or_path: str, words: str | None = None) -> PipelineConfig:
+    """The preset of that name or file with the overrides that are written in `words`."""
+    return override(get_pipeline_preset(name_or_path), parse_overrides(words or ""), "overrides")
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict:

@@ -32,8 +32,8 @@ from ..files import DamagedFolder, atomic_folder, check_folder, find_folder, rea
 
 # %% auto #0
 __all__ = ['SYNTHETIC_TOKENS', 'CACHE_VERSION', 'IGNORED', 'plain_array', 'TokenCache', 'build_token_cache', 'best_fit_rows',
-           'pack_documents', 'row_pattern', 'Pieces', 'PackedBatches', 'validation_batches', 'bits_per_byte',
-           'load_corpus', 'data_card']
+           'pack_documents', 'row_pattern', 'Pieces', 'epoch_parts', 'PackedBatches', 'validation_batches',
+           'bits_per_byte', 'load_corpus', 'data_card']
 
 # %% ../../nbs/02a_data.ipynb #plain-array
 def plain_array(path: Path) -> np.ndarray:
@@ -342,6 +342,26 @@ class Pieces:
         arrays = {"input_ids": inputs, "labels": labels, "segment_ids": segments}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
+# %% ../../nbs/02a_data.ipynb #epoch-parts
+def epoch_parts(lengths: np.ndarray, pattern: dict[str, np.ndarray], seed: int,
+                epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(parts, ends) of an epoch: its row r is parts[ends[r]:ends[r + 1]] of (piece, offset,
+    length), a pure function of (seed, epoch).
+
+    Args:
+        lengths: tokens of each piece.
+        pattern: `row_pattern` of these lengths, longest first.
+    """
+    random = np.random.default_rng([seed, epoch])
+    shuffled = random.permutation(len(lengths))
+    longest_first = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    row = random.permutation(int(pattern["row"].max()) + 1)[pattern["row"]]
+    piece = longest_first[pattern["document"]]
+    cut = pattern["length"] < lengths[piece]
+    order = np.lexsort((random.random(len(row)), cut, row))  # row by row, a cut piece last
+    parts = np.stack([piece, pattern["offset"], pattern["length"]], axis=1)[order]
+    return parts, np.cumsum([0, *np.bincount(row)])
+
 # %% ../../nbs/02a_data.ipynb #packed-batches
 class PackedBatches:
     """`batches(step)`: the packed training batch of that step, a pure function of (seed, step).
@@ -370,20 +390,10 @@ class PackedBatches:
         self._epoch, self._plan = -1, ()
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(parts, ends): row r of an epoch is parts[ends[r]:ends[r + 1]] of (piece, offset,
-        length). One epoch is kept.
-        """
+        """`epoch_parts` of an epoch; those of the last one are kept."""
         if epoch != self._epoch:
-            random, lengths, pattern = (np.random.default_rng([self.seed, epoch]),
-                                        self.pieces.length, self.pattern)
-            shuffled = random.permutation(len(lengths))
-            longest_first = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
-            row = random.permutation(self.rows_per_epoch)[pattern["row"]]
-            piece, cut = (longest_first[pattern["document"]],
-                          pattern["length"] < lengths[longest_first][pattern["document"]])
-            order = np.lexsort((random.random(len(row)), cut, row))
-            parts = np.stack([piece, pattern["offset"], pattern["length"]], axis=1)[order]
-            self._epoch, self._plan = epoch, (parts, np.cumsum([0, *np.bincount(row)]))
+            parts = epoch_parts(self.pieces.length, self.pattern, self.seed, epoch)
+            self._epoch, self._plan = epoch, parts
         return self._plan
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlparse
 
-from ..config import DATASET_REGISTRY, DatasetInfo, nearest, register
+from ..config import DATASET_REGISTRY, DatasetInfo, nearest
 from ..messages import UserError
 
 # %% auto #0

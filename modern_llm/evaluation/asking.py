@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.chat import Answer, answer, continuations, document_prompt
 from ..data.tokens import encode_documents, end_of_text_id
-from .ledger import STAGES
+from .ledger import STAGE_NAMES
 from ..files import DamagedFolder
 
 # %% auto #0
@@ -85,9 +85,9 @@ def baselines(names: Iterable[str], device: str) -> tuple[dict[str, Subject], di
     found, absent = {}, {}
     for place in names:
         name = Path(place).name.removesuffix(".gguf")
-        if name in STAGES or name in found:
+        if name in STAGE_NAMES or name in found:
             raise ValueError(f"baseline {str(place)!r} would be called {name!r}, "
-                             f"as {'a stage' if name in STAGES else 'another one'} is: "
+                             f"as {'a stage' if name in STAGE_NAMES else 'another one'} is: "
                              "rename its folder, or link to it by another name")
         try:
             model, tokenizer = hub.load(place, device)

@@ -1,4 +1,4 @@
-"""The figures of chapters 06 and 07, each drawn from tables and returned."""
+"""The figures that chapters 06 and 07 and the report share, each drawn from tables and returned."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from modern_llm.figures import COLOURS, figure, heatmap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+# the same on every page
+METHOD_COLOURS = {"random": COLOURS[7], "log_prob": COLOURS[1], "calculator": COLOURS[2],
+                  "majority": COLOURS[0], "best_of_n": COLOURS[4], "weighted_vote": COLOURS[3],
+                  "pass": "black"}
 
 
 # ---- a verifier ----------------------------------------------------------------------------------
@@ -47,30 +53,37 @@ def score_strips(strips: dict[str, tuple[list[str], np.ndarray]], most: int = 64
     return fig
 
 
-def reliability_curve(table: pd.DataFrame, error: float) -> Figure:
-    """Share right against the score, answers in bins: columns score, value, low, high."""
+def reliability_curve(table: pd.DataFrame, error: float | None = None) -> Figure:
+    """Share right against the score, answers in bins: columns score, value, low, high; `error` is
+    said above.
+    """
     fig, ax = figure(3.2, 2.8)
     ax.plot([0, 1], [0, 1], color="black", lw=1, ls="--")
     ax.errorbar(table.score, table.value, [table.value - table.low, table.high - table.value],
                 fmt="o-", ms=4, capsize=2)
-    ax.set(xlabel="score", ylabel="share right", title=f"calibration error {error:.3f}")
+    ax.set(xlabel="score", ylabel="share right")
+    if error is not None:
+        ax.set_title(f"calibration error {error:.3f}")
     top = min(1.01, 1.1 * max(table.score.max(), table.high.max()))
     ax.axis([-0.01, top, -0.01, top])
     return fig
 
 
-def rerank_curves(table: pd.DataFrame, greedy: float) -> Figure:
-    """Share right against the number of answers to choose from, by method; dashed: the greedy
-    answer.
+def rerank_curves(table: pd.DataFrame, greedy: float | None = None) -> Figure:
+    """Share right against the number of answers to choose from: columns method, size, value, low,
+    high; dashed: the greedy answer.
+
+    The method "pass" is the bound: whether any of them is right.
     """
     fig, ax = figure(5.8, 3)
-    colours = [COLOURS[i] for i in (7, 1, 2, 0, 4, 3)]
-    for colour, (method, line) in zip(colours, table.groupby("method", sort=False)):
+    for method, line in table.groupby("method", sort=False):
+        line, colour = line.sort_values("size"), METHOD_COLOURS.get(method, COLOURS[5])
         ax.plot(line["size"], line.value, "o-", ms=4, color=colour, label=method.replace("_", " "))
         if method in ("majority", "weighted_vote"):
             ax.fill_between(line["size"], line.low, line.high, color=colour, alpha=0.1, lw=0)
-    ax.axhline(greedy, color="black", lw=1, ls="--", label="greedy")
-    sizes = table["size"].unique()
+    if greedy is not None:
+        ax.axhline(greedy, color="black", lw=1, ls="--", label="greedy")
+    sizes = sorted(table["size"].unique())
     ax.set(xlabel="answers to choose from", ylabel="share right", xscale="log", xticks=sizes,
            xticklabels=sizes)
     ax.minorticks_off()
@@ -94,23 +107,36 @@ def score_histogram(samples: pd.DataFrame | None) -> Figure | None:
 # ---- stages side by side -------------------------------------------------------------------------
 
 
+def change_chart(labels: pd.Series, changes: pd.DataFrame, xlabel: str = "change",
+                 width: float = 8) -> Figure:
+    """Every change with its interval, the first on top, grey where it is not significant.
+
+    Args:
+        changes: columns change, low, high, significant.
+    """
+    fig, ax = figure(width, 0.8 + 0.22 * len(changes))
+    colours = [COLOURS[0] if real else "gray" for real in changes.significant]
+    places = range(len(changes))
+    ax.hlines(places, changes.low, changes.high, colors=colours)
+    ax.scatter(changes.change, places, c=colours, zorder=3)
+    ax.set_yticks(places, labels)
+    ax.axvline(0, color="black", lw=1, ls="--")
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel)
+    return fig
+
+
 def gains_chart(gains: pd.DataFrame) -> Figure:
-    """What each stage changed in exact match and accuracy, in points; grey where the interval holds
-    0.
+    """What each stage changed in exact match and accuracy, in points.
 
     Args:
         gains: of `ledger.stage_gains`.
     """
     shown = gains[gains.metric.isin(("exact match", "accuracy"))
-                  & ~gains.against.isin(("majority class", "no calculator"))].iloc[::-1]
-    fig, ax = figure(6.5, 0.8 + 0.22 * len(shown))
-    colours = [COLOURS[0] if real else "gray" for real in shown.significant]
-    labels = [f"{row.stage} − {row.against}: {row.task}" for row in shown.itertuples()]
-    ax.hlines(labels, 100 * shown.low, 100 * shown.high, colors=colours)
-    ax.scatter(100 * shown.change, labels, c=colours, zorder=3)
-    ax.axvline(0, color="black", lw=1, ls="--")
-    ax.set(xlabel="points gained, with 95% interval")
-    return fig
+                  & ~gains.against.isin(("majority class", "no calculator"))]
+    points = {name: 100 * shown[name] for name in ("change", "low", "high")}
+    return change_chart(shown.stage + " − " + shown.against + ": " + shown.task,
+                        shown.assign(**points), "points gained, with 95% interval", 6.5)
 
 
 def percent_bars(table: pd.DataFrame) -> np.ndarray:
@@ -136,7 +162,8 @@ def sentiment_chart(ledger: pd.DataFrame, stages: Sequence[str]) -> Figure:
                         label=method)
             ax.set_xticks(places, line.shots)
         majority = of_task[of_task.stage.eq(stage) & of_task.metric.eq("majority class")].value
-        ax.axhline(100 * majority.iloc[0], color="black", lw=1, ls="--")
+        for share in majority:
+            ax.axhline(100 * share, color="black", lw=1, ls="--")
         ax.set(title=stage, xlabel="demonstrations")
     axes[0][0].set_ylabel("accuracy, %")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
@@ -144,10 +171,15 @@ def sentiment_chart(ledger: pd.DataFrame, stages: Sequence[str]) -> Figure:
     return fig
 
 
-def levels_chart(ledger: pd.DataFrame, stages: Sequence[str], label: str) -> Figure:
-    """Greedy exact match on word problems by level, one line a stage; `label`: what a level is."""
+def levels_chart(ledger: pd.DataFrame, stages: Sequence[str], label: str) -> Figure | None:
+    """Greedy exact match on word problems by level, one line a stage; `label`: what a level is.
+    None where no level was measured.
+    """
     rows = ledger[ledger.metric.str.startswith("exact match, level") & (ledger.task == "problems")]
+    if rows.empty:
+        return None
     level = rows.metric.str.extract(r"(\d+)$")[0].astype(int)
+    stages = [stage for stage in stages if stage in set(rows.stage)]
     fig, ax = figure(5, 2.6)
     for i, stage in enumerate(stages):
         line = rows[rows.stage == stage]
@@ -159,25 +191,11 @@ def levels_chart(ledger: pd.DataFrame, stages: Sequence[str], label: str) -> Fig
     return fig
 
 
-def sample_curves(curves: dict[str, list[dict]]) -> Figure:
-    """Share of problems right against the number of samples; black: the bound pass@k.
+def sample_curves(curves: dict[str, list[dict]]) -> Figure | None:
+    """`rerank_curves` of the problems that were sampled; None where none were.
 
     Args:
         curves: method -> points (size, value, low, high), as in gsm8k_analysis.json.
     """
-    fig, ax = figure(6, 3.2)
-    shown = {method: pd.DataFrame(points) for method, points in curves.items()
-             if method != "random"}
-    for i, (method, curve) in enumerate(shown.items()):
-        colour = "black" if method == "pass" else COLOURS[i]
-        ax.plot(curve["size"], 100 * curve.value, "o-", ms=3, lw=1.4, color=colour,
-                label=method.replace("_", " "))
-        ax.fill_between(curve["size"], 100 * curve.low, 100 * curve.high, color=colour,
-                        alpha=0.08, lw=0)
-    if shown:
-        sizes = sorted({size for curve in shown.values() for size in curve["size"]})
-        ax.set(xscale="log", xticks=sizes, xticklabels=sizes, xlabel="samples k",
-               ylabel="problems right, %")
-        ax.minorticks_off()
-        ax.legend(ncol=2)
-    return fig
+    rows = [{"method": method, **point} for method, points in curves.items() for point in points]
+    return rerank_curves(pd.DataFrame(rows)) if rows else None

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..config import STAGES
 from ..files import write_json, write_text
 from ..statistics import items_interval, mcnemar, paired_difference, ratio_interval
 
 # %% auto #0
-__all__ = ['COLUMNS', 'INTERVAL', 'STAGES', 'MEASURES', 'ASKED', 'item_rows', 'in_order', 'difference_row', 'measure_rows',
+__all__ = ['COLUMNS', 'INTERVAL', 'STAGE_NAMES', 'MEASURES', 'ASKED', 'item_rows', 'in_order', 'difference_row', 'measure_rows',
            'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger', 'mcnemar_p', 'is_significant',
            'stage_gains', 'comparison_table', 'cost_rows', 'stage_ledger', 'problem_analysis', 'derive',
            'write_derived']
@@ -39,13 +40,13 @@ def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterabl
 COLUMNS = ["stage", "task", "metric", "value", "low", "high", "n", "protocol", "seconds"]
 INTERVAL = ["value", "low", "high"]
 # in the order of the pipeline; third-party models come behind
-STAGES = ("base", "sft", "dpo", "verifier", "checkpoint")
+STAGE_NAMES = (*(spec.called for spec in STAGES.values() if spec.called), "checkpoint")
 
 
 def in_order(stages: Iterable[str]) -> list[str]:
     """The distinct stages in the order of the pipeline, then all other models as they come."""
-    return sorted(dict.fromkeys(stages),
-                  key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES))
+    found = list(dict.fromkeys(stages))
+    return sorted(found, key=[*STAGE_NAMES, *found].index)
 
 # %% ../../nbs/44_ledger.ipynb #difference-row
 def difference_row(items: pd.DataFrame, one: tuple[str, str, str],
@@ -91,7 +92,7 @@ def stage_differences(items: pd.DataFrame) -> list[dict]:
     """Ledger rows of every metric minus that of the stage before, wherever two neighbouring stages
     have it.
     """
-    present = [stage for stage in STAGES if stage in set(items.stage)]
+    present = [stage for stage in STAGE_NAMES if stage in set(items.stage)]
     rows = []
     for before, after in itertools.pairwise(present):
         shared = [tuple(row)
@@ -212,19 +213,21 @@ def stage_ledger(ledger: pd.DataFrame) -> pd.DataFrame:
     stage before, and the stage's cost.
     """
     gains = stage_gains(ledger)
-    before = dict(itertools.pairwise(stage for stage in in_order(ledger.stage) if stage in STAGES))
+    before = dict(itertools.pairwise(
+        stage for stage in in_order(ledger.stage) if stage in STAGE_NAMES))
     neighbours = gains[[before.get(row.against) == row.stage for row in gains.itertuples()]]
     change = neighbours.set_index(["stage", "task",
                                    "metric"])[["against", "change", "low", "high", "significant"]]
     change = change.rename(columns={"low": "change_low", "high": "change_high"})
     spent = (ledger[ledger.task == "cost"].pivot(index="stage", columns="metric", values="value")
                  .rename_axis(columns=None))
-    shown = ledger[ledger.stage.isin(STAGES) & (ledger.task != "cost")
+    shown = ledger[ledger.stage.isin(STAGE_NAMES) & (ledger.task != "cost")
                    & ~ledger.metric.str.contains(" minus ", regex=False)]
     table = (shown[["stage", "task", "metric", "value", "low", "high", "n"]]
                  .join(change, on=["stage", "task", "metric"]).join(spent, on="stage"))
     order = {line: i for i, line in enumerate(dict.fromkeys(zip(shown.task, shown.metric)))}
-    rank = [(order[row.task, row.metric], STAGES.index(row.stage)) for row in table.itertuples()]
+    rank = [(order[row.task, row.metric], STAGE_NAMES.index(row.stage))
+            for row in table.itertuples()]
     return table.iloc[sorted(range(len(table)), key=rank.__getitem__)].reset_index(drop=True)
 
 # %% ../../nbs/44_ledger.ipynb #problem-analysis

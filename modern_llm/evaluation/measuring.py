@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer
 
-from modern_llm.config import BUILT_IN, EvalConfig, PipelineConfig
+from modern_llm.config import EvalConfig, PipelineConfig
 from modern_llm.data import synth
 from modern_llm.data.packing import TokenCache, build_token_cache
 from modern_llm.data.pairs import Pair, encode_pairs, preference_pairs
 from modern_llm.data.tasks import RERANKERS, Problem, Review, sentences, word_problems
 from modern_llm.evaluation.asking import Subject
-from modern_llm.evaluation.families import SAMPLED
-from modern_llm.evaluation.fewshot import accuracy_rows
+from modern_llm.evaluation.families import (
+    INSTRUCTION_TOKENS, SAMPLED, has_instructions, protocol_sources,
+)
 from modern_llm.evaluation.held_out import scored_split
 from modern_llm.evaluation.ledger import item_rows
 from modern_llm.evaluation.pieces import (
@@ -29,6 +30,7 @@ from modern_llm.evaluation.pieces import (
     sentiment_piece,
 )
 from modern_llm.evaluation.reranking import sample_items
+from modern_llm.evaluation.sentiment_tables import accuracy_rows
 from modern_llm.evaluation.written import instruction_piece, problem_items, problem_piece
 
 
@@ -86,20 +88,18 @@ def evaluation_items(config: PipelineConfig, tokenizer: Tokenizer) -> Evaluation
                              settings.num_problems, **levels)
     sampled = [i for i, p in enumerate(problems) if settings.problems != "synthetic"
                or p.level in settings.sampled_levels][:settings.sampled_problems]
-    built_in = bool(set(BUILT_IN) & set(config.sft.sources))
     requests = lambda split, n: list(
         itertools.islice(synth.instructions(split, seed=7, world_seed=world_seed), n))
     each = math.ceil(settings.num_pairs / len(config.dpo.sources))
     pairs = [preference_pairs(source, held_out_split(source), each, world_seed=world_seed)[0]
              for source in config.dpo.sources]
-    texts = [config.data.sources if source == "text" else [source]
-             for source in settings.protocol_sources]
     return EvaluationItems(
         config, problems, word_problems(settings.problems, "train", 200, **levels), sampled,
         sentences(settings.sentiment, "test", settings.num_sentences),
         sentences(settings.sentiment, "train", 400),
-        requests("heldout", settings.num_instructions * built_in), requests("train", 200),
-        list(itertools.chain(*pairs)), list(dict.fromkeys(itertools.chain(*texts))),
+        requests("heldout", settings.num_instructions * has_instructions(config)),
+        requests("train", 200),
+        list(itertools.chain(*pairs)), protocol_sources(config),
         {name: build_token_cache(name, "validation", tokenizer, config.data.max_validation_tokens,
                                  world_seed=world_seed) for name in config.data.sources})
 
@@ -215,7 +215,7 @@ def samples(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
 
 def samples_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
     """Each problem's chance of being right by every way to choose among its samples."""
-    if stage == "verifier":
+    if "score" in table:  # the verifier's
         voted = sample_items(stage, SAMPLED, table, of.sizes, ["best_of_n", "weighted_vote"])
         all_of_them = voted[voted.metric == f"weighted_vote@{of.sizes[-1]}"]
         return [all_of_them.assign(metric="exact match"), voted]
@@ -225,7 +225,8 @@ def samples_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[
 
 def instructions(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
     """Greedy answers to built-in instructions."""
-    return instruction_piece(subject, of.instructions, of.shown, batch_rows=of.settings.batch_rows)
+    return instruction_piece(subject, of.instructions, of.shown, INSTRUCTION_TOKENS,
+                             batch_rows=of.settings.batch_rows)
 
 
 def instructions_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
@@ -258,7 +259,7 @@ def samples_protocol(of: EvaluationItems, stage: str, asked: str, generator: str
               if settings.problems == "synthetic" else "")
     drawn = (f"{of.sizes[-1]} samples per problem{levels} at temperature "
              f"{settings.temperature:g}")
-    if stage == "verifier":
+    if not asked:  # the samples of another one, scored
         return (f"{drawn} from {generator}, chosen with the verifier's scores; exact match is the "
                 "weighted vote among all of them")
     return f"{drawn}; exact match is the greedy answer to the same problems"

@@ -8,21 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..config import PipelineConfig
-from ..data import synth
-from ..data.reading import documents, rows
-from ..data.sources import dataset_info
-
 # %% auto #0
 __all__ = ['BASE', 'SUBSETS', 'SAME_MIX', 'words', 'word_hashes', 'rolling_hashes', 'ngram_hashes', 'word_batches', 'NgramIndex',
-           'find_overlap', 'training_texts', 'training_sources', 'run_overlap', 'overlap_summary', 'item_subsets',
-           'clean_rows']
+           'find_overlap', 'overlap_summary', 'item_subsets', 'clean_rows']
 
 # %% ../../nbs/29_overlap.ipynb #words
 _WORD, _NO_WORD = re.compile(r"[^\W_]+"), re.compile(r"[\W_]")
@@ -210,97 +204,7 @@ def find_overlap(sets: Mapping[str, Sequence[str]], training: Iterable[str], n: 
     share = np.where(ngrams > 0, found / np.maximum(ngrams, 1), np.nan)
     return table[["set", "item"]].assign(ngrams=ngrams, found=found, share=share, example=examples)
 
-# %% ../../nbs/29_overlap.ipynb #training-texts
-def _built_in_problems() -> Iterator[synth.Problem]:
-    """The levels in turn, as the stages draw them."""
-    return chain.from_iterable(
-        zip(*(synth.problems("train", 0, [level]) for level in (1, 2, 3, 4, 5))))
-
-
-_BUILT_IN = {
-    "text": lambda world: (d.text for d in synth.documents("train", 0, world)),
-    "chats": lambda world: (f"{i.instruction}\n{i.input}\n{i.output}"
-                            for i in synth.instructions("train", 0, world)),
-    "pairs": lambda world: (f"{p.prompt}\n{text}" for p in synth.preferences("train", 0, world)
-                            for text in (p.chosen, p.rejected)),
-    "problems": lambda world: (f"{p.question}\n{p.answer}" for p in _built_in_problems()),
-    "sentences": lambda world: (r.text for r in synth.sentiment("train", 0)),
-}
-# what a built-in source of a kind is called in the tables
-_CALLED = {"text": "text", "chats": "instruction", "pairs": "preference", "problems": "problem",
-           "sentences": "sentiment"}
-
-
-def training_texts(name: str, kind: str = "", limit: int | None = None,
-                   world_seed: int = 0) -> Iterator[str]:
-    """The training documents of a source, whatever kind it is.
-
-    Args:
-        name: a name of DATASET_REGISTRY, or your own file.
-        kind: which of the built-in sources, a name of KINDS. Other sources have one kind.
-        limit: documents to read; None = all, and of the built-in source, which never ends, 20,000.
-
-    Raises:
-        ValueError: the built-in source has no such kind. DatasetNotFound: the source is unknown or
-            not here.
-    """
-    info = dataset_info(name)
-    if info.name == "synthetic":
-        if (kind := kind or "text") not in _BUILT_IN:
-            raise ValueError(f"training_texts: the built-in source has no kind {kind!r}; use one "
-                             f"of {', '.join(_BUILT_IN)}")
-        return islice(_BUILT_IN[kind](world_seed), 20_000 if limit is None else limit)
-    if info.kind == "pairs":  # both answers were read, with the dialogue before them
-        return islice((row[side] for row in rows(name, "train")
-                       for side in (*info.fields, *info.needed_columns) if row.get(side)), limit)
-    return islice(documents(name, "train", world_seed), limit)
-
-
-def training_sources(
-    config: PipelineConfig, stages: Iterable[str] = ("pretrain", "sft", "dpo", "verifier")
-) -> pd.DataFrame:
-    """What the stages of a run train on: source (a label), name, kind, stages ("sft, verifier"),
-    one line each.
-    """
-    kinds = {"synthetic-problems": ("synthetic", "problems")}
-    read = {"pretrain": [(name, "text") for name in config.data.sources],
-            "sft": [kinds.get(name, (name, "chats")) for name in config.sft.sources],
-            "dpo": [(name, "pairs") for name in config.dpo.sources],
-            "verifier": [(config.verifier.problems, "problems")]}
-    if config.sft.replay_fraction:
-        read["sft"] += read["pretrain"]
-    if config.dpo.replay_weight:
-        read["dpo"] += [kinds.get(name, (name, "chats"))
-                        for name in config.dpo.replay_sources if name != "text"]
-        read["dpo"] += read["pretrain"] * ("text" in config.dpo.replay_sources)
-    by_source: dict[tuple[str, str], list[str]] = {}
-    for stage in stages:
-        for name, kind in read[stage]:
-            info = dataset_info(name)
-            place = by_source.setdefault(
-                (name, kind if info.name == "synthetic" else info.kind), [])
-            place += [stage] * (stage not in place)
-    label = lambda name, kind: f"built-in {_CALLED[kind]}" if name == "synthetic" else name
-    return pd.DataFrame([{"source": label(name, kind), "name": name, "kind": kind,
-                          "stages": ", ".join(used)} for (name, kind), used in by_source.items()])
-
 # %% ../../nbs/29_overlap.ipynb #run-overlap
-def run_overlap(sets: Mapping[str, Sequence[str]], sources: pd.DataFrame, limit: int | None = None,
-                world_seed: int = 0, progress: bool = False, **options) -> pd.DataFrame:
-    """`find_overlap` of the sets with each line of `training_sources`: its columns behind "source".
-
-    Args:
-        limit, world_seed: of `training_texts`.
-        options: n and shortest of `find_overlap`.
-    """
-    return pd.concat([find_overlap(sets, training_texts(row.name_, row.kind, limit, world_seed),
-                                   progress=f"overlap with {row.source}" * progress, **options)
-                          .assign(source=row.source)
-                      for row in sources.rename(columns={"name": "name_"}).itertuples()],
-                     ignore_index=True)[["source", "set", "item", "ngrams", "found", "share",
-                                         "example"]]
-
-
 def overlap_summary(overlap: pd.DataFrame) -> pd.DataFrame:
     """One line for each source and set: items, too_short, hit (items), hit_share (of those long
     enough), ngrams, found, found_share, example (of the item with the largest share)."""

@@ -16,14 +16,15 @@ from modern_llm.config import STAGES, PipelineConfig, to_dict
 from modern_llm.data.chat import is_chat_model
 from modern_llm.data.tokens import load_tokenizer
 from modern_llm.evaluation.asking import Subject, baselines
-from modern_llm.evaluation.evals import piece, same_settings
+from modern_llm.evaluation.contamination import run_overlap, training_sources
 from modern_llm.evaluation.families import FAMILIES, SAMPLED
 from modern_llm.evaluation.held_out import held_out_pages, scored_split
 from modern_llm.evaluation.ledger import (
     cost_rows, ledger_rows, read_ledger, write_derived, write_ledger,
 )
 from modern_llm.evaluation.measuring import evaluation_items
-from modern_llm.evaluation.overlap import clean_rows, overlap_summary, run_overlap, training_sources
+from modern_llm.evaluation.overlap import clean_rows, overlap_summary
+from modern_llm.evaluation.piece_cache import piece, same_settings
 from modern_llm.evaluation.pieces import perplexity_rows
 from modern_llm.evaluation.reranking import verifier_mistakes
 from modern_llm.evaluation.written import problem_items
@@ -77,7 +78,7 @@ class Evaluation:
         self.run, self.config, self.folder = run, run.config, run.folder
         self.tokenizer = load_tokenizer(run.start)
         self.folders = {called(name): folder for name, folder in run.inputs.items()
-                        if name != "verifier"}
+                        if name not in STAGES or STAGES[name].makes_generator}
         self.chats = {name: is_chat_model(folder, self.tokenizer)
                       for name, folder in self.folders.items()}
         self.others, self.not_here = baselines(self.config.eval.baselines, run.device)

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from modern_llm.evaluation.fewshot import confusion_table
+from modern_llm.evaluation.families import is_aside
 from modern_llm.evaluation.ledger import comparison_table
+from modern_llm.evaluation.sentiment_tables import confusion_table
 from modern_llm.evaluation.stages import Evaluation
 from modern_llm.figures import sample_sheet
-
-# parts of a measure, kinds of errors and single points of a curve, which have figures of their own
-ASIDE = "-shot|error, |, level|nats per token T"
 
 
 def piece_counts(of: Evaluation) -> pd.DataFrame:
@@ -48,8 +46,9 @@ def clean_table(of: Evaluation) -> pd.DataFrame:
 def main_measures(of: Evaluation) -> pd.DataFrame:
     """Every measure that is no part of another, stage beside stage, as text."""
     table = of.files["comparison_table.csv"]
-    aside = table.index.get_level_values("metric").str.contains(f"{ASIDE}|@")
-    return table[~aside].map("{:.3f}".format).replace("nan", "")
+    lines = table.index.to_frame(index=False)
+    aside = is_aside(lines) | lines.metric.str.contains("@")
+    return table[~aside.to_numpy()].map("{:.3f}".format).replace("nan", "")
 
 
 def verdicts(of: Evaluation) -> pd.DataFrame:
@@ -57,8 +56,7 @@ def verdicts(of: Evaluation) -> pd.DataFrame:
     out; of a curve the last point only.
     """
     gains, most = of.gains, of.items.sizes[-1]
-    aside = (gains.metric.str.contains(ASIDE)
-             | gains.metric.str.match(rf".*@(?!{most}$)\d+$"))
+    aside = is_aside(gains) | gains.metric.str.match(rf".*@(?!{most}$)\d+$")
     main = gains[~aside]
     verdict = np.where(main.significant, "significant", "not significant")
     table = main.assign(verdict=verdict).drop(columns="significant").round(3)

@@ -245,7 +245,8 @@ def attend(
         k, v = (x.repeat_interleave(h // x.shape[1], dim=1) for x in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                        scale=1 / math.sqrt(d), enable_gqa=k.shape[1] != q.shape[1])
-    return (y.reshape(len(y), h, 1, -1) if t == 1 else y)[..., -t:, :d]
+    y = y.reshape(len(y), h, 1, -1) if t == 1 else y
+    return y[..., -t:, :d]  # without the row and the channels that a sink brought with it
 
 # %% ../../nbs/01_attention.ipynb #causal-self-attention
 class CausalSelfAttention(nn.Module):

@@ -116,8 +116,8 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1,
     one_pass = rows * ranks >= train.batch_size
     kept = 0  # bytes of each token's log-probabilities, until the backward pass
     if isinstance(train, DPOConfig):
-        rows, kept = rows * (2 + bool(train.replay_weight)), 4 * cfg.vocab_size
-    tokens = rows * cfg.context_length
+        kept = 4 * cfg.vocab_size
+    tokens = rows * train.sequences * cfg.context_length
     # tokens whose logits are in hand
     logits = min(tokens, 8 * cfg.context_length if kept else train.loss_chunk_tokens)
     # of weights, gradients, averages; a block, the embedding and the head are gathered

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modern_llm.config import BUILT_IN, GENERATORS, STAGES, ModelConfig
+from modern_llm.config import BUILT_IN, GENERATORS, STAGES, ModelConfig, trained_on
 from modern_llm.data.sources import DatasetInfo, DatasetNotFound, dataset_info
 from modern_llm.data.tokens import load_tokenizer
 from modern_llm.files import read_json
@@ -46,17 +46,6 @@ def origin(checkpoint: Path) -> tuple[Run | None, list[str], str]:
                          if given else "")
 
 
-def data_of(stage: str, settings: dict) -> list[str]:
-    """The data sets that a stage trains on, by the settings in its params.json."""
-    own, text = settings.get(stage, {}), list(settings["data"]["sources"])
-    if stage == "pretrain":
-        return text
-    replayed = (text if stage == "sft" and own["replay_fraction"] else
-                list(own["replay_sources"]) if stage == "dpo" and own["replay_weight"] else [])
-    named = [*own["sources"], *replayed]
-    return list(dict.fromkeys(name for one in named for name in (text if one == "text" else [one])))
-
-
 def info_of(name: str) -> DatasetInfo:
     """What the registry knows of a data set; the built-in ones are one entry, an own file that is
     gone has none.
@@ -73,7 +62,8 @@ def data_rows(run: Run, stages: list[str]) -> list[dict]:
     """
     used: dict[str, list[str]] = {}
     for stage in stages:
-        for name in data_of(stage, run.params[stage]["config"]):
+        for name in dict.fromkeys(name for name, _ in trained_on(
+                stage, run.params[stage]["config"])):
             used.setdefault(name, []).append(stage)
     read = {row["source"]: row.get("fingerprint", "") for stage in stages
             for row in run.results.get(stage, {}).get("data", []) if row.get("split") == "train"}

@@ -37,6 +37,7 @@ def main_rows(ledger: pd.DataFrame) -> pd.DataFrame:
 def results(page: Page) -> None:
     import pandas as pd
 
+    from modern_llm.evaluation import charts
     from modern_llm.report import pictures
 
     page.add("## Results")
@@ -71,20 +72,14 @@ def results(page: Page) -> None:
     every = [{**row, "value": interval(row)} for row in ledger.to_dict("records")]
     page.add(folded(f"All {len(every)} rows of the ledger",
                     markdown_table(every, ["stage", "task", "metric", "value", "n"])))
-    analysis = page.run.json("eval/gsm8k_analysis.json")
-    by_level = [{"stage": stage, "level": int(name.split()[-1]), **row}
-                for stage, found in analysis.get("stages", {}).items()
-                for name, row in found.get("greedy by level", {}).items()
-                if name.split()[-1].isdigit()]
-    if by_level:
-        page.picture("levels.png", pictures.levels, measured(by_level),
-                     caption="Word problems by number of steps, greedy answers.")
+    page.picture("levels.png", charts.levels_chart, ledger, stages, "level",
+                 caption="Word problems by number of steps, greedy answers.")
 
 
 def stage_gains(page: Page) -> None:
     import pandas as pd
 
-    from modern_llm.report import pictures
+    from modern_llm.evaluation import charts
 
     page.add("## Stage gains")
     table = page.run.frame("eval/stage_gains.csv")
@@ -103,8 +98,8 @@ def stage_gains(page: Page) -> None:
     shares = kept[~kept.task.eq("perplexity")]
     labels = shares.stage + " − " + shares.against + ": " + shares.task + ", " + shares.metric
     if len(shares):
-        page.picture("gains.png", pictures.gains, shares.assign(label=labels).head(40),
-                     caption="Changes with their paired intervals; filled points are significant. "
+        page.picture("gains.png", charts.change_chart, labels.head(40), shares.head(40),
+                     caption="Changes with their paired intervals; grey ones are not significant. "
                              "Perplexity: see the table.")
     page.add(markdown_table(
         {**{name: row[name] for name in ("stage", "against", "task", "metric", "value")},
@@ -153,7 +148,7 @@ def perplexities(page: Page) -> None:
 
 
 def sentiment(page: Page) -> None:
-    from modern_llm.report import pictures
+    from modern_llm.evaluation import charts
 
     rows = of_task(page, "Sentiment by demonstrations", "sentiment", r"-shot, |^majority class$")
     if rows is None:
@@ -164,8 +159,7 @@ def sentiment(page: Page) -> None:
              "(contextual, pmi), by how likely it makes the sentence (channel), and with the "
              "demonstrations in the order that uses the labels most evenly (ordered).")
     page.origin()
-    majority = rows[rows.metric == "majority class"].value.iloc[0]
-    page.picture("sentiment.png", pictures.sentiment, shots, majority,
+    page.picture("sentiment.png", charts.sentiment_chart, rows, list(dict.fromkeys(shots.stage)),
                  caption="Accuracy by number of demonstrations, with 95% intervals over sentences; "
                          "dashed: always the commonest label.")
     spread = rows[rows.metric.str.endswith(", over draws")].set_index(["stage", "metric"])
@@ -244,7 +238,7 @@ def baselines(page: Page) -> None:
 
 
 def verifier(page: Page) -> None:
-    from modern_llm.report import pictures
+    from modern_llm.evaluation import charts
 
     page.add("## What the verifier is worth")
     if page.missing("verifier"):
@@ -255,7 +249,7 @@ def verifier(page: Page) -> None:
     page.add(measures(row for row in found.get("table", []) if row["metric"].startswith(telling)))
     if found.get("rerank"):
         table = measured(found["rerank"])
-        page.picture("rerank.png", pictures.rerank,
+        page.picture("rerank.png", charts.rerank_curves,
                      table, caption="The verifier stage's held-out problems: share right by way of "
                                     "choosing; bands are 95% intervals.")
         last = table[table["size"] == table["size"].max()]
@@ -263,13 +257,13 @@ def verifier(page: Page) -> None:
             {"way to choose": row["method"].replace("_", " "), "answers": row["size"],
              "share right": interval(row), "n": row.get("n")} for row in last.to_dict("records")))
     if found.get("calibration"):
-        page.picture("calibration.png", pictures.calibration, measured(found["calibration"]),
+        page.picture("calibration.png", charts.reliability_curve, measured(found["calibration"]),
                      caption="Calibration: below the dashed line the verifier is too sure.")
     curves = page.run.json("eval/gsm8k_analysis.json").get("curves", {})
     for stage in dict.fromkeys(row["stage"] for rows in curves.values() for row in rows):
         rows = [{"method": method, **row} for method, line in curves.items()
                 for row in line if row["stage"] == stage]
-        page.picture(f"rerank_eval_{stage}.png", pictures.rerank,
+        page.picture(f"rerank_eval_{stage}.png", charts.rerank_curves,
                      measured(rows), caption=f"The evaluation's problems, samples of {stage}; "
                                              "pass: at least one of them is right.")
     for kind, mistakes in page.run.json("eval/verifier_mistakes.json").items():

@@ -210,9 +210,14 @@ class Page:
         self.parts += [text for text in texts if text]
 
     def picture(self, name: str, draw: Callable, *arguments, caption: str = "", **options) -> None:
-        """Draw a figure into the pictures' folder and show it; nothing if there is nothing to draw.
+        """Draw a figure, save it in the pictures' folder and show it, if there is anything to draw.
         """
-        if draw(*arguments, self.pictures / name, **options) is not None:
+        if (figure := draw(*arguments, **options)) is not None:
+            import matplotlib.pyplot as plt
+
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            figure.savefig(self.pictures / name, dpi=100)
+            plt.close(figure)
             self.add(f"![{caption or name}]({self.link}/{name})", f"*{caption}*" if caption else "")
 
     def missing(self, *stages: str) -> bool:

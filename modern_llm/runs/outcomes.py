@@ -18,9 +18,7 @@ from modern_llm.runs.pipeline import Step
 def headline(stage: str, results: dict) -> str:
     """A few figures of a stage on one line."""
     rows = [row for row in results.get("table", []) if row.get("value") is not None]
-    first = [next((row for row in rows if row["metric"].startswith(start)), None)
-             for start in (STAGES[stage].headline if stage in STAGES else ())]
-    chosen = [row for row in first if row] or rows[:3]
+    chosen = (STAGES[stage].telling(rows) if stage in STAGES else []) or rows[:3]
     return ", ".join(f"{row['metric']} {row['value']:.3g}" for row in chosen)
 
 

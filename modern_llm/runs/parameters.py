@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modern_llm.config import (
-    ConfigError, PipelineConfig, get_pipeline_preset, nearest, override, parse_overrides,
+    ConfigError, PipelineConfig, get_pipeline_preset, nearest, override, preset_with,
 )
-from modern_llm.files import CHECKOUT
+from modern_llm.files import CHECKOUT, IN_CHECKOUT
 from modern_llm.messages import StageError
 from modern_llm.runs.locks import owner_of
 from modern_llm.runs.resume import begun, changed_settings, params_of, run_record
@@ -63,8 +63,7 @@ def resolve(stage: str, parameters: dict) -> PipelineConfig:
     if parameters.get("resume") and parameters.get("force"):
         raise ConfigError("parameters: resume=True goes on with what is there, force=True deletes "
                           "it: say one of them")
-    resolved = get_pipeline_preset(parameters["preset"])
-    resolved = override(resolved, parse_overrides(parameters.get("overrides") or ""), "overrides")
+    resolved = preset_with(parameters["preset"], parameters.get("overrides"))
     train = {k: parameters[k] for k in ("max_steps", "max_minutes")
              if parameters.get(k) is not None}
     values: dict = {stage: train} if train else {}
@@ -87,15 +86,14 @@ def runs_folder() -> Path:
             return Path(chosen).expanduser()
         except RuntimeError as error:
             raise ConfigError(f"MODERN_LLM_RUNS={chosen!r} is not a folder: {error}") from error
-    return (CHECKOUT if (CHECKOUT / "settings.ini").is_file() else Path.cwd()) / "runs"
+    return (CHECKOUT if IN_CHECKOUT else Path.cwd()) / "runs"
 
 
 def report_folder(run_folder: Path) -> Path:
     """`report/` of the checkout for a run that is kept in its `runs/`; a run elsewhere keeps its
     report with it.
     """
-    inside = ((CHECKOUT / "settings.ini").is_file()
-              and run_folder.resolve().parent == CHECKOUT / "runs")
+    inside = IN_CHECKOUT and run_folder.resolve().parent == CHECKOUT / "runs"
     return CHECKOUT / "report" if inside else run_folder / "report"
 
 

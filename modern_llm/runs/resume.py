@@ -29,15 +29,15 @@ def run_record(run_folder: Path) -> dict:
     path = run_folder / "run.json"
     try:
         record = {"stages": {}, "config": {}, **(read_record(path) if path.exists() else {})}
-        checked(path, record, "stages", status=str, seconds=(int, float, type(None)))
-        checked(path, record, "config")
+        check_part(path, record, "stages", status=str, seconds=(int, float, type(None)))
+        check_part(path, record, "config")
     except StageError as error:
         raise StageError(f"{error}: put a whole copy there, or delete it: the stages' own files "
                          "stay, and the next one writes a new one") from error
     return record
 
 
-def checked(file: Path, record: dict, part: str, /, **kinds: type | tuple[type, ...]) -> None:
+def check_part(file: Path, record: dict, part: str, /, **kinds: type | tuple[type, ...]) -> None:
     """StageError unless a part of a record is an object and, with `kinds`, one of objects that have
     values of these types, by name.
     """
@@ -57,9 +57,9 @@ def params_of(folder: Path) -> dict:
     try:
         path = folder / "params.json"
         record = {"inputs": {}, "data_files": {}, **read_record(path)}
-        checked(path, {**record, "config": record.get("config") or None}, "config")
-        checked(path, record, "inputs", path=str, sha256=str)
-        checked(path, record, "data_files", source=str, path=str, sha256=str)
+        check_part(path, {**record, "config": record.get("config") or None}, "config")
+        check_part(path, record, "inputs", path=str, sha256=str)
+        check_part(path, record, "data_files", source=str, path=str, sha256=str)
     except StageError as error:
         raise StageError(f"{error}, so nobody knows what stage {folder.name} was begun with: put a "
                          "whole copy there, or delete the stage and "

@@ -5,6 +5,8 @@ and the longest files begin first.
 import os
 import tempfile
 
+import pytest
+
 LONGEST = ["test_slurm", "test_pipeline", "test_readme", "test_notebooks", "test_docs",
            "test_golden", "test_jupyterlab", "test_faults", "test_pretrain", "test_signals"]
 
@@ -19,6 +21,14 @@ os.environ["MODERN_LLM_RUNS"] = os.path.join(
     os.path.dirname(os.environ["MODERN_LLM_CACHE"]), os.environ.get("PYTEST_XDIST_WORKER", "runs"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Data from neither a mirror nor the hub's cache of this machine."""
+    monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
 
 def pytest_collection_modifyitems(items):

@@ -22,15 +22,9 @@ from modern_llm.data import packing, reading, sources, splits, tokens
 from modern_llm.data.sources import DataError, DatasetNotFound
 from modern_llm.training.distributed import World
 
+pytestmark = pytest.mark.usefixtures("offline")
 STORIES = [f"Story {i}. " + f"The {'red' if i % 2 else 'old'} fox no {i} ran on. " * (1 + i % 23)
            for i in range(300)]
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""Times as SLURM writes them, there and back."""
+"""Times as SLURM writes them, there and back, and how long an evaluation is thought to take."""
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modern_llm.cli import main
-from modern_llm.cluster.duration import clock, minutes_of
-from modern_llm.config import ConfigError
+from modern_llm.cluster.duration import ASSUMED_START_MINUTES, clock, estimate, minutes_of
+from modern_llm.config import ConfigError, get_pipeline_preset, preset_with
+from modern_llm.report.published import published
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 NUMBER = st.integers(0, 500)
@@ -90,3 +92,29 @@ def test_a_time_that_is_none_is_refused_before_sbatch(limit, code, tmp_path, mon
     assert result.exit_code == code, result.output
     assert ((f"--time={limit} " if code == 0 else "is not a time as SLURM writes it")
             in result.output)
+
+
+def minutes(words: str = "") -> float:
+    """What the evaluation of local-cpu is thought to take."""
+    return estimate(preset_with("local-cpu", words), "eval", Path("/nowhere"), None).minutes
+
+
+@pytest.mark.parametrize("run", ["local-smoke", "local-cpu"])
+def test_an_evaluation_takes_about_what_was_measured(run):
+    thought = estimate(get_pipeline_preset(run), "eval", Path("/nowhere"), None).minutes
+    measured = published("eval", run)["eval_seconds"] / 60
+    assert 0.5 < (thought - ASSUMED_START_MINUTES["cpu"]) / measured < 2
+
+
+@pytest.mark.parametrize("more", [
+    "num_problems=1000", "samples_per_problem=64", "num_sentences=1000", "shots=0,8",
+    "max_perplexity_tokens=90000", "protocol_tokens=90000", "num_pairs=1000", "baselines=gpt2"])
+def test_what_an_evaluation_does_more_takes_longer(more):
+    assert minutes(f"eval.{more}") > minutes()
+
+
+def test_a_gpu_that_nobody_knows_is_said_to_be_one():
+    config = get_pipeline_preset("tacc-a100")
+    named, unknown = (estimate(config, "sft", Path("/nowhere"), gpu) for gpu in ("A100", ""))
+    assert unknown.minutes == named.minutes and "(unknown GPU, assumed A100)" in unknown.why
+    assert "assumed: 30% of 312 TFLOP/s (A100)" in named.why

@@ -18,8 +18,12 @@ from modern_llm.data.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id,
 from modern_llm.data.tasks import sentences, solve, word_problems
 from modern_llm.data.tokens import end_of_text_id, save_tokenizer, train_tokenizer
 from modern_llm.evaluation.asking import Subject, ask, baselines, separator_ids
-from modern_llm.evaluation.evals import piece, same_settings
 from modern_llm.evaluation.families import FAMILIES, TaskFamily, register_family
+from modern_llm.evaluation.ledger import (
+    STAGE_NAMES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows,
+    read_ledger, stage_gains, stage_ledger, write_derived, write_ledger,
+)
+from modern_llm.evaluation.piece_cache import piece, same_settings
 from modern_llm.evaluation.pieces import (
     document_pair, perplexity_rows, preference_piece, protocol_measures, protocol_piece,
     score_examples,
@@ -27,10 +31,6 @@ from modern_llm.evaluation.pieces import (
 from modern_llm.evaluation.reranking import sample_items, verifier_mistakes
 from modern_llm.evaluation.stages import evaluate, overlap_sets, record
 from modern_llm.evaluation.written import mark_problems, problem_items, problem_piece
-from modern_llm.evaluation.ledger import (
-    STAGES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows,
-    read_ledger, stage_gains, stage_ledger, write_derived, write_ledger,
-)
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.saving import save_model
 from modern_llm.statistics import proportion_interval
@@ -322,7 +322,7 @@ def test_what_is_not_known_is_an_empty_cell_of_the_ledger(unknown, tmp_path):
 
 def test_stages_come_in_the_order_of_the_pipeline(evaluation):
     order = [row["stage"] for row in rows_of(evaluation[0].sample(frac=1, random_state=0))]
-    assert order == sorted(order, key=STAGES.index)
+    assert order == sorted(order, key=STAGE_NAMES.index)
 
 
 def test_a_piece_is_made_once_and_survives_its_neighbours(tmp_path, model, tokenizer):

@@ -17,10 +17,11 @@ from modern_llm.data.synth import LABELS, Review
 from modern_llm.data.tasks import sentences
 from modern_llm.data.tokens import end_of_text_id, train_tokenizer
 from modern_llm.evaluation.fewshot import (
-    METHODS, Scorer, accuracy_rows, best_order, candidate_orders, collapse_table, confusion_table,
-    draw_demonstrations, encode_prompts, fitted_prompts, label_log_probs, method_scores,
-    order_entropies, prompt_prefix, prompt_suffix, sentiment_items,
+    METHODS, Scorer, best_order, candidate_orders, draw_demonstrations, encode_prompts,
+    fitted_prompts, label_log_probs, method_scores, order_entropies, prompt_prefix, prompt_suffix,
+    sentiment_items,
 )
+from modern_llm.evaluation.sentiment_tables import accuracy_rows, collapse_table, confusion_table
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.prefix import continuation_log_probs, shared_length, word_log_probs
 

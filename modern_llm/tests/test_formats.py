@@ -21,9 +21,7 @@ from modern_llm.training import sft
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+def here(monkeypatch, tmp_path, offline):
     monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path / "mirror"))
 
 

@@ -19,7 +19,7 @@ from modern_llm.files import DamagedFolder, read_json
 from modern_llm.interchange.llama_layout import CannotImport
 from modern_llm.messages import Preempted, StageError
 from modern_llm.report.page import ReportError
-from modern_llm.runs import pipeline
+from modern_llm.runs import execution, pipeline
 from modern_llm.runs.launch import KERNEL_DIED, SAME_PACKAGE, stage_environment, start_papermill
 from modern_llm.runs.spec import notebook_of
 from modern_llm.training.recording import TrainingDiverged
@@ -167,21 +167,20 @@ def test_other_interpreters_run_this_very_package_too(tmp_path):
 
 def test_the_report_draws_into_files(monkeypatch):
     from modern_llm.report import write
-    from modern_llm.runs import pipeline
 
     monkeypatch.setenv("MPLBACKEND", "Qt5Agg")
     seen = []
     monkeypatch.setattr(write, "write_report",
                         lambda *_, **__: seen.append(os.environ["MPLBACKEND"]) or Path("page"))
-    monkeypatch.setattr(pipeline, "read_json", lambda path: {})
-    monkeypatch.setattr(pipeline, "write_json", lambda path, value: None)
-    pipeline.write_the_report(pipeline.Step("report", Path("/no/run"), {}, "run"))
+    monkeypatch.setattr(execution, "read_json", lambda path: {})
+    monkeypatch.setattr(execution, "write_json", lambda path, value: None)
+    execution.write_the_report(pipeline.Step("report", Path("/no/run"), {}, "run"))
     assert seen == ["Agg"] and stage_environment()["MPLBACKEND"].endswith("backend_inline")
 
 
 def test_a_terminal_that_knows_no_accents_shows_the_rest():
     code = ("from modern_llm.cli import main; main(['presets'], standalone_mode=False)\n"
-            "from modern_llm.runs.pipeline import show; show(['é ▸\\n'.encode(), b'after'])")
+            "from modern_llm.runs.execution import show; show(['é ▸\\n'.encode(), b'after'])")
     done = subprocess.run([sys.executable, "-c", code],
                           env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
                           text=True)
@@ -203,7 +202,7 @@ UNREADABLE = ["  Cell In[4], line 2", "    begin(", "         ^",
     (TRACED, [*FAILED, *TRACED]), (UNREADABLE, [*FAILED, *UNREADABLE])])
 def test_what_its_user_can_mend_is_said_without_a_traceback(lines, shown, capsys):
     device = "  - device='cuda:7' is not there"
-    pipeline.show(f"{line}\n".encode() for line in [RULE, "a table", *FAILED, *lines, device])
+    execution.show(f"{line}\n".encode() for line in [RULE, "a table", *FAILED, *lines, device])
     assert capsys.readouterr().out.splitlines() == [RULE, "a table", *shown, device]
 
 

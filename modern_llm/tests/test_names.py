@@ -17,11 +17,8 @@ from modern_llm.runs import data_files
 
 
 @pytest.fixture(autouse=True)
-def somewhere(monkeypatch, tmp_path):
+def somewhere(monkeypatch, tmp_path, offline):
     """An empty working folder, no mirror and no network."""
-    monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 

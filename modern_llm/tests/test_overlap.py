@@ -16,9 +16,10 @@ from modern_llm.config import get_pipeline_preset
 from modern_llm.data import synth
 from modern_llm.data.reading import documents, rows
 from modern_llm.data.sources import DatasetNotFound, find_source
+from modern_llm.evaluation.contamination import run_overlap, training_sources, training_texts
 from modern_llm.evaluation.overlap import (
     SAME_MIX, NgramIndex, clean_rows, find_overlap, item_subsets, ngram_hashes, overlap_summary,
-    run_overlap, training_sources, training_texts, word_batches, word_hashes, words,
+    word_batches, word_hashes, words,
 )
 from modern_llm.statistics import (
     items_interval, mcnemar, mean_interval, paired_difference, proportion_interval, ratio_interval,

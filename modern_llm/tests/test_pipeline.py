@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from modern_llm.cli import main
 from modern_llm.cli.run_commands import _key_values
-from modern_llm.config import NOTEBOOKS, STAGES, ConfigError
+from modern_llm.config import NOTEBOOKS, STAGES, TRAINED, ConfigError
 from modern_llm.files import read_json, write_json
 from modern_llm.interchange import hub
 from modern_llm.messages import StageError
-from modern_llm.runs import pipeline
+from modern_llm.runs import execution, pipeline
 from modern_llm.runs.outcomes import runs_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -408,7 +408,7 @@ def test_every_stage_has_a_notebook_with_the_same_ten_parameters():
         assert (common <= declared.keys() and declared["preset"] == "lesson"
                 and declared["run"] == "")
         assert ("checkpoint" in declared) == (stage != "pretrain")
-        assert ({"max_steps", "max_minutes"} <= declared.keys()) == pipeline.trains(stage)
+        assert ({"max_steps", "max_minutes"} <= declared.keys()) == (stage in TRAINED)
 
 
 def test_the_screen_shows_text_and_bars_but_not_papermill(capfd):
@@ -416,7 +416,7 @@ def test_the_screen_shows_text_and_bars_but_not_papermill(capfd):
              "\r100%|####| 2/2", "", "after", "Traceback (most recent call last):",
              '  File "nbclient"', "papermill.exceptions.PapermillExecutionError: ",
              "the notebook's error"]
-    pipeline.show([(line + "\n").encode() for line in lines])
+    execution.show([(line + "\n").encode() for line in lines])
     out, err = capfd.readouterr()
     assert out == "a table\n  with rows\nafter\nthe notebook's error\n"
     assert "100%" in err and "Traceback" not in out + err

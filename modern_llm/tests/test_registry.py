@@ -12,14 +12,15 @@ from click.testing import CliRunner
 from modern_llm import cli
 from modern_llm.config import (
     CHAT_KINDS, DATASET_REGISTRY, KINDS, ConfigError, DatasetInfo, get_pipeline_preset, names_of,
-    override, register,
+    override, register_dataset,
 )
 from modern_llm.data.pairs import Pair, preference_pairs
 from modern_llm.data.reading import documents, items
 from modern_llm.data.sources import DatasetNotFound, find_source
 from modern_llm.data.synth import Problem, Review
 from modern_llm.data.tasks import sentences, word_problems
-from modern_llm.evaluation.overlap import find_overlap, training_sources, training_texts
+from modern_llm.evaluation.contamination import training_sources, training_texts
+from modern_llm.evaluation.overlap import find_overlap
 from modern_llm.runs.data_files import data_names
 from modern_llm.training.sft import instructions
 
@@ -37,7 +38,7 @@ def added(monkeypatch, tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / f"{split}.jsonl").write_text(
                 "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return register(DatasetInfo(name, "", "CC0", kind, tuple(rows[0]), **more))
+        return register_dataset(DatasetInfo(name, "", "CC0", kind, tuple(rows[0]), **more))
 
     yield add
     DATASET_REGISTRY.clear()
@@ -129,7 +130,7 @@ def test_a_name_is_registered_once(added):
                             ({"name": "own", "parse": ""}, "give parse="),
                             ({"name": "own", "kind": "text"}, "leave parse= out")):
         with pytest.raises(ValueError, match=message):
-            register(replace(info, **change))
+            register_dataset(replace(info, **change))
 
 
 @pytest.mark.fault("messages")

@@ -418,8 +418,8 @@ def test_a_task_in_one_entry_is_in_the_report(tmp_path, monkeypatch):
         file.write('sft,spelling,exact match,0.8,0.7,0.9,50,"greedy, whole word",1.0\n'
                    'sft,spelling,"letter, a",0.1,0.0,0.2,50,greedy,1.0\n')
     drawn, draw = [], pictures.stage_results
-    monkeypatch.setattr(pictures, "stage_results", lambda table, path: drawn.extend(table.panel)
-                                                                       or draw(table, path))
+    monkeypatch.setattr(pictures, "stage_results",
+                        lambda table: drawn.extend(table.panel) or draw(table))
     text = write_report("small", tmp_path / "runs", tmp_path / "out").read_text()
     assert "| spelling | exact match |" in text and "\n| spelling | letter, a |" not in text
     assert "greedy, whole word" in text and "spelling\nexact match" in drawn

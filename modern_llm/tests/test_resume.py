@@ -21,7 +21,7 @@ from modern_llm.cli import main
 from modern_llm.config import ConfigError, TrainConfig
 from modern_llm.files import atomic_folder, read_json, write_json, write_text
 from modern_llm.messages import StageError
-from modern_llm.runs import pipeline
+from modern_llm.runs import execution, pipeline
 from modern_llm.runs.parameters import resolve
 from modern_llm.runs.spec import MAY_CHANGE
 from modern_llm.tests.test_stage import begin, finished
@@ -417,7 +417,7 @@ def test_a_report_of_damaged_results_says_which(tmp_path):
     (run.folder / "results.json").write_text("{")
     with pytest.raises(
         StageError, match="pretrain/results.json is not JSON.*delete it and run that stage again"):
-        pipeline.write_the_report(pipeline.Plan("report", preset="lesson", run="mine",
+        execution.write_the_report(pipeline.Plan("report", preset="lesson", run="mine",
                                                 output_dir=str(tmp_path)).step("report"))
 
 
@@ -443,17 +443,17 @@ def test_a_ctrl_c_before_training_stops_it_all_the_same(tmp_path, monkeypatch, c
     script = ("import pathlib, sys, time\nstop = pathlib.Path(sys.argv[1])\nfor _ in "
               "range(3000):\n    time.sleep(0.01)\n    if stop.exists(): break\nstop.unlink()\n"
               "for _ in range(1000):\n    time.sleep(0.01)\n    if stop.exists(): sys.exit(3)\n")
-    words = [sys.executable, "-I", "-S", "-c", script, str(step.folder / pipeline.STOP_FILE)]
+    words = [sys.executable, "-I", "-S", "-c", script, str(step.folder / execution.STOP_FILE)]
     monkeypatch.setattr(
-        pipeline, "start_papermill",
+        execution, "start_papermill",
         lambda *_: subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True))
     # ignored where the tests were started in the background
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
-        code = pipeline.execute(step)
+        code = execution.execute(step)
     finally:
         signal.signal(signal.SIGINT, former)
-    assert code == 3 and not (step.folder / pipeline.STOP_FILE).exists()
+    assert code == 3 and not (step.folder / execution.STOP_FILE).exists()
     assert "Ctrl-C again kills" in capsys.readouterr().err

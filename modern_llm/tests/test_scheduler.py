@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from modern_llm.cli import main
 from modern_llm.cluster import submit
+from modern_llm.cluster.jobs import note_job, note_this_job
 from modern_llm.runs import locks, scheduler
 from modern_llm.runs.outcomes import runs_table
 from modern_llm.runs.scheduler import MARK, CommandOutput, is_shown_as, job_states
@@ -105,7 +106,7 @@ def test_a_greeting_is_no_row(play, greeting):
 def test_a_cluster_without_accounting(play, tmp_path, played, code):
     play("squeue", jobs=[])
     play("sacct", code=code, **played)
-    submit.note_job(tmp_path / "runs" / "one", "17", ["pretrain"], "sbatch …")
+    note_job(tmp_path / "runs" / "one", "17", ["pretrain"], "sbatch …")
     done = CliRunner().invoke(main, ["status", "--output-dir", str(tmp_path / "runs")])
     assert (done.exit_code == 0 and "to do" in done.output
             and done.output.splitlines()[-1].split()[-1] == "17")
@@ -147,7 +148,7 @@ def test_a_task_of_an_array_is_noted_as_slurm_names_it(play, tmp_path, monkeypat
     for name, value in {"SLURM_JOB_ID": "993", "SLURM_ARRAY_JOB_ID": "990",
                         "SLURM_ARRAY_TASK_ID": "3"}.items():
         monkeypatch.setenv(name, value)
-    submit.note_this_job(tmp_path / "runs" / "rate-3", ["pretrain"])
+    note_this_job(tmp_path / "runs" / "rate-3", ["pretrain"])
     play("squeue", code=1, err="slurm_load_jobs error: Unable to contact slurm controller\n")
     play("sacct", jobs=[row("993", "FAILED", "990_3")])
     done = CliRunner().invoke(main, ["status", "--output-dir", str(tmp_path / "runs")])

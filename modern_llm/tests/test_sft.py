@@ -31,14 +31,9 @@ from modern_llm.training import sft
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.sft import InstructionExample
 
+pytestmark = pytest.mark.usefixtures("offline")
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [document.text for document in islice(synth.documents(), 300)]
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="module")

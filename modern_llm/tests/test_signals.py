@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from modern_llm.files import read_json
 from modern_llm.runs.locks import STAGE_LOCK, owner_of
-from modern_llm.runs.pipeline import EXIT_PREEMPTED
+from modern_llm.runs.execution import EXIT_PREEMPTED
 from modern_llm.training.checkpoints import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

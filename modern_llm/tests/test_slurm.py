@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from modern_llm.cli import main
 from modern_llm.cluster import duration, submit
+from modern_llm.cluster.jobs import jobs_of, note_job
 from modern_llm.config import NOTEBOOKS, get_pipeline_preset
 from modern_llm.files import read_json, sha256
 from modern_llm.tests.slurm import loopback
@@ -99,7 +100,7 @@ def test_prefetch_says_what_is_missing(monkeypatch):
 
 def test_status_shows_jobs_that_nobody_can_ask_about(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    submit.note_job(tmp_path / "big", "17", ["pretrain"], "sbatch …")
+    note_job(tmp_path / "big", "17", ["pretrain"], "sbatch …")
     code, text = ask("status", "--output-dir", tmp_path)
     assert code == 0 and re.search(r"big +pretrain +to do +17", text)
 
@@ -260,10 +261,10 @@ def test_a_chain_stops_where_a_stage_fails(cluster):
             and "gpu-h100, gpu-a100, urgent" in text)
     code, text = ask(*words, "--time", "tomorrow")
     assert (code == 2 and "'tomorrow'" in text and "days-hours" in text
-            and not submit.jobs_of(cluster / "chain"))
+            and not jobs_of(cluster / "chain"))
     code, text = ask(*words)
     assert code == 0, text
-    jobs = {record["stages"][0]: record["id"] for record in submit.jobs_of(cluster / "chain")}
+    jobs = {record["stages"][0]: record["id"] for record in jobs_of(cluster / "chain")}
     assert list(jobs) == ["pretrain", "sft", "dpo", "verifier", "eval"]
     code, text = ask(*words)
     assert code == 2 and "in the queue already" in text and f"scancel {jobs['pretrain']}" in text

@@ -17,14 +17,8 @@ from modern_llm.runs import data_files
 from modern_llm.training import dpo, sft
 
 TRAIN_ONLY, TEST_ONLY = splits.cut_splits(["train"], "train"), splits.cut_splits(["test"], "test")
+pytestmark = pytest.mark.usefixtures("offline")
 quick = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
 
 def sentences(count, seed=0):

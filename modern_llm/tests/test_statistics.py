@@ -23,18 +23,19 @@ from statsmodels.stats.proportion import proportion_confint
 from modern_llm.data import synth
 from modern_llm.data.tasks import RERANKERS, choice_weights, pass_at_k, rerank
 from modern_llm.evaluation.attention import row_measures
-from modern_llm.evaluation.reranking import sample_items
-from modern_llm.evaluation.fewshot import accuracy_rows, confusion_table, order_entropies
+from modern_llm.evaluation.fewshot import order_entropies
 from modern_llm.evaluation.ledger import (
     difference_row, is_significant, item_rows, ledger_rows, measure_rows, problem_analysis,
     stage_gains, write_ledger,
 )
 from modern_llm.evaluation.overlap import SAME_MIX, clean_rows
+from modern_llm.evaluation.reranking import sample_items
+from modern_llm.evaluation.reranking import calibration_error, judgements, reliability
+from modern_llm.evaluation.sentiment_tables import accuracy_rows, confusion_table
 from modern_llm.statistics import (
     auc, held_out_measures, items_interval, mcnemar, mean_interval, paired_difference,
     perplexity_ratio, proportion_interval, ratio_interval, within_group_auc,
 )
-from modern_llm.evaluation.reranking import calibration_error, judgements, reliability
 from modern_llm.training.verifier_scores import logistic_fit
 
 quickly = settings(max_examples=25, deadline=None, derandomize=True)

@@ -126,10 +126,11 @@ def lm_loss(model: nn.Module, batch: dict[str, Tensor], chunk_tokens: int = 4096
 
 # %% ../../nbs/02b_optim.ipynb #orthogonalise
 def orthogonalise(
-    matrices: Float[Tensor, "*batch r c"], steps: int = 5, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "*batch r c"]:
-    """Replace every singular value by one near 1 (0.7–1.2): Newton–Schulz iteration, all matrices
-    at once.
+    matrices: Float[Tensor, "*batch rows columns"], steps: int = 5,
+    dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch rows columns"]:
+    """Replace singular values by ones near 1 (0.6–1.3): Newton–Schulz iteration, all matrices at
+    once. One below a thousandth of the largest takes more steps.
 
     Quintic with the coefficients of Jordan et al. 2024; bfloat16 is right on GPUs, float32 on CPUs
     without bf16 units.
@@ -145,8 +146,8 @@ def orthogonalise(
 
 # %% ../../nbs/02b_optim.ipynb #divided
 def gather_tensor(value: Tensor) -> Tensor:
-    """The full tensor of one that is sharded over ranks (a collective: all of them must call it);
-    any other is returned as it is.
+    """The full tensor of one that is sharded over ranks (all of them must call it); any other is
+    returned as it is.
     """
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 

@@ -34,7 +34,7 @@ __all__ = ['text_nats', 'nats_per_token', 'Pretraining']
 # %% ../../nbs/03_pretrain.ipynb #text-nats
 def text_nats(model: ModernDecoderLM, caches: Mapping[str, TokenCache], config: PipelineConfig,
               batch_rows: int, max_tokens: int | None = None) -> dict[str, pd.DataFrame]:
-    """`document_nats` of the held-out documents of every source.
+    """Nats and tokens (`document_nats`) of the held-out documents of every source.
 
     Args:
         caches: the held-out text, by source.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from modern_llm.training.trainer import TrainResult, Trainer
 
 # %% auto #0
-__all__ = ['verifier_loss', 'split_problems', 'sampling_plan', 'VerifierTraining']
+__all__ = ['verifier_loss', 'split_problems', 'sampling_plan', 'SampledAnswers', 'VerifierTraining']
 
 # %% ../../nbs/06_verifier.ipynb #verifier-loss
 def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor],
@@ -65,7 +65,7 @@ def split_problems(
 ) -> tuple[list[Problem], list[Problem], list[Problem], list[Problem]]:
     """Problems to train on, to calibrate on, with gold answers only, and held out to judge on.
 
-    The first two and the last have no problem in common; a gold problem may be among the first.
+    No problem is in two of the parts, except that a gold one may also be trained on.
     """
     own = word_problems(cfg.problems, "train", cfg.train_problems, cfg.levels, seed=seed)
     reserved = len(own) - max(1, len(own) // 5)
@@ -85,9 +85,9 @@ def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
     each = samples // (2 * len(kept)) if kept else 0
     return [(start, samples - each * len(kept)), *((folder, each) for folder in kept if each)]
 
-# %% ../../nbs/06_verifier.ipynb #recipe
-class VerifierTraining:
-    """The recipe of the verifier: the generator's answers to problems, and what is measured."""
+# %% ../../nbs/06_verifier.ipynb #sampled-answers
+class SampledAnswers:
+    """The generator's answers to the problems of a run: to train on, to calibrate on, held out."""
 
     def __init__(self, run: Run):
         self.run, self.train, seed = run, run.config.verifier, run.config.seed
@@ -136,6 +136,10 @@ class VerifierTraining:
             progress=name, **options))
         return found.astype({"value": float, "log_prob": float, "right": bool}).fillna({
             "log_prob": -np.inf})
+
+# %% ../../nbs/06_verifier.ipynb #recipe
+class VerifierTraining(SampledAnswers):
+    """The recipe of the verifier: batches of those answers, and what is measured."""
 
     def fresh(self, cfg: VerifierConfig) -> VerifierModel:
         """A verifier before training."""

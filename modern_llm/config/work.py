@@ -1,0 +1,49 @@
+"""What a stage does besides optimizer steps, counted from its settings: tokens that pass through
+the model, and steps of writing, a token of every answer of a batch. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modern_llm.config.schema import PipelineConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """At most so many tokens that a model reads or writes, and decoding steps, one after the other.
+    """
+
+    tokens: int = 0
+    steps: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.tokens + other.tokens, self.steps + other.steps)
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.tokens * times, self.steps * times)
+
+
+def answers(prompts: int, room: int, longest: int, samples: int = 1, rows: int = 256) -> Work:
+    """To write `samples` answers to each prompt, each of which is read once.
+
+    Args:
+        room: tokens of prompt and answer together, at most.
+        longest: tokens of an answer, at most.
+        rows: answers written at once.
+    """
+    count = prompts * samples
+    return Work(prompts * max(0, room - longest) + count * longest, -(-count // rows) * longest)
+
+
+def of_dpo(config: PipelineConfig) -> Work:
+    """The answers to held-out prompts, before and after."""
+    dpo = config.dpo
+    return answers(dpo.max_validation_pairs, config.model.context_length, dpo.max_new_tokens) * 2
+
+
+def of_verifier(config: PipelineConfig) -> Work:
+    """The generator's own answers, which it learns from and is judged on."""
+    own, room = config.verifier, config.model.context_length
+    return (answers(own.train_problems, room, own.max_new_tokens, own.samples_per_problem)
+            + answers(own.validation_problems, room, own.max_new_tokens, own.validation_samples))
