@@ -31,7 +31,10 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, draws: int = 
             "ratio_interval: there is nothing to evaluate; is the data set or its filter empty?")
     pairs = np.stack([np.asarray(numerator, float), np.asarray(denominator, float)], axis=1)
     n, random = len(pairs), np.random.default_rng(seed)
-    sums = np.stack([random.multinomial(n, np.full(n, 1 / n)) @ pairs for _ in range(draws)])
+    at_once = max(1, 1_000_000 // n)  # draws, for the sake of memory
+    counts = (random.multinomial(n, np.full(n, 1 / n), size=min(at_once, draws - done))
+              for done in range(0, draws, at_once))
+    sums = np.concatenate([drawn @ pairs for drawn in counts])
     low, high = np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1e-300), [0.025, 0.975])
     return {"value": float(pairs[:, 0].sum() / pairs[:, 1].sum()),
             "low": float(low), "high": float(high), "n": n}
