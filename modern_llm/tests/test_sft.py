@@ -20,7 +20,7 @@ from modern_llm.config import (
 from modern_llm.data import synth
 from modern_llm.data.chat import CHAT_TEMPLATE, Answer, end_id, padded_batch
 from modern_llm.data.conversations import best_paths
-from modern_llm.data.packing import build_token_cache
+from modern_llm.data.corpus import build_token_cache
 from modern_llm.data.sources import DataError
 from modern_llm.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 from modern_llm.models.decoder import ModernDecoderLM

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from modern_llm.config import DataConfig, ModelConfig, TrainConfig
-from modern_llm.data.packing import PackedBatches, load_corpus
+from modern_llm.data.corpus import load_corpus
+from modern_llm.data.packing import PackedBatches
 from modern_llm.data.tokens import make_tokenizer
 from modern_llm.files import DamagedFolder, read_json, sha256, write_json
 from modern_llm.models.decoder import ModernDecoderLM
