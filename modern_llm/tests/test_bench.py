@@ -35,8 +35,8 @@ whole, wanted = bench.ladder, sys.argv[2:]
 bench.ladder = lambda shape: [line for line in whole(shape) if line.name in wanted]
 main(["bench", "--device", "cpu", "--to", sys.argv[1]])
 """
-TRIED = ["matrix bf16", "step bf16", "memory sft", "memory dpo", "memory verifier", "sampling 2 fp32",
-         "training"]
+TRIED = ["matrix bf16", "step bf16", "memory sft", "memory dpo", "memory verifier",
+         "sampling 2 fp32", "training"]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,8 @@ def test_what_fails_is_a_line_and_what_is_there_is_not_measured_again(monkeypatc
         bench.bench("cpu", tmp_path, 1)
     rows = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert [row["status"] for row in rows] == ["out of memory", "ok", "failed"]
-    assert (rows[0]["why"], rows[2]["why"]) == ("CUDA out of memory", "RuntimeError: no kernel here")
+    assert (rows[0]["why"], rows[2]["why"]) == ("CUDA out of memory",
+                                                "RuntimeError: no kernel here")
     assert len(pd.read_csv(tmp_path / "lines.csv")) == 3
     with open(tmp_path / "lines.jsonl", "a") as file:
         file.write('{"line": "kil')  # torn

@@ -31,7 +31,8 @@ def machine(device: torch.device) -> dict:
     """What the figures are true of."""
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {"device": gpu.name if gpu else platform.processor() or platform.machine(),
-            "memory_gb": gpu.total_memory / 1e9 if gpu else None, "threads": torch.get_num_threads(),
+            "memory_gb": gpu.total_memory / 1e9 if gpu else None,
+            "threads": torch.get_num_threads(),
             "python": platform.python_version(), "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "allocator": os.environ.get("PYTORCH_ALLOC_CONF")
@@ -52,7 +53,8 @@ def measured(line: Line, shape: Shape, device: torch.device, rows: list[dict],
     except torch.OutOfMemoryError as error:
         row |= {"status": "out of memory", "why": str(error).split(". ")[0]}
     except Exception as error:
-        row |= {"status": "failed", "why": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
+        row |= {"status": "failed",
+                "why": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
     return nan_to_none(row | {"seconds": time.perf_counter() - started})
 
 

@@ -1,7 +1,8 @@
 """What `modern-llm bench` measures: matrix products, training steps of which each differs from
 another in one setting, memory of every stage, sampling, a short real run.
 
-A line is a name, a kind and the arguments of its function in MEASURES, which returns what was found.
+A line is a name, a kind and the arguments of its function in MEASURES, which returns what was
+found.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def shape_for(device: torch.device) -> Shape:
     data = replace(world.data, max_train_tokens=20_000, max_validation_tokens=1000)
     world = replace(world, model=replace(small, context_length=64), data=data, pretrain=replace(
         world.pretrain, max_steps=20, batch_size=8, micro_batch_size=8, log_every=2, eval_every=10))
-    return Shape(replace(config, model=small, data=data, **rows), world, 128, (1, 2, 4), (1, 2, 4), 8, 0.02)
+    return Shape(replace(config, model=small, data=data, **rows), world, 128,
+                 (1, 2, 4), (1, 2, 4), 8, 0.02)
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,8 @@ def data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:
 def measure_step(shape: Shape, device: torch.device, peaks: dict, precision: str, matmul: str,
                  compiled: str, micro_batch: int, attention: str, optimizer: str) -> dict:
     """Tokens per second of a whole pretraining step of one micro-batch, optimizer included; MFU
-    against the data sheet and against the matrix product of the same dtype; memory and its estimate.
+    against the data sheet and against the matrix product of the same dtype; memory and its
+    estimate.
     """
     cfg = shape.config.model
     train = replace(shape.config.pretrain, batch_size=micro_batch, micro_batch_size=micro_batch,
@@ -291,7 +294,8 @@ def measure_memory(shape: Shape, device: torch.device, peaks: dict, stage: str) 
         model = ModernDecoderLM(shape.config.model)
     module, loss, batch = stage_step(stage, model, train, device)
     state = TrainingState(module, train, device)
-    optimizer_step(state, loss, batch, train, 0.01)  # the optimizer's averages are there from now on
+    # the optimizer's averages are there from now on
+    optimizer_step(state, loss, batch, train, 0.01)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
