@@ -195,6 +195,9 @@ def reference(module: Module, titles: dict[str, str]) -> str:
             page.append(class_(node, module, where))
         elif isinstance(node, ast.FunctionDef):
             page.append(function(node, path, where))
+        elif name == "PLACES":  # the face of a folder: what it offers, and where that is defined
+            page.append("Offers " + ", ".join(f"{{py:obj}}`{offered} <{path}.{place}.{offered}>`"
+                        for offered, place in ast.literal_eval(node.value).items()) + ".")
         else:
             value, comment = ast.unparse(node.value), module.comment(node, node.lineno)
             page.append(directive("data", name, where + prose(comment), 0, module=path,
