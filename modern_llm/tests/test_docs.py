@@ -48,9 +48,10 @@ class Page(HTMLParser):
         elif (tag in ("script", "img", "source", "link", "iframe")
               and (address := found.get("src") or found.get("href"))):
             self.resources.append(address)
-        formula = "math" in (found.get("class") or "").split()
+        classes = (found.get("class") or "").split()
+        formula = "math" in classes
         self.formulas += formula
-        if (tag in ("pre", "code", "script", "style") or formula
+        if (tag in ("pre", "code", "script", "style") or formula or "pre" in classes
                 or (self.open and tag == self.open[-1])):
             self.open.append(tag)
 

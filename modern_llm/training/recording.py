@@ -104,8 +104,8 @@ def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float |
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
-    """The most memory that tensors of this process have taken on its GPU so far, in 10^9 bytes; None
-    elsewhere.
+    """The most memory that tensors of this process have taken on its GPU so far, in 10^9 bytes;
+    None elsewhere.
     """
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
 
