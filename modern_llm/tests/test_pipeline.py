@@ -30,6 +30,8 @@ from modern_llm.runs import execution, pipeline
 from modern_llm.runs.execution import EXIT_PREEMPTED
 from modern_llm.runs.locks import STAGE_LOCK, owner_of
 from modern_llm.runs.outcomes import runs_table
+from modern_llm.runs.stage import train_stage
+from modern_llm.tests.test_stage import begin
 from modern_llm.training.checkpoints import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,8 +175,6 @@ def test_a_stage_whose_start_was_made_anew_is_refused(runs):
 
 
 def test_data_that_changed_is_named_before_a_stage_starts(tmp_path):
-    from modern_llm.tests.test_stage import begin
-
     path = tmp_path / "mine.txt"
     path.write_text("Tom has 3 hats.\n" * 50)
     begin(tmp_path, run="it", overrides=f"data.sources={path}").finish({"table": []})
@@ -354,24 +354,28 @@ def curve(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("stage, strategy", [
-    ("sft", "fsdp"), *(pytest.param(stage, "ddp", marks=slow)
-                       for stage in ("pretrain", "sft", "dpo", "verifier"))])
-def test_ranks_train_a_stage_like_one_process(stage, strategy, tuned, tmp_path):
+SINKS = ("model.use_attention_sinks=true pretrain.max_steps=24 pretrain.eval_every=24 "
+         "pretrain.checkpoint_every=2")  # README's command for two ranks, with the other strategy
+# in the verifier's head every rank draws its own dropout
+SHARED = [("sft", "fsdp", ""), ("pretrain", "ddp", SINKS), ("sft", "ddp", ""), ("dpo", "ddp", ""),
+          ("verifier", "ddp", "verifier.head_dropout=0")]
+
+
+@pytest.mark.parametrize("stage, strategy, settings", [
+    ("pretrain", "fsdp", SINKS), *(pytest.param(*case, marks=slow) for case in SHARED)])
+def test_ranks_train_a_stage_like_one_process(stage, strategy, settings, tuned, tmp_path):
     """`-p hardware.ranks=2`; the second rank is killed on the way, which ends the first; the same
-    command goes on and ends as one process.
+    command goes on and ends as one process, here this one.
     """
-    # every rank draws its own dropout
-    alike = ["-p", "verifier.head_dropout=0"] if stage == "verifier" else []
-    if alike:
-        tuned = shutil.copytree(tuned, tmp_path / "alone")
-        shutil.rmtree(tuned / "it" / stage, ignore_errors=True)
-    if not (tuned / "it" / stage / "results.json").exists():
-        finish(*words(stage, tuned, *alike))
-    folder = shutil.copytree(tuned, tmp_path / "both") / "it" / stage
-    shutil.rmtree(folder)
-    together = words(stage, tmp_path / "both", *alike, "-p", "hardware.ranks=2", "-p",
-                     f"hardware.strategy={strategy}")
+    overrides = f"{SMALL} {settings}"
+    for place in ("alone", "both") if stage != "pretrain" else ():
+        shutil.copytree(tuned, tmp_path / place)
+        shutil.rmtree(tmp_path / place / "it" / stage, ignore_errors=True)
+    train_stage(begin(tmp_path / "alone", stage=stage, preset=str(PRESET), run="it", seed=None,
+                      overrides=overrides))
+    folder = tmp_path / "both" / "it" / stage
+    together = words(stage, tmp_path / "both", "-p", "hardware.ranks=2", "-p",
+                     f"hardware.strategy={strategy}", overrides=overrides)
     process = start(*together)
     wait_for((folder / "checkpoint" / "meta.json").exists, process)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -384,7 +388,7 @@ def test_ranks_train_a_stage_like_one_process(stage, strategy, tuned, tmp_path):
 
     text = finish(*together)
     assert f"{stage}: resume" in text and text.count(f"{stage}: finished") == 1
-    alone, both = curve(tuned / "it" / stage), curve(folder)
+    alone, both = curve(tmp_path / "alone" / "it" / stage), curve(folder)
     assert (len(alone) == len(both) and both[:2] == pytest.approx(alone[:2], rel=1e-6)
             and both == pytest.approx(alone, rel=1e-4))
     assert ("shared by 2 ranks" in (folder / "notebook.ipynb").read_text()
