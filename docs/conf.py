@@ -39,7 +39,9 @@ viewcode_follow_imported_members = False
 @cache
 def tagged_source(name):
     """A module's text and the lines of its definitions, read from its file: nothing is imported."""
-    source = (root / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+    place = root / name.replace(".", "/")
+    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    source = path.read_text(encoding="utf-8")
     return source, ModuleAnalyzer.for_string(source, name).find_tags()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import textwrap
 import threading
 from collections.abc import Iterator, Sequence
@@ -38,11 +39,9 @@ def figure(width: float = 6.0, height: float = 3.0, columns: int = 1, rows: int 
     From here on this notebook, if it is one, stores every figure as `small_png`.
     """
     plt.rcParams.update(STYLE)
-    from IPython import get_ipython
-
     made = plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained",
                         **options)
-    if shell := get_ipython():
+    if (ipython := sys.modules.get("IPython")) and (shell := ipython.get_ipython()):
         shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
     return made
 

@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from modern_llm.cli.bench_command import bench
 from modern_llm.cli.data_commands import datasets, prefetch, presets
 from modern_llm.cli.model_commands import chat, check_inference, export, sample
 from modern_llm.cli.run_commands import run, status, submit
@@ -42,10 +43,11 @@ def main() -> None:
     modern-llm check-inference --run local-smoke   does it fit 12 GB?
     modern-llm presets local-cpu                   every setting of a preset, as JSON
     modern-llm datasets --preset local-cpu         is the data it needs there?
+    modern-llm bench --device cuda --to DIR        how fast is this machine, and why?
     modern-llm submit --preset tacc-h100 --dry-run   as jobs of a SLURM cluster: how long, the lines
     """
 
 
-for command in (run, submit, status, chat, sample, export, check_inference, presets, datasets,
-                prefetch):
+for command in (run, submit, status, chat, sample, export, check_inference, bench, presets,
+                datasets, prefetch):
     main.add_command(command)

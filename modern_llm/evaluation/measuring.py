@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from modern_llm.config import EvalConfig, PipelineConfig
 from modern_llm.data import synth
-from modern_llm.data.packing import TokenCache, build_token_cache
+from modern_llm.data.corpus import build_token_cache
+from modern_llm.data.packing import TokenCache
 from modern_llm.data.pairs import Pair, encode_pairs, preference_pairs
 from modern_llm.data.tasks import RERANKERS, Problem, Review, sentences, word_problems
 from modern_llm.evaluation.asking import Subject

@@ -13,10 +13,11 @@ from torch import nn
 from modern_llm.config import ModelConfig
 from modern_llm.data.tokens import end_of_text_id, train_tokenizer
 from modern_llm.evaluation.attention import (
-    ROLES, attention_maps, examples, head_role, head_table, heads_figure, induction_attention,
-    key_table, maps_figure, observations, planted_repetition, repetition_gain, row_measures,
-    tokenise_example, without_head,
+    ROLES, attention_maps, examples, head_role, head_table, induction_attention, key_table,
+    observations, planted_repetition, repetition_gain, row_measures, tokenise_example,
+    without_head,
 )
+from modern_llm.evaluation.attention_figures import heads_figure, maps_figure
 from modern_llm.figures import small_png
 from modern_llm.models.decoder import ModernDecoderLM
 

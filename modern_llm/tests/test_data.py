@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from modern_llm import cli
 from modern_llm.config import DataConfig
-from modern_llm.data import packing, reading, sources, splits, tokens
+from modern_llm.data import corpus, packing, reading, sources, splits, tokens
 from modern_llm.data.sources import DataError, DatasetNotFound
 from modern_llm.training.distributed import World
 
@@ -41,7 +41,7 @@ def stories(tmp_path):
 
 
 def build(path, tokenizer, tmp_path, split="train", **options):
-    return packing.build_token_cache(str(path), split, tokenizer, cache_dir=tmp_path / "cache",
+    return corpus.build_token_cache(str(path), split, tokenizer, cache_dir=tmp_path / "cache",
                                      progress=False, **options)
 
 
@@ -317,13 +317,13 @@ def test_damage_is_noticed_and_mended(stories, tokenizer, tmp_path):
 
 
 def _build_in_process(path, folder):
-    cache = packing.build_token_cache(
+    cache = corpus.build_token_cache(
         path, "train", tokens.train_tokenizer(STORIES, 300), cache_dir=folder, progress=False)
     assert cache.num_tokens > 0
 
 
 def test_two_builders_at_once(stories, tokenizer, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     workers = [
         context.Process(target=_build_in_process, args=(str(stories), str(tmp_path / "cache")))
         for _ in range(2)]
@@ -338,13 +338,13 @@ def test_a_failed_build_leaves_nothing(stories, tokenizer, tmp_path, monkeypatch
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing, "_write_cache", full_disk)
+    monkeypatch.setattr(corpus, "_write_cache", full_disk)
     with pytest.raises(DataError, match="No space left on device; set MODERN_LLM_CACHE"):
         build(stories, tokenizer, tmp_path)
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="MODERN_LLM_CACHE"):
-        packing.build_token_cache(str(stories), "train", tokenizer,
+        corpus.build_token_cache(str(stories), "train", tokenizer,
                                   cache_dir=tmp_path / "file" / "x", progress=False)
 
 
@@ -459,8 +459,8 @@ def test_caches_of_different_tokenizers_do_not_mix(cache, stories, tmp_path):
 def test_a_corpus_of_the_built_in_world(tmp_path):
     config = DataConfig(max_train_tokens=20_000, max_validation_tokens=5_000)
     tokenizer = tokens.make_tokenizer(config, tmp_path)
-    train, held_out = packing.load_corpus(config, tokenizer, tmp_path, progress=False)
-    card = packing.data_card([*train, *held_out.values()])
+    train, held_out = corpus.load_corpus(config, tokenizer, tmp_path, progress=False)
+    card = corpus.data_card([*train, *held_out.values()])
     assert card["split"].tolist() == ["train", "validation"] and card["tokens"].max() <= 20_000
     assert 0.1 < packing.bits_per_byte(held_out["synthetic"].floor_nats,
                                        held_out["synthetic"].num_bytes) < 3
@@ -483,10 +483,10 @@ def test_a_real_mirror(tmp_path, monkeypatch):
             and gpt2.get_vocab_size() == 50261)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        caches = {name: packing.build_token_cache(name, "validation", gpt2, 300_000, tmp_path,
+        caches = {name: corpus.build_token_cache(name, "validation", gpt2, 300_000, tmp_path,
                                                   progress=False)
                   for name in ("wikitext-2-raw-v1", "tinystories")}
-    assert (packing.data_card(caches.values())["note"].tolist()
+    assert (corpus.data_card(caches.values())["note"].tolist()
             == [sources.DATASET_REGISTRY["wikitext-2-raw-v1"].note, ""])
     assert (len(caches["wikitext-2-raw-v1"]) == 60
             and 240_000 < caches["wikitext-2-raw-v1"].num_tokens < 262_000)

@@ -48,9 +48,10 @@ class Page(HTMLParser):
         elif (tag in ("script", "img", "source", "link", "iframe")
               and (address := found.get("src") or found.get("href"))):
             self.resources.append(address)
-        formula = "math" in (found.get("class") or "").split()
+        classes = (found.get("class") or "").split()
+        formula = "math" in classes
         self.formulas += formula
-        if (tag in ("pre", "code", "script", "style") or formula
+        if (tag in ("pre", "code", "script", "style") or formula or "pre" in classes
                 or (self.open and tag == self.open[-1])):
             self.open.append(tag)
 
@@ -147,21 +148,22 @@ def test_reference_leads_to_the_cell_that_defines(site, pages):
     code is its definition.
     """
     names = 0
-    for path in (ROOT / "modern_llm").glob("*.py"):
+    for path in (ROOT / "modern_llm").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        if not (chapter := re.search(r"File to edit: \.\./nbs/(\S+)\.ipynb", text)):
+        if not (chapter := re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.ipynb", text)):
             continue
-        page, html = (pages[f"api/{path.stem}.html"],
+        module = ".".join(path.relative_to(ROOT / "modern_llm").with_suffix("").parts)
+        page, html = (pages[f"api/{module}.html"],
                       (site / "nbs" / f"{chapter[1]}.html").read_text(encoding="utf-8"))
         for name in re.findall(r"'(\w+)'", re.search(r"^__all__ = \[.*?\]", text, re.S | re.M)[0]):
-            assert f"modern_llm.{path.stem}.{name}" in page.ids, name
-            back = f"../api/{path.stem}.html#modern_llm.{path.stem}.{name}"
+            assert f"modern_llm.{module}.{name}" in page.ids, name
+            back = f"../api/{module}.html#modern_llm.{module}.{name}"
             assert back in pages[f"nbs/{chapter[1]}.html"].links, name
             code = re.sub(r"<[^>]+>", "",
                           html[html.index(f'href="{back}"'):].split('<div class="highlight', 1)[1]
                               .split("</pre>", 1)[0])
             assert re.search(rf"(^|\W)((def|class) {name}\b|{name}\b.* = |{name}: )",
-                             code), f"{name} is not where {path.stem} says"
+                             code), f"{name} is not where {module} says"
             names += 1
     assert names > 200
 
@@ -237,7 +239,7 @@ def test_screenshots(address, browser, scheme, width):
     folder.mkdir(exist_ok=True)
     browser.emulate_media(color_scheme=scheme)
     browser.set_viewport_size({"width": width, "height": 844})
-    for name in ("index", "nbs/01_attention", "nbs/05_dpo", "api/attention",
+    for name in ("index", "nbs/01_attention", "nbs/05_dpo", "api/models.attention",
                  "report/local-smoke_report"):
         browser.goto(f"{address}/{name}.html")
         picture = folder / f"{name.replace('/', '-')}-{scheme}-{width}.png"

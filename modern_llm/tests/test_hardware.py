@@ -3,7 +3,11 @@ device without float64, shares of a peak.
 """
 
 import math
+import os
 import re
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -341,6 +345,54 @@ def test_more_ranks_than_gpus_are_refused_before_the_data_are_read(fake_gpus, mo
         preflight(config, "pretrain")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert preflight(config, "pretrain")[1] == "cuda"
+
+
+@pytest.mark.fault("ranks")
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_gpu_waits_minutes_and_a_host_a_day(monkeypatch, device):
+    """A rank that is lost in the middle of a step is noticed; one that samples for hours is not
+    taken for lost.
+    """
+    groups = []
+    for name in ("next_training", "broadcast_task", "wait_for_task", "check_one_gpu_per_rank"):
+        monkeypatch.setattr(distributed, name, lambda *values: 0)
+    monkeypatch.setattr(distributed, "open_store", dist.HashStore)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout, **others:
+                        groups.append((backend, timeout.total_seconds())))
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout:
+                        groups.append((backend, timeout.total_seconds())) or "hosts")
+    monkeypatch.setattr(World, "trainings", 0)
+    monkeypatch.setattr(World, "hosts", None)
+    World(0, 2).join(torch.device(device))
+    assert groups == ([("cpu:gloo,cuda:nccl", 600), ("gloo", 86_400)] if device == "cuda"
+                      else [("gloo", 86_400)])
+    assert World(0, 2).hosts == ("hosts" if device == "cuda" else None)
+
+
+@pytest.mark.parametrize(
+    "given, found", [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "a:1"}, "a:1"),
+                     ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, None)])
+def test_gpu_memory_grows_in_place_unless_one_chose(given, found):
+    clean = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
+    code = "import modern_llm, os; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    said = subprocess.run([sys.executable, "-c", code], env={**clean, **given}, text=True,
+                          capture_output=True, check=True).stdout
+    assert said.strip() == str(found)
+
+
+def test_a_row_says_how_long_batches_were_waited_for(tmp_path):
+    module, loss, batches, train = stage_of("pretrain", MODEL)
+
+    def slow(step: int) -> dict:
+        time.sleep(0.05)
+        return batches(step)
+
+    run = Trainer(module, loss, slow, replace(train, max_steps=4, log_every=1), tmp_path,
+                  device="cpu", progress_bar=False)
+    rows = run.fit().history
+    assert 0.03 < rows[0]["data_wait_s"] and all(row["data_wait_s"] >= 0 for row in rows)
+    assert [row["peak_memory_gb"] for row in rows] == [None] * 4  # of a GPU
 
 
 # ---- micro-batches -------------------------------------------------------------------------------

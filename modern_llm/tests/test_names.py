@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from modern_llm import cli
 from modern_llm.config import ConfigError, get_pipeline_preset, override, parse_overrides
-from modern_llm.data import packing, reading, sources, tokens
+from modern_llm.data import corpus, reading, sources, tokens
 from modern_llm.data.sources import DatasetNotFound
 from modern_llm.runs import data_files
 
@@ -83,7 +83,7 @@ def test_a_name_is_taken_literally(name, tmp_path):
 @pytest.mark.parametrize("name", ["x" * 240 + ".txt", ".hidden.txt", "a b, [1]|#.jsonl", "..txt"])
 def test_a_token_cache_is_made_of_any_name(name, tmp_path):
     put(name)
-    cache = packing.build_token_cache(
+    cache = corpus.build_token_cache(
         name, "train", tokens.train_tokenizer(["The right one 1."], 280),
         cache_dir=tmp_path / "cache", progress=False)
     made = [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from modern_llm.data import packing
+from modern_llm.data import corpus, packing
 
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -153,7 +153,7 @@ def test_a_data_card_has_no_number_that_json_lacks(floors, tmp_path):
         packing.TokenCache(tmp_path, meta, *(cache.tokens, cache.offsets, cache.bytes), cache.nats)
         for floor in floors
         for cache in [cache_of([4, 5], nats=None if floor is None else np.full(2, floor))]]
-    rows = packing.data_card(caches).to_dict("records")
+    rows = corpus.data_card(caches).to_dict("records")
     assert ([row["floor bits per byte"] is None for row in rows]
             == [floor is None for floor in floors])
     assert (json.loads(json.dumps(rows, allow_nan=False))

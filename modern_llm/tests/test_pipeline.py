@@ -480,7 +480,7 @@ def test_a_run_is_opened_by_transformers_as_it_stands_and_exported(tuned, tmp_pa
 
 def test_help_teaches_by_example():
     for command in ((), ("run",), ("status",), ("chat",), ("sample",),
-                    ("export",), ("check-inference",), ("datasets",)):
+                    ("export",), ("check-inference",), ("bench",), ("datasets",)):
         code, text = ask(*command, "--help")
         assert code == 0 and "modern-llm" in text.split("Options:")[0].split("\n", 1)[1]
     check = ("import sys, modern_llm.cli; assert not {'torch', 'pandas', 'papermill', 'numpy'} & "

@@ -235,7 +235,7 @@ def test_a_job_preempted_three_times_ends_with_the_same_weights(cluster, smoke):
 @needs_slurm
 def test_a_job_at_its_time_limit_goes_on_and_a_cancelled_one_stays_away(cluster):
     run, stage = cluster / "limited", cluster / "limited" / "pretrain"
-    job = sbatch("--time=1", "--signal=B:USR1@25", "--partition=main", "slurm/stage.slurm",
+    job = sbatch("--time=1", "--signal=B:USR1@40", "--partition=main", "slurm/stage.slurm",
                  "pretrain", "slurm/smoke.json", "limited", "--max-steps", 100_000)
     until(lambda: seen(job)["Restarts"] == "1", "the warning before the limit of one minute")
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
@@ -282,32 +282,40 @@ def test_a_chain_stops_where_a_stage_fails(cluster):
     assert re.search(rf"dpo +to do +{jobs['dpo']} CANCELLED", text)
 
 
-def four_steps(name: str, *options: str) -> str:
-    """Submit a job of four steps of pretraining; its number."""
-    return sbatch(*options, "--partition=main", "slurm/stage.slurm", "pretrain", "slurm/smoke.json",
-                  name, "-p", "pretrain.max_steps=4", "-p", "pretrain.log_every=1")
+FOUR_STEPS = ("-p", "pretrain.max_steps=4", "-p", "pretrain.log_every=1", "-p", "pretrain.lr=1e-3")
 
 
 @pytest.fixture(scope="module")
-def alone(cluster):
-    """The job of one process that the two nodes are compared with; it runs beside them."""
-    return four_steps("alone")
+def rates(cluster, tmp_path_factory):
+    """An array of two jobs; the first is also the one process that two nodes are compared with, and
+    runs beside them.
+    """
+    sweep = tmp_path_factory.mktemp("array") / "sweep.txt"
+    sweep.write_text(f"--stage pretrain {' '.join(FOUR_STEPS)}\n"
+                     "--stage pretrain --max-steps 2 -p pretrain.lr=2e-3\n")
+    return sbatch("--array=1-2", "--partition=main", "slurm/array.slurm", "slurm/smoke.json",
+                  "rate", sweep)
+
+
+def array_to_end(job: str) -> None:
+    until(lambda: not slurm("squeue", "-h", "-j", job), "the array to end")
 
 
 @needs_slurm
 @pytest.mark.parametrize("launcher, tasks, ranks", [("srun", 1, 2), ("torchrun", 2, 4)])
-def test_two_nodes_train_as_one(cluster, alone, launcher, tasks, ranks):
+def test_two_nodes_train_as_one(cluster, rates, launcher, tasks, ranks):
     """On each of two nodes a rank started by srun, or two by srun torchrun: the losses of one
     process.
     """
     run = cluster / launcher
-    job = four_steps(launcher, "--nodes=2", f"--ntasks-per-node={tasks}",
-                     f"--export=ALL,MODERN_LLM_LAUNCHER={launcher}")
+    job = sbatch("--nodes=2", f"--ntasks-per-node={tasks}", "--partition=main",
+                 f"--export=ALL,MODERN_LLM_LAUNCHER={launcher}", "slurm/stage.slurm", "pretrain",
+                 "slurm/smoke.json", launcher, *FOUR_STEPS)
     assert end_of(job) == ("COMPLETED", "0:0"), log(run)
     assert (seen(job)["NodeList"] == "n[1-2]"
             and read_json(run / "run.json")["config"]["hardware"]["ranks"] == ranks)
-    assert end_of(alone) == ("COMPLETED", "0:0"), log(cluster / "alone")
-    one, several = (losses(cluster / name / "pretrain") for name in ("alone", launcher))
+    array_to_end(rates)
+    one, several = (losses(cluster / name / "pretrain") for name in ("rate-1", launcher))
     assert len(one) == 4 and several == pytest.approx(one, rel=1e-6)
 
 
@@ -352,18 +360,14 @@ def test_two_nodes_of_torchrun_go_on_exactly_and_die_together(cluster):
 
 
 @needs_slurm
-def test_an_array_makes_a_run_of_every_line(cluster, tmp_path):
-    (tmp_path / "sweep.txt").write_text("--stage pretrain --max-steps 2 -p pretrain.lr=1e-3\n"
-                                        "--stage pretrain --max-steps 2 -p pretrain.lr=2e-3\n")
-    job = sbatch("--array=1-2", "--partition=main", "slurm/array.slurm", "slurm/smoke.json", "rate",
-                 tmp_path / "sweep.txt")
-    until(lambda: not slurm("squeue", "-h", "-j", job), "the array to end")
+def test_an_array_makes_a_run_of_every_line(cluster, rates):
+    array_to_end(rates)
     for number in (1, 2):
-        params = read_json(cluster / f"rate-{number}" / "pretrain" / "params.json")
+        folder = cluster / f"rate-{number}"
+        params = read_json(folder / "pretrain" / "params.json")
         assert (params["config"]["pretrain"]["lr"] == number * 1e-3
-                and (cluster / f"rate-{number}" / "pretrain" / "results.json").exists())
-        assert len(list(
-            (cluster / f"rate-{number}" / "logs").glob(f"array-{job}_{number}.out"))) == 1
+                and (folder / "pretrain" / "results.json").exists())
+        assert len(list((folder / "logs").glob(f"array-{rates}_{number}.out"))) == 1
 
 
 @needs_slurm

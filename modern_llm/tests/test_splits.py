@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modern_llm.config import DataConfig, get_pipeline_preset, override
-from modern_llm.data import packing, pairs, reading, splits, tasks, tokens
+from modern_llm.data import corpus, packing, pairs, reading, splits, tasks, tokens
 from modern_llm.data.sources import DataError
 from modern_llm.runs import data_files
 from modern_llm.training import dpo, sft
@@ -103,14 +103,14 @@ def test_what_is_split_can_be_packed_and_scored(name, tmp_path):
     path.write_bytes(BROUGHT[name].encode())
     config = DataConfig(sources=(str(path),), tokenizer_vocab_size=2048)  # more than the text gives
     tokenizer = tokens.make_tokenizer(config, tmp_path)
-    train, held = packing.load_corpus(config, tokenizer, tmp_path, progress=False)
+    train, held = corpus.load_corpus(config, tokenizer, tmp_path, progress=False)
     assert 261 <= tokenizer.get_vocab_size() <= 2048
     # also of a text shorter than a row
     assert packing.PackedBatches(train, 512, 8)(3)["input_ids"].shape == (8, 512)
     scored = sum(int((batch["labels"] >= 0).sum())
                  for batch in packing.validation_batches(held[str(path)], 512, 8))
     assert scored == held[str(path)].num_tokens
-    assert packing.data_card(train).note[0] == reading.how_split(str(path)) != ""
+    assert corpus.data_card(train).note[0] == reading.how_split(str(path)) != ""
 
 
 TOO_SMALL = {

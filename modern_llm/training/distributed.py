@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import ConfigError
 from .optim import LossOutput
 from modern_llm.training.ranks import (
-    PATIENCE, broadcast_task, local_gpu, next_training, open_store, wait_for_task,
+    NCCL_PATIENCE, PATIENCE, broadcast_task, local_gpu, next_training, open_store,
+    wait_for_task,
 )
 from .training_state import random_states, restore_random_states, seed_everything
 
@@ -65,6 +66,8 @@ class World:
     # what rank 0 broadcasts when it is about to train; see ranks.worker_loop
     task: dict | None = None
     trainings = 0  # of this process so far
+    # of the hosts, where they are not the group of all: waits as long as rank 0 works alone
+    hosts = None
 
     @property
     def is_main_process(self) -> bool:
@@ -88,7 +91,7 @@ class World:
 
     def join(self, device: torch.device) -> None:
         """Meet the other ranks, unless that is done: gloo on CPUs, on GPUs NCCL with gloo beside it
-        for the hosts.
+        for the hosts. A GPU waits NCCL_PATIENCE for the others, a host PATIENCE.
 
         ConfigError, on every rank, if two of them are on one GPU: NCCL would say so less clearly,
         or wait.
@@ -103,15 +106,18 @@ class World:
             check_one_gpu_per_rank(
                 self.store, self.rank, self.size,
                 str(getattr(torch.cuda.get_device_properties(device), "uuid", device)))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                store=self.store, rank=self.rank, world_size=self.size,
-                                timeout=PATIENCE)
+        backend, patience = (("cpu:gloo,cuda:nccl", NCCL_PATIENCE) if device.type == "cuda"
+                             else ("gloo", PATIENCE))
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size,
+                                timeout=patience)
+        if device.type == "cuda":
+            World.hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def leave(self) -> None:
         """Part from the other ranks: from now on alone."""
         if dist.is_initialized():
             dist.destroy_process_group()
-        self.size = 1
+        self.size, World.hosts = 1, None
 
     def shard(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's shard of a batch, an equal share of its rows (views)."""
@@ -132,14 +138,14 @@ class World:
         if self.size == 1:
             return list(values)
         largest = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.hosts)
         return largest.tolist()
 
     def broadcast(self, value: object) -> object:
         """Rank 0's value, broadcast to all."""
         box = [value]
         if self.size > 1:
-            dist.broadcast_object_list(box, 0)
+            dist.broadcast_object_list(box, 0, self.hosts)
         return box[0]
 
 # %% ../../nbs/32_distributed.ipynb #on-ranks
@@ -151,6 +157,8 @@ def on_ranks(function: Callable[[World], object], size: int = 2, strategy: str =
     With `survivors`, only of the first so many; each of the others ends with its function, as a
     process does that fails.
     """
+    import torch._dynamo  # as DDP and FSDP do: three seconds, here once for all ranks
+
     context, counted = multiprocessing.get_context("fork"), survivors or size
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, DPOConfig, DataConfig, PipelineConfig
 from ..data import synth
-from modern_llm.data.chat import (
-    PackedExamples, continuations, encode_chat, encode_example, end_id,
-)
+from ..data.chat import PackedExamples, continuations, encode_chat, encode_example, end_id
 from ..data.packing import IGNORED
 from modern_llm.data.pairs import (
     EncodedPair, encode_pairs, fitting_turns, pair_batch, preference_pairs,

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import PipelineConfig
-from ..data.packing import PackedBatches, TokenCache, load_corpus, validation_batches
+from ..data.corpus import load_corpus
+from ..data.packing import PackedBatches, TokenCache, validation_batches
 from ..data.tokens import end_of_text_id, make_tokenizer, save_tokenizer
 from ..models.decoder import ModernDecoderLM
 from ..models.likelihoods import document_nats

@@ -14,6 +14,8 @@ from datetime import timedelta
 
 # of ranks with each other: rank 0 may draw samples for hours; the launcher ends what has died
 PATIENCE = timedelta(days=1)
+# of a GPU with the others in the middle of a step: one of them is lost
+NCCL_PATIENCE = timedelta(minutes=10)
 
 
 class TrainingEnded(Exception):

@@ -24,8 +24,8 @@ from .train_step import add_losses
 from .training_state import TrainingState
 
 # %% auto #0
-__all__ = ['Evaluate', 'SaveModel', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'peak_flops', 'mfu_scale', 'validate', 'due',
-           'parts_done', 'Recorder']
+__all__ = ['Evaluate', 'SaveModel', 'Window', 'TrainingDiverged', 'DivergenceGuard', 'peak_flops', 'peak_memory_gb', 'mfu_scale',
+           'validate', 'due', 'parts_done', 'Recorder']
 
 # %% ../../nbs/35_recording.ipynb #window
 class Window:
@@ -38,15 +38,17 @@ class Window:
 
     def clear(self, tokens: int) -> None:
         """Start again, at this many tokens."""
-        self.outputs, self.norm, self.tokens, self.started = [], None, tokens, time.perf_counter()
+        self.outputs, self.norm, self.waited = [], None, 0.0
+        self.tokens, self.started = tokens, time.perf_counter()
 
-    def add(self, out: LossOutput, norm: Tensor) -> None:
-        """Add one step."""
+    def add(self, out: LossOutput, norm: Tensor, waited: float = 0.0) -> None:
+        """Add one step, which waited so many seconds for its batch."""
         self.outputs, self.norm = [add_losses([*self.outputs, out])], norm
+        self.waited += waited
 
     def read(self, tokens: int) -> dict[str, float]:
-        """Mean loss and metrics per item, the last gradient norm, tokens per second; empty after no
-        step.
+        """Mean loss and metrics per item, the last gradient norm, tokens per second, seconds that
+        were waited for batches; empty after no step.
         """
         if not self.outputs:
             return {}
@@ -55,7 +57,7 @@ class Window:
         loss, *metrics = values.tolist()
         speed = (tokens - self.tokens) / (time.perf_counter() - self.started)
         return {"loss": loss, **dict(zip(total.metrics, metrics)), "grad_norm": self.norm.item(),
-                "tokens_per_s": speed}
+                "tokens_per_s": speed, "data_wait_s": self.waited}
 
 # %% ../../nbs/35_recording.ipynb #divergence
 class TrainingDiverged(UserError, RuntimeError):
@@ -99,6 +101,13 @@ def peak_flops(device_name: str, dtype: torch.dtype = torch.bfloat16) -> float |
         return None
     return next((peak for name, peak in gpu_peaks().items()
                  if re.search(rf"\b{re.escape(name)}\b", device_name)), None)
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """The most memory that tensors of this process have taken on its GPU so far, in 10^9 bytes;
+    None elsewhere.
+    """
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
 
 
 def mfu_scale(flops_per_token: float | None, state: TrainingState, ranks: int = 1) -> float | None:
@@ -163,6 +172,7 @@ class Recorder:
             return {}
         seen = self.window.read(state.tokens)
         row = {"step": state.step, "tokens": state.tokens, "lr": self.cfg.lr * lr_factor, **seen}
+        row["peak_memory_gb"] = peak_memory_gb(state.device)
         # both over all ranks
         row["mfu"] = seen["tokens_per_s"] * self.mfu_scale if self.mfu_scale and seen else None
         try:

@@ -24,7 +24,8 @@ from modern_llm.data.chat import (
     Answer, PackedExamples, chat_format, continuations, document_prompt, encode_chat,
     encode_example, end_id, padded_batch,
 )
-from ..data.packing import PackedBatches, TokenCache, load_corpus
+from ..data.corpus import load_corpus
+from ..data.packing import PackedBatches, TokenCache
 from ..data.reading import items
 from ..data.sources import DataError, dataset_info
 from ..data.tasks import problem_request, sentences, strict_answer, word_problems

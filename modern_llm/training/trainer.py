@@ -136,15 +136,19 @@ class Trainer:
                 began, factor = time.perf_counter(), next_learning_rate(state, cfg)
                 try:
                     with per_rank_rng(world):
+                        batch = next(batches)
+                        waited = time.perf_counter() - began
                         recorder.window.add(*optimizer_step(
-                            state, self.loss_fn, next(batches), cfg, factor, world))
+                            state, self.loss_fn, batch, cfg, factor, world), waited)
                     state.seconds, state.random = time.perf_counter() - start, random_states()
                     if job_ends_soon(1.5 * (slowest + recorder.slowest_save)):
                         caught.append("preempted")
                     asked = "stopped" if self.should_stop() else self.files.stop_asked()
                     reason = shared_stop_reason(state, world,
                                                 stop_reason(state, cfg, asked, caught))
-                    show_progress(bar, recorder.observe(state, factor, reason))
+                    show_progress(bar, row := recorder.observe(state, factor, reason))
+                    if row:  # rank 0 may have validated for long: hosts are patient
+                        world.all_reduce_max(0)
                     if state.step > first + 1:  # the first step of a session may have compiled
                         slowest = max(slowest, time.perf_counter() - began)
                 except KeyboardInterrupt:

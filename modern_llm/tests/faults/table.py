@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from modern_llm.config import DataConfig
-from modern_llm.data.packing import build_token_cache
+from modern_llm.data.corpus import build_token_cache
 from modern_llm.data.tokens import make_tokenizer
 from modern_llm.files import CHECKOUT, cached_frame, read_json, sha256, write_json, write_text
 from modern_llm.messages import StageError

@@ -1,0 +1,56 @@
+"""The command `bench`: what this machine makes of the model. Imports no torch before it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from modern_llm.cli.common import one_line_errors
+from modern_llm.cli.model_commands import Finite
+
+
+@click.command()
+@click.option("--device", default="auto", show_default=True,
+              help="cuda: the 253M model of tacc-h100. cpu: the same lines on a tiny one, which "
+                   "only shows that they run.")
+@click.option("--to", "folder", metavar="FOLDER", default="bench", show_default=True,
+              help="Where the lines and figures go. Lines that are there already are not measured "
+                   "again.")
+@click.option("--minutes", type=Finite(min=0), default=8.0, show_default=True,
+              help="A line that could take longer is left out, and named.")
+def bench(device, folder, minutes) -> None:
+    """Measure this machine: matrix products, training steps, memory, sampling, a short real run.
+
+    Training steps are a ladder: each line differs in one setting from the line that it names
+    (precision, micro-batch, compilation, optimizer, attention kernel), so that the difference is
+    what this setting is worth. MFU is the share of the GPU's data sheet that the model's own
+    arithmetic reaches; of_matrix the share of a matrix product measured here. Every stage's memory
+    stands beside the estimate that `run` trusts.
+
+    Each line is in FOLDER/lines.jsonl and lines.csv as soon as it is known; a line that fails, for
+    want of memory say, is a line that says so. Stopped or out of time, the same command goes on.
+    At the end: bench.json and figures.
+
+    \b
+    modern-llm bench --device cpu --to /tmp/tiny     every line, under a minute
+    modern-llm bench --device cuda --to bench-h100   8 minutes, on one GPU
+    """
+    from modern_llm.training import bench as measuring
+
+    started = time.monotonic()
+    with one_line_errors():
+        try:
+            rows = measuring.bench(device, Path(folder), minutes, click.echo)
+        except measuring.DeviceLost as error:
+            left = minutes - (time.monotonic() - started) / 60
+            click.echo(f"{error}; another one goes on")
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, "-m", "modern_llm.cli", "bench", "--device",
+                                      device, "--to", folder, "--minutes", f"{max(0, left):.2f}"])
+    counts = {status: sum(row["status"] == status for row in rows)
+              for status in dict.fromkeys(row["status"] for row in rows)}
+    click.echo(f"{', '.join(f'{n} {status}' for status, n in counts.items())}; {folder}")
