@@ -79,5 +79,6 @@ def test_a_heat_map_has_a_cell_for_every_value_and_labels_in_their_middles():
     assert axes[0].collections[0].get_clim() == (0, 47)
     assert axes[2].get_xticklabels()[0].get_rotation() == 90
     loaded = ("import sys, numpy; from modern_llm.figures import figure, heatmap; "
-              "heatmap(figure()[1], numpy.eye(3)); assert not {'seaborn', 'scipy'} & {*sys.modules}")
+              "heatmap(figure()[1], numpy.eye(3)); "
+              "assert not {'seaborn', 'scipy'} & {*sys.modules}")
     assert subprocess.run([sys.executable, "-c", loaded]).returncode == 0
