@@ -61,6 +61,7 @@ class Module:
 
     def __init__(self, path: Path):
         self.name, text = dotted_name(path), path.read_text(encoding="utf-8")
+        self.is_face = path.name == "__init__.py"
         self.tree = ast.parse(text)
         self.lines = text.splitlines()
         self.doc = ast.get_docstring(self.tree) or ""
@@ -195,7 +196,7 @@ def reference(module: Module, titles: dict[str, str]) -> str:
             page.append(class_(node, module, where))
         elif isinstance(node, ast.FunctionDef):
             page.append(function(node, path, where))
-        elif name == "PLACES":  # the face of a folder: what it offers, and where that is defined
+        elif name == "PLACES" and module.is_face:  # what a folder offers, and where it is defined
             page.append("Offers " + ", ".join(f"{{py:obj}}`{offered} <{path}.{place}.{offered}>`"
                         for offered, place in ast.literal_eval(node.value).items()) + ".")
         else:

@@ -26,7 +26,7 @@ def heads_figure(table: pd.DataFrame) -> Figure:
     fig, axes = figure(8, 1.0 + 1.6 * max(layers / heads, 0.5), columns=len(measures), sharey=True)
     for ax, name in zip(axes, measures):
         heatmap(ax, table[name].unstack("head"), "head", "layer" if name == "self" else "", name,
-                colour_bar=False, vmin=0, vmax=1)
+                vmin=0, vmax=1)
     return fig
 
 
@@ -61,7 +61,7 @@ def head_figure(weights: Float[Tensor, "t s"], item: EncodedAttentionExample,
     side = 1.2 + 0.14 * t
     fig, ax = figure(side, side)
     labels = [f"→ {label}" if i in item.keys else label for i, label in enumerate(item.labels)]
-    heatmap(ax, weights.sqrt().numpy(), title=title, colour_bar=False, vmin=0, vmax=1,
-            xticklabels=labels, yticklabels=labels)
+    heatmap(ax, weights.sqrt().numpy(), title=title, vmin=0, vmax=1, xticklabels=labels,
+            yticklabels=labels)
     ax.tick_params(labelsize=7, length=0)
     return fig

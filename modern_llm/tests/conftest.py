@@ -8,7 +8,7 @@ import tempfile
 import pytest
 
 LONGEST = ["test_slurm", "test_pipeline", "test_readme", "test_notebooks", "test_docs",
-           "test_golden", "test_jupyterlab", "test_faults", "test_pretrain", "test_signals"]
+           "test_golden", "test_jupyterlab", "test_faults", "test_pretrain"]
 
 # Set before anything of the package is imported, also for the notebooks' kernels and for the
 # workers, which inherit it: one cache for all.

@@ -323,7 +323,7 @@ def _build_in_process(path, folder):
 
 
 def test_two_builders_at_once(stories, tokenizer, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     workers = [
         context.Process(target=_build_in_process, args=(str(stories), str(tmp_path / "cache")))
         for _ in range(2)]

@@ -18,20 +18,26 @@ from modern_llm.tests.faults.disturb import CannotInject, Row, build_library, pr
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def inject(times: int, *names: str) -> dict[str, dict]:
-    """What scenarios gave, in one prepared process."""
+OPERATIONS = ("full-operation", "dying-operation")
+NEED_ROOT = ("full-disk", "read-only", "kill", "warning", "device", "checkpoint", "tokens", "data")
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict]:
+    """What the scenarios gave, all in one prepared process."""
+    names = [*OPERATIONS, "pickles", *NEED_ROOT * (sys.platform == "linux" and not os.geteuid())]
     try:
-        done = prepared("modern_llm.tests.faults", "--times",
-                        str(times), "--only", *names, capture_output=True, text=True, timeout=500)
+        done = prepared("modern_llm.tests.faults", "--times", "2", "--only", *names,
+                        capture_output=True, text=True, timeout=900)
     except CannotInject as error:
         pytest.skip(str(error))
     assert done.returncode == 0, done.stderr
     return {row["scenario"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("name", ["full-operation", "dying-operation"])
-def test_a_checkpoint_disturbed_at_any_file_operation_costs_no_step_and_no_bit(name):
-    row = inject(0, name)[name]
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_checkpoint_disturbed_at_any_file_operation_costs_no_step_and_no_bit(rows, name):
+    row = rows[name]
     seen = row["seen"]
     kinds = [one["operation"] for one in seen]
     assert (row["times"] == len(seen) > 60
@@ -47,18 +53,18 @@ def test_a_checkpoint_disturbed_at_any_file_operation_costs_no_step_and_no_bit(n
             error.startswith("CheckpointError: ") and ("cannot write" in error) for error in errors)
 
 
-def test_every_other_fault_of_the_table_is_survived_or_refused():
-    if os.geteuid() or sys.platform != "linux":
+def test_every_other_fault_of_the_table_is_survived_or_refused(rows):
+    if "read-only" not in rows:
         pytest.skip("mounting a small disk needs root")
-    rows = inject(2, "full-disk", "read-only", "kill", "warning", "device", "checkpoint",
-                  "tokens", "data")
-    assert ({name: (row["survived"], row["lost"]) for name, row in rows.items()}
-            == {name: (row["times"], 0) for name, row in rows.items()})
-    assert all(row["times"] > 0 for row in rows.values()) and "tmpfs" in rows["full-disk"]["fault"]
+    others = {name: rows[name] for name in NEED_ROOT}
+    assert ({name: (row["survived"], row["lost"]) for name, row in others.items()}
+            == {name: (row["times"], 0) for name, row in others.items()})
+    assert (all(row["times"] > 0 for row in others.values())
+            and "tmpfs" in others["full-disk"]["fault"])
 
 
-def test_no_file_that_is_loaded_can_run_code():
-    row = inject(0, "pickles")["pickles"]
+def test_no_file_that_is_loaded_can_run_code(rows):
+    row = rows["pickles"]
     assert row["survived"] == row["times"] == len(row["seen"]) == 20
     for file in ("training_state.pt", "model.safetensors", "config.json", "tokens.bin",
                  "offsets.npy", "reference.jsonl"):

@@ -183,7 +183,7 @@ def test_a_context_shorter_than_one_example_is_an_error(tokenizer, reviews, pool
 
 
 def test_reviews_left_out_are_counted(tokenizer, reviews, pool):
-    model = make_model(context_length=100)
+    model, reviews = make_model(context_length=100), reviews[:10]
     odd = [Review(" ", "positive"), Review("very " * 200, "negative")]
     items = sentiment_items(model, tokenizer, [*reviews, *odd], pool, shots=(0, 4), draws=2)
     without = items[items.item >= len(reviews)]
@@ -192,7 +192,7 @@ def test_reviews_left_out_are_counted(tokenizer, reviews, pool):
     rows = pd.DataFrame(accuracy_rows(items)).set_index("metric")
     assert rows.loc["accuracy, 0-shot, direct", "n"] == len(reviews)
     protocol = rows.loc["accuracy, 4-shot, contextual", "protocol"]
-    assert "2 of 26 reviews left out" in protocol and "of 4 demonstrations fit" in protocol
+    assert "2 of 12 reviews left out" in protocol and "of 4 demonstrations fit" in protocol
     clean = sentiment_items(model, tokenizer, reviews, pool, shots=(0, 4), draws=2)
     kept = items[items.item < len(reviews)].reset_index(drop=True)
     scores = ["score(negative)", "score(positive)"]
@@ -310,11 +310,12 @@ def test_collapse_is_said_and_a_fair_answer_is_not():
 
 
 def test_rows_of_everything(model, tokenizer, reviews, pool):
+    reviews = reviews[:10]
     items = sentiment_items(model, tokenizer, reviews, [*pool, *reviews],
-                            shots=(0, 1, 2), draws=3, orders=2, probes=4)
+                            shots=(0, 1, 2), draws=2, orders=2, probes=4)
     counts = items.groupby(["shots", "method"], sort=False).draw.nunique()
     assert ([counts.get((0, m)) for m in METHODS] == [1, 1, 1, 1, None]
-            and counts[1, "direct"] == 3 and counts[2, "ordered"] == 3)
+            and counts[1, "direct"] == 2 and counts[2, "ordered"] == 2)
     rows = pd.DataFrame(accuracy_rows(items))
     assert (not rows.metric.duplicated().any()
             and np.isfinite(rows[["value", "low", "high"]].to_numpy()).all())
@@ -322,7 +323,7 @@ def test_rows_of_everything(model, tokenizer, reviews, pool):
     confusion = confusion_table(items)
     assert confusion.to_numpy().sum() == len(items)
     again = sentiment_items(model, tokenizer, reviews, [*pool, *reviews],
-                            shots=(0, 1, 2), draws=3, orders=2, probes=4, batch_rows=5)
+                            shots=(0, 1, 2), draws=2, orders=2, probes=4, batch_rows=5)
     scores = ["score(negative)", "score(positive)"]
     assert np.allclose(items[scores], again[scores], atol=1e-4)
 

@@ -94,7 +94,8 @@ def run_all(page, seconds: float = 180, watch=lambda cells: None) -> list[dict]:
 
 def open_notebook(page, address: str, name: str) -> None:
     page.goto(re.sub(r"/lab/tree/.*$", f"/lab/tree/nbs/{name}.ipynb?reset", address))
-    page.wait_for_selector(".jp-CodeCell", timeout=60_000)
+    page.wait_for_function("n => document.querySelectorAll('.jp-CodeCell').length >= n",
+                           arg=len(sources(name)), timeout=60_000)
 
 
 def sources(name: str) -> list[str]:

@@ -22,6 +22,7 @@ from modern_llm.report.page import ReportError
 from modern_llm.runs import execution, pipeline
 from modern_llm.runs.launch import KERNEL_DIED, SAME_PACKAGE, stage_environment, start_papermill
 from modern_llm.runs.spec import notebook_of
+from modern_llm.tests import papermill
 from modern_llm.training.recording import TrainingDiverged
 from modern_llm.training.training_state import CheckpointError
 
@@ -222,8 +223,8 @@ def test_what_its_user_can_mend_is_a_line_in_a_notebook(error):
 def test_papermill_shows_a_refusal_in_one_line(tmp_path):
     page, runs = tmp_path / "page.ipynb", tmp_path / "runs"
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", notebook_of("sft"), page, "-p", "preset", "local-smoke",
-         "-p", "output_dir", runs], capture_output=True, text=True)
+        [*papermill.COMMAND, notebook_of("sft"), page, "-p", "preset", "local-smoke", "-p",
+         "output_dir", runs], capture_output=True, text=True)
     [error] = errors_of(page)
     assert done.returncode == 1 and not runs.exists()
     assert len(error["traceback"]) == 1 and "earlier checkpoint" in error["traceback"][0]

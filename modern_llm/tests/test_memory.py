@@ -18,6 +18,8 @@ from modern_llm.training.training_state import TrainingState
 class LiveBytes(TorchDispatchMode):
     """The largest sum of bytes of all tensors made inside that were alive at once."""
 
+    _should_skip_dynamo = classmethod(lambda cls: False)  # else it imports torch's compiler: 3 s
+
     def __init__(self):
         super().__init__()
         self.live, self.peak, self.known = 0, 0, set()

@@ -25,6 +25,8 @@ CONFIG = ModelConfig(width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_wi
 class NoFloat64(TorchDispatchMode):
     """Refuses every float64 that is not made of tensors on the host."""
 
+    _should_skip_dynamo = classmethod(lambda cls: False)  # else it imports torch's compiler: 3 s
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]

@@ -1,5 +1,8 @@
-"""The pipeline as it is really run: skipped, resumed, refused, killed; and what can be asked of a
-run afterwards.
+"""The pipeline as it is really run: skipped, resumed, refused, warned, killed; and what can be
+asked of a run afterwards.
+
+A stage that is started costs ten seconds whatever it trains: what is disturbed here is compared
+with one undisturbed run, and one that is disturbed in three ways ends only once.
 """
 
 import json
@@ -24,12 +27,18 @@ from modern_llm.files import read_json, write_json
 from modern_llm.interchange import hub
 from modern_llm.messages import StageError
 from modern_llm.runs import execution, pipeline
+from modern_llm.runs.execution import EXIT_PREEMPTED
+from modern_llm.runs.locks import STAGE_LOCK, owner_of
 from modern_llm.runs.outcomes import runs_table
+from modern_llm.runs.stage import train_stage
+from modern_llm.tests.test_stage import begin
+from modern_llm.training.checkpoints import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
-    "data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=6 "
-    "pretrain.eval_every=6 pretrain.checkpoint_every=2 sft.max_steps=24 sft.checkpoint_every=2 "
+    "data.max_train_tokens=20000 data.max_validation_tokens=2000 pretrain.max_steps=120 "
+    "pretrain.eval_every=120 pretrain.batch_size=4 pretrain.checkpoint_every=100 "
+    "pretrain.log_every=1 pretrain.keep_checkpoints=1 sft.max_steps=24 sft.checkpoint_every=2 "
     "sft.eval_every=24 sft.batch_size=2 sft.max_train_examples=60 sft.max_validation_examples=4 "
     "dpo.max_steps=20 dpo.batch_size=2 dpo.checkpoint_every=2 dpo.eval_every=20 "
     "dpo.max_train_pairs=20 dpo.max_validation_pairs=4 verifier.max_steps=20 verifier.batch_size=4 "
@@ -39,10 +48,9 @@ SMALL = (
 # "lesson" by another name: its chapters expect more of it
 PRESET = Path(os.environ["MODERN_LLM_CACHE"]).parent / "small.json"
 PRESET.write_text('{"base": "lesson", "name": "small"}')
-# Every stage takes half a minute to be killed, finished and compared; the default proves it where
-# the others start from.
-SEVERAL = ("pretrain", "sft", "dpo", "verifier") if os.environ.get("MODERN_LLM_SLOW_TESTS") else ()
-KILLED = ("sft", "dpo", "verifier") if os.environ.get("MODERN_LLM_SLOW_TESTS") else ("sft",)
+SLOW = bool(os.environ.get("MODERN_LLM_SLOW_TESTS"))
+slow = pytest.mark.skipif(
+    not SLOW, reason="half a minute, and the same of another stage: set MODERN_LLM_SLOW_TESTS=1")
 
 
 def words(stage: str, place: Path, *more: object, overrides: str = SMALL) -> list[str]:
@@ -50,9 +58,13 @@ def words(stage: str, place: Path, *more: object, overrides: str = SMALL) -> lis
             str(place), "-p", f"overrides={overrides}", *map(str, more)]
 
 
+def started(*command: object) -> subprocess.Popen:
+    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True)
+
+
 def start(*command: str) -> subprocess.Popen:
-    return subprocess.Popen([Path(sys.executable).parent / "modern-llm", *command],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    return started(Path(sys.executable).parent / "modern-llm", *command)
 
 
 def finish(*command: str) -> str:
@@ -71,9 +83,16 @@ def ask(*command: object, **options) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A folder of runs with one run, `it`, pretrained and instruction-tuned without a break."""
+    """A folder of runs with one run, `it`, pretrained and instruction-tuned without a break. Of two
+    commands that begin it at the same moment, one makes it; the other has refused at once.
+    """
     place = tmp_path_factory.mktemp("tuned")
-    finish(*words("pretrain", place))
+    pair = [start(*words("pretrain", place)) for _ in range(2)]
+    texts = [process.communicate(timeout=300)[0] for process in pair]
+    codes = [process.returncode for process in pair]
+    assert sorted(codes) == [0, 2], texts
+    assert "run 'it' is in use: modern-llm run, pretrain, by process" in texts[codes.index(2)]
+    assert not list((place / "it").glob(".*lock"))
     finish(*words("sft", place))
     return place
 
@@ -156,8 +175,6 @@ def test_a_stage_whose_start_was_made_anew_is_refused(runs):
 
 
 def test_data_that_changed_is_named_before_a_stage_starts(tmp_path):
-    from modern_llm.tests.test_stage import begin
-
     path = tmp_path / "mine.txt"
     path.write_text("Tom has 3 hats.\n" * 50)
     begin(tmp_path, run="it", overrides=f"data.sources={path}").finish({"table": []})
@@ -230,65 +247,135 @@ def test_unusable_data_of_later_stages_stop_the_pipeline_at_its_start(row, said,
     assert code == 2 and said in text and not (tmp_path / "runs").exists()
 
 
-# ---- kills ---------------------------------------------------------------------------------------
+# ---- warned and killed ---------------------------------------------------------------------------
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
     deadline = time.time() + seconds
     while not condition() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.01)
     assert condition(), process.communicate()[0] if process.poll() is not None else "not in time"
 
 
-@pytest.mark.parametrize("stage", KILLED)
-def test_killed_command_leaves_no_orphan_and_the_same_command_finishes_it(stage, tuned, tmp_path):
-    """kill -9 of `modern-llm` alone: papermill and its kernel die with it; the result is that of an
-    unbroken run.
-    """
-    finish(*words(stage, tuned))
-    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / "it" / stage
-    shutil.rmtree(folder)
-    process = start(*words(stage, tmp_path))
-    wait_for((folder / "checkpoint" / "meta.json").exists, process)
+def steps(folder: Path) -> int:
+    rows = read_metrics(folder / "metrics.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
+def status_of(place: Path, stage: str = "pretrain") -> str:
+    return read_json(place / "it" / "run.json")["stages"][stage]["status"]
+
+
+def kill(process: subprocess.Popen, place: Path, stage: str) -> None:
+    """kill -9 of `modern-llm` alone: papermill and its kernel die with it."""
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2, "papermill and a kernel are expected"
     process.send_signal(signal.SIGKILL)
     process.wait()
     gone, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive and not (folder / "results.json").exists()
-    assert [row["status"] for row in runs_table(tmp_path) if row["stage"] == stage] == ["killed"]
+    assert not alive and not (place / "it" / stage / "results.json").exists()
+    assert [row["status"] for row in runs_table(place) if row["stage"] == stage] == ["killed"]
 
-    text = finish(*words(stage, tmp_path))
-    assert f"{stage}: resume" in text
-    one, other = weights(tuned / "it" / stage), weights(folder)
+
+def end_alike(stage: str, place: Path, undisturbed: Path) -> None:
+    """The same command ends a disturbed stage as an undisturbed one ended, bit for bit."""
+    assert f"{stage}: resume" in finish(*words(stage, place))
+    one, other = (weights(where / "it" / stage) for where in (undisturbed, place))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    tables = [read_json(place / "it" / stage / "results.json")["table"]
-              for place in (tuned, tmp_path)]
-    assert tables[0] == tables[1]
+    tables = [read_json(where / "it" / stage / "results.json")["table"]
+              for where in (undisturbed, place)]
+    assert tables[0] == tables[1] and status_of(place, stage) == "finished"
+
+
+def test_warned_twice_and_killed_a_stage_ends_as_if_undisturbed(tuned, tmp_path):
+    """A scheduler's warnings reach the stage in its kernel, which ends with what it has; a killed
+    command leaves no orphan; each next start goes on.
+    """
+    folder = tmp_path / "it" / "pretrain"
+    process = start(*words("pretrain", tmp_path))
+    wait_for(lambda: steps(folder) >= 5, process)
+    assert owner_of(tmp_path / "it")["what"] == "stage pretrain"
+    os.killpg(process.pid, signal.SIGUSR1)  # the group of the command, as SLURM's --signal does
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == EXIT_PREEMPTED and "goes on with the same command" in text, text
+    first = read_json(folder / "checkpoint" / "meta.json")["step"]
+    assert status_of(tmp_path) == "preempted" and 5 <= first < 100
+    assert not (folder / "results.json").exists() and not list((tmp_path / "it").glob(".*lock"))
+
+    # the same stage without the command, as a batch script starts it, and not told to resume
+    process = started(
+        "bash", "-c", f"trap '' TERM USR1; exec {sys.executable} -m papermill "
+        f"nbs/03_pretrain.ipynb {tmp_path / 'out.ipynb'} --no-progress-bar -p preset {PRESET} "
+        f"-p run it -p output_dir {tmp_path} -p overrides '{SMALL}'")
+    wait_for(lambda: steps(folder) >= first + 5, process)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:  # the whole step, kernel included, as `scancel` does
+        member.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "was preempted and checkpointed" in text, text
+    second = read_json(folder / "checkpoint" / "meta.json")["step"]
+    assert status_of(tmp_path) == "preempted" and first < second < 100
+
+    process = start(*words("pretrain", tmp_path))
+    wait_for(lambda: steps(folder) >= second + 5, process)
+    kill(process, tmp_path, "pretrain")
+
+    end_alike("pretrain", tmp_path, tuned)
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 121))
+
+
+@slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "verifier"])
+def test_a_killed_stage_ends_as_if_undisturbed(stage, tuned, tmp_path):
+    finish(*words(stage, tuned))
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "it" / stage)
+    process = start(*words(stage, tmp_path))
+    wait_for((tmp_path / "it" / stage / "checkpoint" / "meta.json").exists, process)
+    kill(process, tmp_path, stage)
+    end_alike(stage, tmp_path, tuned)
+
+
+def test_a_stage_that_does_not_train_ends_at_once_and_goes_on(runs):
+    lock = runs / "it" / STAGE_LOCK
+    process = start(*words("attention", runs))
+    wait_for(lock.exists, process)
+    wait_for(lambda: "attention" in read_json(runs / "it" / "run.json")["stages"], process)
+    process.send_signal(signal.SIGTERM)
+    began = time.time()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_PREEMPTED and time.time() - began < 30, text
+    assert status_of(runs, "attention") == "preempted" and not lock.exists()
+    code, planned = ask(*words("attention", runs, "--dry-run"))
+    assert code == 0 and "attention: resume" in planned, planned
 
 
 def curve(folder: Path) -> list[float]:
-    return [
-        row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("stage, strategy",
-                         [("sft", "fsdp"), *((stage, "ddp") for stage in SEVERAL)])
-def test_ranks_train_a_stage_like_one_process(stage, strategy, tuned, tmp_path):
+SINKS = ("model.use_attention_sinks=true pretrain.max_steps=24 pretrain.eval_every=24 "
+         "pretrain.checkpoint_every=2")  # README's command for two ranks, with the other strategy
+# in the verifier's head every rank draws its own dropout
+SHARED = [("sft", "fsdp", ""), ("pretrain", "ddp", SINKS), ("sft", "ddp", ""), ("dpo", "ddp", ""),
+          ("verifier", "ddp", "verifier.head_dropout=0")]
+
+
+@pytest.mark.parametrize("stage, strategy, settings", [
+    ("pretrain", "fsdp", SINKS), *(pytest.param(*case, marks=slow) for case in SHARED)])
+def test_ranks_train_a_stage_like_one_process(stage, strategy, settings, tuned, tmp_path):
     """`-p hardware.ranks=2`; the second rank is killed on the way, which ends the first; the same
-    command goes on and ends as one process.
+    command goes on and ends as one process, here this one.
     """
-    # every rank draws its own dropout
-    alike = ["-p", "verifier.head_dropout=0"] if stage == "verifier" else []
-    if alike:
-        tuned = shutil.copytree(tuned, tmp_path / "alone")
-        shutil.rmtree(tuned / "it" / stage, ignore_errors=True)
-    finish(*words(stage, tuned, *alike))
-    folder = shutil.copytree(tuned, tmp_path / "both") / "it" / stage
-    shutil.rmtree(folder)
-    together = words(stage, tmp_path / "both", *alike, "-p", "hardware.ranks=2", "-p",
-                     f"hardware.strategy={strategy}")
+    overrides = f"{SMALL} {settings}"
+    for place in ("alone", "both") if stage != "pretrain" else ():
+        shutil.copytree(tuned, tmp_path / place)
+        shutil.rmtree(tmp_path / place / "it" / stage, ignore_errors=True)
+    train_stage(begin(tmp_path / "alone", stage=stage, preset=str(PRESET), run="it", seed=None,
+                      overrides=overrides))
+    folder = tmp_path / "both" / "it" / stage
+    together = words(stage, tmp_path / "both", "-p", "hardware.ranks=2", "-p",
+                     f"hardware.strategy={strategy}", overrides=overrides)
     process = start(*together)
     wait_for((folder / "checkpoint" / "meta.json").exists, process)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -301,7 +388,7 @@ def test_ranks_train_a_stage_like_one_process(stage, strategy, tuned, tmp_path):
 
     text = finish(*together)
     assert f"{stage}: resume" in text and text.count(f"{stage}: finished") == 1
-    alone, both = curve(tuned / "it" / stage), curve(folder)
+    alone, both = curve(tmp_path / "alone" / "it" / stage), curve(folder)
     assert (len(alone) == len(both) and both[:2] == pytest.approx(alone[:2], rel=1e-6)
             and both == pytest.approx(alone, rel=1e-4))
     assert ("shared by 2 ranks" in (folder / "notebook.ipynb").read_text()

@@ -13,22 +13,26 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
+from modern_llm.cli import main
 from modern_llm.config import get_pipeline_preset
 from modern_llm.files import write_json
 from modern_llm.messages import StageError
 from modern_llm.runs import pipeline
 from modern_llm.runs.spec import sections
+from modern_llm.tests.papermill import COMMAND
 
 ROOT = Path(__file__).resolve().parents[2]
+FEW = "data.max_train_tokens=20000 data.max_validation_tokens=2000"
 SMALL = {"preset": "lesson", "max_steps": 12,
-         "overrides": "pretrain.checkpoint_every=4 pretrain.eval_every=6"}
+         "overrides": f"pretrain.checkpoint_every=4 pretrain.eval_every=6 {FEW}"}
 
 
-def papermill(output: Path, cwd: Path = ROOT, **parameters) -> tuple[int, str]:
+def papermill(output: Path, cwd: Path = ROOT, command: list[str] = COMMAND,
+              **parameters) -> tuple[int, str]:
     notebook = os.path.relpath(ROOT / "nbs" / "03_pretrain.ipynb", cwd)
-    command = [sys.executable, "-m", "papermill", notebook,
-               str(output), "--no-progress-bar", "--log-output"]
+    command = [*command, notebook, str(output), "--no-progress-bar", "--log-output"]
     for name, value in {**SMALL, **parameters}.items():
         command += ["-p", name, str(value)]
     done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -40,7 +44,8 @@ def papermill(output: Path, cwd: Path = ROOT, **parameters) -> tuple[int, str]:
 def straight(tmp_path_factory):
     """An uninterrupted run, started by papermill from nbs/."""
     place = tmp_path_factory.mktemp("straight")
-    code, text = papermill(place / "out.ipynb", cwd=ROOT / "nbs", run="straight", output_dir=place)
+    code, text = papermill(place / "out.ipynb", cwd=ROOT / "nbs", run="straight", output_dir=place,
+                           command=[sys.executable, "-m", "papermill"])
     assert code == 0, text
     return place / "straight" / "pretrain"
 
@@ -73,8 +78,7 @@ def test_a_source_that_knows_its_entropy_is_mixed_with_a_poem_that_does_not(tmp_
         "\n".join(f"The {tree} by the {place} lets its leaves go."
                   for tree in ("oak", "elm", "ash") for place in ("mill", "road", "lake")))
     code, text = papermill(tmp_path / "out.ipynb", run="mixed", output_dir=tmp_path, max_steps=2,
-                           overrides=f"data.sources=synthetic,{poem} data.max_train_tokens=20000 "
-                                     "data.max_validation_tokens=2000")
+                           overrides=f"data.sources=synthetic,{poem} {FEW}")
     assert code == 0, text
     assert re.search(r"pretrain: \S+poem.txt: of \d+ characters in 1 document the last \d+ held "
                      r"out for validation", text)
@@ -89,7 +93,8 @@ def test_a_source_that_knows_its_entropy_is_mixed_with_a_poem_that_does_not(tmp_
 def test_a_stage_that_fails_says_so_in_its_record(tmp_path):
     code, text = papermill(
         tmp_path / "out.ipynb", run="bad", output_dir=tmp_path,
-        overrides="pretrain.muon_lr=1e9 pretrain.lr=1e9 pretrain.log_every=1 pretrain.grad_clip=0")
+        overrides="pretrain.muon_lr=1e9 pretrain.lr=1e9 pretrain.log_every=1 pretrain.grad_clip=0 "
+                  + FEW)
     assert code == 1 and "diverged by step" in text and "last good checkpoint" in text
     assert (json.loads((tmp_path / "bad" / "run.json").read_text())["stages"]["pretrain"]["status"]
             == "failed")
@@ -103,30 +108,30 @@ def test_papermill_with_an_unknown_parameter_fails(tmp_path):
 
 
 def cli(*words, **environment):
-    command = [Path(sys.executable).parent / "modern-llm", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True,
-                          env={**os.environ, **environment}, cwd=ROOT)
+    return CliRunner().invoke(main, [*map(str, words)], env=environment)
 
 
-def test_cli_plans_skips_and_refuses(straight, tmp_path):
+def test_cli_plans_skips_and_refuses(straight, tmp_path, monkeypatch):
     """A run that papermill made alone is one of the command's, too."""
+    monkeypatch.chdir(ROOT)
     words = ("run", "--preset", "lesson", "--stage", "pretrain", "--run", "straight", "-p",
              f"overrides={SMALL['overrides']}")
     planned = cli(*words, "--max-steps", 12, "--output-dir", tmp_path, "--dry-run")
-    assert (planned.returncode == 0 and "pretrain: run" in planned.stdout
+    assert (planned.exit_code == 0 and "pretrain: run" in planned.stdout
             and list(tmp_path.iterdir()) == [])
     there = ("--output-dir", os.path.relpath(straight.parent.parent, ROOT))
     again = cli(*words, "--max-steps", 12, *there)
-    assert again.returncode == 0 and "pretrain: skipped, finished before" in again.stdout, (
+    assert again.exit_code == 0 and "pretrain: skipped, finished before" in again.stdout, (
         again.stderr)
     other = cli(*words, "--max-steps", 13, *there)
-    assert (other.returncode == 2 and "max_steps: 12 -> 13" in other.stderr
+    assert (other.exit_code == 2 and "max_steps: 12 -> 13" in other.stderr
             and "--force" in other.stderr)
 
 
 def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     command = [Path(sys.executable).parent / "modern-llm", "run", "--preset", "lesson", "--stage",
-               "pretrain", "--max-steps", "40", "--output-dir", str(tmp_path), "--run", "123"]
+               "pretrain", "--max-steps", "40", "--output-dir", str(tmp_path), "--run", "123", "-p",
+               f"overrides={FEW}"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -160,15 +165,15 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tmp_path):
 ])
 def test_cli_refuses_with_one_line(words, message, tmp_path):
     failed = cli(*words, MODERN_LLM_RUNS=str(tmp_path))
-    assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.exit_code == 2 and message in failed.stderr and "Traceback" not in failed.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_cli_datasets_exit_code(tmp_path):
     environment = {"MODERN_LLM_DATA": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
-    assert cli("datasets", "--preset", "local-smoke", **environment).returncode == 0
+    assert cli("datasets", "--preset", "local-smoke", **environment).exit_code == 0
     missing = cli("datasets", "--preset", "local-cpu", **environment)
-    assert (missing.returncode == 1 and "tinystories" in missing.stdout
+    assert (missing.exit_code == 1 and "tinystories" in missing.stdout
             and "missing" in missing.stdout)
 
 

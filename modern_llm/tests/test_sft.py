@@ -5,7 +5,6 @@ papermill runs it.
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from modern_llm.data.tokens import load_tokenizer, save_tokenizer, train_tokeniz
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.saving import load_model, save_model
 from modern_llm.statistics import perplexity_ratio
+from modern_llm.tests import papermill
 from modern_llm.training import sft
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.sft import InstructionExample
@@ -343,9 +343,9 @@ def test_the_stage_from_a_checkpoint(tmp_path, tokenizer):
     small = ("sft.max_steps=4 sft.batch_size=4 sft.checkpoint_every=2 sft.eval_every=2 "
              "sft.max_train_examples=60 sft.max_validation_examples=8 data.max_train_tokens=5000 "
              "data.max_validation_tokens=1500")
-    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "04_sft.ipynb"),
-               str(tmp_path / "out.ipynb"), "--no-progress-bar", "-p", "checkpoint", str(base),
-               "-p", "run", "r", "-p", "output_dir", str(tmp_path), "-p", "overrides", small]
+    command = [*papermill.COMMAND, str(ROOT / "nbs" / "04_sft.ipynb"), str(tmp_path / "out.ipynb"),
+               "--no-progress-bar", "-p", "checkpoint", str(base), "-p", "run", "r", "-p",
+               "output_dir", str(tmp_path), "-p", "overrides", small]
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"MODERN_LLM_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr[-3000:]

@@ -157,6 +157,8 @@ def on_ranks(function: Callable[[World], object], size: int = 2, strategy: str =
     With `survivors`, only of the first so many; each of the others ends with its function, as a
     process does that fails.
     """
+    import torch._dynamo  # as DDP and FSDP do: three seconds, here once for all ranks
+
     context, counted = multiprocessing.get_context("fork"), survivors or size
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
