@@ -102,7 +102,10 @@ CASES = {
     "modern-llm presets": Case("", ("local-smoke", "tacc-h100")),
     "modern-llm run --stage pretrain --run sinks -p model.use_attention_sinks=true -p "
     "hardware.ranks=2": Elsewhere("test_pipeline.py", "pretrain: run"),
-    "papermill nbs/03_pretrain.ipynb out.ipynb -p preset tacc-h100": Elsewhere("test_pipeline.py"),
+    "papermill nbs/03_pretrain.ipynb out.ipynb -p preset tacc-h100": Case(
+        f"-p device cpu -p overrides '{TINY} model.context_length=64 data.sources=synthetic "
+        "data.tokenizer=bpe data.tokenizer_vocab_size=300 pretrain.compile=false'",
+        leaves=("out.ipynb", "runs/tacc-h100/pretrain/results.json")),
     "export MODERN_LLM_DATA=/path/to/data": Case(
         "&& modern-llm datasets tinystories wikitext-2-raw-v1", ("tinystories", "mirror")),
     "modern-llm run --preset local-cpu --stage pretrain --run ten-minutes -p max_minutes=10": Case(
