@@ -10,26 +10,18 @@ import os
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 STYLE = matplotlib.rc_params_from_file(
     Path(__file__).with_suffix(".mplstyle"), use_default_template=False)
 COLOURS = [to_rgb(colour) for colour in STYLE["axes.prop_cycle"].by_key()["color"]]
-# Every fifteenth of the 256 colours of seaborn's maps "mako" and "vlag".
-COLOUR_MAPS = {
-    "mako": "0b0405 1b0f1a 291a31 35254a 3d3164 413e7f 3e4f94 38619d 3572a1 3483a5 3493a8 36a4ab "
-            "3fb5ad 4fc5ad 70d4ad 9cdeb7 c0e9cc def5e5",
-    "vlag": "2369bd 4879bc 6489be 7d99c2 95a9c8 adbbd1 c5cddb dde0e7 f5f2f4 f9efee efd8d6 e4c0be "
-            "daa9a7 d19290 c87c7a be6664 b44f4f a9373b",
-}
 
 
 def figure(width: float = 6.0, height: float = 3.0, columns: int = 1, rows: int = 1, **options):
@@ -56,35 +48,20 @@ def small_png(fig: Figure, colours: int = 128) -> bytes:
     return packed.getvalue()
 
 
-def colour_map(name: str) -> LinearSegmentedColormap:
-    """A map of COLOUR_MAPS; a name that ends in "_r" is for the map the other way round."""
-    colours = COLOUR_MAPS[name.removesuffix("_r")].split()
-    return LinearSegmentedColormap.from_list(
-        name, [f"#{colour}" for colour in colours[::-1 if name.endswith("_r") else 1]])
+def colour_map(name: str):
+    """A colour map of seaborn's, such as "mako_r" or "vlag", which matplotlib does not know."""
+    import seaborn as sns  # and with it scipy, where that is installed: two seconds
+
+    return sns.color_palette(name, as_cmap=True)
 
 
-def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "", square: bool = True,
-            xticklabels: Sequence[str] | int | None = None,
-            yticklabels: Sequence[str] | int | None = None, **options):
-    """Draw a matrix (rows downwards) on `ax`; options go to matplotlib's `pcolormesh`.
+def heatmap(ax, values, xlabel: str = "", ylabel: str = "", title: str = "", **options):
+    """Draw a matrix (rows downwards) on `ax`; options go to seaborn's heatmap."""
+    import seaborn as sns
 
-    Args:
-        xticklabels: a text for each column, or number every so many of them; False for none, None
-            for up to 12.
-        yticklabels: the same of the rows.
-    """
-    values = np.asarray(values)
-    ax.pcolormesh(values, cmap=options.pop("cmap", colour_map("mako_r")), rasterized=True,
-                  **options)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xlim=(0, values.shape[1]),
-           ylim=(values.shape[0], 0), aspect="equal" if square else "auto")
-    ax.spines[:].set_visible(False)
-    for axis, given, n in zip((ax.yaxis, ax.xaxis), (yticklabels, xticklabels), values.shape):
-        numbered = given is None or isinstance(given, int)
-        step = 1 if not numbered else -(-n // 12) if given is None else given
-        places = range(0, n, step) if step else []
-        axis.set_ticks([place + 0.5 for place in places], places if numbered else given,
-                       rotation=0 if numbered or axis is ax.yaxis else 90)
+    sns.heatmap(values, ax=ax, cmap=options.pop("cmap", "mako_r"), cbar=False,
+                square=options.pop("square", True), rasterized=True, **options)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return ax
 
 

@@ -49,7 +49,7 @@ def score_strips(strips: dict[str, tuple[list[str], np.ndarray]], most: int = 64
         heatmap(ax, values[None, :most], title=f"{name}: {values[-1]:.2f} at the end",
                 square=False, vmin=0, vmax=1, cmap="RdYlGn", yticklabels=False,
                 xticklabels=[repr(token)[1:-1] for token in tokens[:most]])
-        ax.tick_params(axis="x", labelsize=7, length=0)
+        ax.tick_params(axis="x", labelsize=7, rotation=90, length=0)
     return fig
 
 

@@ -2,19 +2,16 @@
 
 import base64
 import io
-import subprocess
-import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 from execnb.shell import CaptureShell
 from IPython.core.pylabtools import print_figure
 from PIL import Image
 
 from modern_llm import figures
-from modern_llm.figures import figure, heatmap, small_png
+from modern_llm.figures import figure, small_png
 
 
 def test_a_notebook_stores_figures_with_a_palette():
@@ -58,27 +55,3 @@ def test_the_style_file_is_seaborns_theme():
                  if name not in changed and differs(own[name], theirs[name])}
     assert different == set()
     assert np.allclose(figures.COLOURS, sns.color_palette("colorblind"), atol=1e-9)
-    for name in ("mako", "mako_r", "vlag"):
-        ours, seaborns = figures.colour_map(name), sns.color_palette(name, as_cmap=True)
-        assert np.allclose(ours(range(256)), seaborns(range(256)), atol=0.025)
-
-
-def test_a_heat_map_has_a_cell_for_every_value_and_labels_in_their_middles():
-    fig, axes = figure(6, 3, columns=3)
-    ways = ({}, {"xticklabels": 10, "yticklabels": False},
-            {"xticklabels": list("abc" * 8), "yticklabels": ["one", "two"]})
-    for ax, labels in zip(axes, ways):
-        heatmap(ax, torch.arange(48).reshape(2, 24), "s", "t", vmin=0, **labels)
-    labels = [[[(tick, label.get_text()) for tick, label in
-                zip(axis.get_ticklocs(), axis.get_ticklabels())] for axis in (ax.xaxis, ax.yaxis)]
-              for ax in axes]
-    assert labels[0] == [[(i + 0.5, str(i)) for i in range(0, 24, 2)], [(0.5, "0"), (1.5, "1")]]
-    assert labels[1] == [[(0.5, "0"), (10.5, "10"), (20.5, "20")], []]
-    assert labels[2][0][1] == (1.5, "b") and labels[2][1] == [(0.5, "one"), (1.5, "two")]
-    assert axes[0].get_ylim() == (2, 0) and axes[0].collections[0].get_array().shape == (2, 24)
-    assert axes[0].collections[0].get_clim() == (0, 47)
-    assert axes[2].get_xticklabels()[0].get_rotation() == 90
-    loaded = ("import sys, numpy; from modern_llm.figures import figure, heatmap; "
-              "heatmap(figure()[1], numpy.eye(3)); "
-              "assert not {'seaborn', 'scipy'} & {*sys.modules}")
-    assert subprocess.run([sys.executable, "-c", loaded]).returncode == 0
