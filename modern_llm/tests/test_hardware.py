@@ -347,7 +347,6 @@ def test_more_ranks_than_gpus_are_refused_before_the_data_are_read(fake_gpus, mo
     assert preflight(config, "pretrain")[1] == "cuda"
 
 
-@pytest.mark.fault("ranks")
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_gpu_waits_minutes_and_a_host_a_day(monkeypatch, device):
     """A rank that is lost in the middle of a step is noticed; one that samples for hours is not
