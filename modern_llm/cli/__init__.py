@@ -4,6 +4,8 @@ torch, so that `--help` is instant.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 import click
@@ -12,6 +14,9 @@ from modern_llm.cli.bench_command import bench
 from modern_llm.cli.data_commands import datasets, prefetch, presets
 from modern_llm.cli.model_commands import chat, check_inference, export, sample
 from modern_llm.cli.run_commands import run, status, submit
+
+# the collector need not go through torch's objects at the end: a second of chat and its like
+atexit.register(gc.freeze)
 
 
 class Commands(click.Group):

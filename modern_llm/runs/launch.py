@@ -8,6 +8,7 @@ that is full. The stage runs this interpreter and this package.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -31,18 +32,22 @@ SLOW_AND_UNUSED = "rfc3987_syntax"
 KERNEL_DIED = 138  # exit code, as of papermill's own command
 
 # The beginning of every interpreter that runs the package for us: never from the working folder,
-# and the package that this process runs.
+# and the package that this process runs. At its end the garbage collector need not go through a
+# million objects of libraries, which takes one to two seconds.
 SAME_PACKAGE = f"""
-import sys
+import atexit, gc, sys
+atexit.register(gc.freeze)
 sys.path[:] = [place for place in sys.path if place]
 import importlib.util
 spec = importlib.util.spec_from_file_location("modern_llm", {str(CHECKOUT / "modern_llm" / "__init__.py")!a})
 sys.modules["modern_llm"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["modern_llm"])
 """
-_KERNEL = (SAME_PACKAGE
+# while a kernel or papermill imports there is no garbage either: see `collect_again`
+_KERNEL = (SAME_PACKAGE + "gc.disable()\n"
            + "from ipykernel.kernelapp import launch_new_instance\nlaunch_new_instance()\n")
-_PAPERMILL = SAME_PACKAGE + "from modern_llm.runs.launch import execute\nexecute(sys.argv[1])\n"
+_PAPERMILL = (SAME_PACKAGE + "gc.disable()\n"
+              + "from modern_llm.runs.launch import execute\nexecute(sys.argv[1])\n")
 
 # A first small interpreter asks Linux to kill it when its parent dies, then becomes papermill; a
 # kernel watches its own parent. A scheduler's warnings, which may be sent to every process of a
@@ -58,6 +63,15 @@ if sys.platform == "linux":
         sys.exit("the parent died first")
 os.execv(sys.executable, [sys.executable, "-c", {_PAPERMILL!r}, *sys.argv[2:]])
 """
+
+
+def collect_again() -> None:
+    """Everything is imported: garbage is collected from here on, without looking at it again. Where
+    a process of ours has not stopped that, nothing is done.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def stage_environment(**more: str) -> dict[str, str]:
@@ -93,6 +107,7 @@ def execute(task: str) -> None:
     import papermill
     from papermill.engines import papermill_engines
 
+    collect_again()
     task = json.loads(task)
     logging.basicConfig(level="INFO", format="%(message)s")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")

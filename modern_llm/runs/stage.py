@@ -24,6 +24,7 @@ from modern_llm.models import counts
 from modern_llm.runs.bases import make_bases
 from modern_llm.runs.data_files import changed_data, check_splits, data_files
 from modern_llm.runs.kernel import keep_notebook, mark_failures
+from modern_llm.runs.launch import collect_again
 from modern_llm.runs.lineage import described, found_inputs, no_inputs, own_inputs, start_of
 from modern_llm.runs.locks import RunLock
 from modern_llm.runs.parameters import choose_folder, injected_parameters, refuse_unknown, resolve
@@ -48,6 +49,7 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
     `params.json` and `run.json`. Nothing is written when a check fails. From then until `finish`,
     SIGTERM and SIGUSR1 end the stage: with a checkpoint while it trains, at once where it does not.
     """
+    collect_again()
     refuse_unknown(injected_parameters(namespace.get("In", [])), declared)
     parameters = {name: namespace[name] for name in declared}
     config = resolve(stage, parameters)

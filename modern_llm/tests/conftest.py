@@ -2,6 +2,7 @@
 and the longest files begin first.
 """
 
+import gc
 import os
 import tempfile
 
@@ -36,3 +37,8 @@ def pytest_collection_modifyitems(items):
     """
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST
                                 else len(LONGEST))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look at it after every test."""
+    gc.freeze()
