@@ -2,7 +2,6 @@
 dies is named with its last words.
 """
 
-import gc
 import json
 import os
 import subprocess
@@ -21,9 +20,7 @@ from modern_llm.interchange.llama_layout import CannotImport
 from modern_llm.messages import Preempted, StageError
 from modern_llm.report.page import ReportError
 from modern_llm.runs import execution, pipeline
-from modern_llm.runs.launch import (
-    KERNEL_DIED, SAME_PACKAGE, collect_again, stage_environment, start_papermill,
-)
+from modern_llm.runs.launch import KERNEL_DIED, SAME_PACKAGE, stage_environment, start_papermill
 from modern_llm.runs.spec import notebook_of
 from modern_llm.tests import papermill
 from modern_llm.training.recording import TrainingDiverged
@@ -244,12 +241,3 @@ def test_a_stage_that_cannot_start_refuses_in_one_line(stage, tmp_path):
                           text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
     assert done.stderr.startswith("Error: ") and not (tmp_path / "runs").exists()
-
-
-def test_garbage_is_collected_again_where_a_process_of_ours_had_stopped_it():
-    gc.unfreeze()
-    collect_again()  # here nothing had
-    assert gc.isenabled() and gc.get_freeze_count() == 0
-    gc.disable()
-    collect_again()
-    assert gc.isenabled() and gc.get_freeze_count() > 10_000

@@ -2,6 +2,7 @@
 nothing is written then.
 """
 
+import gc
 import json
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from modern_llm.config import ConfigError, parse_overrides
 from modern_llm.files import atomic_folder, read_json, write_json
 from modern_llm.messages import StageError
+from modern_llm.runs.launch import collect_again
 from modern_llm.runs.parameters import report_folder, resolve
 from modern_llm.runs.preflight import fit_micro_batch
 from modern_llm.runs.record import machine
@@ -381,3 +383,12 @@ def test_a_warning_that_code_in_c_turns_into_another_error_is_a_warning_still(tm
             signal.signal(number, handler)
     assert read_json(tmp_path / "mine" / "run.json")["stages"]["pretrain"]["status"] == "preempted"
     run.lock.release()
+
+
+def test_garbage_is_collected_again_where_a_process_of_ours_had_stopped_it():
+    gc.unfreeze()
+    collect_again()  # here nothing had
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    gc.disable()
+    collect_again()
+    assert gc.isenabled() and gc.get_freeze_count() > 10_000
