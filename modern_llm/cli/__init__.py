@@ -4,8 +4,6 @@ torch, so that `--help` is instant.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import sys
 
 import click
@@ -14,9 +12,7 @@ from modern_llm.cli.bench_command import bench
 from modern_llm.cli.data_commands import datasets, prefetch, presets
 from modern_llm.cli.model_commands import chat, check_inference, export, sample
 from modern_llm.cli.run_commands import run, status, submit
-
-# the collector need not go through torch's objects at the end: a second of chat and its like
-atexit.register(gc.freeze)
+from modern_llm.runs.launch import skip_last_collection
 
 
 class Commands(click.Group):
@@ -25,6 +21,7 @@ class Commands(click.Group):
     """
 
     def main(self, *words, **options):
+        skip_last_collection()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # None where it is closed
                 stream.reconfigure(errors="backslashreplace")

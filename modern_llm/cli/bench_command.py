@@ -11,6 +11,7 @@ import click
 
 from modern_llm.cli.common import one_line_errors
 from modern_llm.cli.model_commands import Finite
+from modern_llm.runs.launch import SAME_PACKAGE
 
 
 @click.command()
@@ -19,10 +20,11 @@ from modern_llm.cli.model_commands import Finite
                    "only shows that they run.")
 @click.option("--to", "folder", metavar="FOLDER", default="bench", show_default=True,
               help="Where the lines and figures go. Lines that are there already are not measured "
-                   "again.")
+                   "again, except those that failed.")
 @click.option("--minutes", type=Finite(min=0), default=8.0, show_default=True,
               help="A line that could take longer is left out, and named.")
-def bench(device, folder, minutes) -> None:
+@click.option("--restarted", is_flag=True, hidden=True)
+def bench(device, folder, minutes, restarted) -> None:
     """Measure this machine: matrix products, training steps, memory, sampling, a short real run.
 
     Training steps are a ladder: each line differs in one setting from the line that it names
@@ -32,8 +34,9 @@ def bench(device, folder, minutes) -> None:
     stands beside the estimate that `run` trusts.
 
     Each line is in FOLDER/lines.jsonl and lines.csv as soon as it is known; a line that fails, for
-    want of memory say, is a line that says so. Stopped or out of time, the same command goes on.
-    At the end: bench.json and figures.
+    want of memory say, is a line that says so. Stopped or out of time, the same command goes on;
+    another machine, torch or number of threads needs another folder. bench.json says what machine
+    it was, and at the end has all lines; then come the figures.
 
     \b
     modern-llm bench --device cpu --to /tmp/tiny     every line, under a minute
@@ -44,13 +47,16 @@ def bench(device, folder, minutes) -> None:
     started = time.monotonic()
     with one_line_errors():
         try:
-            rows = measuring.bench(device, Path(folder), minutes, click.echo)
+            rows = measuring.bench(device, Path(folder), minutes, click.echo, retry=not restarted)
         except measuring.DeviceLost as error:
             left = minutes - (time.monotonic() - started) / 60
             click.echo(f"{error}; another one goes on")
             sys.stdout.flush()
-            os.execv(sys.executable, [sys.executable, "-m", "modern_llm.cli", "bench", "--device",
-                                      device, "--to", folder, "--minutes", f"{max(0, left):.2f}"])
+            program = SAME_PACKAGE + "from modern_llm.cli import main; main(prog_name='modern-llm')"
+            # without the lines that failed: one of them would lose the GPU again
+            os.execv(sys.executable, [sys.executable, "-c", program, "bench", "--device", device,
+                                      "--to", folder, "--minutes", f"{max(0, left):.2f}",
+                                      "--restarted"])
     counts = {status: sum(row["status"] == status for row in rows)
               for status in dict.fromkeys(row["status"] for row in rows)}
     click.echo(f"{', '.join(f'{n} {status}' for status, n in counts.items())}; {folder}")

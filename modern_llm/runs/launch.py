@@ -8,6 +8,7 @@ that is full. The stage runs this interpreter and this package.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import logging
@@ -32,11 +33,9 @@ SLOW_AND_UNUSED = "rfc3987_syntax"
 KERNEL_DIED = 138  # exit code, as of papermill's own command
 
 # The beginning of every interpreter that runs the package for us: never from the working folder,
-# and the package that this process runs. At its end the garbage collector need not go through a
-# million objects of libraries, which takes one to two seconds.
+# and the package that this process runs.
 SAME_PACKAGE = f"""
-import atexit, gc, sys
-atexit.register(gc.freeze)
+import sys
 sys.path[:] = [place for place in sys.path if place]
 import importlib.util
 spec = importlib.util.spec_from_file_location("modern_llm", {str(CHECKOUT / "modern_llm" / "__init__.py")!a})
@@ -44,9 +43,9 @@ sys.modules["modern_llm"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["modern_llm"])
 """
 # while a kernel or papermill imports there is no garbage either: see `collect_again`
-_KERNEL = (SAME_PACKAGE + "gc.disable()\n"
+_KERNEL = (SAME_PACKAGE + "import gc; gc.disable()\n"
            + "from ipykernel.kernelapp import launch_new_instance\nlaunch_new_instance()\n")
-_PAPERMILL = (SAME_PACKAGE + "gc.disable()\n"
+_PAPERMILL = (SAME_PACKAGE + "import gc; gc.disable()\n"
               + "from modern_llm.runs.launch import execute\nexecute(sys.argv[1])\n")
 
 # A first small interpreter asks Linux to kill it when its parent dies, then becomes papermill; a
@@ -65,11 +64,19 @@ os.execv(sys.executable, [sys.executable, "-c", {_PAPERMILL!r}, *sys.argv[2:]])
 """
 
 
+def skip_last_collection() -> None:
+    """At the end of this process the garbage collector does not go through the million objects of
+    libraries: one to two seconds.
+    """
+    atexit.register(gc.freeze)
+
+
 def collect_again() -> None:
-    """Everything is imported: garbage is collected from here on, without looking at it again. Where
-    a process of ours has not stopped that, nothing is done.
+    """Everything is imported: garbage is collected from here on, without looking at it again, nor
+    at the end. Where a process of ours has not stopped that, nothing is done.
     """
     if not gc.isenabled():
+        skip_last_collection()
         gc.freeze()
         gc.enable()
 

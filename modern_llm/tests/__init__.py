@@ -4,4 +4,6 @@ process that reads a notebook.
 
 import sys
 
-sys.modules.setdefault("rfc3987_syntax", None)
+from modern_llm.runs.launch import SLOW_AND_UNUSED
+
+sys.modules.setdefault(SLOW_AND_UNUSED, None)

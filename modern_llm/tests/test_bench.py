@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from modern_llm.cli import main
 from modern_llm.messages import StageError
 from modern_llm.training import bench
-from modern_llm.training.bench_lines import MEASURES, Line, ladder, shape_for
+from modern_llm.training.bench_lines import KERNELS, MEASURES, Line, ladder, shape_for, wait_for
 
 # all but torch, numpy, safetensors, tokenizers, tqdm, click, pandas, matplotlib and what those need
 MISSING = ("papermill", "nbdev", "fastcore", "execnb", "datasets", "pyarrow", "transformers",
@@ -35,8 +36,9 @@ whole, wanted = bench.ladder, sys.argv[2:]
 bench.ladder = lambda shape: [line for line in whole(shape) if line.name in wanted]
 main(["bench", "--device", "cpu", "--to", sys.argv[1]])
 """
-TRIED = ["matrix bf16", "step bf16", "memory sft", "memory dpo", "memory verifier",
-         "sampling 2 fp32", "training"]
+TRIED = ["matrix bf16", "step bf16", "step blocks compiled", "step Muon", "memory sft",
+         "memory dpo", "memory verifier", "sampling 2 fp32", "step model compiled", "training",
+         "step flash", "step fp16"]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,17 @@ def test_a_step_differs_in_one_setting_from_the_line_it_names(device):
             assert names.index(line.against) < names.index(line.name)
             assert len(line.settings.items() - settings[line.against].items()) == 1
     assert sum(line.seconds for line in lines) < 15 * 60
+    kernels = {line.settings["attention"] for line in lines if line.kind == "step"}
+    assert kernels == {"torch's choice", *(KERNELS if device == "cuda" else ["flash"])}
+
+
+@pytest.mark.parametrize("name", ["cpu", "mps", "cuda"])
+def test_whatever_works_behind_the_host_is_waited_for(monkeypatch, name):
+    waited = []
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(
+        synchronize=lambda: waited.append(device.type)))
+    wait_for(torch.device(name))
+    assert waited == ([] if name == "cpu" else [name])
 
 
 def few_lines(monkeypatch, **measures):
@@ -83,7 +96,7 @@ def few_lines(monkeypatch, **measures):
         monkeypatch.setitem(bench.MEASURES, name, measure)
 
 
-def test_what_fails_is_a_line_and_what_is_there_is_not_measured_again(monkeypatch, tmp_path):
+def test_what_fails_is_tried_again_and_what_is_there_is_not_measured_again(monkeypatch, tmp_path):
     calls = []
 
     def fine(*shape):
@@ -94,6 +107,7 @@ def test_what_fails_is_a_line_and_what_is_there_is_not_measured_again(monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. More words")
 
     def wrong(*shape):
+        calls.append("wrong")
         raise RuntimeError("no kernel\nhere")
 
     def killed(*shape):
@@ -112,9 +126,15 @@ def test_what_fails_is_a_line_and_what_is_there_is_not_measured_again(monkeypatc
     assert len(pd.read_csv(tmp_path / "lines.csv")) == 3
     with open(tmp_path / "lines.jsonl", "a") as file:
         file.write('{"line": "kil')  # torn
-    again = bench.bench("cpu", tmp_path, 1)
+    again = bench.bench("cpu", tmp_path, 1, retry=False)  # as after a lost GPU
     assert [row["line"] for row in again] == ["large", "fine", "wrong", "killed"]
-    assert calls == ["fine", "killed", "killed"]
+    assert calls == ["fine", "wrong", "killed", "killed"]
+    assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == 4
+    monkeypatch.setitem(bench.MEASURES, "large", lambda *shape: {})
+    again = bench.bench("cpu", tmp_path, 1)  # by its user
+    assert {row["line"]: row["status"] for row in again} == {
+        "fine": "ok", "killed": "ok", "large": "ok", "wrong": "failed"}
+    assert calls == ["fine", "wrong", "killed", "killed", "wrong"]
     assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == 4
 
 
@@ -127,20 +147,41 @@ def test_what_does_not_fit_into_the_minutes_is_named_and_measured_later(monkeypa
     assert row["status"] == "ok" and len((tmp_path / "lines.jsonl").read_text().splitlines()) == 1
 
 
-def test_lines_of_two_devices_are_not_mixed(monkeypatch, tmp_path):
-    few_lines(monkeypatch, fine=lambda *shape: {})
-    bench.bench("cpu", tmp_path, 1)
-    monkeypatch.setattr(bench, "machine", lambda device: {"device": "another", "torch": "2"})
-    with pytest.raises(StageError, match="lines of another device"):
+def test_lines_of_two_machines_are_not_mixed(monkeypatch, tmp_path):
+    few_lines(monkeypatch, killed=lambda *shape: sys.exit(1))
+    facts = {"device": "one", "threads": 8, "torch": "2.9"}
+    monkeypatch.setattr(bench, "machine", lambda device: facts)
+    with pytest.raises(SystemExit):
         bench.bench("cpu", tmp_path, 1)
+    few_lines(monkeypatch, fine=lambda *shape: {})
+    facts = facts | {"torch": "2.10"}  # none of its lines was known
+    bench.bench("cpu", tmp_path, 1)
+    for changed, words in (({"device": "another"}, "device one; here is device another"),
+                           ({"threads": 1, "torch": "3"},
+                            "threads 8, torch 2.10; here is threads 1, torch 3")):
+        monkeypatch.setattr(bench, "machine", lambda device: facts | changed)
+        with pytest.raises(StageError, match=f"was begun with {words}: name another folder"):
+            bench.bench("cpu", tmp_path, 1)
+    assert json.loads((tmp_path / "bench.json").read_text())["machine"] == facts
 
 
 def test_a_lost_gpu_is_taken_up_by_another_process(monkeypatch, tmp_path):
-    few_lines(monkeypatch, fine=lambda *shape: {})
-    monkeypatch.setattr(bench, "works", lambda device: False)
-    started = []
+    def breaking(*shape):
+        calls.append("breaking")
+        raise RuntimeError("illegal memory access")
+
+    calls, started = [], []
+    few_lines(monkeypatch, breaking=breaking, fine=lambda *shape: calls.append("fine") or {})
+    monkeypatch.setattr(bench, "works", lambda device: calls[-1] != "breaking")
     monkeypatch.setattr(os, "execv", lambda program, words: started.append(words) or sys.exit(0))
     CliRunner().invoke(main, ["bench", "--device", "cpu", "--to", str(tmp_path)])
     [words] = started
-    assert words[1:8] == ["-m", "modern_llm.cli", "bench", "--device", "cpu", "--to", str(tmp_path)]
+    assert words[1] == "-c" and words[3:8] == ["bench", "--device", "cpu", "--to", str(tmp_path)]
     assert 7.5 < float(words[9]) <= 8 and len((tmp_path / "lines.jsonl").read_text()) > 10
+    # what is started runs this package, whatever the working folder holds; and it comes to an end
+    (tmp_path / "modern_llm.py").write_text("raise SystemExit('another package')")
+    done = subprocess.run([*words[:3], "bench", "--help"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "Usage: modern-llm bench" in done.stdout, done
+    assert "1 failed, 1 ok" in CliRunner().invoke(main, words[3:]).output
+    assert calls == ["breaking", "fine"] and len(started) == 1

@@ -2,9 +2,11 @@
 machine.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 
 from modern_llm.config import ConfigError, HardwareConfig, PipelineConfig, TrainConfig
 from modern_llm.tests.test_trainer import any_number, batches, lm_loss, save_weights, toy, trainer
+from modern_llm.training import training_state
 from modern_llm.training.checkpoints import load_checkpoint
 from modern_llm.training.distributed import DataParallelLoss, RankFailed, World, on_ranks
 from modern_llm.training.ranks import address, rank_info
@@ -159,6 +162,49 @@ def test_a_killed_rank_ends_the_others(tmp_path):
 
     assert ("RankFailed: another rank is gone and left no message: it was killed"
             in str(on_ranks(train, survivors=1)[0]))
+
+
+def test_no_gather_waits_for_files(tmp_path, monkeypatch):
+    """NCCL would give up on rank 0 after ten minutes of writing: the others wait for it before the
+    next gather, as hosts do; and once, not twice, before they go on.
+    """
+    events = []
+
+    def note(name: str):
+        events.append((name, time.monotonic()))
+
+    def slow_files(model, folder):
+        save_weights(model, folder)
+        time.sleep(0.3)
+        note("written")
+
+    @contextlib.contextmanager
+    def gathering(*modules):
+        note("gather")
+        with gathered_module(*modules):
+            yield
+
+    def all_reduce_max(world, *values):
+        if values == (0,):
+            note("wait")
+        return reduce(world, *values)
+
+    gathered_module, reduce = training_state.gathered_module, World.all_reduce_max
+    monkeypatch.setattr(training_state, "gathered_module", gathering)
+    monkeypatch.setattr(World, "all_reduce_max", all_reduce_max)
+    cfg = dataclasses.replace(CONFIG, max_steps=2, checkpoint_every=1, eval_every=1)
+
+    def train(world: World):
+        trainer(toy(), tmp_path, cfg, world=world, save_model=slow_files,
+                evaluate=lambda m: {"loss": m.norm.weight.sum()}).fit()
+        return events
+
+    first, second = on_ranks(train, 2, "fsdp")
+    saved, kept, last = (at for name, at in first if name == "written")
+    gathers = [at for name, at in second if name == "gather"]
+    # a checkpoint, a kept model, validation; a checkpoint, validation
+    assert [name for name, _ in second] == 5 * ["gather", "wait"]
+    assert gathers[1] > saved and gathers[2] > kept and gathers[4] > last
 
 
 def test_gradients_are_exchanged_after_the_last_micro_batch_only(tmp_path):

@@ -1,7 +1,10 @@
 """What only a GPU can show: its kernels, precisions, compiler, memory and NCCL against the CPU.
 
-    python -m pytest -n 0 modern_llm/tests/test_gpu.py # about 3 minutes MODERN_LLM_TEST_DEVICE=cpu
-    python -m pytest -n 0 modern_llm/tests/test_gpu.py # the same bodies
+    python -m pytest -n 0 modern_llm/tests/test_gpu.py    # about 3 minutes
+
+The same bodies, where there is no GPU:
+
+    MODERN_LLM_TEST_DEVICE=cpu python -m pytest -n 0 modern_llm/tests/test_gpu.py
 
 It needs torch, numpy, safetensors, tokenizers, tqdm, click, pandas, matplotlib, pytest with
 pytest-xdist, and hypothesis.
@@ -23,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modern_llm.config import ModelConfig, TrainConfig
+from modern_llm.config import TRAINED, ModelConfig, TrainConfig
 from modern_llm.models.attention import attend, attention_mask, attention_weights
 from modern_llm.models.counts import flops_per_token, training_memory
 from modern_llm.models.decoder import ModernDecoderLM
@@ -31,7 +34,7 @@ from modern_llm.models.generation import generate
 from modern_llm.tests.test_hardware import MODEL, MODELS, rows_of, stage_of
 from modern_llm.tests.test_memory import LiveBytes
 from modern_llm.training.bench_lines import (
-    STAGES, forget, measure_memory, random_rows, shape_for, stage_step,
+    forget, measure_memory, random_rows, shape_for, stage_step,
 )
 from modern_llm.training.distributed import DataParallelLoss, World
 from modern_llm.training.optim import gather_tensor, lm_loss
@@ -286,7 +289,7 @@ def test_greedy_answers_are_the_cpus(model):
 # ---- memory --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TRAINED)
 def test_the_memory_of_a_stage_is_what_was_estimated(stage):
     """On a GPU a step of the 253M model with half of the preset's micro-batch; on a CPU a small
     one, of which the bytes alive at once are counted.

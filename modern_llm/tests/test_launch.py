@@ -188,6 +188,14 @@ def test_a_terminal_that_knows_no_accents_shows_the_rest():
     assert done.stdout.endswith("\n\\xe9 \\u25b8\nafter\n") and done.returncode == 0, done
 
 
+@pytest.mark.parametrize("more, frozen", [("", False), ("; main(['presets'])", True)])
+def test_only_a_command_leaves_out_the_last_collection(more, frozen):
+    code = ("import atexit, gc; atexit.register(lambda: print('frozen', gc.get_freeze_count() > 0))"
+            f"; from modern_llm.cli import main{more}")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith(f"frozen {frozen}\n"), done
+
+
 RULE = 75 * "-"
 FAILED = [RULE, 'Exception encountered at "In [4]":']
 TRACED = [RULE, "TypeError    Traceback (most recent call last)", "Cell In[4], line 2",

@@ -129,6 +129,8 @@ CASES = {
     "modern-llm check-inference --checkpoint runs/local-smoke/dpo": Case(
         "--count 2 --max-new-tokens 4", ("GB",), ("runs/local-smoke/dpo/inference_ok.json",),
         lane="run"),
+    "modern-llm bench --device cpu --minutes 1": Case(
+        "--minutes 0.1", ("matrix fp32: ", "left out; bench"), ("bench/bench.json",)),
     CLUSTER: Case("&& command -v modern-llm && echo runs: $MODERN_LLM_RUNS",
                   ("bin/modern-llm\n", "/scratch/modern_llm/runs"), lane="cluster"),
     "modern-llm prefetch --preset tacc-h100": Case("", ("wikitext-103-raw-v1: ", "are missing"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from modern_llm.files import nan_to_none, write_json, write_text
+from modern_llm.files import nan_to_none, read_json, write_json, write_text
 from modern_llm.messages import StageError, UserError
 from modern_llm.training.bench_lines import MEASURES, Line, Shape, forget, ladder, shape_for
 from modern_llm.training.checkpoints import append_row, read_metrics
@@ -37,6 +37,17 @@ def machine(device: torch.device) -> dict:
             "cuda": torch.version.cuda,
             "allocator": os.environ.get("PYTORCH_ALLOC_CONF")
                          or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")}
+
+
+def refuse_another(folder: Path, facts: dict) -> None:
+    """StageError, naming both, if the lines of the folder are true of something else."""
+    path = folder / SUMMARY
+    before = read_json(path)["machine"] if path.is_file() else {}
+    other = [name for name in facts if before.get(name) != facts[name]]
+    if other:
+        was, here = (", ".join(f"{name} {found.get(name)}" for name in other)
+                     for found in (before, facts))
+        raise StageError(f"{folder} was begun with {was}; here is {here}: name another folder")
 
 
 def measured(line: Line, shape: Shape, device: torch.device, rows: list[dict],
@@ -66,23 +77,25 @@ def works(device: torch.device) -> bool:
         return False
 
 
-def bench(device_name: str, folder: Path, minutes: float,
-          say: Callable[[str], None] = print) -> list[dict]:
-    """Measure every line that the folder does not have yet and that fits into the minutes; returns
-    the rows.
+def bench(device_name: str, folder: Path, minutes: float, say: Callable[[str], None] = print,
+          retry: bool = True) -> list[dict]:
+    """Measure every line that the folder does not have yet and that fits into the minutes, with
+    `retry` also those that failed before; returns the rows.
 
     Raises:
-        DeviceLost: a line broke the device; another process can go on.
+        DeviceLost: a line broke the device; another process can go on, without `retry`.
+        StageError: the folder was begun on another machine or with another torch.
     """
     end, device = time.monotonic() + 60 * minutes, pick_device(device_name)
     folder.mkdir(parents=True, exist_ok=True)
     shape, facts = shape_for(device), machine(device)
-    rows = [row for row in read_metrics(folder / ROWS) if row["status"] != "left out"]
-    if rows and rows[0].get("device") != facts["device"]:
-        raise StageError(f"{folder} has lines of another device, {rows[0].get('device')}: name "
-                        "another folder")
+    again = ("left out", "failed", "out of memory") if retry else ("left out",)
+    rows = [row for row in read_metrics(folder / ROWS) if row["status"] not in again]
+    if rows:
+        refuse_another(folder, facts)
     # without a line that a kill has torn
     write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(folder / SUMMARY, {"machine": facts, "lines": rows})
     done = {row["line"] for row in rows}
     say(f"{facts['device']}, torch {facts['torch']}; {folder}")
     for line in ladder(shape):

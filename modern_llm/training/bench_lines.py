@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modern_llm.config import ModelConfig, PipelineConfig, TrainConfig, get_pipeline_preset
+from modern_llm.config import (
+    TRAINED, ModelConfig, PipelineConfig, TrainConfig, get_pipeline_preset,
+)
 from modern_llm.models.counts import flops_per_token, inference_memory, training_memory
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import generate
@@ -30,17 +32,14 @@ from modern_llm.models.verifier import VerifierModel
 from modern_llm.training.dpo import dpo_loss
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.pretrain import Pretraining
-from modern_llm.training.recording import peak_flops, peak_memory_gb
-from modern_llm.training.train_step import batch_tokens, optimizer_step
+from modern_llm.training.recording import mfu_scale, peak_flops, peak_memory_gb
+from modern_llm.training.train_step import batch_tokens, optimizer_step, prepare_module
 from modern_llm.training.trainer import Trainer
-from modern_llm.training.training_state import TrainingState
+from modern_llm.training.training_state import TrainingState, compute_dtype
 from modern_llm.training.verifier import verifier_loss
 
-STAGES = ("pretrain", "sft", "dpo", "verifier")
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
            "memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
-DTYPES = {"fp32": torch.float32, "TF32": torch.float32, "fp16": torch.float16,
-          "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Shape:
     sampled: tuple[int, ...]  # answers written at once
     new_tokens: int  # of each
     seconds: float  # that a speed is measured for, at least
+    kernels: tuple[str, ...] = ()  # for attention, to choose from
 
 
 def shape_for(device: torch.device) -> Shape:
@@ -62,16 +62,17 @@ def shape_for(device: torch.device) -> Shape:
     world = replace(world, pretrain=replace(world.pretrain, keep_checkpoints=0, max_minutes=1.0))
     if device.type == "cuda":
         data = replace(world.data, max_train_tokens=1_000_000)
-        return Shape(config, replace(world, data=data), 8192, (8, 32, 64), (1, 16, 128), 128, 1.0)
+        return Shape(config, replace(world, data=data), 8192, (8, 32, 64), (1, 16, 128), 128, 1.0,
+                     tuple(KERNELS))
     small = ModelConfig(vocab_size=512, context_length=32, width=32, num_layers=2, num_heads=2,
                         num_kv_heads=2, ffn_width=64)
     rows = {stage: replace(getattr(config, stage), batch_size=4, micro_batch_size=4)
-            for stage in STAGES}
+            for stage in TRAINED}
     data = replace(world.data, max_train_tokens=20_000, max_validation_tokens=1000)
     world = replace(world, model=replace(small, context_length=64), data=data, pretrain=replace(
         world.pretrain, max_steps=20, batch_size=8, micro_batch_size=8, log_every=2, eval_every=10))
     return Shape(replace(config, model=small, data=data, **rows), world, 128,
-                 (1, 2, 4), (1, 2, 4), 8, 0.02)
+                 (1, 2, 4), (1, 2, 4), 8, 0.02, ("flash",) if device.type == "cpu" else ())
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Line:
 def ladder(shape: Shape) -> list[Line]:
     """All lines, those that matter most first."""
     small, middle, large = shape.rows
-    lines = [Line(f"matrix {name}", "matrix", {"dtype": name}, 3) for name in DTYPES]
+    lines = [Line(f"matrix {name}", "matrix", {"dtype": name}, 3)
+             for name in ("fp32", "TF32", "fp16", "bf16")]
     steps: dict[str, Line] = {}
 
     def step(name: str, against: str = "", seconds: float = 8, **changed) -> Line:
@@ -104,12 +106,12 @@ def ladder(shape: Shape) -> list[Line]:
         step("more rows", "bf16", micro_batch=middle),
         step("blocks compiled", "more rows", 60, compiled="blocks"),
         step("Muon", "blocks compiled", 30, optimizer="muon"),
-        *(Line(f"memory {stage}", "memory", {"stage": stage}, 12) for stage in STAGES),
+        *(Line(f"memory {stage}", "memory", {"stage": stage}, 12) for stage in TRAINED),
         *(Line(f"sampling {rows} {name}", "sampling", {"rows": rows, "dtype": name}, 12)
           for name in ("bf16", "fp32") for rows in shape.sampled),
         step("model compiled", "blocks compiled", 70, compiled="model"),
         Line("training", "training", {}, 100),
-        *(step(kernel, "blocks compiled", 30, attention=kernel) for kernel in KERNELS),
+        *(step(kernel, "blocks compiled", 30, attention=kernel) for kernel in shape.kernels),
         step("most rows", "blocks compiled", 30, micro_batch=large),
         step("fewest rows", "blocks compiled", 30, micro_batch=small),
         step("fp16", "more rows", precision="fp16"),
@@ -122,8 +124,8 @@ def ladder(shape: Shape) -> list[Line]:
 
 def wait_for(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
 
 
 def forget(device: torch.device) -> None:
@@ -217,21 +219,15 @@ def stage_step(stage: str, model: ModernDecoderLM, train: TrainConfig, device: t
 def measure_matrix(shape: Shape, device: torch.device, peaks: dict, dtype: str) -> dict:
     """FLOP/s of one large matrix product, and their share of the data sheet's."""
     torch.set_float32_matmul_precision("high" if dtype == "TF32" else "highest")
-    a, b = (torch.randn(shape.matrix, shape.matrix, device=device).to(DTYPES[dtype])
-            for _ in range(2))
+    kind = compute_dtype("fp32" if dtype == "TF32" else dtype, device)
+    a, b = (torch.randn(shape.matrix, shape.matrix, device=device).to(kind) for _ in range(2))
     for _ in range(3):
         a @ b
     seconds, spread = speed_of(lambda: a @ b, device, shape.seconds / 5)
     speed = 2 * shape.matrix**3 / seconds
-    sheet = data_sheet(device, DTYPES[dtype])
+    sheet = peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else "", kind)
     return {"tflops": speed / 1e12, "of_data_sheet": speed / sheet if sheet else None,
             "spread": spread}
-
-
-def data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The FLOP/s that the maker promises, where they are known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return peak_flops(name, dtype)
 
 
 def measure_step(shape: Shape, device: torch.device, peaks: dict, precision: str, matmul: str,
@@ -247,6 +243,7 @@ def measure_step(shape: Shape, device: torch.device, peaks: dict, precision: str
     with device:
         model = ModernDecoderLM(cfg)
     state, batch = TrainingState(model, train, device), random_rows(cfg, micro_batch, device)
+    prepare_module(model, replace(train, compile=False), device)
     torch.set_float32_matmul_precision(matmul)
     compile_parts(model, compiled, device)
     step = partial(optimizer_step, state, partial(lm_loss, chunk_tokens=train.loss_chunk_tokens),
@@ -264,12 +261,12 @@ def measure_step(shape: Shape, device: torch.device, peaks: dict, precision: str
             torch.cuda.reset_peak_memory_stats(device)
         seconds, spread = speed_of(step, device, shape.seconds / 5)
     tokens = batch_tokens(batch) / seconds
-    flops = tokens * flops_per_token(cfg)
-    sheet = data_sheet(device, state.dtype)
+    flops, scale = flops_per_token(cfg), mfu_scale(flops_per_token(cfg), state)
     matrix = peaks.get("TF32" if precision == "fp32" and matmul == "high" else precision)
     return {"tokens_per_s": tokens, "step_ms": 1000 * seconds, "spread": spread,
-            "mfu": flops / sheet if sheet else None,
-            "of_matrix": flops / (1e12 * matrix) if matrix else None, "first_step_s": first,
+            "mfu": tokens * scale if scale else None,
+            "of_matrix": tokens * flops / (1e12 * matrix) if matrix else None,
+            "first_step_s": first,
             **memory_found(device, training_memory(cfg, train)["total"])}
 
 
@@ -288,11 +285,11 @@ def measure_memory(shape: Shape, device: torch.device, peaks: dict, stage: str) 
     """
     train = getattr(shape.config, stage)
     train = replace(train, batch_size=train.micro_batch, precision="bf16", ema_decay=None)
-    torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     with device:
         model = ModernDecoderLM(shape.config.model)
     module, loss, batch = stage_step(stage, model, train, device)
+    prepare_module(module, replace(train, compile=False), device)
     state = TrainingState(module, train, device)
     # the optimizer's averages are there from now on
     optimizer_step(state, loss, batch, train, 0.01)
@@ -313,7 +310,7 @@ def measure_sampling(shape: Shape, device: torch.device, peaks: dict, rows: int,
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     with device:
-        model = ModernDecoderLM(cfg).to(DTYPES[dtype])
+        model = ModernDecoderLM(cfg).to(compute_dtype(dtype, device))
     prompts = [[(7 * row + 13 * at) % cfg.vocab_size for at in range(cfg.context_length // 4)]
                for row in range(rows)]
     generate(model, prompts, max_new_tokens=2)  # warm
@@ -325,7 +322,7 @@ def measure_sampling(shape: Shape, device: torch.device, peaks: dict, rows: int,
     wait_for(device)
     seconds = time.perf_counter() - started
     estimate = inference_memory(cfg, rows, len(prompts[0]) + shape.new_tokens,
-                                DTYPES[dtype].itemsize, len(prompts[0]))["total"]
+                                compute_dtype(dtype, device).itemsize, len(prompts[0]))["total"]
     return {"tokens_per_s": sum(map(len, answers)) / seconds,
             "step_ms": 1000 * seconds / shape.new_tokens, **memory_found(device, estimate)}
 

@@ -160,9 +160,10 @@ class RunFolder:
     """
 
     def __init__(self, folder: str | Path,
-                 save_model: Callable[[nn.Module, Path], None] | None = None, writes: bool = True):
-        # of several ranks only the first writes
-        self.folder, self.save_model, self.writes = Path(folder), save_model, writes
+                 save_model: Callable[[nn.Module, Path], None] | None = None,
+                 world: World = World()):
+        self.folder, self.save_model, self.world = Path(folder), save_model, world
+        self.writes = world.is_main_process  # of several ranks only the first writes
         self.metrics, self.checkpoint, self.stop_file = (
             self.folder / n for n in ("metrics.jsonl", "checkpoint", "STOP"))
         self.last_checkpoint, self.opened = "none", None
@@ -215,6 +216,7 @@ class RunFolder:
             if self.writes:
                 save_checkpoint(folder, everything, {"step": state.step, "tokens": state.tokens},
                                 files, everything is not None)
+        self.world.all_reduce_max(0)  # a gather that follows does not wait for slow files
 
 # %% ../../nbs/31_checkpoints.ipynb #open-run
 def open_run(files: RunFolder, state: TrainingState, world: World, resume: bool) -> None:

@@ -115,7 +115,7 @@ class Trainer:
             seed_everything(seed)
             self.loss_fn, whole = data_parallel(module.to(place), loss_fn, self.world, place)
             self.state = TrainingState(module, cfg, place, whole)
-            self.files = RunFolder(folder, save_model, self.world.is_main_process)
+            self.files = RunFolder(folder, save_model, self.world)
             open_run(self.files, self.state, self.world, resume)
             prepare_module(module, cfg, place)
             self.recorder = Recorder(self.files, cfg, evaluate,
@@ -147,7 +147,7 @@ class Trainer:
                     reason = shared_stop_reason(state, world,
                                                 stop_reason(state, cfg, asked, caught))
                     show_progress(bar, row := recorder.observe(state, factor, reason))
-                    if row:  # rank 0 may have validated for long: hosts are patient
+                    if row:  # no rank goes on before rank 0 has validated and written
                         world.all_reduce_max(0)
                     if state.step > first + 1:  # the first step of a session may have compiled
                         slowest = max(slowest, time.perf_counter() - began)
@@ -158,6 +158,5 @@ class Trainer:
                     reason = "interrupted"
                     state.abandon_step()
                     recorder.observe(state, factor, reason)
-            world.all_reduce_max(0)  # no rank goes on before rank 0 has written
         return TrainResult(state.step, state.tokens, state.seconds, reason,
                            read_metrics(self.files.metrics))
