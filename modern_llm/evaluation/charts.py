@@ -141,7 +141,8 @@ def gains_chart(gains: pd.DataFrame) -> Figure:
 
 def percent_bars(table: pd.DataFrame) -> np.ndarray:
     """The lengths of error bars below and above, in percent."""
-    return 100 * np.stack([table.value - table.low, table.high - table.value])
+    # an interval may end at its value, but for the last digit
+    return 100 * np.stack([table.value - table.low, table.high - table.value]).clip(min=0)
 
 
 def sentiment_chart(ledger: pd.DataFrame, stages: Sequence[str]) -> Figure:
@@ -151,8 +152,8 @@ def sentiment_chart(ledger: pd.DataFrame, stages: Sequence[str]) -> Figure:
     of_task = ledger[ledger.task == "sentiment"]
     names = of_task.metric.str.extract(r"^accuracy, (?P<shots>\d+)-shot, (?P<method>\w+)$")
     rows = of_task.join(names).dropna(subset="shots")
-    fig, axes = figure(min(7, 2.6 * len(stages)), 2.8, columns=len(stages), sharey=True,
-                       squeeze=False)
+    fig, axes = figure(max(min(7, 2.6 * len(stages)), 1.6 * len(stages)), 2.8,
+                       columns=len(stages), sharey=True, squeeze=False)
     for ax, stage in zip(axes[0], stages):
         by_method = rows[rows.stage == stage].groupby("method", sort=False)
         for i, (method, line) in enumerate(by_method):

@@ -65,7 +65,7 @@ def answer_strips(verifier: VerifierModel, tokenizer: Tokenizer,
 def measures(rows: Sequence[dict]) -> pd.DataFrame:
     """Table rows as numbers: value, low, high and n of every metric."""
     table = pd.DataFrame(rows).drop(columns="protocol").set_index("metric")
-    return table.astype(float).round(3)
+    return table.astype({"value": float, "low": float, "high": float}).round(3)
 
 
 def own_answers(recipe: VerifierTraining, verifier: VerifierModel, greedy: pd.Series) -> pd.Series:

@@ -19,10 +19,10 @@ from ..files import write_json, write_text
 from ..statistics import items_interval, mcnemar, paired_difference, ratio_interval
 
 # %% auto #0
-__all__ = ['COLUMNS', 'INTERVAL', 'STAGE_NAMES', 'MEASURES', 'ASKED', 'item_rows', 'in_order', 'difference_row', 'measure_rows',
-           'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger', 'mcnemar_p', 'is_significant',
-           'stage_gains', 'comparison_table', 'cost_rows', 'stage_ledger', 'problem_analysis', 'derive',
-           'write_derived']
+__all__ = ['COLUMNS', 'INTERVAL', 'STAGE_NAMES', 'MEASURES', 'ANALYSIS_KEYS', 'item_rows', 'in_order', 'difference_row',
+           'measure_rows', 'stage_differences', 'ledger_rows', 'write_ledger', 'read_ledger', 'mcnemar_p',
+           'is_significant', 'stage_gains', 'comparison_table', 'cost_rows', 'stage_ledger', 'problem_analysis',
+           'derive', 'write_derived']
 
 # %% ../../nbs/44_ledger.ipynb #item-rows
 def item_rows(stage: str, task: str, metric: str, item: Iterable, value: Iterable,
@@ -234,7 +234,7 @@ def stage_ledger(ledger: pd.DataFrame) -> pd.DataFrame:
 MEASURES = ["value", "low", "high", "n"]
 
 
-ASKED = {"problems": "greedy", "problems, calculator": "calculator",
+ANALYSIS_KEYS = {"problems": "greedy", "problems, calculator": "calculator",
          "problems, sampled": "on the sampled problems"}
 
 
@@ -244,7 +244,7 @@ def problem_analysis(ledger: pd.DataFrame) -> dict:
     """
     measure = lambda row: {name: row[name] for name in MEASURES}
     found: dict = {"stages": {}, "curves": {}, "differences": []}
-    for row in ledger[ledger.task.isin(ASKED)].to_dict("records"):
+    for row in ledger[ledger.task.isin(ANALYSIS_KEYS)].to_dict("records"):
         metric, task, stage = (row["metric"], row["task"],
                                found["stages"].setdefault(row["stage"], {}))
         name, _, group = metric.partition(", ")
@@ -260,7 +260,7 @@ def problem_analysis(ledger: pd.DataFrame) -> dict:
         elif task == "problems" and name == "error" and "level" not in metric:
             stage.setdefault("errors", {})[group] = measure(row)
         elif name == "exact match":
-            place = ASKED[task]
+            place = ANALYSIS_KEYS[task]
             (stage.setdefault(f"{place} by level", {}) if group else stage)[group or place] = {
                 **measure(row), **({} if group else {"protocol": row["protocol"]})}
     return found

@@ -38,7 +38,7 @@ CLEAN_COLUMNS = ["stage", "task", "metric", "subset", "value", "low", "high", "n
 
 def called(name: str) -> str:
     """The name in the tables of a stage, or of what else a model was given as."""
-    return STAGES[name].called if name in STAGES else name
+    return STAGES[name].called or name if name in STAGES else name
 
 
 class EvaluatedRun(Protocol):
@@ -282,7 +282,7 @@ def spent(run: EvaluatedRun) -> dict[str, dict]:
         if folder.parent.parent == run_folder and "seconds" in stages.get(name, {}):
             tokens = read_json(folder.parent / "results.json").get("tokens")
             found[called(name)] = {"minutes": stages[name]["seconds"] / 60,
-                                             **({"tokens": tokens} if tokens else {})}
+                                   **({"tokens": tokens} if tokens else {})}
     return found
 
 

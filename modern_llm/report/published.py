@@ -20,4 +20,4 @@ def published_table(stage: str, run: str = "local-smoke") -> pd.DataFrame:
     import pandas as pd
 
     rows = pd.DataFrame(published(stage, run)["table"]).set_index("metric")
-    return rows[["value", "low", "high", "n"]].astype(float)
+    return rows[["value", "low", "high", "n"]].astype({"value": float, "low": float, "high": float})

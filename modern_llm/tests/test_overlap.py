@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from modern_llm.config import get_pipeline_preset
+from modern_llm.config.stages import trained_on
 from modern_llm.data import synth
 from modern_llm.data.reading import documents, rows
 from modern_llm.data.sources import DatasetNotFound, find_source
@@ -183,6 +184,21 @@ def test_training_sources_of_every_preset():
                  - {"synthetic-problems"})
         assert named <= set(sources.name)
     assert training_sources(config, ["pretrain"]).name.tolist() == list(config.data.sources)
+
+
+def test_what_is_replayed_is_trained_on():
+    def read(stage, **values):
+        settings = {name: {} for name in ("data", "sft", "dpo")}
+        settings["data"]["sources"] = ["poems"]
+        settings[stage] |= {"sources": ["own"], **values}
+        return trained_on(stage, settings)
+
+    chats, pairs, text = ("own", "chats"), ("own", "pairs"), ("poems", "text")
+    assert read("sft", replay_fraction=0.0) == [chats]
+    assert read("sft", replay_fraction=0.1) == [chats, text]
+    replayed = {"replay_sources": ("text", "talks")}
+    assert read("dpo", replay_weight=0.0, **replayed) == [pairs]
+    assert read("dpo", replay_weight=0.5, **replayed) == [pairs, text, ("talks", "chats")]
 
 
 def test_built_in_texts_are_those_the_stages_read():

@@ -324,8 +324,8 @@ def test_warned_twice_and_killed_a_stage_ends_as_if_undisturbed(tuned, tmp_path)
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 121))
 
 
-@slow
-@pytest.mark.parametrize("stage", ["sft", "dpo", "verifier"])
+@pytest.mark.parametrize("stage", ["sft", *(pytest.param(stage, marks=slow)
+                                           for stage in ("dpo", "verifier"))])
 def test_a_killed_stage_ends_as_if_undisturbed(stage, tuned, tmp_path):
     finish(*words(stage, tuned))
     shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
@@ -357,12 +357,12 @@ def curve(folder: Path) -> list[float]:
 SINKS = ("model.use_attention_sinks=true pretrain.max_steps=24 pretrain.eval_every=24 "
          "pretrain.checkpoint_every=2")  # README's command for two ranks, with the other strategy
 # in the verifier's head every rank draws its own dropout
-SHARED = [("sft", "fsdp", ""), ("pretrain", "ddp", SINKS), ("sft", "ddp", ""), ("dpo", "ddp", ""),
-          ("verifier", "ddp", "verifier.head_dropout=0")]
+SHARED = [("pretrain", "fsdp", SINKS), ("pretrain", "ddp", SINKS), ("sft", "ddp", ""),
+          ("dpo", "ddp", ""), ("verifier", "ddp", "verifier.head_dropout=0")]
 
 
 @pytest.mark.parametrize("stage, strategy, settings", [
-    ("pretrain", "fsdp", SINKS), *(pytest.param(*case, marks=slow) for case in SHARED)])
+    ("sft", "fsdp", ""), *(pytest.param(*case, marks=slow) for case in SHARED)])
 def test_ranks_train_a_stage_like_one_process(stage, strategy, settings, tuned, tmp_path):
     """`-p hardware.ranks=2`; the second rank is killed on the way, which ends the first; the same
     command goes on and ends as one process, here this one.

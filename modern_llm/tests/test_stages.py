@@ -28,6 +28,9 @@ def test_what_a_stage_names_is_there(stage):
     assert not spec.notebook or notebook_of(stage).is_file()
     assert sections(CONFIG, stage).keys() == set(spec.settings)
     assert all(setting(CONFIG, path) is not None for path in spec.data)
+    assert {path for path, _, _ in spec.learns} <= set(spec.data)
+    assert bool(spec.learns) == bool(spec.recipe)
+    assert spec.called or not any(stage in other.judges for other in STAGES.values())
     assert not spec.recipe or all(callable(getattr(recipe_of(stage), name))
                                   for name in ("evaluate", "save", "fit"))
 
