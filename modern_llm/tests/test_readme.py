@@ -189,8 +189,9 @@ def checkout(tmp_path_factory):
         pytest.skip("these are the commands of a checkout with a .venv: make test")
     place = tmp_path_factory.mktemp("readme")
     checkout = place / "modern_llm"
-    ignored = shutil.ignore_patterns(".*", "_docs", "runs", "__pycache__", "*.egg-info")
-    shutil.copytree(ROOT, checkout, ignore=ignored)
+    ignored = shutil.ignore_patterns(".*", "_docs", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, checkout, ignore=lambda folder, names: (  # modern_llm/runs is needed
+        ignored(folder, names) | ({"runs"} if Path(folder) == ROOT else set())))
     (checkout / ".venv").symlink_to(sys.prefix)
     wanted = subprocess.run("cat settings.ini setup.py constraints.txt | cksum", shell=True,
                             cwd=checkout, capture_output=True, text=True).stdout
