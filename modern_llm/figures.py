@@ -15,6 +15,8 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -35,16 +37,25 @@ def figure(width: float = 6.0, height: float = 3.0, columns: int = 1, rows: int 
                         **options)
     if (ipython := sys.modules.get("IPython")) and (shell := ipython.get_ipython()):
         shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
+        if "inline" in plt.get_backend():  # there it is drawn when it is shown, and that is enough
+            made[0].canvas.draw_idle = lambda *_: None
     return made
 
 
 def small_png(fig: Figure, colours: int = 128) -> bytes:
     """The figure as a PNG with a palette: to the eye the same, a third of the size."""
-    from IPython.core.pylabtools import print_figure
     from PIL import Image
 
-    drawn = Image.open(io.BytesIO(print_figure(fig, "png"))).convert("RGB")
-    drawn.quantize(colours).save(packed := io.BytesIO(), "PNG", optimize=True)
+    if fig.get_layout_engine():  # it fits, so that one drawing is enough
+        # a figure that was shown and closed has no canvas of its own
+        canvas = fig.canvas if hasattr(fig.canvas, "buffer_rgba") else FigureCanvasAgg(fig)
+        canvas.draw()
+        drawn = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    else:
+        from IPython.core.pylabtools import print_figure
+
+        drawn = Image.open(io.BytesIO(print_figure(fig, "png")))
+    drawn.convert("RGB").quantize(colours).save(packed := io.BytesIO(), "PNG", optimize=True)
     return packed.getvalue()
 
 

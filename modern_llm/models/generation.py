@@ -193,11 +193,13 @@ def left_padded(prompts: Sequence[Sequence[int]],
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off inside the block; the former mode afterwards."""
     training = model.training
-    model.eval()
+    if training:  # setting a mode visits every module: as long as a layer of a small model
+        model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 # %% ../../nbs/12_generation.ipynb #row
 @dataclass

@@ -60,9 +60,11 @@ def token_log_probs(
         return -F.cross_entropy(model.lm_head(h).float(), y, reduction="none")
 
     before, tokens = hidden[:, :-1][answer[:, 1:]], input_ids[:, 1:][answer[:, 1:]]
-    found = [
-        recomputed(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
-        for h, y in zip(before.split(chunk_tokens), tokens.split(chunk_tokens))]
+    chunks = list(zip(before.split(chunk_tokens), tokens.split(chunk_tokens)))
+    # a single one may keep its logits: backward would need as many at once to compute them again
+    again = torch.is_grad_enabled() and len(chunks) > 1
+    found = [recomputed(chunk, h, y, use_reentrant=False) if again else chunk(h, y)
+             for h, y in chunks]
     log_p = torch.zeros(answer.shape, device=answer.device)
     log_p[:, 1:] = log_p[:, 1:].masked_scatter(answer[:, 1:], torch.cat(found))
     return log_p

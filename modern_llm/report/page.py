@@ -215,8 +215,10 @@ class Page:
         if (figure := draw(*arguments, **options)) is not None:
             import matplotlib.pyplot as plt
 
+            from modern_llm.figures import small_png
+
             self.pictures.mkdir(parents=True, exist_ok=True)
-            figure.savefig(self.pictures / name, dpi=100)
+            (self.pictures / name).write_bytes(small_png(figure))
             plt.close(figure)
             self.add(f"![{caption or name}]({self.link}/{name})", f"*{caption}*" if caption else "")
 

@@ -33,8 +33,12 @@ def offline(monkeypatch, tmp_path):
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long come first, so that no worker is left alone with one of them at the end.
+    """Files that take long come first, so that no worker is left alone with one of them at the end;
+    thorough tests are asked for.
     """
+    if not os.environ.get("MODERN_LLM_THOROUGH_TESTS"):
+        for item in filter(lambda item: item.get_closest_marker("thorough"), items):
+            item.add_marker(pytest.mark.skip(reason="thorough: set MODERN_LLM_THOROUGH_TESTS=1"))
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST
                                 else len(LONGEST))
 

@@ -30,7 +30,7 @@ def test_a_small_png_is_the_figure_to_the_eye():
         ax.plot(np.sin(np.arange(20) + i), "o-", label=str(i))
         ax.fill_between(range(20), np.sin(np.arange(20) + i), alpha=0.1)
     ax.legend()
-    whole, small = print_figure(fig, "png"), small_png(fig)
+    whole, small = print_figure(fig, "png", bbox_inches=None), small_png(fig)
     one, other = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
                   for data in (whole, small))
     assert (len(small) < 0.5 * len(whole) and one.shape == other.shape

@@ -48,9 +48,9 @@ SMALL = (
 # "lesson" by another name: its chapters expect more of it
 PRESET = Path(os.environ["MODERN_LLM_CACHE"]).parent / "small.json"
 PRESET.write_text('{"base": "lesson", "name": "small"}')
-SLOW = bool(os.environ.get("MODERN_LLM_SLOW_TESTS"))
-slow = pytest.mark.skipif(
-    not SLOW, reason="half a minute, and the same of another stage: set MODERN_LLM_SLOW_TESTS=1")
+slow = pytest.mark.skipif(not os.environ.get("MODERN_LLM_SLOW_TESTS"),
+                          reason="half a minute, and the same of another stage: "
+                                 "set MODERN_LLM_SLOW_TESTS=1")
 
 
 def words(stage: str, place: Path, *more: object, overrides: str = SMALL) -> list[str]:
@@ -324,6 +324,7 @@ def test_warned_twice_and_killed_a_stage_ends_as_if_undisturbed(tuned, tmp_path)
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 121))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["sft", *(pytest.param(stage, marks=slow)
                                            for stage in ("dpo", "verifier"))])
 def test_a_killed_stage_ends_as_if_undisturbed(stage, tuned, tmp_path):
@@ -361,6 +362,7 @@ SHARED = [("pretrain", "fsdp", SINKS), ("pretrain", "ddp", SINKS), ("sft", "ddp"
           ("dpo", "ddp", ""), ("verifier", "ddp", "verifier.head_dropout=0")]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage, strategy, settings", [
     ("sft", "fsdp", ""), *(pytest.param(*case, marks=slow) for case in SHARED)])
 def test_ranks_train_a_stage_like_one_process(stage, strategy, settings, tuned, tmp_path):

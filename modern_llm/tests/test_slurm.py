@@ -302,7 +302,8 @@ def array_to_end(job: str) -> None:
 
 
 @needs_slurm
-@pytest.mark.parametrize("launcher, tasks, ranks", [("srun", 1, 2), ("torchrun", 2, 4)])
+@pytest.mark.parametrize("launcher, tasks, ranks", [
+    ("srun", 1, 2), pytest.param("torchrun", 2, 4, marks=pytest.mark.thorough)])
 def test_two_nodes_train_as_one(cluster, rates, launcher, tasks, ranks):
     """On each of two nodes a rank started by srun, or two by srun torchrun: the losses of one
     process.

@@ -144,7 +144,7 @@ def draw(folder: Path) -> list[Path]:
     """
     import matplotlib.pyplot as plt
 
-    from modern_llm.figures import figure, training_curves
+    from modern_llm.figures import figure, small_png, training_curves
 
     table = pd.read_csv(folder / TABLE)
     for column in ("tokens_per_s", "mfu", "estimate_gb", "peak_gb", "rows", "dtype", "floor"):
@@ -178,7 +178,7 @@ def draw(folder: Path) -> list[Path]:
         made["training"] = training_curves(metrics, floor=float(training.floor.iloc[-1]))
     paths = []
     for name, fig in made.items():
-        fig.savefig(folder / f"{name}.png")
+        (folder / f"{name}.png").write_bytes(small_png(fig))
         plt.close(fig)
         paths.append(folder / f"{name}.png")
     return paths
