@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -30,8 +30,12 @@ from modern_llm.data.synth_problems import (
     HELDOUT_SHARE, NAMES, SPLITS, Choices, Problem, calculate, check_solution, in_split, one_of,
     problems, split_of, write_problem,
 )
+from modern_llm.data.synth_requests import (
+    CLOSERS, OPENERS, PHRASINGS, REQUEST_KINDS, Instruction, request_key, write_fact_question,
+    write_request,
+)
 from modern_llm.data.synth_world import (
-    ATTRIBUTES, LABELS, OBJECTS, PLACES, Review, World, state, world, write_facts, write_review,
+    ATTRIBUTES, LABELS, Review, World, state, world, write_facts, write_review,
     write_story,
 )
 
@@ -42,7 +46,7 @@ __all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "RULES", "SPLIT
            "world"]
 
 # kind -> share of the documents
-KINDS = {"story": 0.40, "facts": 0.20, "problem": 0.25, "review": 0.15}
+KINDS = {"story": 0.30, "facts": 0.20, "problem": 0.20, "review": 0.10, "exchange": 0.20}
 SPLIT_NATS = {"train": -math.log(1 - HELDOUT_SHARE), "heldout": -math.log(HELDOUT_SHARE)}
 
 
@@ -73,7 +77,7 @@ class Document:
 
 
 def _write_document(c: Choices, w: World, kinds: dict[str, float]) -> tuple[str, str, str, dict]:
-    """(text, key of the split, kind, meta). The first word of a text tells its kind."""
+    """(text, key of the split, kind, meta). A text tells its kind."""
     kind = c.pick(tuple(kinds), tuple(kinds.values()))
     if kind == "problem":
         problem = write_problem(c)
@@ -84,6 +88,10 @@ def _write_document(c: Choices, w: World, kinds: dict[str, float]) -> tuple[str,
         review = write_review(c)
         return (f"Review: {review.text}\nSentiment: {review.label}", review.text, kind,
                 {"label": review.label})
+    if kind == "exchange":
+        item = write_request(c, w)
+        return (f"Question: {item.instruction}\n{item.input}".rstrip("\n")
+                + f"\nAnswer: {item.output}", request_key(item), kind, {"kind": item.kind})
     text, meta = (write_story if kind == "story" else write_facts)(c, w)
     return text, text, kind, meta
 
@@ -144,95 +152,33 @@ def entropy_floor(texts: Iterable[Document], tokens: int | None = None,
 
 # --- instructions ---------------------------------------------------------------------------------
 
-INSTRUCTION_KINDS = ("fact", "copy", "reverse", "count", "arithmetic", "sentiment")
-PLEASE = ("", "Please answer. ", "Tell me this. ", "I have a question. ", "Can you help? ",
-          "One more thing. ")
-QUESTIONS = {
-    "home": ("Where does {n} live?", "Where is the home of {n}?", "What place does {n} live in?"),
-    "pet": ("What pet does {n} have?", "Who lives with {n}?", "What is the pet of {n}?"),
-    "job": ("What is the job of {n}?", "What does {n} work as?", "What job does {n} have?"),
-    "colour": ("What colour does {n} like?", "What is the colour of {n}?",
-               "What colour does {n} wear?"),
-    "food": ("What does {n} eat?", "What is the food of {n}?", "What food does {n} like?"),
-}
-TASKS = {
-    "copy": ("Repeat these words.", "Say these words again.", "Copy this list."),
-    "reverse": ("Say these words from last to first.", "Turn this list around.",
-                "Write these words backwards."),
-    "count": ("How many words are here?", "Count these words.", "Give the number of words."),
-    "sentiment": ("Is this review positive or negative?", "Is this positive or negative?",
-                  "What is the sentiment?"),
-}
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """A request with one right output. `input` is "" where the request needs none."""
-
-    instruction: str
-    input: str
-    output: str
-    kind: str
-
-    def check(self, text: str) -> bool:
-        """Whether `text` is the right output; case, outer blanks and a final full stop do not
-        matter.
-        """
-        return text.strip().rstrip(".").lower() == self.output.rstrip(".").lower()
-
-
-def _fact_question(c: Choices) -> tuple[str, str, str]:
-    name, attribute = c.pick(NAMES), c.pick(tuple(ATTRIBUTES))
-    return c.pick(PLEASE) + c.pick(QUESTIONS[attribute]).format(n=name), name, attribute
-
-
-def _write_instruction(c: Choices, w: World, kinds: Sequence[str]) -> Instruction:
-    kind = c.pick(kinds)
-    if kind == "fact":
-        request, name, attribute = _fact_question(c)
-        return Instruction(request, "", state(name, attribute, w.facts[name][attribute]), kind)
-    if kind == "arithmetic":
-        a, b, plus = c.integer(1, 9), c.integer(1, 9), c.draw(2)
-        a, sign, words = (a, "+", "plus") if plus else (a + b, "-", "minus")
-        request = c.pick((f"What is {a} {words} {b}?", f"Compute {a}{sign}{b}.",
-                          f"How much is {a}{sign}{b}?"))
-        return Instruction(c.pick(PLEASE) + request, "", f"{calculate(f'{a}{sign}{b}')}", kind)
-    if kind == "sentiment":
-        review = write_review(c)
-        return Instruction(c.pick(TASKS[kind]), review.text, review.label, kind)
-    words = c.sample(OBJECTS + PLACES, c.integer(2, 5))
-    output = {"copy": " ".join(words), "reverse": " ".join(words[::-1]),
-              "count": str(len(words))}[kind]
-    return Instruction(c.pick(TASKS[kind]), " ".join(words), output, kind)
-
-
-def _instruction_key(item: Instruction) -> str:
-    return item.input if item.kind == "sentiment" else f"{item.instruction}\n{item.input}"
+INSTRUCTION_KINDS = tuple(REQUEST_KINDS)
 
 
 def instructions(split: str = "train", seed: int = 0, world_seed: int = 0,
-                 kinds: Iterable[str] | None = None) -> Iterator[Instruction]:
-    """Endless instructions, kinds equally likely. Instruction and input decide the split (the
-    review in `sentiment`)."""
+                 kinds: Iterable[str] | None = None,
+                 phrasings: str = "trained") -> Iterator[Instruction]:
+    """Endless instructions, kinds in the proportions of REQUEST_KINDS. Instruction and input decide
+    the split (the review in `sentiment`); `phrasings="new"` asks in ways that are never trained.
+    """
     kept = INSTRUCTION_KINDS if kinds is None else tuple(dict.fromkeys(kinds))
     if not kept:
         raise ValueError(
             f"kinds=() is empty; leave it None or name some of {', '.join(INSTRUCTION_KINDS)}")
     for kind in kept:
         one_of("kind", kind, INSTRUCTION_KINDS)
+    one_of("phrasings", phrasings, PHRASINGS)
+    if phrasings == "new":  # a greeting is itself its phrasing
+        kept = tuple(kind for kind in kept if kind != "greeting")
     w = world(world_seed)
     return _endless("instruction", split, seed,
-                    lambda c: _write_instruction(c, w, kept), _instruction_key)
+                    lambda c: write_request(c, w, kept, phrasings), request_key)
 
 
 # --- preferences ----------------------------------------------------------------------------------
 
 # rule -> relative frequency of pairs whose rejected answer breaks it
 RULES = {"polite": 2, "kind": 2, "true": 1}
-# pairs (kept, broken) of equal length
-OPENERS = (("Of course", "Not again"), ("My pleasure", "What a bore"), ("Good day", "Bad luck"))
-CLOSERS = (("Have a nice day.", "Now let me rest."), ("Ask me any time.", "Do not ask more."),
-           ("I like to help.", "I hate to help."))
 
 
 @dataclass(frozen=True)
@@ -261,7 +207,7 @@ def obeys(rule: str, text: str, world_seed: int = 0) -> bool:
 
 
 def _write_preference(c: Choices, w: World) -> Preference:
-    prompt, name, attribute = _fact_question(c)
+    prompt, name, attribute = write_fact_question(c)
     rule, opener, closer = (c.pick(tuple(RULES), tuple(RULES.values())),
                             c.pick(OPENERS), c.pick(CLOSERS))
     truth = w.facts[name][attribute]

@@ -30,10 +30,14 @@ PEOPLE = {"Tom": "he", "Anna": "she", "Ben": "he", "Lucy": "she", "Max": "he", "
           "Sam": "he", "Nora": "she", "Leo": "he", "Ella": "she", "Jack": "he", "Rose": "she"}
 PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}
 NAMES = tuple(PEOPLE)
+# strangers, of whom nothing is known, have names of two parts; the second tells `he` or `she`
+FIRST_PARTS = ("Ka", "Lo", "Mi", "Re", "Sa", "To", "Vi", "Zo")
+LAST_PARTS = {"dan": "he", "ron": "he", "mil": "he", "la": "she", "na": "she", "ri": "she"}
 ITEMS = ("apples", "balls", "books", "hats", "lamps", "keys", "maps", "cups", "kites", "rings",
          "coins", "stones")
 GAINS = ("buys", "finds", "gets", "takes")
 LOSSES = ("sells", "loses", "breaks", "gives away")
+JOINTS = (". Then {he}", " and", ", then")  # between what happens
 # level -> (range of the start, range of the number of boxes or None, steps after the start, range
 # of their operands)
 LEVELS = {1: ((2, 9), None, 1, (1, 9)), 2: ((2, 9), None, 2, (1, 9)), 3: ((2, 9), None, 3, (1, 9)),
@@ -126,20 +130,34 @@ def counted(n: int, items: str) -> str:
     return f"{n} {items[:-1] if n == 1 else items}"
 
 
+def stranger(c: Choices) -> tuple[str, str]:
+    """A name that no fact is known of, and `he` or `she`."""
+    first, last = c.pick(FIRST_PARTS), c.pick(tuple(LAST_PARTS))
+    return first + last, LAST_PARTS[last]
+
+
+def somebody(c: Choices) -> tuple[str, str]:
+    """A person of the world, or one time in three a stranger, and `he` or `she`."""
+    if c.draw(2, (2, 1)):
+        return stranger(c)
+    name = c.pick(NAMES)
+    return name, PEOPLE[name]
+
+
 def write_problem(choices: Choices, levels: Sequence[int] = tuple(LEVELS)) -> Problem:
     """Write one problem. The level shows in the number of steps and the size of the start, so no
     choice is hidden.
     """
     level = choices.pick(levels)
     start_range, box_range, steps, operand_range = LEVELS[level]
-    name, items = choices.pick(NAMES), choices.pick(ITEMS)
-    he, value = PEOPLE[name], choices.integer(*start_range)
+    (name, he), items = somebody(choices), choices.pick(ITEMS)
+    joint, value = choices.pick(JOINTS).format(he=he), choices.integer(*start_range)
     lines = []
     if box_range is None:
-        told = [f"{name} has {counted(value, items)}."]
+        told = f"{name} has {counted(value, items)}"
     else:
         boxes = choices.integer(*box_range)
-        told = [f"{name} has {boxes} boxes with {value} {items} in each box."]
+        told = f"{name} has {boxes} boxes with {value} {items} in each box"
         lines.append((boxes, "*", value))
         value *= boxes
     low, high = operand_range
@@ -147,16 +165,18 @@ def write_problem(choices: Choices, levels: Sequence[int] = tuple(LEVELS)) -> Pr
         gain = value <= low or choices.draw(2) == 0  # nobody loses the last one
         verb = choices.pick(GAINS if gain else LOSSES)
         operand = choices.integer(low, high if gain else min(high, value - 1))
-        more = (f"{operand} more {counted(operand, items).split(' ')[1]}" if gain
-                else counted(operand, items))
-        told.append(f"Then {he} {verb} {more}.")
+        thing = counted(operand, items)
+        if gain and choices.draw(2):
+            thing = thing.replace(" ", " more ", 1)
+        told += f"{joint} {verb} {thing}"
         lines.append((value, "+" if gain else "-", operand))
         value += operand if gain else -operand
-    ask = choices.pick((f"{name} have now?", f"{he} have in the end?"))
-    told.append(f"How many {items} does {ask}")
+    asked = choices.pick((f" does {name} have now", f" does {he} have in the end",
+                          f" does {he} have", ""))
     answer = [f"{f'Then {he}' if i else name} has {_marked(*line, items)}."
               for i, line in enumerate(lines)]
-    return Problem(" ".join(told), "\n".join([*answer, f"#### {value}"]), level, value)
+    return Problem(f"{told}. How many {items}{asked}?", "\n".join([*answer, f"#### {value}"]),
+                   level, value)
 
 
 def _marked(a: int, sign: str, b: int, items: str) -> str:

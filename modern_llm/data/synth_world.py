@@ -189,22 +189,27 @@ OPINIONS = {True: ("good", "nice", "great", "lovely", "fresh", "fine"),
 
 @dataclass(frozen=True)
 class Review:
-    """A review of three opinions; `label` is what most of them are ("positive" or "negative";
-    `not good` is negative)."""
+    """A review of one opinion or three; `label` is what most of them are ("positive" or "negative";
+    `not good` is negative).
+    """
 
     text: str
     label: str
 
 
 def write_review(c: Choices) -> Review:
-    """Who went where and when, then three opinions; the first two are joined by `and` if they
-    agree, else by `but`."""
-    opening = f"{c.pick(NAMES)} {c.pick(GOING)} to the {c.pick(PLACES)} {c.pick(WHEN)}."
+    """One opinion; or who went where and when, then three, of which the first two are joined by
+    `and` if they agree, else by `but`.
+    """
     parts, signs = [], []
-    for aspect in c.sample(ASPECTS, 3):
+    opening = ("" if c.draw(2)
+               else f"{c.pick(NAMES)} {c.pick(GOING)} to the {c.pick(PLACES)} {c.pick(WHEN)}. ")
+    for aspect in c.sample(ASPECTS, 3 if opening else 1):
         positive, degree = c.draw(2) == 1, c.pick(DEGREES)
         signs.append(positive)
         parts.append(f"he {aspect} was {degree} {c.pick(OPINIONS[positive != (degree == 'not')])}")
+    if not opening:
+        return Review(f"T{parts[0]}.", LABELS[positive])
     link = "and" if signs[0] == signs[1] else "but"
-    return Review(f"{opening} T{parts[0]}, {link} t{parts[1]}. T{parts[2]}.",
+    return Review(f"{opening}T{parts[0]}, {link} t{parts[1]}. T{parts[2]}.",
                   LABELS[sum(signs) >= 2])

@@ -138,9 +138,10 @@ FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
                work=_sampled_work),
     TaskFamily("instructions", _BY + "instructions", _BY + "instructions_items",
                lambda of, stage, asked, _: f"built-in, greedy, {asked}, the whole answer",
-               headline=("exact match",),
+               headline=("exact match", "exact match, new phrasings"),
                texts=lambda of: [f"{i.instruction}\n{i.input}" for i in of.instructions],
-               work=lambda of: _written(of, of.eval.num_instructions * has_instructions(of),
+               # in phrasings of the training, and in new ones
+               work=lambda of: _written(of, 2 * of.eval.num_instructions * has_instructions(of),
                                         longest=INSTRUCTION_TOKENS)),
     TaskFamily("preferences", _BY + "preferences", _BY + "preferences_items",
                _BY + "preferences_protocol", headline=("accuracy",), compared="accuracy",

@@ -89,8 +89,9 @@ def evaluation_items(config: PipelineConfig, tokenizer: Tokenizer) -> Evaluation
                              settings.num_problems, **levels)
     sampled = [i for i, p in enumerate(problems) if settings.problems != "synthetic"
                or p.level in settings.sampled_levels][:settings.sampled_problems]
-    requests = lambda split, n: list(
-        itertools.islice(synth.instructions(split, seed=7, world_seed=world_seed), n))
+    requests = lambda split, n, phrasings="trained": list(itertools.islice(
+        synth.instructions(split, 7, world_seed, phrasings=phrasings), n))
+    asked = settings.num_instructions * has_instructions(config)
     each = math.ceil(settings.num_pairs / len(config.dpo.sources))
     pairs = [preference_pairs(source, held_out_split(source), each, world_seed=world_seed)[0]
              for source in config.dpo.sources]
@@ -98,7 +99,7 @@ def evaluation_items(config: PipelineConfig, tokenizer: Tokenizer) -> Evaluation
         config, problems, word_problems(settings.problems, "train", 200, **levels), sampled,
         sentences(settings.sentiment, "test", settings.num_sentences),
         sentences(settings.sentiment, "train", 400),
-        requests("heldout", settings.num_instructions * has_instructions(config)),
+        requests("heldout", asked) + requests("heldout", asked, "new"),
         requests("train", 200),
         list(itertools.chain(*pairs)), protocol_sources(config),
         {name: build_token_cache(name, "validation", tokenizer, config.data.max_validation_tokens,
@@ -231,8 +232,12 @@ def instructions(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
 
 
 def instructions_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
-    """Exact match by kind of instruction, and ending."""
-    return [item_rows(stage, "instructions", "exact match", table.item, table.right, table.kind),
+    """Exact match by kind of instruction, in phrasings of the training and in new ones, and ending.
+    """
+    new = pd.Series([item.new for item in of.instructions], table.index)
+    return [*(item_rows(stage, "instructions", metric, part.item, part.right, part.kind)
+              for metric, part in (("exact match", table[~new]),
+                                   ("exact match, new phrasings", table[new])) if len(part)),
             item_rows(stage, "instructions", "ended", table.item, table.ended)]
 
 

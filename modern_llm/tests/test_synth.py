@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from modern_llm.data import marking, synth, synth_problems, synth_world
+from modern_llm.data import marking, synth, synth_problems, synth_requests, synth_world
 from modern_llm.data.synth_problems import Choices, write_problem
 
 
@@ -59,11 +59,13 @@ def total_probability(outcomes):
 
 
 WORLD = synth.world(0)
+asked = lambda item: (item.instruction, item.input)
 WRITERS = {
     "story": lambda c: synth_world.write_story(c, WORLD)[0],
     "facts": lambda c: synth_world.write_facts(c, WORLD)[0],
     "review": lambda c: synth_world.write_review(c).text,
     "problem": lambda c: write_problem(c).question,
+    "request": lambda c: "\n".join(asked(synth_requests.write_request(c, WORLD))),
     "document": lambda c: synth._write_document(c, WORLD, synth.KINDS)[0],
 }
 
@@ -74,8 +76,10 @@ WRITERS = {
 def test_probabilities_of_all_level_1_problems_sum_to_one_and_their_mean_is_the_entropy(
     monkeypatch
 ):
-    monkeypatch.setattr(synth_problems, "NAMES", synth.NAMES[:3])
-    monkeypatch.setattr(synth_problems, "ITEMS", synth_problems.ITEMS[:4])
+    monkeypatch.setattr(synth_problems, "NAMES", synth.NAMES[:1])
+    monkeypatch.setattr(synth_problems, "FIRST_PARTS", ("Ka",))
+    monkeypatch.setattr(synth_problems, "LAST_PARTS", {"dan": "he"})
+    monkeypatch.setattr(synth_problems, "ITEMS", synth_problems.ITEMS[:1])
     outcomes = list(everything(lambda c: write_problem(c, (1,)).question))
     total, n = total_probability(outcomes)
     assert n > 10_000 and total == pytest.approx(1, abs=1e-9)
@@ -173,10 +177,10 @@ def test_documents_are_as_described():
     texts = list(islice(synth.documents(), 4000))
     for kind, share in synth.KINDS.items():
         assert abs(sum(d.kind == kind for d in texts) / len(texts) - share) < 0.03
-    starts = {"problem": "Question: ", "review": "Review: "}
+    starts = {"problem": "Question: ", "exchange": "Question: ", "review": "Review: "}
     assert all(d.text.startswith(starts[d.kind]) for d in texts if d.kind in starts)
-    assert len({word.lower() for d in texts for word in re.findall(r"[A-Za-z]+", d.text)}) < 260
-    assert all(d.text.isascii() and "  " not in d.text and 100 < len(d.text) < 700 for d in texts)
+    assert len({word.lower() for d in texts for word in re.findall(r"[A-Za-z]+", d.text)}) < 360
+    assert all(d.text.isascii() and "  " not in d.text and len(d.text) < 700 for d in texts)
 
 
 # --- determinism and splits -----------------------------------------------------------------------
@@ -292,8 +296,8 @@ def test_review_labels_are_the_majority():
         opinions = re.findall(r"was (\w+) (\w+)", document.text)
         good = sum((word in synth_world.OPINIONS[True]) != (degree == "not")
                    for degree, word in opinions)
-        assert (len(opinions) == 3
-                and document.text.endswith(f"\nSentiment: {synth.LABELS[good >= 2]}"))
+        assert len(opinions) in (1, 3) and document.text.endswith(
+            f"\nSentiment: {synth.LABELS[2 * good > len(opinions)]}")
     labels = [r.label for r in islice(synth.sentiment(), 2000)]
     assert abs(labels.count("positive") / 2000 - 0.5) < 0.05
 
@@ -311,8 +315,9 @@ def test_problems_are_right_and_in_gsm8k_format():
         # solve the question independently
         numbers = [int(n) for n in re.findall(r"\d+", problem.question)]
         value = numbers[0] * numbers[1] if "boxes" in problem.question else numbers[0]
-        for number, more in re.findall(r"Then \w+ [a-z ]+? (\d+) (more )?", problem.question):
-            value += int(number) if more else -int(number)
+        gain = "|".join(synth_problems.GAINS)
+        for verb, number in re.findall(r" (\w+(?: away)?) (\d+)", problem.question)[1:]:
+            value += int(number) * (1 if verb in gain else -1) * (verb != "with")
         assert value == problem.value
     assert {p.level for p in islice(synth.problems(levels=[2, 4]), 50)} == {2, 4}
 
@@ -348,11 +353,17 @@ def test_instruction_outputs_are_right():
             assert item.output == expected[item.kind] and 2 <= len(words) <= 5
         elif item.kind == "arithmetic":
             a, sign, b = re.search(r"(\d+) ?([+-]|plus|minus) ?(\d+)", item.instruction).groups()
-            assert int(item.output) == (int(a) + int(b) if sign in ("+", "plus")
-                                        else int(a) - int(b))
+            sign = {"plus": "+", "minus": "-"}.get(sign, sign)
+            value = int(a) + int(b) if sign == "+" else int(a) - int(b)
+            assert item.output == f"{a}{sign}{b}={value}"
         elif item.kind == "fact":
             name = next(n for n in WORLD.facts if re.search(rf"\b{n}\b", item.instruction))
             assert item.output in facts and item.output.startswith(name)
+        elif item.kind == "unknown":
+            assert (item.output == "I do not know that."
+                    or item.output[14:-1] in item.instruction.replace("?", " ").split())
+        elif item.kind == "greeting":
+            assert item.output[-1] in ".?!"
         else:
             assert item.output in synth.LABELS
     assert {x.kind for x in islice(synth.instructions(), 200)} == set(synth.INSTRUCTION_KINDS)
@@ -377,7 +388,7 @@ def test_preferences_break_exactly_the_named_rule_and_length_tells_nothing():
 def test_leaves_need_the_standard_library_only():
     import ast
     import sys
-    for module in (marking, synth, synth_problems, synth_world):
+    for module in (marking, synth, synth_problems, synth_requests, synth_world):
         for node in ast.walk(ast.parse(open(module.__file__, encoding="utf-8").read())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
