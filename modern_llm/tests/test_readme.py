@@ -99,6 +99,10 @@ CASES = {
                               lane="run"),
     "modern-llm chat --run local-smoke": Case("--max-new-tokens 4", ("runs/local-smoke/dpo",),
                                               typed="What is 3 plus 4?\n/quit\n", lane="run"),
+    'modern-llm score --run local-smoke "What is 3 plus 4?" "3+4=<<3+4=7>>7" '
+    '"3+4=<<3+4=9>>9"': Case(
+        "", ("rank", "answer 2: 0.") if EVERY_STAGE else ("has no verifier",),
+        code=0 if EVERY_STAGE else 2, lane="run"),
     "modern-llm presets": Case("", ("local-smoke", "tacc-h100")),
     "modern-llm run --stage pretrain --run sinks -p model.use_attention_sinks=true -p "
     "hardware.ranks=2": Case(" ".join(f"-p {setting}" for setting in TINY.split()),
