@@ -38,9 +38,9 @@ def practice(chapter, checking, folder, force) -> None:
     what you wrote, or says that it is not there yet. What is still blank only makes the cells wait
     that call it.
 
-    --check runs the copy from its first cell to its last. A chapter that is a stage (03_pretrain and
-    later) trains for a few steps only, in a temporary folder; the small models that it starts from
-    are made once, in about a minute, and kept.
+    --check runs the copy from its first cell to its last. A chapter that is a stage (03_pretrain
+    and later) trains for a few steps only, in a temporary folder; the small models that it starts
+    from are made once, in about a minute, and kept.
 
     \b
     modern-llm practice 01_attention             writes practice/01_attention.ipynb

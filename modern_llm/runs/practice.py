@@ -5,8 +5,8 @@ In the copy, the reader's code is a namespace and the package stays what it is. 
 the page gives, in place of what the chapter's own module defines, what the page defines under that
 name, through whichever module it came (`Practised`); the package's modules go on importing each
 other. So decoding, saving or a stage around the page work while half of it is still blank, and what
-fails is the code in view, not a module three imports away. It is also how the chapter itself is run:
-its cells define everything anew, and meet the package only through imports.
+fails is the code in view, not a module three imports away. It is also how the chapter itself is
+run: its cells define everything anew, and meet the package only through imports.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def practice_copy(chapter: str, folder: Path) -> dict:
             text = re.sub(r"\]\((?!\w+:|#|/)", f"]({chapters}/", text)
         cell["source"] = text.splitlines(keepends=True)
     where = "" if folder == Path("practice") else f" --to {folder}"
-    said = INTRODUCTION.format(chapter=source.stem, where=where, solution=f"{chapters}/{source.name}")
+    said = INTRODUCTION.format(chapter=source.stem, where=where,
+                               solution=f"{chapters}/{source.name}")
     first = [{"cell_type": "markdown", "id": "practice-text", "metadata": {},
               "source": said.splitlines(keepends=True)},
              {"cell_type": "code", "id": "practice-guard", "metadata": {}, "outputs": [],

@@ -98,7 +98,7 @@ class Marks(ast.NodeTransformer):
             place = len(node.body) - len(body_of(node))
             node.body.insert(place, ast.parse(f"{CALLED}({name!r})").body[0])
             for part in ast.walk(node.body[place]):
-                ast.copy_location(part, node.body[place + 1] if place + 1 < len(node.body) else node)
+                ast.copy_location(part, node)
         return tree
 
 

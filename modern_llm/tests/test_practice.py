@@ -1,8 +1,8 @@
 """`modern-llm practice`: a chapter with blank bodies, what was written into it, and its check.
 
-The right bodies, put back, pass; a wrong one, alone, is noticed by its chapter. By default the first
-chapter and a few bodies of two others stand for all of the spine: MODERN_LLM_SLOW_TESTS=1 tries
-every body, which takes about an hour.
+The right bodies, put back, pass; a wrong one, alone, is noticed by its chapter. By default the
+first chapter and a few bodies of two others stand for all of the spine: MODERN_LLM_SLOW_TESTS=1
+tries every body, which takes about an hour.
 """
 
 import ast
@@ -246,8 +246,8 @@ def test_nothing_is_overwritten_unasked():
     (["01_atention"], "did you mean '01_attention'?"), (["layers"], "did you mean '00_layers'?"),
     (["zzz"], "valid: 00_layers, 01_attention"), (["00_layers", "--check"], "writes it"),
     (["00_layers", "--check", "--to", "my"], "practice 00_layers --to my` writes it"),
-    (["00_layers", "--check", "--force"], "say one of them"), (["00_layers", "--to", "file"], "file")
-])
+    (["00_layers", "--check", "--force"], "say one of them"),
+    (["00_layers", "--to", "file"], "file")])
 def test_what_cannot_be_done_says_what_can(words, said):
     Path("file").write_text("")
     code, output = asked(*words)
@@ -290,7 +290,8 @@ def test_an_import_gives_what_the_page_defines():
     # what another chapter defines is the package's, and so is what the package itself uses
     from modern_llm.models import attention, decoder, saving
 
-    assert namespace["KVCache"] is attention.KVCache and namespace["load_model"] is saving.load_model
+    assert namespace["KVCache"] is attention.KVCache
+    assert namespace["load_model"] is saving.load_model
     assert saving.ModernDecoderLM is decoder.ModernDecoderLM is not mine
 
 
