@@ -14,7 +14,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from types import ModuleType
 
 from modern_llm.files import read_json
 from modern_llm.messages import StageError
@@ -24,6 +26,7 @@ from modern_llm.runs.practice import (
 )
 
 SKIPPED = ("#| slow", "#| gpu", "#| eval: false")
+PAGES = count(1)
 CALLED = "__practised__"  # what a definition tells its name to when it is called
 # A page that is a stage is run with as little training as its assertions need: the parameters that
 # are put in behind its own.
@@ -64,11 +67,16 @@ class Verdict:
     def said(self) -> str:
         if self.state != "written":
             return self.state
-        passes = f"passes in {len(self.passed)} cell{'s' * (len(self.passed) != 1)}"
+        passes = f"passes in {counted(self.passed)}"
         if not self.failed:
             return passes if self.passed else "written; no cell that was reached asserts it"
-        fails = f"fails in {', '.join(self.failed)}"
-        return f"{passes}, {fails}" if self.passed else fails
+        fails = f"called in {counted(self.failed)} that fail{'s' * (len(self.failed) == 1)}"
+        return f"{f'{passes}, ' * bool(self.passed)}{fails}: {', '.join(self.failed)}"
+
+
+def counted(cells: list[str]) -> str:
+    """`1 cell`, `2 cells`."""
+    return f"{len(cells)} cell{'s' * (len(cells) != 1)}"
 
 
 def plain(source: str) -> str:
@@ -198,22 +206,28 @@ def verdicts(chapter: str, path: Path, cells: list[Cell]) -> list[Verdict]:
 def shell_in(folder: Path) -> Iterator:
     """An IPython shell of its own in a folder, which shows nothing; what it changes of this process
     is put back.
+
+    Its module has a name that no other had: what a type checker remembers by name of an earlier
+    page is not taken for this one's.
     """
     from IPython.core.interactiveshell import InteractiveShell
     from traitlets.config import Config
 
-    before = Path.cwd(), sys.modules["__main__"], InteractiveShell._instance, dict(os.environ)
+    before = Path.cwd(), InteractiveShell._instance, dict(os.environ)
     os.environ.setdefault("MPLBACKEND", "agg")
-    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    module = ModuleType(f"page_{next(PAGES)}")
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}),
+                             user_module=module)
     InteractiveShell._instance = shell
     os.chdir(folder)
     try:
         yield shell
     finally:
         os.chdir(before[0])
-        sys.modules["__main__"], InteractiveShell._instance = before[1:3]
+        InteractiveShell._instance = before[1]
         os.environ.clear()
-        os.environ.update(before[3])
+        os.environ.update(before[2])
+        sys.modules.pop(module.__name__, None)
 
 
 def explained(error: BaseException, source: str, hints: dict[str, str],
