@@ -9,6 +9,7 @@ import sys
 import click
 
 from modern_llm.cli.bench_command import bench
+from modern_llm.cli.checkpoint_command import checkpoints
 from modern_llm.cli.data_commands import datasets, prefetch, presets
 from modern_llm.cli.model_commands import chat, check_inference, export, sample
 from modern_llm.cli.practice_command import practice
@@ -44,6 +45,7 @@ def main() -> None:
     modern-llm chat --run local-smoke              talk to the model
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm score --run local-smoke "What is 3 plus 4?" "3+4=<<3+4=7>>7 #### 7"
+    modern-llm checkpoints local-smoke/pretrain    what it knew when: its kept weights, compared
     modern-llm export --run local-smoke --to DIR   for transformers and others, with a model card
     modern-llm check-inference --run local-smoke   does it fit 12 GB?
     modern-llm presets local-cpu                   every setting of a preset, as JSON
@@ -54,6 +56,6 @@ def main() -> None:
     """
 
 
-for command in (run, submit, status, chat, sample, score, export, check_inference, bench, presets,
-                datasets, prefetch, practice):
+for command in (run, submit, status, chat, sample, score, checkpoints, export, check_inference,
+                bench, presets, datasets, prefetch, practice):
     main.add_command(command)
