@@ -123,7 +123,9 @@ def noticed(chapter: str, folder: Path, cell: str, name: str, kind: str):
     source = practice.code_cells(practice.read_json(practice.chapter_path(chapter)))[cell]
     path = solved(chapter, folder, **{cell: wrong(source, name, kind)})
     CHANGED.clear()
-    found = next((one for one in practice_check.check(chapter, path) if one.state != "passes"), None)
+    cells = practice_check.check(chapter, path)
+    found = next((one for one in cells if one.state != "passes"), None)
+    cells.close()
     return found or (None if kind == "nothing" or CHANGED else "nothing that could be off")
 
 
