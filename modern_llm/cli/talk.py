@@ -32,25 +32,31 @@ def choose_model(run: str | None, stage: str | None, checkpoint: str | None,
     if stage is not None and stage not in GENERATORS:
         raise StageError(f"stage {stage!r} makes no language model; use one of "
                          f"{', '.join(reversed(GENERATORS))}")
+    folder = chosen_folder(run, checkpoint, output_dir)
+    if checkpoint and stage and is_model(folder) and folder.resolve().parent.name != stage:
+        raise StageError(f"--stage {stage} chooses among the stages of a run, and {folder} is "
+                         "one checkpoint: leave --stage out")
+    return find_checkpoint(folder / stage if stage and (run or not is_model(folder)) else folder)
+
+
+def chosen_folder(run: str | None, checkpoint: str | None, output_dir: str | None) -> Path:
+    """The folder of the run that the words name, or the one they give; StageError says which runs
+    there are.
+    """
     root = Path(output_dir or runs_folder()).expanduser()
     if run and checkpoint:
         raise StageError("say either --run or --checkpoint, not both")
     if checkpoint:
-        folder = Path(checkpoint).expanduser()
-        if stage and is_model(folder) and folder.resolve().parent.name != stage:
-            raise StageError(f"--stage {stage} chooses among the stages of a run, and {folder} is "
-                             "one checkpoint: leave --stage out")
-    else:
-        there = sorted(path.parent.name for path in root.glob("*/run.json"))
-        if not run:
-            raise StageError(f"which model? Say --run NAME or --checkpoint PATH; runs in {root}: "
-                             f"{', '.join(there) or 'none'}")
-        if run not in there and not _is_folder(root / run):
-            raise StageError(
-                f"no run {run!r} in {root}{nearest(run, there) if there else ', nor any other'}. "
-                f"Tried {root / run}")
-        folder = root / run
-    return find_checkpoint(folder / stage if stage and (run or not is_model(folder)) else folder)
+        return Path(checkpoint).expanduser()
+    there = sorted(path.parent.name for path in root.glob("*/run.json"))
+    if not run:
+        raise StageError(f"which model? Say --run NAME or --checkpoint PATH; runs in {root}: "
+                         f"{', '.join(there) or 'none'}")
+    if run not in there and not _is_folder(root / run):
+        raise StageError(
+            f"no run {run!r} in {root}{nearest(run, there) if there else ', nor any other'}. "
+            f"Tried {root / run}")
+    return root / run
 
 
 def _is_folder(path: Path) -> bool:

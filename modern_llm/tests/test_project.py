@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from modern_llm.runs.practice import SPINE
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "modern_llm"
 
@@ -83,10 +85,6 @@ def test_no_folder_imports_in_a_circle():
     # a folder's face is no part of a circle
     graph = {module: used_by(module) - {module.split(".")[0]} for module in MODULES}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
-
-
-SPINE = ("00_layers", "01_attention", "02_model", "02a_data", "02b_optim", "03_trainer",
-         "03_pretrain", "04_sft", "05_dpo", "06_verifier", "07_eval", "08_attention_viz")
 
 
 def test_every_chapter_has_its_place():

@@ -92,11 +92,20 @@ CASES = {
     "make test": Elsewhere("test_readme.py", ".venv/bin/python -m pytest"),
     ACTIVATE: Case("&& command -v modern-llm papermill", ("bin/modern-llm\n", "bin/papermill\n")),
     "make lab": Elsewhere("test_jupyterlab.py", "jupyter lab --notebook-dir="),
+    "modern-llm practice 01_attention": Case("", ("15 definitions to write: attention_weights",),
+                                            ("practice/01_attention.ipynb",)),
     "make docs": Elsewhere("test_docs.py", ".venv/bin/python docs/build.py"),
     "modern-llm status": Case("", ("local-smoke", "pretrain", "finished", "bits per byte"),
                               lane="run"),
     "modern-llm chat --run local-smoke": Case("--max-new-tokens 4", ("runs/local-smoke/dpo",),
                                               typed="What is 3 plus 4?\n/quit\n", lane="run"),
+    'modern-llm score --run local-smoke "What is 3 plus 4?" "3+4=<<3+4=7>>7" '
+    '"3+4=<<3+4=9>>9"': Case(
+        "", ("rank", "answer 2: 0.") if EVERY_STAGE else ("has no verifier",),
+        code=0 if EVERY_STAGE else 2, lane="run"),
+    "modern-llm checkpoints local-smoke/pretrain": Case(
+        "--max-new-tokens 4 --max-tokens 500", ("bits per byte, text", "written: "),
+        ("runs/local-smoke/pretrain-checkpoints/checkpoints.csv",), lane="run"),
     "modern-llm presets": Case("", ("local-smoke", "tacc-h100")),
     "modern-llm run --stage pretrain --run sinks -p model.use_attention_sinks=true -p "
     "hardware.ranks=2": Case(" ".join(f"-p {setting}" for setting in TINY.split()),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,18 +20,20 @@ from torch import Tensor
 from ..data.answer_pairs import encode_candidate
 from ..data.chat import chat_format, end_id
 from ..data.tasks import Problem
-from ..data.tokens import save_tokenizer
-from ..files import write_json
+from ..data.tokens import load_tokenizer, save_tokenizer
+from ..files import previous_of, write_json
 from ..models.generation import evaluating
 from ..models.saving import save_model, write_tensors
-from ..models.verifier import VerifierModel, running_surprise, token_log_probs
+from modern_llm.models.verifier import (
+    VerifierModel, load_verifier, running_surprise, token_log_probs,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 # %% auto #0
 __all__ = ['read_answers', 'score_answers', 'score', 'score_samples', 'token_scores', 'logistic_fit', 'start_from_surprise',
-           'calibrate', 'save_verifier']
+           'calibrate', 'save_verifier', 'Scorer', 'load_scorer']
 
 # %% ../../nbs/36_verifier_scores.ipynb #read-answers
 @torch.inference_mode()
@@ -191,3 +194,64 @@ def save_verifier(folder: str | Path, verifier: VerifierModel, tokenizer: Tokeni
     write_tensors(head, folder / "verifier.safetensors")
     write_json(folder / "verifier.json", {"kind": "encoder" if verifier.is_encoder else "generator",
                                           "surprise": verifier.surprise is not None})
+
+# %% ../../nbs/36_verifier_scores.ipynb #scorer
+@dataclass(frozen=True)
+class Scorer:
+    """A verifier with its tokenizer: how likely an answer to a problem is right, both plain text.
+    """
+
+    verifier: VerifierModel
+    tokenizer: Tokenizer
+
+    def score(self, problem: str, answer: str) -> float:
+        """How likely the answer is right, 0 to 1, read at its end. ValueError as of `running`."""
+        return self.running(problem, answer)[-1][1]
+
+    def running(self, problem: str, answer: str, by: str = "step") -> list[tuple[str, float]]:
+        """The pieces of an answer, and the score after each; the last one is the score of the
+        whole.
+
+        Args:
+            by: "step": a piece ends behind a marked sum `<<3+4=7>>` and at the end of a line;
+                "token": behind every token, or the last one of a character.
+
+        Raises:
+            ValueError: an empty problem or answer, or one too long for the context.
+        """
+        for name, text in (("problem", problem), ("answer", answer)):
+            if not text.strip():
+                raise ValueError(f"the {name} {text!r} has no text: a problem and an answer to it "
+                                 "are needed")
+        asked = Problem(problem, answer="", level=0, value=0)
+        ids, start = encode_candidate(self.tokenizer, asked, answer)
+        if len(ids) > (room := self.verifier.model.cfg.context_length):
+            short = answer if len(answer) <= 60 else answer[:59] + "…"
+            raise ValueError(f"the answer {short!r} and its problem have {len(ids)} tokens "
+                             f"({len(ids) - start} of the answer), and the context of this "
+                             f"verifier has {room}: shorten one of them")
+        _, values = token_scores(self.verifier, self.tokenizer, asked, answer)
+        found, first = [], start
+        for last, value in enumerate(values.tolist(), start):
+            whole = last == len(ids) - 1  # the token that ends the answer is none of its text
+            text = self.tokenizer.decode(ids[first : last + 1 - whole], skip_special_tokens=False)
+            if whole or (">>" in text or "\n" in text if by == "step"
+                         else not text.endswith("\ufffd")):
+                found.append((text, value))
+                first = last + 1
+        return found
+
+
+def load_scorer(folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
+    """The verifier of a run's, stage's or checkpoint folder, ready to judge.
+
+    Raises FileNotFoundError if it has none; the message says what was tried.
+    """
+    given = Path(folder).expanduser()
+    tried = (given, given / "checkpoint", given / "verifier" / "checkpoint")
+    for place in (place for path in tried for place in (path, previous_of(path))):
+        if (place / "verifier.json").is_file():
+            return Scorer(load_verifier(place, device), load_tokenizer(place))
+    raise FileNotFoundError(f"{given} has no verifier: no verifier.json in "
+                            f"{', '.join(map(str, tried))}. Train one, `modern-llm run --stage "
+                            "verifier` with the run's preset and name, or choose another run")
