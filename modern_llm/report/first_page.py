@@ -146,9 +146,10 @@ def verdicts(page: Page, shown: list[dict]) -> None:
         lost.append(f"{model_name(row['stage'])}: {row['task']}, {row['metric']}, "
                     f"{signed({**row, 'value': row['change']})} against "
                     f"{model_name(row['against'])}")
-    lost += [f"{model_name(one['stage'])}: {one['task']}, {one['metric']}: "
-             f"{interval(one['was'])} ({model_name(one['before'])}) → {interval(one['now'])}, "
-             f"{signed(one['change'])} not paired{whole(run, one)}" for one in losses_by_kind(run.ledger)]
+    for one in losses_by_kind(run.ledger):
+        lost.append(f"{model_name(one['stage'])}: {one['task']}, {one['metric']}: "
+                    f"{interval(one['was'])} ({model_name(one['before'])}) → "
+                    f"{interval(one['now'])}, {signed(one['change'])} not paired{whole(run, one)}")
     for alarm in run.results.get("dpo", {}).get("alarms", []):
         lost.append(f"DPO raised an alarm: {alarm.get('alarm')} at step "
                     f"{number(alarm.get('step'))} ({alarm.get('detail')})")
