@@ -24,6 +24,10 @@ from modern_llm.runs import practice, practice_check
 SLOW = bool(os.environ.get("MODERN_LLM_SLOW_TESTS"))
 SAMPLE = {("01_attention", "rotary_frequencies"), ("01_attention", "apply_rotary"),
           ("02b_optim", "cross_entropy_chunk"), ("02b_optim", "_ChunkedCrossEntropy.backward")}
+# the chapters whose results, too, are each asserted; in later ones some are only shown
+EVERY_RESULT = ("01_attention", "02a_data", "02b_optim", "03_pretrain")
+# what validation says of a run in progress differs from the page's final measure, by design
+UNASSERTED = {"Pretraining.evaluate"}
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +324,8 @@ def test_the_right_bodies_pass(chapter):
 
 WRONG = [(chapter, cell, name, kind) for chapter in practice.SPINE
          for cell, name in bodies(chapter) for kind in ("nothing", "off")
-         if SLOW or chapter == "00_layers" or kind == "off" and (chapter, name) in SAMPLE]
+         if chapter == "00_layers" or kind == "off" and (chapter, name) in SAMPLE
+         or SLOW and (kind == "nothing" or chapter in EVERY_RESULT) and name not in UNASSERTED]
 
 
 @pytest.mark.parametrize("chapter, cell, name, kind", WRONG)
