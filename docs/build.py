@@ -39,7 +39,7 @@ def write(name: str, content: str | bytes) -> None:
 
 # the tens of a chapter's number
 SHELVES = {1: "The model", 2: "The data", 3: "Training", 4: "Evaluation", 5: "Experiments",
-           6: "Extending"}
+           6: "Extending", 7: "Guides"}
 
 
 def shelf(order: float) -> str:

@@ -1,5 +1,5 @@
-"""Draw the two figures of README.md: the pipeline, and what local-smoke's ledger says. Legible on
-light and on dark pages.
+"""Draw the figures of README.md and of the guides: what local-smoke's ledger says, at the width of
+a phone, and the pipeline. Legible on light and on dark pages.
 """
 
 from pathlib import Path
@@ -58,7 +58,7 @@ def pipeline() -> None:
     arrow(ax, (1.77, 2.85), (2.46, 2.85), "is")
     for place, word in ((4.536, "and"), (6.749, "and")):
         ax.text(place, 2.85, word, ha="center", va="center", size=8)
-    stages = [("03 pretrain", "next token\nof any text", GREEN, "base"),
+    stages = [("03 pretrain", "next token\nof any text", GREEN, "pretrained"),
               ("04 SFT", "answers\nof chats", GREEN, "chat"),
               ("05 DPO", "chosen over\nrejected", GREEN, "policy"),
               ("06 verifier", "right or wrong,\nits own answers", GREEN, "judge"),
@@ -93,11 +93,11 @@ def results() -> None:
     ledger = pd.read_csv(root / "report" / "results" / "local-smoke" / "ledger.csv").set_index(
         ["task", "metric", "stage"])
     colours = {"base": SLATE, "sft": BLUE, "dpo": GREEN, "verifier": ORANGE}
-    names = {"majority@16": "majority", "weighted_vote@16": "verifier's"}
-    fig, axes = plt.subplots(1, len(panels), figsize=(9, 2.6), sharey=True, layout="constrained",
-                             width_ratios=[1, 1, 1, 1.15])
-    for ax, (title, measures) in zip(axes, panels.items()):
-        bars = [(names.get(metric, "greedy" if "sampled" in task else stage), stage,
+    names = {"base": "pretrained", "sft": "SFT", "dpo": "DPO", "majority@16": "majority",
+             "weighted_vote@16": "verifier's"}
+    fig, axes = plt.subplots(2, 2, figsize=(5, 4.4), sharey=True, layout="constrained")
+    for ax, (title, measures) in zip(axes.flat, panels.items()):
+        bars = [(names.get(metric, "greedy" if "sampled" in task else names[stage]), stage,
                  ledger.loc[(task, metric, stage)])
                 for task, metric, stages in measures for stage in stages]
         for place, (label, stage, row) in enumerate(bars):

@@ -9,8 +9,10 @@ import sys
 import click
 
 from modern_llm.cli.bench_command import bench
+from modern_llm.cli.checkpoint_command import checkpoints
 from modern_llm.cli.data_commands import datasets, prefetch, presets
 from modern_llm.cli.model_commands import chat, check_inference, export, sample
+from modern_llm.cli.practice_command import practice
 from modern_llm.cli.run_commands import run, status, submit
 from modern_llm.cli.score_command import score
 from modern_llm.runs.launch import skip_last_collection
@@ -43,15 +45,17 @@ def main() -> None:
     modern-llm chat --run local-smoke              talk to the model
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm score --run local-smoke "What is 3 plus 4?" "3+4=<<3+4=7>>7 #### 7"
+    modern-llm checkpoints local-smoke/pretrain    what it knew when: its kept weights, compared
     modern-llm export --run local-smoke --to DIR   for transformers and others, with a model card
     modern-llm check-inference --run local-smoke   does it fit 12 GB?
     modern-llm presets local-cpu                   every setting of a preset, as JSON
     modern-llm datasets --preset local-cpu         is the data it needs there?
     modern-llm bench --device cuda --to DIR        how fast is this machine, and why?
+    modern-llm practice 01_attention               a chapter to write yourself; --check runs it
     modern-llm submit --preset tacc-h100 --dry-run   as jobs of a SLURM cluster: how long, the lines
     """
 
 
-for command in (run, submit, status, chat, sample, score, export, check_inference, bench, presets,
-                datasets, prefetch):
+for command in (run, submit, status, chat, sample, score, checkpoints, export, check_inference,
+                bench, presets, datasets, prefetch, practice):
     main.add_command(command)

@@ -36,8 +36,9 @@ def override(config: typing.Any, values: dict, place: str = "") -> typing.Any:
     for key, value in values.items():
         where = (f"{place}: {key}" if place and ":" not in place
                  else f"{place}.{key}" if place else key)
-        require(key in hints,
-                f"{where} is not a setting of {type(config).__name__}{nearest(str(key), hints)}")
+        if key not in hints:
+            raise ConfigError(f"{where} is not a setting of {type(config).__name__}"
+                              f"{nearest(str(key), hints)}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
             require(isinstance(value, dict),

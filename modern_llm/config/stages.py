@@ -26,6 +26,7 @@ class StageSpec:
         work: what it does besides training, "module:function" of the config, see `work.Work`.
         makes_generator: whether a language model comes of it, for later stages to start from.
         called: its name in the evaluation's tables.
+        shown: how prose and headings call the model that comes of it.
         measured: files of its folder about the model it trained, stale once that is trained on.
         headline: how the names of its telling figures begin, the most telling first.
         section: it has a section of its own in the report, in place of its curves and table there.
@@ -45,6 +46,7 @@ class StageSpec:
     work: str = ""
     makes_generator: bool = False
     called: str = ""
+    shown: str = ""
     measured: tuple[str, ...] = ()
     headline: tuple[str, ...] = ()
     section: bool = False
@@ -68,7 +70,8 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         "pretrain", "03_pretrain.ipynb", "Pretraining",
         settings=("model", "data", "pretrain", "seed"), data=("data.sources",),
         learns=(("data.sources", "text", ""),),
-        recipe="modern_llm.training.pretrain:Pretraining", makes_generator=True, called="base",
+        recipe="modern_llm.training.pretrain:Pretraining", makes_generator=True,
+        called="base", shown="pretrained",
         headline=("bits per byte", "above the floor"),
         counted=("data", "Pretraining text (the fingerprint changes when the data do)")),
     StageSpec(
@@ -76,7 +79,8 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         settings=("data", "sft", "seed"), data=("sft.sources", "data.sources"),
         learns=(("sft.sources", "chats", ""), ("data.sources", "text", "sft.replay_fraction")),
         starts_from=("pretrain",), base=("pretrain",),
-        recipe="modern_llm.training.sft:InstructionTuning", makes_generator=True, called="sft",
+        recipe="modern_llm.training.sft:InstructionTuning", makes_generator=True,
+        called="sft", shown="SFT",
         measured=("answers_sft.jsonl",),
         headline=("ends by itself and parses", "instruction exact match, SFT", "perplexity tax"),
         counted=("examples", "Instructions")),
@@ -87,7 +91,7 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         learns=(("dpo.sources", "pairs", ""), ("dpo.replay_sources", "chats", "dpo.replay_weight")),
         starts_from=("sft",), base=("pretrain", "sft"),
         recipe="modern_llm.training.dpo:PreferenceTuning", work="modern_llm.config.work:of_dpo",
-        makes_generator=True, called="dpo",
+        makes_generator=True, called="dpo", shown="DPO",
         measured=("answers_after.jsonl", "held_out.jsonl"),
         headline=("preference accuracy, after", "implicit-reward accuracy", "perplexity tax"),
         counted=("pairs", "Preference pairs")),
@@ -97,7 +101,7 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         learns=(("verifier.problems", "problems", ""),),
         starts_from=("dpo", "sft"), base=("pretrain", "sft"),
         recipe="modern_llm.training.verifier:VerifierTraining",
-        work="modern_llm.config.work:of_verifier", called="verifier",
+        work="modern_llm.config.work:of_verifier", called="verifier", shown="verifier",
         measured=("samples-own-greedy.jsonl",),
         headline=("within-problem AUC", "weighted_vote@", "best_of_n@"),
         counted=("data", "The generator's own answers, on which the verifier learns")),

@@ -104,6 +104,30 @@ def score_histogram(samples: pd.DataFrame | None) -> Figure | None:
     return fig
 
 
+# ---- checkpoints side by side --------------------------------------------------------------------
+
+
+def checkpoint_curve(table: pd.DataFrame, floor: float | None = None) -> Figure:
+    """Nats per token by step, of held-out text and, where there are any, of held-out answers; bands
+    are the intervals, dashed: the text's entropy floor, if known.
+
+    Args:
+        table: step, text_nats, text_low, text_high, and the same of answers.
+    """
+    fig, ax = figure(6, 3)
+    for kind, colour in (("text", COLOURS[0]), ("answers", COLOURS[3])):
+        if f"{kind}_nats" in table:
+            ax.plot(table.step, table[f"{kind}_nats"], "o-", ms=4, color=colour,
+                    label=f"held-out {kind}")
+            ax.fill_between(table.step, table[f"{kind}_low"], table[f"{kind}_high"], color=colour,
+                            alpha=0.15, lw=0)
+    if floor is not None:
+        ax.axhline(floor, color="black", lw=1, ls="--", label="entropy floor of the text")
+    ax.set(xlabel="step", ylabel="nats per token", ylim=(0, None))
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
 # ---- stages side by side -------------------------------------------------------------------------
 
 

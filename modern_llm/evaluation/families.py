@@ -38,6 +38,9 @@ class TaskFamily:
         aside: a pattern of the metrics that are parts or kinds, which neither results nor changes
             in the report show.
         section: the task has a section of its own in the report, in place of its lines there.
+        less_is_better: whether a smaller value is the better one.
+        chance: what is right without any skill, or the metric of the same stage that says it; None
+            where nothing is.
         compared: the metric by which a model from elsewhere is set beside the last stage; "" if by
             none.
         texts: items -> the texts of the task, one an item, that are looked up in the training
@@ -56,6 +59,8 @@ class TaskFamily:
     panels: Sequence[str] | None = None
     aside: str = ""
     section: bool = False
+    less_is_better: bool = False
+    chance: float | str | None = None
     compared: str = ""
     texts: Callable | str = ""
     rows: Callable | str = ""
@@ -110,7 +115,7 @@ _BY = "modern_llm.evaluation.measuring:"
 FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
     TaskFamily("perplexity", _BY + "perplexity", _BY + "perplexity_items",
                lambda *_: "held-out documents, each token once, packed rows",
-               headline=("perplexity, ",), panels=("bits per byte",),
+               headline=("perplexity, ",), panels=("bits per byte",), less_is_better=True,
                # another tokenizer's rows are other rows; the protocols compare
                put_to="stages",
                work=lambda of: Work(len(of.data.sources) * min(
@@ -118,12 +123,14 @@ FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
     TaskFamily("protocols", _BY + "protocols", _BY + "protocols_items",
                lambda *_: "each token once, as the protocol says",
                headline=("perplexity T1, ", "word perplexity T3, "), panels=(),
-               aside="nats per token T", section=True, rows=_BY + "protocols_rows",
+               aside="nats per token T", section=True, less_is_better=True,
+               rows=_BY + "protocols_rows",
                # T1 and T3 read a token once, T2 twice
                work=lambda of: Work(4 * len(protocol_sources(of)) * of.eval.protocol_tokens)),
     TaskFamily("sentiment", _BY + "sentiment", _BY + "sentiment_items",
                _BY + "sentiment_protocol", headline=("accuracy",), compared="accuracy",
-               aside="-shot, |^majority class", texts=lambda of: [r.text for r in of.reviews],
+               chance="majority class", aside="-shot, |^majority class",
+               texts=lambda of: [r.text for r in of.reviews],
                rows=_BY + "sentiment_rows", work=_sentiment_work),
     TaskFamily("problems", _BY + "problems", _BY + "problems_items", _BY + "problems_protocol",
                headline=("exact match",), compared="exact match", aside="^error, |, level ",
@@ -145,7 +152,7 @@ FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
                                         longest=INSTRUCTION_TOKENS)),
     TaskFamily("preferences", _BY + "preferences", _BY + "preferences_items",
                _BY + "preferences_protocol", headline=("accuracy",), compared="accuracy",
-               texts=lambda of: [p.request for p in of.pairs],
+               chance=0.5, texts=lambda of: [p.request for p in of.pairs],
                work=lambda of: Work(2 * of.eval.num_pairs * of.model.context_length)),
 )}
 

@@ -131,11 +131,11 @@ def control_rows(generator: pd.Series, own: pd.Series) -> list[dict]:
 # %% ../../nbs/48_reranking.ipynb #verifier-mistakes
 def verifier_mistakes(samples: pd.DataFrame, problems: Sequence[Problem],
                       count: int = 3) -> dict[str, list[dict]]:
-    """The wrong samples with the highest scores and the right ones with the lowest, at most one of
-    a problem, in full.
+    """Among the answers that ended the wrong ones with the highest scores and the right ones with
+    the lowest, and the right ones without an end; at most one of a problem, in full.
 
     Args:
-        samples: problem, text, right and score of every sample.
+        samples: problem, text, right, ended and score of every sample.
     """
     def first(part: pd.DataFrame, ascending: bool) -> list[dict]:
         ordered = (part.sort_values("score", ascending=ascending, kind="stable")
@@ -143,21 +143,25 @@ def verifier_mistakes(samples: pd.DataFrame, problems: Sequence[Problem],
         return [{"question": problems[row.problem].question, "gold": problems[row.problem].answer,
                  "answer": row.text, "score": float(row.score)} for row in ordered.itertuples()]
 
-    return {"false positives": first(samples[~samples.right], False),
-            "false negatives": first(samples[samples.right], True)}
+    return {"false positives": first(samples[~samples.right & samples.ended], False),
+            "false negatives": first(samples[samples.right & samples.ended], True),
+            "right without an end": first(samples[samples.right & ~samples.ended], True)}
 
 # %% ../../nbs/48_reranking.ipynb #extreme-mistakes
 def extreme_mistakes(samples: pd.DataFrame, problems: Sequence[Problem],
                      count: int = 2) -> list[dict]:
-    """The wrong answers believed most and the right ones believed least: kind, score, request,
-    answer, should be.
+    """The wrong answers believed most and the right ones believed least, those that ended first:
+    kind, score, request, answer, should be.
 
     Args:
-        samples: problem, text, right and score of every sample.
+        samples: problem, text, right, ended and score of every sample.
     """
-    kinds = {"false positive": samples[~samples.right].nlargest(count, "score"),
-             "false negative": samples[samples.right].nsmallest(count, "score")}
+    found = []
+    for right, name in ((False, "false positive"), (True, "false negative")):
+        ordered = samples[samples.right == right].sort_values(
+            ["ended", "score"], ascending=[False, right], kind="stable")
+        found += [(name if row.ended else "right without an end" if right else
+                   "wrong without an end", row) for row in ordered.head(count).itertuples()]
     return [{"kind": kind, "score": round(float(row.score), 3),
              "request": problem_request(problems[row.problem]), "answer": row.text,
-             "should be": problems[row.problem].value}
-            for kind, found in kinds.items() for row in found.itertuples()]
+             "should be": problems[row.problem].value} for kind, row in found]

@@ -94,9 +94,7 @@ def mistakes_sheet(mistakes: dict[str, list[dict]]):
     """The verifier's worst mistakes in full; a sentence where there are none."""
     if not mistakes:
         return "no verifier in this run"
-    columns = {}
-    for kind, found in mistakes.items():
-        for field in ("question", "gold", "answer"):
-            columns[f"{kind}: {field}"] = [one[field] for one in found]
-        columns[f"{kind}: score"] = [f"{one['score']:.2f}" for one in found]
-    return sample_sheet(columns)
+    found = [{"kind": kind, **one, "score": f"{one['score']:.2f}"}
+             for kind, of_kind in mistakes.items() for one in of_kind]
+    return sample_sheet({name: [one[name] for one in found]
+                         for name in ("kind", "score", "question", "answer", "gold")})

@@ -1,5 +1,5 @@
 """What the evaluation found, as sections of a report: results, changes, perplexity, sentiment,
-contamination, baselines, verifier.
+contamination, baselines.
 
 A plain module without torch; every section is made of the files that the evaluation left.
 """
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from modern_llm.evaluation.families import FAMILIES, is_aside
+from modern_llm.config import STAGES
+from modern_llm.evaluation.families import FAMILIES, SAMPLED, is_aside
+from modern_llm.evaluation.ledger import STAGE_NAMES, in_order
 from modern_llm.report.page import (
-    Page, folded, interval, markdown_table, measured, measures, number, text_block,
+    Page, bullets, interval, markdown_table, measures, model_name, number, quoted,
 )
+from modern_llm.report.verdicts import variants_at_chance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +37,12 @@ def main_rows(ledger: pd.DataFrame) -> pd.DataFrame:
     return kept[sizes.isna() | (sizes == largest)]
 
 
+def shown(ledger: pd.DataFrame) -> pd.DataFrame:
+    """The table with its stages called as prose calls them."""
+    return ledger.assign(**{column: ledger[column].map(model_name)
+                            for column in ("stage", "against") if column in ledger})
+
+
 def results(page: Page) -> None:
     import pandas as pd
 
@@ -41,13 +50,14 @@ def results(page: Page) -> None:
     from modern_llm.report import pictures
 
     page.add("## Results")
-    ledger = page.run.frame("eval/ledger.csv")
+    ledger = page.run.ledger
     if page.missing("eval"):
         return
     page.origin()
     if ledger.empty:
         page.add(measures(page.run.results["eval"].get("table", [])))
         return
+    ledger = shown(ledger)
     rows = main_rows(ledger)
     stages = list(dict.fromkeys(ledger.stage))
     by_measure = {}
@@ -63,50 +73,49 @@ def results(page: Page) -> None:
     if panels:
         page.picture("results.png", pictures.stage_results, pd.DataFrame(panels),
                      caption="Each measure by stage, with 95% intervals.")
-    page.add(markdown_table(by_measure.values(), ["task", "metric", *stages, "n"]))
-    page.add("Brackets are 95% intervals over the items measured, not over seeds.")
-    unpaired = ledger[~ledger.metric.str.contains(" minus ", regex=False)]
-    protocols = unpaired.drop_duplicates([
-        "task", "protocol"])[["stage", "task", "protocol"]].to_dict("records")
-    page.add(folded("Protocols", markdown_table(protocols)))
-    every = [{**row, "value": interval(row)} for row in ledger.to_dict("records")]
-    page.add(folded(f"All {len(every)} rows of the ledger",
-                    markdown_table(every, ["stage", "task", "metric", "value", "n"])))
+    chosen = {name for one in page.results["verifier"] if "key" in one
+              for name in one["key"][2:]}  # the first page has them beside each other
+    page.add(markdown_table([line for line in by_measure.values() if line["metric"] not in chosen],
+                            ["task", "metric", *stages, "n"]))
+    page.add(f"All {len(ledger)} rows, with levels and kinds, are [ledger.csv]({page.files}/"
+             f"ledger.csv), with one column a stage [comparison_table.csv]({page.files}/"
+             f"comparison_table.csv); how each was measured is [protocols.csv]({page.files}/"
+             "protocols.csv).")
     page.picture("levels.png", charts.levels_chart, ledger, stages, "level",
                  caption="Word problems by number of steps, greedy answers.")
 
 
 def stage_gains(page: Page) -> None:
-    import pandas as pd
-
     from modern_llm.evaluation import charts
 
     page.add("## Stage gains")
-    table = page.run.frame("eval/stage_gains.csv")
+    table = page.run.gains
     if table.empty:
         if not page.missing("eval"):
             page.add("`eval/stage_gains.csv` is empty: there was only one stage to measure.")
         return
-    table["significant"] = table.significant.astype(str) == "True"
-    kept = table[~is_aside(table)]
-    kept = kept.assign(p=pd.to_numeric(kept.p, errors="coerce") if "p" in kept else float("nan"))
-    page.add("Each row compares two stages item by item. *Significant* means that the paired 95% "
-             "interval leaves out 0, that McNemar's p is below 0.05 where items are right or "
-             f"wrong, and that there are at least six items; of {len(kept)} comparisons, about "
-             f"{0.05 * len(kept):.0f} would be so by chance.")
+    kept = shown(table[~is_aside(table)])
+    page.add("Two stages are compared item by item. A change is *significant* if its paired 95% "
+             "interval leaves out 0, McNemar's p is below 0.05 where items are right or "
+             f"wrong, and there are at least six items; of {len(kept)} comparisons, about "
+             f"{0.05 * len(kept):.0f} would be so by chance. The first page has the most telling, "
+             "the table the other significant ones, and "
+             f"[stage_gains.csv]({page.files}/stage_gains.csv) all.")
     page.origin()
     shares = kept[~kept.task.eq("perplexity")]
     labels = shares.stage + " − " + shares.against + ": " + shares.task + ", " + shares.metric
     if len(shares):
         page.picture("gains.png", charts.change_chart, labels.head(40), shares.head(40),
-                     caption="Changes with their paired intervals; grey ones are not significant. "
-                             "Perplexity: see the table.")
+                     caption="Changes with their paired intervals; grey ones are not significant.")
+    first = {one.get("key") for lines in page.results.values() for one in lines}
+    rows = [row for row in table[~is_aside(table)].to_dict("records") if row["significant"]
+            and (row["stage"], row["task"], row["metric"], row["against"]) not in first]
     page.add(markdown_table(
-        {**{name: row[name] for name in ("stage", "against", "task", "metric", "value")},
+        {"stage": model_name(row["stage"]), "against": model_name(row["against"]),
+         **{name: row[name] for name in ("task", "metric", "value")},
          "change [95% interval]": interval({**row, "value": row["change"]}), "n": int(row["n"]),
-         "significant": "yes" if row["significant"] else "no",
-         "McNemar p": "" if pd.isna(row["p"]) else f"{row['p']:.2g}"}
-        for row in kept.to_dict("records")))
+         "McNemar p": "" if row["p"] != row["p"] else f"{row['p']:.2g}"}
+        for row in rows) if rows else "No other change is significant.")
 
 
 def by_stage(rows: Iterable[dict], stages: Iterable[str]) -> str:
@@ -124,7 +133,7 @@ def of_task(page: Page, title: str, task: str, pattern: str) -> pd.DataFrame | N
     page.add(f"## {title}")
     if page.missing("eval"):
         return None
-    ledger = page.run.frame("eval/ledger.csv")
+    ledger = page.run.ledger
     rows = (ledger[ledger.task.eq(task) & ledger.metric.str.contains(pattern, regex=True)]
             if len(ledger) else ledger)
     if not len(rows):
@@ -142,19 +151,30 @@ def perplexities(page: Page) -> None:
              "cannot be compared: T0 is kept for old results, T1 and T2 read the joined text "
              "without and with overlap, T3 counts per word and per byte, whatever the tokenizer.")
     page.origin()
+    rows = shown(rows)
     page.add(by_stage(rows.to_dict("records"), dict.fromkeys(rows.stage)))
-    how = rows.drop_duplicates("metric")[["metric", "n", "protocol"]].to_dict("records")
-    page.add(folded("How each was measured (n: documents, or lines for T0)", markdown_table(how)))
 
 
 def sentiment(page: Page) -> None:
+    import pandas as pd
+
     from modern_llm.evaluation import charts
 
     rows = of_task(page, "Sentiment by demonstrations", "sentiment", r"-shot, |^majority class$")
     if rows is None:
         return
+    rows = shown(rows)
     shots = rows.join(rows.metric.str.extract(
         r"^accuracy, (?P<shots>\d+)-shot, (?P<method>\w+)$")).dropna(subset="shots")
+    chance = variants_at_chance(rows)
+    at = pd.Series([(row.stage, row.metric) in chance for row in shots.itertuples()], shots.index,
+                   dtype=bool)
+    if at.any():
+        page.add(f"**At chance, {at.sum()} of {len(shots)} variants** (their accuracy less that of "
+                 "the commonest label has an interval that reaches 0 or lies below): "
+                 + ("every one of every stage." if at.all() else variants_named(shots, at)))
+    if at.all():
+        return
     page.add("The likelier label word behind `Sentiment:`, as it is (direct), less its prior "
              "(contextual, pmi), by how likely it makes the sentence (channel), and with the "
              "demonstrations in the order that uses the labels most evenly (ordered).")
@@ -164,7 +184,7 @@ def sentiment(page: Page) -> None:
                          "dashed: always the commonest label.")
     spread = rows[rows.metric.str.endswith(", over draws")].set_index(["stage", "metric"])
     lines = []
-    for row in shots.to_dict("records"):
+    for row in shots[~at].to_dict("records"):
         draws = (row["stage"], f"{row['metric']}, over draws")
         lines.append({
             "stage": row["stage"], "demonstrations": row["shots"], "method": row["method"],
@@ -173,7 +193,19 @@ def sentiment(page: Page) -> None:
                                    if draws in spread.index else "",
             "": "; ".join(part for part in row["protocol"].split("; ") if "constant answer" in part)
         })
-    page.add(folded("All shots and methods", markdown_table(lines)))
+    page.add("Those above chance, or not compared with it:" if at.any() else "",
+             markdown_table(lines))
+
+
+def variants_named(shots: pd.DataFrame, at: pd.Series) -> str:
+    """Which variants are at chance, stage by stage, on one line."""
+    named = shots.shots + "-shot " + shots.method
+    return "; ".join(
+        f"{stage}: {'all' if at[of].all() else ', '.join(named[of][at[of]])}"
+        for stage in dict.fromkeys(shots.stage[at]) for of in [shots.stage.eq(stage)]) + "."
+
+
+MOST_SETS, MOST_EXAMPLES = 4, 1  # that are shown
 
 
 def contamination(page: Page) -> None:
@@ -188,25 +220,32 @@ def contamination(page: Page) -> None:
     words = page.run.record.get("config", {}).get("eval", {}).get("overlap_words", 13)
     page.add(f"Runs of {words} words that an evaluation item shares with a training source. Items "
              "under 8 words are too short to tell.")
-    page.origin()
     columns = ["source", "set", "items", "too_short", "hit", "hit_share", "found_share"]
-    page.add(markdown_table(
-        table.sort_values("found_share", ascending=False)[columns].to_dict("records")))
-    hits = (table[table.found > 0].sort_values("found_share", ascending=False)
-                .drop_duplicates("set").head(4))
-    page.add(folded(
-        "An example of each set",
-        text_block([(f"{row.set} in {row.source}", row.example) for row in hits.itertuples()])))
+    worst = table.sort_values("found_share", ascending=False, kind="stable")
+    page.add(markdown_table(worst[columns].head(MOST_SETS).to_dict("records")))
+    if len(worst) > MOST_SETS:
+        page.add(f"The {MOST_SETS} that share most; all {len(worst)} are "
+                 f"[contamination.csv]({page.files}/contamination.csv).")
+    hits = worst[worst.found > 0].drop_duplicates("set").head(MOST_EXAMPLES)
+    page.add(bullets(f"{row.set} in {row.source}: {quoted(row.example)}"
+                     for row in hits.itertuples()))
     scores = page.run.frame("eval/clean_scores.csv")
     if len(scores):
-        page.add("The scores on all items, and on those without any shared run. Clean items are "
-                 "not a random part: short and easy ones share more, so where items have groups, "
-                 "the last column mixes the clean ones as all are mixed.")
+        judge = STAGES["verifier"].called
+        own = [stage for stage in in_order(scores.stage) if stage in STAGE_NAMES]
+        last = [stage for stage in own if stage != judge][-1:]
+        scores = (scores[scores.stage.isin(last) & scores.task.ne(SAMPLED) | scores.stage.eq(judge)]
+                  if own else scores)
+        page.add("The last model's scores on all items, and on those without any shared run. "
+                 "Clean items are not a random part: short and easy ones share more, so where "
+                 "items have groups, the last column mixes the clean ones as all are mixed. Of "
+                 f"every stage: [clean_scores.csv]({page.files}/clean_scores.csv).")
         lines: dict[tuple, dict] = {}
         for row in scores.to_dict("records"):
             metric = row["metric"].removesuffix(f", {row['subset']}")
             line = lines.setdefault((row["stage"], row["task"], metric),
-                                    {"stage": row["stage"], "task": row["task"], "metric": metric})
+                                    {"stage": model_name(row["stage"]), "task": row["task"],
+                                     "metric": metric})
             line[row["subset"]] = f"{interval(row)} (n = {int(row['n'])})"
         subsets = [name for name in ("all", "clean", "clean, groups as in all")
                    if name in set(scores.subset)]
@@ -230,46 +269,9 @@ def baselines(page: Page) -> None:
     named = [(task, metric) for task, family in FAMILIES.items() for metric in last.get(task, {})
              if family.leads(metric) and " minus " not in metric]
     lines = [{"task": task, "metric": metric,
-              **{model: interval(tasks[task][metric]) for model, tasks in found["models"].items()
-                 if metric in tasks.get(task, {})}} for task, metric in named]
-    page.add(markdown_table(lines, ["task", "metric", *found["models"]]))
+              **{model_name(model): interval(tasks[task][metric])
+                 for model, tasks in found["models"].items() if metric in tasks.get(task, {})}}
+             for task, metric in named]
+    page.add(markdown_table(lines, ["task", "metric", *map(model_name, found["models"])]))
     if absent:
         page.add(markdown_table(absent))
-
-
-def verifier(page: Page) -> None:
-    from modern_llm.evaluation import charts
-
-    page.add("## What the verifier is worth")
-    if page.missing("verifier"):
-        return
-    found = page.run.results["verifier"]
-    page.origin([page.run.record.get("config", {}).get("verifier", {}).get("problems", "")])
-    telling = ("within-problem AUC", "pooled AUC", "calibration error", "weighted", "best_of_n")
-    page.add(measures(row for row in found.get("table", []) if row["metric"].startswith(telling)))
-    if found.get("rerank"):
-        table = measured(found["rerank"])
-        page.picture("rerank.png", charts.rerank_curves,
-                     table, caption="The verifier stage's held-out problems: share right by way of "
-                                    "choosing; bands are 95% intervals.")
-        last = table[table["size"] == table["size"].max()]
-        page.add(markdown_table(
-            {"way to choose": row["method"].replace("_", " "), "answers": row["size"],
-             "share right": interval(row), "n": row.get("n")} for row in last.to_dict("records")))
-    if found.get("calibration"):
-        page.picture("calibration.png", charts.reliability_curve, measured(found["calibration"]),
-                     caption="Calibration: below the dashed line the verifier is too sure.")
-    curves = page.run.json("eval/gsm8k_analysis.json").get("curves", {})
-    for stage in dict.fromkeys(row["stage"] for rows in curves.values() for row in rows):
-        rows = [{"method": method, **row} for method, line in curves.items()
-                for row in line if row["stage"] == stage]
-        page.picture(f"rerank_eval_{stage}.png", charts.rerank_curves,
-                     measured(rows), caption=f"The evaluation's problems, samples of {stage}; "
-                                             "pass: at least one of them is right.")
-    for kind, mistakes in page.run.json("eval/verifier_mistakes.json").items():
-        shown = [("score " + ("unknown" if one["score"] is None else f"{one['score']:.2f}"),
-                  f"{one['question']}\n→ {one['answer']}\ngold: {one['gold']}") for one in mistakes]
-        which = "wrong answers it likes most"
-        if "positives" not in kind:
-            which = "right answers it likes least"
-        page.add(folded(f"{kind.capitalize()}: {which}", text_block(shown)))

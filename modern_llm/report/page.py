@@ -4,6 +4,7 @@ pictures. No torch.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,16 +19,31 @@ from modern_llm.messages import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-MEASURED = ("ledger.csv", "contamination.csv", "clean_scores.csv", "verifier_mistakes.json",
-            "baseline_comparison.json")
-EVAL_FILES = (*MEASURED, "stage_gains.csv", "stage_ledger.csv", "comparison_table.csv",
-              "task_metrics.json", "gsm8k_analysis.json",
-              *(f"{spec.called}_eval.json" for spec in STAGES.values() if spec.called),
-              "checkpoint_eval.json")  # the others follow from the ledger
+# of the evaluation, published beside a report; all but the first five follow from the ledger
+PUBLISHED = ("ledger.csv", "contamination.csv", "clean_scores.csv", "verifier_mistakes.json",
+             "baseline_comparison.json", "comparison_table.csv", "stage_gains.csv",
+             "gsm8k_analysis.json",
+             *(f"{spec.called}_eval.json" for spec in STAGES.values() if spec.called),
+             "checkpoint_eval.json")
+EVAL_FILES = (*PUBLISHED, "stage_ledger.csv", "task_metrics.json")
 
 
 class ReportError(UserError, ValueError):
     """The report cannot be written. The message names the value, the place and the remedy."""
+
+
+# ---- names ------------------------------------------------------------------------------------
+
+
+def model_name(stage: str) -> str:
+    """How prose calls the model that the files call `stage`: "pretrained" for "base"."""
+    return next((spec.shown for spec in STAGES.values() if spec.called == stage), stage)
+
+
+def in_words(text: str) -> str:
+    """A metric or protocol of the files as prose, where the first model is the pretrained one."""
+    return re.sub(r"\bbase\b", "pretrained", re.sub(r"\b(the) base('s)?(?!\w)",
+                                                    r"\1 pretrained model\2", str(text)))
 
 
 # ---- Markdown ------------------------------------------------------------------------------------
@@ -83,9 +99,10 @@ def markdown_table(rows: Iterable[dict], columns: Sequence[str] | None = None) -
 
 def measures(table: Iterable[dict]) -> str:
     """A stage's own table: metric, value with interval, n, protocol."""
-    return markdown_table([{"metric": row["metric"], "value [95% interval]": interval(row),
-                            "n": row.get("n"), "protocol": row.get("protocol", "")}
-                           for row in table])
+    return markdown_table([{**{name: row[name] for name in ("stage",) if name in row},
+                            "metric": in_words(row["metric"]),
+                            "value [95% interval]": interval(row), "n": row.get("n"),
+                            "protocol": in_words(row.get("protocol", ""))} for row in table])
 
 
 def folded(summary: str, text: str) -> str:
@@ -93,11 +110,23 @@ def folded(summary: str, text: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-def text_block(pairs: Iterable[tuple[str, object]], longest: int = 600) -> str:
-    """Headed texts, one below the other, as they are."""
+def text_block(cases: Iterable[Iterable[tuple[str, object]]], longest: int = 300) -> str:
+    """Headed texts as they are, one below the other, a blank line between the cases."""
     clean = lambda text: str(text)[:longest] + (" […]" if len(str(text)) > longest else "")
-    body = "\n".join(f"[{name}] {clean(value)}" for name, value in pairs)
+    body = "\n\n".join("\n".join(f"[{name}] {clean(value)}" for name, value in case)
+                       for case in cases)
     return "```text\n" + body.replace("```", "'''") + "\n```"
+
+
+def quoted(text: object, longest: int = 300) -> str:
+    """A text on one line, as it is."""
+    text = str(text).strip().replace("`", "'").replace("\n", " ⏎ ")
+    return f"`{text[:longest]}`" + " […]" * (len(text) > longest)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Lines as a Markdown list."""
+    return "\n".join(f"* {line}" for line in lines)
 
 
 # ---- the files of a run --------------------------------------------------------------------------
@@ -186,6 +215,24 @@ class Run:
             return pd.read_csv(path, keep_default_na=False, na_values=empty)
         return pd.read_json(path, lines=True)
 
+    @cached_property
+    def ledger(self) -> pd.DataFrame:
+        """The ledger of the evaluation; empty if there is none."""
+        return self.frame("eval/ledger.csv")
+
+    @cached_property
+    def gains(self) -> pd.DataFrame:
+        """The differences of the ledger, `significant` as booleans and `p` as numbers; empty if
+        there are none.
+        """
+        import pandas as pd
+
+        table = self.frame("eval/stage_gains.csv")
+        if table.empty:
+            return table
+        p = pd.to_numeric(table.p, errors="coerce") if "p" in table else float("nan")
+        return table.assign(significant=table.significant.astype(str) == "True", p=p)
+
     def sources_of_the_report(self) -> list[Path]:
         """The files a report is made from."""
         names = [f"{stage}/{name}" for stage in NOTEBOOKS
@@ -196,31 +243,42 @@ class Run:
 
 @dataclass
 class Page:
-    """A report in the making: its run, where its pictures go, how the text calls them, and the text
-    so far.
+    """A report in the making: its run, where its pictures go, how the text calls their folder
+    (`link`) and that of the published numbers (`files`), the text so far, and the results that the
+    first page has.
     """
 
     run: Run
     pictures: Path
     link: str
+    files: str
     seeds: list[Run] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
+    results: dict[str, list[dict]] = field(default_factory=dict)
 
     def add(self, *texts: str) -> None:
         self.parts += [text for text in texts if text]
 
-    def picture(self, name: str, draw: Callable, *arguments, caption: str = "", **options) -> None:
-        """Draw a figure, save it in the pictures' folder and show it, if there is anything to draw.
+    def picture(self, name: str, draw: Callable, *arguments, **options) -> None:
+        """Show a figure, if there is anything to draw; the options are those of `drawn`."""
+        self.add(self.drawn(name, draw, *arguments, **options))
+
+    def drawn(self, name: str, draw: Callable, *arguments, caption: str = "", title: str = "",
+              **options) -> str:
+        """Draw a figure and save it in the pictures' folder: how the text shows it, "" if there is
+        nothing to draw.
         """
-        if (figure := draw(*arguments, **options)) is not None:
-            import matplotlib.pyplot as plt
+        if (figure := draw(*arguments, **options)) is None:
+            return ""
+        import matplotlib.pyplot as plt
 
-            from modern_llm.figures import small_png
+        from modern_llm.figures import small_png
 
-            self.pictures.mkdir(parents=True, exist_ok=True)
-            (self.pictures / name).write_bytes(small_png(figure))
-            plt.close(figure)
-            self.add(f"![{caption or name}]({self.link}/{name})", f"*{caption}*" if caption else "")
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        (self.pictures / name).write_bytes(small_png(figure))
+        plt.close(figure)
+        shown = f"![{title or caption or name}]({self.link}/{name})"
+        return f"{shown}\n*{caption}*" if caption else shown
 
     def missing(self, *stages: str) -> bool:
         """Whether none of the stages has results; if so, say what to do about it."""

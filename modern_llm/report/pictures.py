@@ -28,17 +28,6 @@ def parameters(parts: dict[str, int]) -> Figure:
     return fig
 
 
-def cost(minutes: dict[str, float]) -> Figure:
-    """One bar per stage: how long it took."""
-    fig, ax = figure(6, 0.6 + 0.25 * len(minutes))
-    ax.barh(list(minutes), list(minutes.values()), color=COLOURS[0])
-    for place, value in enumerate(minutes.values()):
-        ax.annotate(f" {value:.1f}", (value, place), va="center", fontsize=8)
-    ax.invert_yaxis()
-    ax.set(xlabel="minutes")
-    return fig
-
-
 def curves(metrics: pd.DataFrame, floor: float | None = None) -> Figure | None:
     """Loss and learning rate of a training stage, on held-out and training data; None if the
     metrics are too few.

@@ -8,23 +8,28 @@ Nothing that is there is overwritten.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from modern_llm.files import write_text
-from modern_llm.report.page import MEASURED, Page, ReportError, Run
+from modern_llm.report.page import PUBLISHED, Page, ReportError, Run
 from modern_llm.report.sections import SECTIONS
 from modern_llm.report.seeds import not_comparable, runs_of_other_seeds
 
-LINK = "@figures@"  # stands for the pictures' folder until the report has a name
+LINK, FILES = "@figures@", "@results@"  # stand for the folders until the report has a name
 
 
-def render(run: Run, pictures: Path, link: str, seeds: list[Run]) -> str:
-    """The text of a report; its pictures are drawn into `pictures` and called by `link`."""
-    page = Page(run, pictures, link, seeds)
+def render(run: Run, pictures: Path, seeds: list[Run]) -> str:
+    """The text of a report; its pictures are drawn into `pictures` and called by `LINK`, the
+    numbers by `FILES`.
+    """
+    page = Page(run, pictures, LINK, FILES, seeds)
     for section in SECTIONS:
         section(page)
     return "\n\n".join(page.parts) + "\n"
@@ -32,14 +37,32 @@ def render(run: Run, pictures: Path, link: str, seeds: list[Run]) -> str:
 
 def publish_results(run: Run, folder: Path) -> None:
     """Copy the numbers behind a report beside it: each stage's results.json, and what the
-    evaluation measured.
+    evaluation measured; protocols.csv says how, and made_from.csv names all files of the report.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stage in run.results:
         shutil.copyfile(run.folder / stage / "results.json", folder / f"{stage}.json")
-    for name in MEASURED:
+    for name in PUBLISHED:
         if (path := run.folder / "eval" / name).is_file():
             shutil.copyfile(path, folder / name)
+    ledger = run.ledger
+    if len(ledger):
+        protocols = ledger[~ledger.metric.str.contains(" minus ", regex=False)]
+        write_text(folder / "protocols.csv",
+                   protocols[["stage", "task", "metric", "protocol"]].to_csv(index=False))
+    write_text(folder / "made_from.csv", pd.DataFrame(made_from(run)).to_csv(index=False))
+
+
+def made_from(run: Run) -> list[dict]:
+    """Every file that a report is made from, with the beginning of its SHA-256."""
+    return [{"file": str(path.relative_to(run.folder)),
+             "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+            for path in run.sources_of_the_report()]
+
+
+def linked(text: str, name: str) -> str:
+    """The text of a report with the folders of the report `name` in its links."""
+    return text.replace(LINK, f"figures/{name}").replace(FILES, f"results/{name}")
 
 
 def write_report(run: str, runs: Path, out: Path, force: bool = False,
@@ -76,13 +99,13 @@ def write_report(run: str, runs: Path, out: Path, force: bool = False,
         with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as scratch:
             pictures = Path(scratch) / "figures"
             pictures.mkdir()
-            text = render(found, pictures, LINK, siblings)
+            text = render(found, pictures, siblings)
             ending = "" if force else free_ending(run, out, text)
             path = out / f"{run}_report{ending or ''}.md"
             if ending is not None:
                 publish_results(found, out / "results" / f"{run}{ending}")
                 replace_folder(pictures, out / "figures" / f"{run}{ending}")
-                write_text(path, text.replace(LINK, f"figures/{run}{ending}"))
+                write_text(path, linked(text, f"{run}{ending}"))
             return path
     except OSError as error:
         raise ReportError(f"cannot write the report to {out}: {error.strerror}; choose another "
@@ -96,7 +119,7 @@ def free_ending(run: str, out: Path, text: str) -> str | None:
     path = out / f"{run}_report.md"
     if not path.is_file():
         return ""
-    if path.read_text(encoding="utf-8") == text.replace(LINK, f"figures/{run}"):
+    if path.read_text(encoding="utf-8") == linked(text, run):
         return None if (out / "figures" / run).is_dir() else ""
     stamp = datetime.datetime.now().strftime("-%Y%m%d-%H%M%S")
     endings = (stamp if count == 1 else f"{stamp}-{count}" for count in itertools.count(1))

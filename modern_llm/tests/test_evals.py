@@ -104,12 +104,15 @@ def test_a_baseline_is_measured_with_its_own_tokenizer_or_named_as_absent(
 
 def test_the_worst_mistakes_are_shown_in_full_one_of_a_problem():
     problems = word_problems("synthetic", "test", 3)
-    samples = pd.DataFrame({"problem": [0, 0, 1, 1, 2],
-                            "text": list("abcde"), "right": [False, False, True, True, False],
-                            "score": [0.9, 0.8, 0.3, 0.1, 0.7]})
+    samples = pd.DataFrame({"problem": [0, 0, 1, 1, 2, 1],
+                            "text": list("abcdef"),
+                            "right": [False, False, True, True, False, True],
+                            "ended": [True, True, True, True, True, False],
+                            "score": [0.9, 0.8, 0.3, 0.1, 0.7, 0.0]})
     found = verifier_mistakes(samples, problems)
     assert ([one["answer"] for one in found["false positives"]] == ["a", "e"]
-            and [one["answer"] for one in found["false negatives"]] == ["d"])
+            and [one["answer"] for one in found["false negatives"]] == ["d"]
+            and [one["answer"] for one in found["right without an end"]] == ["f"])
     assert found["false negatives"][0]["question"] == problems[1].question
 
 

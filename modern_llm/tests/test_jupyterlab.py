@@ -115,8 +115,8 @@ def test_lab_opens_at_the_index(page, lab):
             == {Path(sys.executable).parent.resolve()})
     assert wait_for(lambda: "Two commands" in page.inner_text(".jp-Notebook"), 60)
     drawn = ("() => [...document.querySelectorAll('.jp-Notebook img')].some(i => "
-             "i.alt.includes('notebook') && i.naturalWidth > 100)")
-    assert wait_for(lambda: page.evaluate(drawn), 60), "the figure of the pipeline"
+             "i.alt.includes('by stage') && i.naturalWidth > 100)")
+    assert wait_for(lambda: page.evaluate(drawn), 60), "the figure of the results"
     page.hover(".jp-Notebook")
 
     def formulas_in_view() -> bool:  # cells are drawn as they come into view

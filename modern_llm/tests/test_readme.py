@@ -1,11 +1,12 @@
-"""Every command of README.md is executed in a copy of the checkout; a command that has no case here
-fails.
+"""Every command of README.md and of the guides (nbs/7*.ipynb) is executed in a copy of the checkout;
+a command that has no case here fails.
 
 What would take long gets more words that make it short; paths that stand for the reader's own
 become small real ones; what another test executes is named with it. The commands run in three lanes
 side by side, and each test waits for its own.
 """
 
+import ast
 import gzip
 import json
 import os
@@ -24,7 +25,21 @@ from modern_llm.data import synth
 from modern_llm.tests.slurm import loopback
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def page(path: Path) -> str:
+    """What a reader sees of a notebook but its code: the text, and what the cells put into it."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    parts = [cell["source"] if cell["cell_type"] == "markdown" else output["data"]["text/markdown"]
+             for cell in cells for output in cell.get("outputs", [{}])
+             if cell["cell_type"] == "markdown" or "text/markdown" in output.get("data", {})]
+    return "\n\n".join(map("".join, parts))
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = {path: page(path) for path in sorted((ROOT / "nbs").glob("7*.ipynb"))}
+HOME = "https://github.com/modern-llm/modern_llm.git"
+CLONE = f"git clone {HOME} && cd modern_llm"
 ACTIVATE, CLUSTER = ("source .venv/bin/activate",
                      "source slurm/environment.sh && bash scripts/environment.sh")
 # Where there is a SLURM, its smoke job runs every stage (test_slurm.py); then the first command
@@ -64,6 +79,7 @@ class Case:
     typed: str = ""
     code: int = 0
     lane: str = "beside"
+    beside: str = "modern_llm"  # the folder where it is typed, next to the reader's data
     slurm: bool = False
 
 
@@ -88,10 +104,13 @@ if not EVERY_STAGE:
                     ("pretrain: finished", "dpo: finished"), SPEEDRUN.leaves[:1], lane="run")
 
 CASES = {
+    CLONE: Case("&& ls", ("README.md", "speedrun.sh"), beside="fresh", lane="clone"),
     "bash speedrun.sh local-smoke": SPEEDRUN,
     "make test": Elsewhere("test_readme.py", ".venv/bin/python -m pytest"),
     ACTIVATE: Case("&& command -v modern-llm papermill", ("bin/modern-llm\n", "bin/papermill\n")),
     "make lab": Elsewhere("test_jupyterlab.py", "jupyter lab --notebook-dir="),
+    "modern-llm practice 01_attention": Case("", ("15 definitions to write: attention_weights",),
+                                            ("practice/01_attention.ipynb",)),
     "make docs": Elsewhere("test_docs.py", ".venv/bin/python docs/build.py"),
     "modern-llm status": Case("", ("local-smoke", "pretrain", "finished", "bits per byte"),
                               lane="run"),
@@ -101,6 +120,9 @@ CASES = {
     '"3+4=<<3+4=9>>9"': Case(
         "", ("rank", "answer 2: 0.") if EVERY_STAGE else ("has no verifier",),
         code=0 if EVERY_STAGE else 2, lane="run"),
+    "modern-llm checkpoints local-smoke/pretrain": Case(
+        "--max-new-tokens 4 --max-tokens 500", ("bits per byte, text", "written: "),
+        ("runs/local-smoke/pretrain-checkpoints/checkpoints.csv",), lane="run"),
     "modern-llm presets": Case("", ("local-smoke", "tacc-h100")),
     "modern-llm run --stage pretrain --run sinks -p model.use_attention_sinks=true -p "
     "hardware.ranks=2": Case(" ".join(f"-p {setting}" for setting in TINY.split()),
@@ -153,11 +175,11 @@ CASES = {
 
 
 def commands() -> dict[str, str]:
-    """Every command in a bash block of README.md, and the lines that must come before it: what its
-    block sets, or the activation.
+    """Every command in a bash block of README.md and the guides, and the lines that must come before
+    it: what its block sets, or the activation.
     """
-    found = {}
-    for number, block in enumerate(re.findall(r"^```bash\n(.*?)^```", README, re.S | re.M)):
+    found, shown = {}, "\n\n".join([README, *GUIDES.values()])
+    for number, block in enumerate(re.findall(r"^```bash\n(.*?)^```", shown, re.S | re.M)):
         lines = [re.sub(r"(^|\s+)# .*", "", line)
                  for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
         before = [ACTIVATE] if number and not any("source" in line for line in lines) else []
@@ -173,15 +195,36 @@ def test_every_command_has_a_case_and_every_case_a_command():
 
 
 def test_every_link_leads_somewhere():
-    links = re.findall(r"\]\(([^)\s]+)\)", README)
-    lost = [link for link in links if not link.startswith("https://arxiv.org/abs/")
-            and not (ROOT / link.split("#")[0]).is_file()]
-    assert len(links) > 60 and lost == []
-    assert ({f"nbs/{path.name}" for path in (ROOT / "nbs").glob("*.ipynb")}
-            <= {"nbs/index.ipynb", *links}), "every chapter is in the list"
-    for path, line in (link.split("#L") for link in links if "#L" in link):
-        assert re.match(r"(def|class) ",
-                        (ROOT / path).read_text().splitlines()[int(line) - 1]), f"{path}:{line}"
+    found = {}
+    for folder, text in ((ROOT, README), *((path.parent, text) for path, text in GUIDES.items())):
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            found[link] = (folder / link.split("#")[0]).resolve()
+    lost = [link for link, path in found.items()
+            if not link.startswith("https://arxiv.org/abs/") and not path.is_file()]
+    assert len(found) > 90 and lost == []
+    assert set((ROOT / "nbs").glob("*.ipynb")) <= {ROOT / "nbs/index.ipynb", *found.values()}, (
+        "every chapter is in a list")
+
+
+def test_the_front_page_is_short():
+    """Two minutes of reading, and a transcript that a phone shows without folding it."""
+    assert len(README.split()) <= 900
+    transcript, = re.findall(r"^```text\n(.*?)^```", README, re.S | re.M)
+    assert max(map(len, transcript.splitlines())) <= 42
+
+
+def test_the_table_shows_the_lines_of_the_package():
+    """Each line of code in the table of the architecture is one of the definition linked beside it,
+    in its order.
+    """
+    rows = re.findall(r"^\| \*\*\[\w+\]\((\S+)#L(\d+)\).* \| (.+) \|$", README, re.M)
+    assert len(rows) == 4
+    for path, line, shown in rows:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        part, = (node for node in ast.parse(text).body if node.lineno == int(line))
+        lines = iter([row.strip() for row in text.splitlines()[part.lineno - 1:part.end_lineno]])
+        code = re.findall(r"`([^`]+)`", shown)
+        assert code and all(row in lines for row in code), f"{path}#{part.name}: {code}"
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +239,7 @@ def checkout(tmp_path_factory):
     ignored = shutil.ignore_patterns(".*", "_docs", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, checkout, ignore=lambda folder, names: (  # modern_llm/runs is needed
         ignored(folder, names) | ({"runs"} if Path(folder) == ROOT else set())))
+    (place / "fresh").mkdir()
     (checkout / ".venv").symlink_to(sys.prefix)
     wanted = subprocess.run("cat settings.ini setup.py constraints.txt | cksum", shell=True,
                             cwd=checkout, capture_output=True, text=True).stdout
@@ -222,7 +266,10 @@ def checkout(tmp_path_factory):
             if not (Path(folder) / "modern-llm").exists()]
     kept = {name: value for name, value in os.environ.items()
             if not name.startswith(("MODERN_LLM_", "VIRTUAL_ENV"))}
-    return checkout, {**kept, "PATH": os.pathsep.join(path),
+    git = {f"url.{ROOT}.insteadOf": HOME, "safe.directory": "*"}  # the clone is of this checkout
+    for number, (key, value) in enumerate(git.items()):
+        kept |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    return checkout, {**kept, "PATH": os.pathsep.join(path), "GIT_CONFIG_COUNT": str(len(git)),
                       "PYTHONPATH": os.pathsep.join([str(checkout), kept.get("PYTHONPATH", "")]),
                       "OMP_NUM_THREADS": "1", "MODERN_LLM_CACHE": str(place / "cache"),
                       "HF_HOME": str(place / "huggingface")}
@@ -247,7 +294,7 @@ def cluster(checkout, tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(checkout, cluster):
     """Command -> its process when it has ended. Lanes run side by side, the commands of a lane in
-    README's order.
+    the pages' order.
     """
     folder, env = checkout
 
@@ -256,7 +303,7 @@ def done(checkout, cluster):
         text = f"set -euo pipefail\n{before}\n{line} {case.more}"
         for name, real in (("/path/to/data", "data"), ("/path/to/SmolLM2-135M-Instruct", "model")):
             text = text.replace(name, str(folder.parent / real))
-        return subprocess.run(["bash", "-c", text], cwd=folder,
+        return subprocess.run(["bash", "-c", text], cwd=folder.parent / case.beside,
                               env=cluster if case.lane == "cluster" else env, text=True,
                               input=case.typed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               timeout=900)
@@ -275,6 +322,8 @@ def test_a_command_does_what_it_says(line, checkout, done):
     if case.slurm and loopback.missing():
         pytest.skip(
             f"no SLURM here ({', '.join(loopback.missing())} missing): apt-get install slurm-wlm")
+    if line == CLONE and not (ROOT / ".git").exists():
+        pytest.skip("this checkout is no clone")
     ended = done[line].result()
     assert ended.returncode == case.code, ended.stdout
     assert [words for words in case.says if words not in ended.stdout] == [], ended.stdout

@@ -15,7 +15,8 @@ import pytest
 from modern_llm.config import NOTEBOOKS, TRAINED, get_pipeline_preset, to_dict
 from modern_llm.evaluation.families import FAMILIES, TaskFamily, register_family
 from modern_llm.report.evaluation import main_rows
-from modern_llm.report.page import ReportError, Run, interval, markdown_table, number
+from modern_llm.report.page import PUBLISHED, ReportError, Run, interval, markdown_table, number
+from modern_llm.report.sections import few, texts_of
 from modern_llm.report.seeds import summarise_seeds
 from modern_llm.report.write import write_report
 from modern_llm.runs.outcomes import headline, summary
@@ -117,11 +118,17 @@ def make_run(runs, name="small", seed=0, shift=0.0, stages=NOTEBOOKS, preset="le
               "sft,problems,exact match,all,0.5,0.4,0.6,250,x\n"
               'sft,problems,"exact match, clean",clean,0.4,0.3,0.5,241,x\n')
         write(folder / "eval" / "verifier_mistakes.json",
-              {"false positives": [{"question": "How many?", "gold": "#### 2", "answer": "#### 3",
-                                    "score": 0.91}]})
+              {"false positives": [{"question": "How many?", "gold": "1+1=2\n#### 2",
+                                    "answer": "#### 3", "score": 0.91}] * 4,
+               "false negatives": [],
+               "right without an end": [{"question": "How many?", "gold": "#### 2",
+                                         "answer": "#### 2One day", "score": 0.01}]})
         write(folder / "eval" / "baseline_comparison.json",
               {"models": {"sft": {"problems": {"exact match": MEASURE | {"value": 0.37}}}},
                "not available here": {"gpt2": "no folder"}})
+        for name in PUBLISHED:
+            if not (folder / "eval" / name).exists() and name != "checkpoint_eval.json":
+                write(folder / "eval" / name, {})
     if "attention" in stages:
         for file in ("heads", "keys_sentiment_positive", "maps_sentiment_positive"):
             write(folder / "attention" / "figures" / f"attention_{file}.png", "PNG")
@@ -150,18 +157,19 @@ def test_every_section_is_filled(written):
     place, path = written
     text = path.read_text(encoding="utf-8")
     titles = re.findall(r"^## (.*)$", text, flags=re.M)
-    assert titles == ["Pipeline", "Results", "Stage gains", "What the verifier is worth",
+    assert titles == ["Results beside their controls", "What worked", "What did not",
+                      "Cost and command", "Results", "Stage gains", "What the verifier is worth",
                       "Across seeds", "Perplexity in four protocols", "Sentiment by demonstrations",
                       "Was it in the training text?", "Beside third-party models",
                       "Training curves and what each stage measured", "Samples", "Attention",
-                      "Architecture", "Data", "Cost", "Commands", "Hardware, versions, seed",
-                      "Made from"]
+                      "Architecture", "Data", "Hardware, versions, seed"]
     assert "not run" not in text.replace(section(text, "Across seeds"), "")
-    assert "180,864 parameters" in text and "6.0 minutes in all, begun 2026-11-21" in text
+    assert "180,864 parameters" in text and "6.0 minutes in all, 36,000 training tokens" in text
+    assert "begun 2026-11-21" in text
     assert "| problems | exact match | 0.180 [0.130, 0.230] | 0.370 [0.310, 0.430] | 250 |" in text
-    assert ("majority@2 |" not in section(text, "Results").split("<details>")[0]
-            and "majority@16" in section(text, "Results"))
-    assert "**stuck at log 2** at step 7" in text and "40 held-out \\| things" in text
+    assert "majority@2 |" not in section(text, "Results") and "majority@16" in section(text,
+                                                                                       "Results")
+    assert "stuck at log 2 at step 7" in text and "40 held-out \\| things" in text
     assert "Say '''x'''" in text and "16 heads by role: 16 mixed." in text
     assert ("| perplexity T1, synthetic | 2.900 [2.800, 3.000] |"
             in section(text, "Perplexity in four protocols"))
@@ -170,11 +178,30 @@ def test_every_section_is_filled(written):
     assert ("0.500 [0.400, 0.600] (n = 250) | 0.400 [0.300, 0.500] (n = 241) |"
             in section(text, "Was it in the training text?"))
     assert "gpt2 | not available here: no folder" in section(text, "Beside third-party models")
-    assert ("How many?" in section(text, "What the verifier is worth")
-            and "minutes" not in section(text, "Results").split("<details>")[0])
-    assert ("| yes | 0.00012 |" in section(text, "Stage gains")
-            and "| no |  |" in section(text, "Stage gains"))
-    assert "yes |" in section(text, "Stage gains") and "no |" in section(text, "Stage gains")
+    assert "minutes" not in section(text, "Results")
+    assert "+0.190 [0.130, 0.250], p = 0.00012 | better | 250 |" in text
+    assert "No other change is significant." in section(text, "Stage gains")
+
+
+def test_the_first_model_is_called_pretrained(written):
+    text = written[1].read_text(encoding="utf-8")
+    assert not re.search(r"\bbase\b", text) and "[pretrained] the the" in text
+    assert "| task | metric | pretrained | SFT | n |" in text
+
+
+def test_mistakes_of_the_verifier_are_of_three_kinds(written):
+    shown = section(written[1].read_text(encoding="utf-8"), "What the verifier is worth")
+    liked, _, rest = shown.partition("**Right answers it likes least:** none.")
+    assert liked.count("score 0.91: `How many?` → `#### 3` (should be `#### 2`)") == 3
+    assert "**Right answers that do not end:**\n* score 0.01: `How many?` → `#### 2One day`" in rest
+
+
+def test_samples_kept_by_column_are_shown_one_by_one():
+    both = {"problem": ["one?", "two?"], "sft": ["1", "2"]}
+    assert texts_of(both) == [{"problem": "one?", "sft": "1"}, {"problem": "two?", "sft": "2"}]
+    assert texts_of(["a"]) == ["a"] and texts_of({"before": "x"}) == [{"before": "x"}]
+    cases = [[("problem", "x\n" * 9)], [("problem", "y")], [("problem", "z\n" * 9)]]
+    assert few(cases) == cases[:1] and few(cases[1:2] * 9) == cases[1:2] * 2
 
 
 MEASURED = {"value", "low", "high", "floor", "loss", "val_loss", "margin", "val_margin",
@@ -230,11 +257,11 @@ def test_minutes_of_several_gpus_are_those_of_all(tmp_path):
         "config": {**record["config"], "hardware": {**record["config"]["hardware"], "ranks": 4}}}
     write(folder / "run.json", record)
     text = write_report(folder.name, tmp_path, tmp_path / "report").read_text()
-    table = [line.split(" | ") for line in section(text, "Cost").splitlines()
+    table = [line.split(" | ") for line in text.split("\n## ")[0].splitlines()
              if line.startswith("| ")]
-    column = table[0].index("GPU minutes")
-    share = {row[0].strip("| "): float(row[column]) / float(row[1])
-             for row in table[1:] if row[0].strip("| ") in NOTEBOOKS}
+    column, clock = table[0].index("GPU minutes"), table[0].index("minutes")
+    share = {row[0].strip("| "): float(row[column]) / float(row[clock])
+             for row in table[1:] if row[0].strip("| ") in NOTEBOOKS and row[clock]}
     assert share == {"pretrain": 4, "attention": 1}
 
 
@@ -245,11 +272,24 @@ def test_pictures_are_there_and_shown(written):
     names = {name.rpartition("/")[2] for name in shown}
     assert {"results.png", "gains.png", "rerank.png", "calibration.png", "rerank_eval_sft.png",
             "sentiment.png", "levels.png", "pretrain.png", "sft.png", "dpo.png",
-            "dpo_preferences.png", "verifier.png", "parameters.png", "cost.png",
+            "dpo_preferences.png", "verifier.png", "parameters.png",
             "attention_heads.png", "attention_keys_sentiment_positive.png",
             "attention_maps_sentiment_positive.png"} == names
-    assert ({p.name for p in (place / "out" / "results" / "small").iterdir()}
-            >= {"ledger.csv", "pretrain.json", "attention.json"})
+
+
+def test_the_numbers_are_published_beside_the_report(written):
+    place, path = written
+    folder = place / "out" / "results" / "small"
+    assert ({p.name for p in folder.iterdir()}
+            == {*PUBLISHED, *(f"{stage}.json" for stage in NOTEBOOKS), "protocols.csv",
+                "made_from.csv"} - {"checkpoint_eval.json"})
+    assert {"comparison_table.csv", "stage_gains.csv", "gsm8k_analysis.json", "base_eval.json",
+            "sft_eval.json", "dpo_eval.json", "verifier_eval.json"} <= set(PUBLISHED)
+    linked = re.findall(r"\]\((results/[^)]+)\)", path.read_text(encoding="utf-8"))
+    assert linked and all((place / "out" / name).is_file() for name in linked)
+    protocols = pd.read_csv(folder / "protocols.csv")
+    assert "chat" in set(protocols.protocol) and not protocols.metric.str.contains(" minus ").any()
+    assert pd.read_csv(folder / "made_from.csv").file.str.contains("eval/ledger.csv").any()
 
 
 def test_synthetic_data_are_called_so_beside_the_numbers(written):
@@ -267,7 +307,7 @@ def test_real_data_are_not_called_synthetic(tmp_path):
 
 
 def test_commands_are_exact(written):
-    commands = section(written[1].read_text(encoding="utf-8"), "Commands")
+    commands = section(written[1].read_text(encoding="utf-8"), "Cost and command")
     assert "git checkout c0ffee\n" in commands and "changes that were not committed" in commands
     assert ("modern-llm run --preset lesson --run small --stage sft -p 'overrides=sft.lr=1e-3 "
             "model.width=64'\n" in commands)
@@ -359,7 +399,7 @@ def test_seeds_are_summarised(tmp_path):
     text = section(write_report("small", runs, tmp_path / "out").read_text(), "Across seeds")
     assert ("Median and range of 3 runs: `small` (seed 0), `small-seed1` (seed 1), `small-seed2` "
             "(seed 2)." in text)
-    assert "| pretrain | own table | bits per byte, synthetic | 0.700 | 0.600 … 0.900 | 3 |" in text
+    assert "| own table | bits per byte, synthetic | 0.700 (0.600 … 0.900) |" in text
     chosen = write_report("small", runs, tmp_path / "two",
                           seeds=["small", "small-seed2"]).read_text()
     assert "Median and range of 2 runs" in chosen
@@ -422,7 +462,8 @@ def test_a_task_in_one_entry_is_in_the_report(tmp_path, monkeypatch):
                         lambda table: drawn.extend(table.panel) or draw(table))
     text = write_report("small", tmp_path / "runs", tmp_path / "out").read_text()
     assert "| spelling | exact match |" in text and "\n| spelling | letter, a |" not in text
-    assert "greedy, whole word" in text and "spelling\nexact match" in drawn
+    protocols = tmp_path / "out" / "results" / "small" / "protocols.csv"
+    assert "greedy, whole word" in protocols.read_text() and "spelling\nexact match" in drawn
     monkeypatch.delitem(FAMILIES, "spelling")
     assert register_family(family) is FAMILIES["spelling"] and family.leads("exact match")
     with pytest.raises(ValueError, match="'spelling' is taken"):
