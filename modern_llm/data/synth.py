@@ -46,7 +46,7 @@ __all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "RULES", "SPLIT
            "world"]
 
 # kind -> share of the documents
-KINDS = {"story": 0.30, "facts": 0.20, "problem": 0.20, "review": 0.10, "exchange": 0.20}
+KINDS = {"story": 0.25, "facts": 0.20, "problem": 0.20, "review": 0.15, "exchange": 0.20}
 SPLIT_NATS = {"train": -math.log(1 - HELDOUT_SHARE), "heldout": -math.log(HELDOUT_SHARE)}
 
 
