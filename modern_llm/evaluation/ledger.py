@@ -215,7 +215,7 @@ def stage_ledger(ledger: pd.DataFrame) -> pd.DataFrame:
     gains = stage_gains(ledger)
     before = dict(itertools.pairwise(
         stage for stage in in_order(ledger.stage) if stage in STAGE_NAMES))
-    neighbours = gains[[before.get(row.against) == row.stage for row in gains.itertuples()]]
+    neighbours = gains[gains.against.map(before).eq(gains.stage)]
     change = neighbours.set_index(["stage", "task",
                                    "metric"])[["against", "change", "low", "high", "significant"]]
     change = change.rename(columns={"low": "change_low", "high": "change_high"})

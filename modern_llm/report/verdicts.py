@@ -101,7 +101,7 @@ def less_is_better(task: str) -> bool:
 
 def at_chance(ledger: pd.DataFrame) -> list[dict]:
     """The first measures of tasks with a chance, where a stage is not above it: stage, task,
-    metric, row, chance, name ("0.5" or what is said without skill), below.
+    metric, row, chance, name (its number, or what is said without skill), below.
     """
     rows = {(row["stage"], row["task"], row["metric"]): row for row in ledger.to_dict("records")}
     found = []
@@ -109,10 +109,9 @@ def at_chance(ledger: pd.DataFrame) -> list[dict]:
         family = FAMILIES.get(task)
         if family is None or family.chance is None or not family.leads(metric):
             continue
-        chance, name = family.chance, f"{family.chance:g}" if family.chance == 0.5 else "0.5"
+        chance, name = family.chance, str(family.chance)
         if isinstance(chance, str):
-            other, name = rows.get((stage, task, chance), {}), chance
-            chance = other.get("value", math.nan)
+            chance = rows.get((stage, task, chance), {}).get("value", math.nan)
         if known(row) and row["low"] <= chance:
             found.append({"stage": stage, "task": task, "metric": metric, "row": row,
                           "chance": chance, "name": name, "below": row["high"] < chance})

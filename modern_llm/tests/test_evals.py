@@ -29,6 +29,7 @@ from modern_llm.evaluation.pieces import (
     score_examples,
 )
 from modern_llm.evaluation.reranking import sample_items, verifier_mistakes
+from modern_llm.evaluation.tables import mistakes_sheet
 from modern_llm.evaluation.stages import evaluate, overlap_sets, record
 from modern_llm.evaluation.written import mark_problems, problem_items, problem_piece
 from modern_llm.models.decoder import ModernDecoderLM
@@ -114,6 +115,10 @@ def test_the_worst_mistakes_are_shown_in_full_one_of_a_problem():
             and [one["answer"] for one in found["false negatives"]] == ["d"]
             and [one["answer"] for one in found["right without an end"]] == ["f"])
     assert found["false negatives"][0]["question"] == problems[1].question
+    shown = mistakes_sheet(found).data
+    assert [shown.count(f"[kind]\n{kind}\n") for kind in found] == [2, 1, 1]
+    assert problems[1].question.split(".")[0] in shown and mistakes_sheet({}) == (
+        "no verifier in this run")
 
 
 def test_the_stage_ledger_has_changes_and_costs(tmp_path):
@@ -131,6 +136,13 @@ def test_the_stage_ledger_has_changes_and_costs(tmp_path):
     assert table.minutes.tolist() == [2.0, 1.0] and table.against.tolist()[1] == "base"
     [difference] = ledger[ledger.metric == "exact match minus other"].to_dict("records")
     assert "7 won, 0 lost, McNemar p = 0.016" in difference["protocol"]
+
+
+def test_the_stage_ledger_of_a_single_model_has_no_changes(tmp_path):
+    items = item_rows("base", "problems", "exact match", range(20), [i % 2 for i in range(20)])
+    table = stage_ledger(write_ledger(tmp_path, ledger_rows(
+        items, {}, {}, [], cost_rows({"base": {"minutes": 2.0}}, "cpu"))))
+    assert table.value.tolist() == [0.5] and table.change.isna().all()
 
 
 def test_answers_depend_neither_on_batches_nor_on_each_other(model, tokenizer):

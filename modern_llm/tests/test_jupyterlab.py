@@ -113,7 +113,7 @@ def test_lab_opens_at_the_index(page, lab):
     kernels = wait_for(started, 60)
     assert ({Path(words[0]).parent.resolve() for words in kernels}
             == {Path(sys.executable).parent.resolve()})
-    assert wait_for(lambda: "Two commands" in page.inner_text(".jp-Notebook"), 60)
+    assert wait_for(lambda: "Before and after" in page.inner_text(".jp-Notebook"), 60)
     drawn = ("() => [...document.querySelectorAll('.jp-Notebook img')].some(i => "
              "i.alt.includes('by stage') && i.naturalWidth > 100)")
     assert wait_for(lambda: page.evaluate(drawn), 60), "the figure of the results"

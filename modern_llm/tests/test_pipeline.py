@@ -356,7 +356,7 @@ def curve(folder: Path) -> list[float]:
 
 
 SINKS = ("model.use_attention_sinks=true pretrain.max_steps=24 pretrain.eval_every=24 "
-         "pretrain.checkpoint_every=2")  # README's command for two ranks, with the other strategy
+         "pretrain.checkpoint_every=2")  # guide 70's command for two ranks, with the other strategy
 # in the verifier's head every rank draws its own dropout
 SHARED = [("pretrain", "fsdp", SINKS), ("pretrain", "ddp", SINKS), ("sft", "ddp", ""),
           ("dpo", "ddp", ""), ("verifier", "ddp", "verifier.head_dropout=0")]
