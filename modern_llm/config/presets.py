@@ -57,7 +57,7 @@ def local_smoke() -> PipelineConfig:
         data=DataConfig(max_train_tokens=2_000_000, max_validation_tokens=40_000),
         pretrain=TrainConfig(max_steps=800, batch_size=6, lr=3e-3, muon_lr=2e-2, warmup_steps=10,
                              decay_fraction=0.6, eval_every=160, checkpoint_every=160),
-        sft=SFTConfig(weights=(0.75, 0.25), replay_fraction=0.15, max_steps=1200, batch_size=6,
+        sft=SFTConfig(weights=(0.8, 0.2), replay_fraction=0.15, max_steps=1200, batch_size=6,
                       lr=1.5e-3, muon_lr=1e-2, warmup_steps=10, decay_fraction=0.6, eval_every=300,
                       checkpoint_every=200, keep_checkpoints=0, max_train_examples=20_000,
                       max_validation_examples=120),

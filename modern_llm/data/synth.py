@@ -31,22 +31,23 @@ from modern_llm.data.synth_problems import (
     problems, split_of, write_problem,
 )
 from modern_llm.data.synth_requests import (
-    CLOSERS, OPENERS, PHRASINGS, REQUEST_KINDS, Instruction, request_key, write_fact_question,
-    write_request,
+    CLOSERS, OPENERS, PHRASINGS, REQUEST_KINDS, Instruction, plain, request_key,
+    write_fact_question, write_request, write_unknown,
 )
 from modern_llm.data.synth_world import (
-    ATTRIBUTES, LABELS, Review, World, state, world, write_facts, write_review,
+    ATTRIBUTES, LABELS, Review, World, state, world, write_echo, write_facts, write_review,
     write_story,
 )
 
 __all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "RULES", "SPLIT_NATS", "SPLITS",
            "Choices", "Document", "Instruction", "Preference", "Problem", "Review", "World",
-           "calculate", "check_solution", "documents", "entropy_floor", "extract_answer",
+           "calculate", "check_solution", "conversations", "documents", "entropy_floor", "extract_answer",
            "instructions", "obeys", "preferences", "problems", "sentiment", "split_of", "state",
            "world"]
 
 # kind -> share of the documents
-KINDS = {"story": 0.25, "facts": 0.20, "problem": 0.20, "review": 0.15, "exchange": 0.20}
+KINDS = {"story": 0.22, "facts": 0.18, "problem": 0.20, "review": 0.12, "exchange": 0.20,
+         "echo": 0.08}
 SPLIT_NATS = {"train": -math.log(1 - HELDOUT_SHARE), "heldout": -math.log(HELDOUT_SHARE)}
 
 
@@ -90,8 +91,11 @@ def _write_document(c: Choices, w: World, kinds: dict[str, float]) -> tuple[str,
                 {"label": review.label})
     if kind == "exchange":
         item = write_request(c, w)
-        return (f"Question: {item.instruction}\n{item.input}".rstrip("\n")
-                + f"\nAnswer: {item.output}", request_key(item), kind, {"kind": item.kind})
+        return (f"Question: {item.request}\nAnswer: {item.output}", request_key(item), kind,
+                {"kind": item.kind})
+    if kind == "echo":
+        text = write_echo(c)
+        return text, text, kind, {}
     text, meta = (write_story if kind == "story" else write_facts)(c, w)
     return text, text, kind, meta
 
@@ -175,6 +179,21 @@ def instructions(split: str = "train", seed: int = 0, world_seed: int = 0,
                     lambda c: write_request(c, w, kept, phrasings), request_key)
 
 
+def conversations(split: str = "train", seed: int = 0,
+                  world_seed: int = 0) -> Iterator[list[Instruction]]:
+    """Endless conversations of one to three instructions, which do not depend on each other; in one
+    of four that is longer than one, a word problem comes last.
+    """
+    items, told = instructions(split, seed, world_seed), problems(split, seed)
+    rng = random.Random(f"conversation/{split}/{seed}")
+    while True:
+        turns = [next(items) for _ in range(rng.choice((1, 1, 2, 3)))]
+        if len(turns) > 1 and rng.random() < 0.25:
+            problem = next(told)
+            turns[-1] = Instruction(problem.question, "", problem.answer, "problem")
+        yield turns
+
+
 # --- preferences ----------------------------------------------------------------------------------
 
 # rule -> relative frequency of pairs whose rejected answer breaks it
@@ -183,8 +202,8 @@ RULES = {"polite": 2, "kind": 2, "true": 1}
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to a question about a fact. `chosen` obeys all of RULES, `rejected` all but
-    `rule`.
+    """Two answers to a question, of a fact or of what nobody knows. `chosen` obeys all of RULES,
+    `rejected` all but `rule`.
     """
 
     prompt: str
@@ -193,29 +212,30 @@ class Preference:
     rule: str
 
 
-def obeys(rule: str, text: str, world_seed: int = 0) -> bool:
+def obeys(rule: str, text: str, chosen: str) -> bool:
     """Whether an answer keeps a rule. polite: it opens with a polite phrase; kind: it closes with a
-    kind sentence; true: it states at least one fact, in the words of `state`, and no false one."""
+    kind sentence; true: without courtesy, it says what `chosen` says.
+    """
     one_of("rule", rule, RULES)
     if rule == "polite":
         return text.strip().startswith(tuple(f"{polite}." for polite, _ in OPENERS))
     if rule == "kind":
         return text.strip().endswith(tuple(kind for kind, _ in CLOSERS))
-    verdicts = [facts[a] == v for name, facts in world(world_seed).facts.items() if name in text
-                for a, values in ATTRIBUTES.items() for v in values if state(name, a, v) in text]
-    return bool(verdicts) and all(verdicts)
+    return plain(text) == plain(chosen)
 
 
 def _write_preference(c: Choices, w: World) -> Preference:
-    prompt, name, attribute = write_fact_question(c)
-    rule, opener, closer = (c.pick(tuple(RULES), tuple(RULES.values())),
-                            c.pick(OPENERS), c.pick(CLOSERS))
-    truth = w.facts[name][attribute]
-    value = c.pick([v for v in ATTRIBUTES[attribute] if v != truth]) if rule == "true" else truth
-    chosen = f"{opener[0]}. {state(name, attribute, truth)} {closer[0]}"
-    rejected = (f"{opener[rule == 'polite']}. {state(name, attribute, value)} "
-                f"{closer[rule == 'kind']}")
-    return Preference(prompt, chosen, rejected, rule)
+    if c.draw(2, (1, 4)):
+        prompt, name, attribute = write_fact_question(c)
+        rule, truth = c.pick(tuple(RULES), tuple(RULES.values())), w.facts[name][attribute]
+        value = c.pick([v for v in ATTRIBUTES[attribute] if v != truth]) if rule == "true" else truth
+        right, said = (state(name, attribute, v) for v in (truth, value))
+    else:
+        prompt, right = write_unknown(c)
+        rule, said = c.pick(("polite", "kind")), right
+    opener, closer = c.pick(OPENERS), c.pick(CLOSERS)
+    return Preference(prompt, f"{opener[0]}. {right} {closer[0]}",
+                      f"{opener[rule == 'polite']}. {said} {closer[rule == 'kind']}", rule)
 
 
 def preferences(split: str = "train", seed: int = 0, world_seed: int = 0) -> Iterator[Preference]:

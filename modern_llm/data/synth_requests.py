@@ -22,7 +22,7 @@ from modern_llm.data.synth_world import (
 
 # kind -> share of the requests
 REQUEST_KINDS = {"fact": 3, "copy": 3, "reverse": 4, "count": 3, "arithmetic": 3, "sentiment": 3,
-                 "unknown": 1, "greeting": 1}
+                 "unknown": 2, "greeting": 2}
 PHRASINGS = ("trained", "new")
 OPENINGS = ("", "Please tell me. ", "I have a question. ", "Can you help? ", "One more thing. ",
             "Hi. ")
@@ -79,6 +79,11 @@ class Instruction:
     kind: str
     new: bool = False  # asked in a phrasing that is never trained
 
+    @property
+    def request(self) -> str:
+        """What is said: the instruction, and the input in a line of its own."""
+        return f"{self.instruction}\n{self.input}".rstrip("\n")
+
     def check(self, text: str) -> bool:
         """Whether `text` is the right output; case, outer blanks, a final full stop, and the
         courtesy around it do not matter.
@@ -116,6 +121,16 @@ def write_fact_question(c: Choices, kept: str = "trained") -> tuple[str, str, st
     return c.pick(phrasings(attribute, kept)).format(n=name), name, attribute
 
 
+def write_unknown(c: Choices, kept: str = "trained") -> tuple[str, str]:
+    """A question that has no answer, of a stranger or about what is known of nobody, and what to
+    say to it.
+    """
+    if c.draw(2):
+        name, attribute = stranger(c)[0], c.pick(tuple(ATTRIBUTES))
+        return c.pick(phrasings(attribute, kept)).format(n=name), "I do not know this person."
+    return c.pick(phrasings("nobody knows", kept)).format(n=c.pick(NAMES)), "I do not know that."
+
+
 def _greeting(c: Choices) -> tuple[str, str]:
     if c.draw(2, (2, 1)):
         words = c.pick(tuple(FAREWELLS))
@@ -132,15 +147,8 @@ def write_request(c: Choices, w: World, kinds: Sequence[str] = tuple(REQUEST_KIN
     if kind == "fact":
         request, name, attribute = write_fact_question(c, kept)
         return made(request, "", state(name, attribute, w.facts[name][attribute]))
-    if kind == "unknown":  # of a stranger, or what is known of nobody
-        if c.draw(2):
-            name, attribute = stranger(c)[0], c.pick(tuple(ATTRIBUTES))
-            return made(c.pick(phrasings(attribute, kept)).format(n=name), "",
-                        f"I do not know {name}.")
-        return made(c.pick(phrasings("nobody knows", kept)).format(n=c.pick(NAMES)), "",
-                    "I do not know that.")
-    if kind == "greeting":
-        request, answer = _greeting(c)
+    if kind in ("unknown", "greeting"):
+        request, answer = write_unknown(c, kept) if kind == "unknown" else _greeting(c)
         return made(request, "", answer)
     if kind == "arithmetic":
         a, b, plus = c.integer(1, 9), c.integer(1, 9), c.draw(2)

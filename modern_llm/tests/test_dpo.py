@@ -65,8 +65,8 @@ def test_built_in_pairs_depend_on_the_split_and_hold_their_rule():
     assert counts == {"read": 200, "kept": 200} and train == again[:200] and held_out != test
     assert not {pair.request for pair in train} & {pair.request for pair in held_out + test}
     for pair in train:
-        assert (all(synth.obeys(rule, pair.chosen) for rule in synth.RULES)
-                and not synth.obeys(pair.rule, pair.rejected))
+        assert (all(synth.obeys(rule, pair.chosen, pair.chosen) for rule in synth.RULES)
+                and not synth.obeys(pair.rule, pair.rejected, pair.chosen))
 
 
 def test_dialogues_of_a_file_are_read_and_every_drop_is_counted(tmp_path, monkeypatch):

@@ -66,6 +66,7 @@ WRITERS = {
     "review": lambda c: synth_world.write_review(c).text,
     "problem": lambda c: write_problem(c).question,
     "request": lambda c: "\n".join(asked(synth_requests.write_request(c, WORLD))),
+    "echo": synth_world.write_echo,
     "document": lambda c: synth._write_document(c, WORLD, synth.KINDS)[0],
 }
 
@@ -125,8 +126,13 @@ def test_every_choice_shows_in_the_text(kind):
         while cut > 0 and leaves * first.trace[cut - 1][0] <= 400:
             cut -= 1
             leaves *= first.trace[cut][0]
-        prefix = [index for _, index in first.trace[:cut]]
-        total, _ = total_probability(everything(write, prefix))
+        while True:  # another choice may lead to more texts than this one
+            prefix = [index for _, index in first.trace[:cut]]
+            outcomes = list(islice(everything(write, prefix), 5000))
+            if len(outcomes) < 5000:
+                break
+            cut += 1
+        total, _ = total_probability(outcomes)
         assert total == pytest.approx(math.exp(-first.spent[cut - 1] if cut else 0), rel=1e-9)
 
 
@@ -230,7 +236,7 @@ def test_documents_resume_anywhere():
     (lambda: synth.problems(levels=[]), "is empty"),
     (lambda: synth.instructions(kinds=["cout"]), r"did you mean 'count'\?"),
     (lambda: synth.instructions(kinds=[]), "is empty"),
-    (lambda: synth.obeys("polit", "x"), r"rule='polit' is unknown; did you mean 'polite'\?"),
+    (lambda: synth.obeys("polit", "x", "x"), r"rule='polit' is unknown; did you mean 'polite'\?"),
 ])
 def test_unknown_names_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
@@ -360,8 +366,8 @@ def test_instruction_outputs_are_right():
             name = next(n for n in WORLD.facts if re.search(rf"\b{n}\b", item.instruction))
             assert item.output in facts and item.output.startswith(name)
         elif item.kind == "unknown":
-            assert (item.output == "I do not know that."
-                    or item.output[14:-1] in item.instruction.replace("?", " ").split())
+            known = any(re.search(rf"\b{name}\b", item.instruction) for name in WORLD.facts)
+            assert item.output == f"I do not know {'that' if known else 'this person'}."
         elif item.kind == "greeting":
             assert item.output[-1] in ".?!"
         else:
@@ -372,17 +378,21 @@ def test_instruction_outputs_are_right():
 def test_preferences_break_exactly_the_named_rule_and_length_tells_nothing():
     pairs = list(islice(synth.preferences(), 4000))
     for pair in pairs:
-        assert all(synth.obeys(rule, pair.chosen) for rule in synth.RULES)
-        assert [rule for rule in synth.RULES if not synth.obeys(rule, pair.rejected)] == [pair.rule]
+        assert all(synth.obeys(rule, pair.chosen, pair.chosen) for rule in synth.RULES)
+        broken = [rule for rule in synth.RULES
+                  if not synth.obeys(rule, pair.rejected, pair.chosen)]
+        assert broken == [pair.rule]
     longer = (sum(len(p.chosen) > len(p.rejected) for p in pairs)
               - sum(len(p.chosen) < len(p.rejected) for p in pairs))
     assert abs(longer) / len(pairs) < 0.03
     assert abs(sum(len(p.chosen) - len(p.rejected) for p in pairs)) / len(pairs) < 0.1
-    other = next(s for s in range(1, 9)
-                 if synth.World(s).facts["Tom"]["pet"] != WORLD.facts["Tom"]["pet"])
-    assert not synth.obeys(
-        "true", synth.state("Tom", "pet", WORLD.facts["Tom"]["pet"]), world_seed=other)
-    assert not synth.obeys("true", "Of course. I do not know. Have a nice day.")
+    honest = [pair for pair in pairs if "I do not know" in pair.chosen]
+    assert 0.15 < len(honest) / len(pairs) < 0.25 and {p.rule for p in honest} == {"polite", "kind"}
+    chosen = "Of course. Tom has a dog. Have a nice day."
+    assert synth.obeys("true", "tom has a dog", chosen)
+    for wrong in ("Of course. I do not know. Have a nice day.", "Tom has a cat.", "Tom",
+                  "Of course. Of course. Tom has a dog. Have a nice day."):
+        assert not synth.obeys("true", wrong, chosen)
 
 
 def test_leaves_need_the_standard_library_only():

@@ -85,8 +85,9 @@ SENTIMENT_REQUEST = "Is this review positive or negative?"
 def _examples(source: str, split: str, limit: int, world_seed: int) -> Iterator[InstructionExample]:
     if source == "synthetic":
         part, seed = ("train", 0) if split == "train" else ("heldout", int(split == "test"))
-        for item in islice(synth.instructions(part, seed, world_seed), limit):
-            yield InstructionExample(item.instruction, item.input, item.output, item.kind)
+        for *before, item in islice(synth.conversations(part, seed, world_seed), limit):
+            yield InstructionExample(item.instruction, item.input, item.output, item.kind,
+                                     tuple((turn.request, turn.output) for turn in before))
         return
     built_in = source == "synthetic-problems"
     kind = "problems" if built_in else dataset_info(source).kind
