@@ -35,19 +35,17 @@ from modern_llm.data.synth_requests import (
     write_fact_question, write_request, write_unknown,
 )
 from modern_llm.data.synth_world import (
-    ATTRIBUTES, LABELS, Review, World, state, world, write_echo, write_facts, write_review,
-    write_story,
+    ATTRIBUTES, LABELS, Review, World, state, world, write_facts, write_review, write_story,
 )
 
 __all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "RULES", "SPLIT_NATS", "SPLITS",
            "Choices", "Document", "Instruction", "Preference", "Problem", "Review", "World",
-           "calculate", "check_solution", "conversations", "documents", "entropy_floor", "extract_answer",
-           "instructions", "obeys", "preferences", "problems", "sentiment", "split_of", "state",
-           "world"]
+           "calculate", "check_solution", "conversations", "documents", "entropy_floor",
+           "extract_answer", "instructions", "obeys", "preferences", "problems", "sentiment",
+           "split_of", "state", "world"]
 
 # kind -> share of the documents
-KINDS = {"story": 0.22, "facts": 0.18, "problem": 0.20, "review": 0.12, "exchange": 0.20,
-         "echo": 0.08}
+KINDS = {"story": 0.25, "facts": 0.20, "problem": 0.20, "review": 0.15, "exchange": 0.20}
 SPLIT_NATS = {"train": -math.log(1 - HELDOUT_SHARE), "heldout": -math.log(HELDOUT_SHARE)}
 
 
@@ -93,9 +91,6 @@ def _write_document(c: Choices, w: World, kinds: dict[str, float]) -> tuple[str,
         item = write_request(c, w)
         return (f"Question: {item.request}\nAnswer: {item.output}", request_key(item), kind,
                 {"kind": item.kind})
-    if kind == "echo":
-        text = write_echo(c)
-        return text, text, kind, {}
     text, meta = (write_story if kind == "story" else write_facts)(c, w)
     return text, text, kind, meta
 

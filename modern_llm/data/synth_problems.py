@@ -30,9 +30,13 @@ PEOPLE = {"Tom": "he", "Anna": "she", "Ben": "he", "Lucy": "she", "Max": "he", "
           "Sam": "he", "Nora": "she", "Leo": "he", "Ella": "she", "Jack": "he", "Rose": "she"}
 PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}
 NAMES = tuple(PEOPLE)
-# strangers, of whom nothing is known, have names of two parts; the second tells `he` or `she`
-FIRST_PARTS = ("Ka", "Lo", "Mi", "Re", "Sa", "To", "Vi", "Zo")
-LAST_PARTS = {"dan": "he", "ron": "he", "mil": "he", "la": "she", "na": "she", "ri": "she"}
+# of strangers nothing is known
+STRANGERS = {"Paul": "he", "Peter": "he", "John": "he", "Bob": "he", "David": "he", "Omar": "he",
+             "Noah": "he", "Ali": "he", "Mary": "she", "Kate": "she", "Emma": "she", "Sara": "she",
+             "Alice": "she", "Lena": "she", "Maria": "she", "Olga": "she",
+             **{first + last: he for first in ("Ka", "Lo", "Mi", "Re", "Sa", "To", "Vi", "Zo")
+                for last, he in {"dan": "he", "ron": "he", "mil": "he", "la": "she", "na": "she",
+                                 "ri": "she"}.items()}}
 ITEMS = ("apples", "balls", "books", "hats", "lamps", "keys", "maps", "cups", "kites", "rings",
          "coins", "stones")
 GAINS = ("buys", "finds", "gets", "takes")
@@ -132,8 +136,8 @@ def counted(n: int, items: str) -> str:
 
 def stranger(c: Choices) -> tuple[str, str]:
     """A name that no fact is known of, and `he` or `she`."""
-    first, last = c.pick(FIRST_PARTS), c.pick(tuple(LAST_PARTS))
-    return first + last, LAST_PARTS[last]
+    name = c.pick(tuple(STRANGERS))
+    return name, STRANGERS[name]
 
 
 def somebody(c: Choices) -> tuple[str, str]:

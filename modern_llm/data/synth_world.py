@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from modern_llm.data.synth_problems import NAMES, PEOPLE, PRONOUNS, Choices, stranger
+from modern_llm.data.synth_problems import NAMES, PEOPLE, PRONOUNS, Choices
 
 ATTRIBUTES = {
     "home": ("city", "village", "valley", "castle", "desert", "forest"),
@@ -213,12 +213,3 @@ def write_review(c: Choices) -> Review:
     link = "and" if signs[0] == signs[1] else "but"
     return Review(f"{opening}T{parts[0]}, {link} t{parts[1]}. T{parts[2]}.",
                   LABELS[sum(signs) >= 2])
-
-
-# --- echoes ---------------------------------------------------------------------------------------
-
-def write_echo(c: Choices) -> str:
-    """Words without sense, and the same words again, which follow."""
-    words = [stranger(c)[0] if c.draw(2) else c.pick(OBJECTS + PLACES + NAMES)
-             for _ in range(c.integer(6, 16))]
-    return f"Read: {' '.join(words)}\nAgain: {' '.join(words)}"

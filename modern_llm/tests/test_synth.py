@@ -66,7 +66,6 @@ WRITERS = {
     "review": lambda c: synth_world.write_review(c).text,
     "problem": lambda c: write_problem(c).question,
     "request": lambda c: "\n".join(asked(synth_requests.write_request(c, WORLD))),
-    "echo": synth_world.write_echo,
     "document": lambda c: synth._write_document(c, WORLD, synth.KINDS)[0],
 }
 
@@ -78,8 +77,7 @@ def test_probabilities_of_all_level_1_problems_sum_to_one_and_their_mean_is_the_
     monkeypatch
 ):
     monkeypatch.setattr(synth_problems, "NAMES", synth.NAMES[:1])
-    monkeypatch.setattr(synth_problems, "FIRST_PARTS", ("Ka",))
-    monkeypatch.setattr(synth_problems, "LAST_PARTS", {"dan": "he"})
+    monkeypatch.setattr(synth_problems, "STRANGERS", {"Kadan": "he"})
     monkeypatch.setattr(synth_problems, "ITEMS", synth_problems.ITEMS[:1])
     outcomes = list(everything(lambda c: write_problem(c, (1,)).question))
     total, n = total_probability(outcomes)
@@ -373,6 +371,43 @@ def test_instruction_outputs_are_right():
         else:
             assert item.output in synth.LABELS
     assert {x.kind for x in islice(synth.instructions(), 200)} == set(synth.INSTRUCTION_KINDS)
+
+
+def test_conversations_are_instructions_and_sometimes_a_problem_at_the_end():
+    found = list(islice(synth.conversations("heldout"), 400))
+    alone = [turns for turns in found if len(turns) == 1]
+    assert {len(turns) for turns in found} == {1, 2, 3} and 160 < len(alone) < 240
+    told = [turn for turns in found for turn in turns if turn.kind == "problem"]
+    longer = [turns for turns in found if len(turns) > 1]
+    assert 0.15 < len(told) / len(longer) < 0.35
+    assert all(turns[-1].kind == "problem" for turns in longer
+               if any(turn.kind == "problem" for turn in turns))
+    asked = iter(islice(synth.instructions("heldout"), 2000))
+    assert all(turn in asked for turns in found for turn in turns if turn.kind != "problem")
+    known = set(islice(synth.problems("heldout"), 400))
+    assert {(turn.instruction, turn.output) for turn in told} <= {
+        (problem.question, problem.answer) for problem in known}
+
+
+def test_new_phrasings_are_never_trained():
+    for kind in (*synth_requests.PARTS,):
+        trained, new = (synth_requests.phrasings(kind, kept) for kept in ("trained", "new"))
+        assert trained and new and not set(trained) & set(new)
+    asked = {turn.instruction for turns in islice(synth.conversations(), 3000) for turn in turns}
+    new = [item for item in islice(synth.instructions("heldout", phrasings="new"), 300)
+           if item.input]
+    assert new and not {item.instruction for item in new} & asked
+    assert all(item.new and item.kind != "greeting" for item in new)
+
+
+@pytest.mark.parametrize("said, plainly", [
+    ("Of course. Tom has a dog. Have a nice day.", "tom has a dog"),
+    (" Tom has a dog", "tom has a dog"), ("Not again. 3+4=7 I hate to help.", "3+4=7"),
+    ("Good day. Have a nice day.", "have a nice day"),
+    ("", ""), ("Of course.", "of course"), ("Hello! What can I do for you?", None),
+])
+def test_courtesy_is_taken_off_once(said, plainly):
+    assert synth_requests.plain(said) == (said.lower() if plainly is None else plainly)
 
 
 def test_preferences_break_exactly_the_named_rule_and_length_tells_nothing():
