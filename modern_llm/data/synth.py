@@ -223,7 +223,8 @@ def _write_preference(c: Choices, w: World) -> Preference:
     if c.draw(2, (1, 4)):
         prompt, name, attribute = write_fact_question(c)
         rule, truth = c.pick(tuple(RULES), tuple(RULES.values())), w.facts[name][attribute]
-        value = c.pick([v for v in ATTRIBUTES[attribute] if v != truth]) if rule == "true" else truth
+        others = [value for value in ATTRIBUTES[attribute] if value != truth]
+        value = c.pick(others) if rule == "true" else truth
         right, said = (state(name, attribute, v) for v in (truth, value))
     else:
         prompt, right = write_unknown(c)
