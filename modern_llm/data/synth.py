@@ -38,10 +38,10 @@ from modern_llm.data.synth_world import (
     ATTRIBUTES, LABELS, Review, World, state, world, write_facts, write_review, write_story,
 )
 
-__all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "RULES", "SPLIT_NATS", "SPLITS",
-           "Choices", "Document", "Instruction", "Preference", "Problem", "Review", "World",
-           "calculate", "check_solution", "conversations", "documents", "entropy_floor",
-           "extract_answer", "instructions", "obeys", "preferences", "problems", "sentiment",
+__all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "PREFERRED_KINDS", "RULES",
+           "SPLIT_NATS", "SPLITS", "Choices", "Document", "Instruction", "Preference", "Problem",
+           "Review", "World", "calculate", "check_solution", "conversations", "documents",
+           "entropy_floor", "extract_answer", "instructions", "obeys", "preferences", "problems", "sentiment",
            "split_of", "state", "world"]
 
 # kind -> share of the documents
@@ -193,6 +193,7 @@ def conversations(split: str = "train", seed: int = 0,
 
 # rule -> relative frequency of pairs whose rejected answer breaks it
 RULES = {"polite": 2, "kind": 2, "true": 1}
+PREFERRED_KINDS = ("fact", "unknown")  # of instructions: what the preferences are about
 
 
 @dataclass(frozen=True)

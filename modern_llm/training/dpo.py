@@ -193,7 +193,7 @@ def _chat_rows(tokenizer: Tokenizer, kind: str, world_seed: int, rows: int, cont
                seed: int) -> dict[str, Tensor]:
     limit = max(200, rows * context_length // 60)
     if kind == "synthetic":
-        others = [name for name in synth.INSTRUCTION_KINDS if name != "fact"]
+        others = [name for name in synth.INSTRUCTION_KINDS if name not in synth.PREFERRED_KINDS]
         found = [InstructionExample(item.instruction, item.input, item.output)
                  for item in islice(synth.instructions("train", 0, world_seed, others), limit)]
     else:
@@ -216,7 +216,7 @@ def replay_rows(
 
     Args:
         kinds: "text" (documents of data.sources, joined as in pretraining), "synthetic" (built-in
-            instructions; not those that ask for a fact, which the built-in preferences want
+            instructions; not those of `synth.PREFERRED_KINDS`, which the built-in preferences want
             answered in another manner), and the other names that sft.sources may give.
         rows: at least so many in all, but of "text" no row twice, unless a single one is not
             filled.
