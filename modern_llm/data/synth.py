@@ -41,8 +41,8 @@ from modern_llm.data.synth_world import (
 __all__ = ["ATTRIBUTES", "INSTRUCTION_KINDS", "KINDS", "LABELS", "PREFERRED_KINDS", "RULES",
            "SPLIT_NATS", "SPLITS", "Choices", "Document", "Instruction", "Preference", "Problem",
            "Review", "World", "calculate", "check_solution", "conversations", "documents",
-           "entropy_floor", "extract_answer", "instructions", "obeys", "preferences", "problems", "sentiment",
-           "split_of", "state", "world"]
+           "entropy_floor", "extract_answer", "instructions", "obeys", "preferences", "problems",
+           "sentiment", "split_of", "state", "world"]
 
 # kind -> share of the documents
 KINDS = {"story": 0.25, "facts": 0.20, "problem": 0.20, "review": 0.15, "exchange": 0.20}
