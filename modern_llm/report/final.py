@@ -109,9 +109,9 @@ def cost(run: PublishedRun) -> str:
     words = [f"{facts['minutes']} minutes by the clock, all stages" if "minutes" in facts else
              f"{number(seconds)} seconds of training" if seconds else "not recorded"]
     words += [f"on {facts['device']} ({facts['machine']})"] if "machine" in facts else []
-    words += [f"{text} {facts[name]}" for name, text in (("begun", "begun"), ("threads", "threads:"),
-              ("python", "python"), ("torch", "torch"), ("seeds", "seeds trained:"))
-              if name in facts]
+    called = {"begun": "begun", "threads": "threads:", "python": "python", "torch": "torch",
+              "seeds": "seeds trained:"}
+    words += [f"{text} {facts[name]}" for name, text in called.items() if name in facts]
     where = (f" Every measure: [report]({run.report.name})." if run.text
              else f" Every measure: [file](results/{run.folder.name}).")
     return f"**Cost:** {', '.join(words)}.{where}"

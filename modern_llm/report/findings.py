@@ -105,11 +105,13 @@ def chosen(run: Run) -> dict[str, dict]:
 
 def losses(run: Run, shown: list[dict]) -> list[dict]:
     """What a stage lost in a kind of items, or in a measure that is not among `shown`."""
+    found, paired = lookup(run), other_losses(run, shown)
+    there = {(row["stage"], row["task"], row["metric"], row["against"]) for row in paired}
     lines = [line(f"{model_name(one['stage'])}: {one['task']}, {one['metric']}", one["now"],
                   model_name(one["before"]), one["was"], one["change"], said=WORSE, note=UNPAIRED)
-             for one in (losses_by_kind(run.ledger) if len(run.ledger) else [])]
-    found = lookup(run)
-    for row in other_losses(run, shown):
+             for one in (losses_by_kind(run.ledger) if len(run.ledger) else [])
+             if (one["stage"], one["task"], one["metric"], one["before"]) not in there]
+    for row in paired:
         one, other = (found.get((row[name], row["task"], row["metric"]))
                       for name in ("stage", "against"))
         lines.append(line(f"{model_name(row['stage'])}: {row['task']}, {row['metric']}", one or row,

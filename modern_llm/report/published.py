@@ -95,8 +95,9 @@ class PublishedRun(Run):
     @property
     def commands(self) -> list[str]:
         """What gives the run again: the report's own lines, those of stages run alike as one."""
-        if block := re.search(r"^## (?:Commands|Cost and command)\n.*?^```bash\n(.*?)^```", self.text,
-                              re.S | re.M):
+        block = re.search(r"^## (?:Commands|Cost and command)\n.*?^```bash\n(.*?)^```", self.text,
+                          re.S | re.M)
+        if block:
             lines = block[1].splitlines()
             ran = [line for line in lines if "--stage" in line]
             alike = {re.sub(r"--stage \w+", "--stage all", line) for line in ran}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from modern_llm.files import CHECKOUT
-from modern_llm.report.final import final_report, more_tokens, run_part
+from modern_llm.report.final import final_report, more_tokens
 from modern_llm.report.findings import findings, sentences, told
 from modern_llm.report.first_page import first_page
 from modern_llm.report.page import Page
@@ -39,14 +39,14 @@ def rows_in(value: object) -> list[dict]:
     if isinstance(value, list):
         return [row for item in value for row in rows_in(item)]
     if isinstance(value, dict):
-        return [value] * ("low" in value) + [row for item in value.values() for row in rows_in(item)]
+        return [value] * ("low" in value) + rows_in(list(value.values()))
     return []
 
 
 def leaves(value: object) -> list[float]:
     """Every number in a JSON value that is no part of a row with an interval."""
     if isinstance(value, dict):
-        return [] if "low" in value else [leaf for item in value.values() for leaf in leaves(item)]
+        return [] if "low" in value else leaves(list(value.values()))
     if isinstance(value, list):
         return [leaf for item in value for leaf in leaves(item)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
@@ -68,6 +68,7 @@ class Committed:
             elif path.suffix == ".csv":
                 self.rows += list(csv.DictReader(text.splitlines()))
 
+    @functools.cache
     def has_row(self, *said: str) -> bool:
         """A row of this value or change, both ends, and its n and p, where they are said."""
         names = (("low", said[1]), ("high", said[2]), ("n", said[3]), ("p", said[4]))
@@ -75,6 +76,7 @@ class Committed:
                    and all(not text or same(text, row.get(name)) for name, text in names)
                    for row in self.rows)
 
+    @functools.cache
     def has(self, text: str) -> bool:
         plain = text.lstrip("-+").replace(",", "")
         return plain in self.written or any(same(text, number) for number in self.alone)
@@ -148,11 +150,12 @@ def test_a_changed_number_is_found():
     changed = lambda text, place: (text[:place] + str((int(text[place]) + 3) % 10)
                                    + text[place + 1:])
     for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-        for place in (row.index(".") + 1, row.index("]") - 1, row.index("[") + 4):
+        digits = [place for place, sign in enumerate(row) if sign.isdigit()]
+        for place in (digits[0], digits[len(digits) // 2], digits[-1]):
             assert lost(PAGE.replace(row, changed(row, place), 1)), row
     tokens = re.search(r"[\d,]{7,} tokens", PAGE)[0]
     commit = re.search(r"git checkout \w+", PAGE)[0]
-    for text, place in ((tokens, 2), (commit, re.search(r"\d", commit).start())):
+    for text, place in ((tokens, 0), (commit, re.search(r"\d", commit).start())):
         assert lost(PAGE.replace(text, changed(text, place), 1)), text
     counted = next(row for row in rows if " of " in row)
     assert lost(PAGE.replace(counted, counted + "7", 1))
@@ -162,7 +165,8 @@ def test_a_changed_number_is_found():
 
 
 def test_the_page_is_what_is_published():
-    subprocess.run([sys.executable, CHECKOUT / "scripts" / "final_report.py", "--check"], check=True)
+    script = CHECKOUT / "scripts" / "final_report.py"
+    subprocess.run([sys.executable, script, "--check"], check=True)
     committed = subprocess.run(["git", "ls-files", "report/results"], cwd=CHECKOUT,
                                capture_output=True, text=True).stdout
     runs = [run.name for run in published_runs(REPORT / "results")
@@ -192,12 +196,11 @@ def test_what_a_run_has_not_measured_has_no_bullet(tmp_path, gone):
         shutil.copyfile(REPORT / "local-smoke_report.md", tmp_path / "local-smoke_report.md")
     text = final_report(tmp_path)
     assert ("## `local-smoke`" in text) == (gone != "report")
-    whole, stage = run_part(PublishedRun(source)), gone.removesuffix(".json")
+    stage = gone.removesuffix(".json")
     word = {"pretrain": "pretrain on", "sft": "sft on", "verifier": "the stage's held-out problems",
             "attention": "induction", "ledger.csv": "sentiment, accuracy",
             "stage_gains.csv": "SFT: instructions, exact match"}.get(stage)
     if word:
-        assert word in whole
         kept = next((line for line in text.splitlines() if word in line), "")
         assert not kept or gone == "stage_gains.csv" and "**Measured, no control:**" in kept
     assert "nan" not in text and "None" not in text
