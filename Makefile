@@ -20,8 +20,9 @@ docs: env  ## build the documentation site in _docs/html (adds Sphinx to .venv; 
 	@bash scripts/environment.sh docs
 	@$(PYTHON_BIN)/python docs/build.py
 
-export: env  ## after editing notebooks or presets: clean, export the package, write README.md and configs/
+export: env  ## after editing notebooks or presets: clean, export the package, write README.md, report/final_report.md and configs/
 	@PATH="$(CURDIR)/$(PYTHON_BIN):$$PATH" nbdev_clean
 	@PATH="$(CURDIR)/$(PYTHON_BIN):$$PATH" nbdev_export
 	@$(PYTHON_BIN)/python scripts/readme.py
+	@$(PYTHON_BIN)/python scripts/final_report.py
 	@$(PYTHON_BIN)/python scripts/presets.py
