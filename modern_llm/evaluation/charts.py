@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # the same on every page
 METHOD_COLOURS = {"random": COLOURS[7], "log_prob": COLOURS[1], "calculator": COLOURS[2],
                   "majority": COLOURS[0], "best_of_n": COLOURS[4], "weighted_vote": COLOURS[3],
-                  "majority_trained_on": COLOURS[5], "pass": "black"}
+                  "majority_trained_on": COLOURS[9], "pass": "black"}
 
 
 # ---- a verifier ----------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def rerank_curves(table: pd.DataFrame, greedy: float | None = None,
     """
     fig, ax = figure(5.8, 3)
     for method, line in table.groupby("method", sort=False):
-        line, colour = line.sort_values("size"), METHOD_COLOURS.get(method, COLOURS[6])
+        line, colour = line.sort_values("size"), METHOD_COLOURS.get(method, COLOURS[5])
         ax.plot(line["size"], line.value, "o-", ms=4, color=colour, label=method.replace("_", " "))
         if method in ("majority", "majority_trained_on", "weighted_vote"):
             ax.fill_between(line["size"], line.low, line.high, color=colour, alpha=0.1, lw=0)
