@@ -89,6 +89,7 @@ def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
                + work.tokens * flops_per_token(config.model) / 3 / (ASSUMED_MFU * peak)) / 60
     said = [f"{work.steps:,} decoding steps of {1000 * ASSUMED_DECODE_SECONDS:.0f} ms and "
             f"{work.tokens:,} tokens, assumed"] * (work != Work())
+    said += ["the steps once more for a control"] * (work.trainings > 0)
     train = getattr(config, stage, None)
     if not isinstance(train, TrainConfig):
         return Estimate(start + minutes, why="; ".join([*said, f"{start} min to start, assumed"]))
@@ -103,11 +104,12 @@ def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
         seconds = tokens_per_step(config, stage) / speed
         said.insert(0, f"assumed: {100 * ASSUMED_MFU:.0f}% of {peak / 1e12:g} TFLOP/s "
                        f"({f'{gpus} × ' * (gpus > 1)}{device})")
-    training = steps * seconds / 60
-    if train.max_minutes and training > train.max_minutes:
-        training = train.max_minutes
-        said.append(f"at most {train.max_minutes:g} min, a setting")
-    return Estimate(training + minutes + start, steps, speed,
+    longest = train.max_minutes or math.inf
+    training, again = (min(longest, count * seconds / 60)
+                       for count in (steps, work.trainings * train.max_steps))
+    if training == longest:
+        said.append(f"at most {longest:g} min, a setting")
+    return Estimate(training + again + minutes + start, steps, speed,
                     "; ".join([*said, f"{start} min to start, assumed"]))
 
 

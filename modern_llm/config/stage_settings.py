@@ -120,6 +120,7 @@ class DPOConfig(TrainConfig):
     # share of pairs believed to be labelled the wrong way round (cDPO)
     label_smoothing: float = 0.0
     length_normalised: bool = False  # log-probability per token instead of per answer
+    preference_weight: float = 1.0  # weight of the preference loss
     sft_weight: float = 0.0  # weight of the chosen answer's negative log-probability per token
     # weight of the nats per token of a row of earlier examples that goes along with every pair
     replay_weight: float = 0.0
@@ -128,6 +129,9 @@ class DPOConfig(TrainConfig):
     max_train_pairs: int = 5_000  # a source
     max_validation_pairs: int = 200  # a source
     max_new_tokens: int = 128  # of the model's own answers to held-out prompts
+    # beside it, the same start is trained for the same steps on the same batches without the
+    # preference loss, if another term is left to train on
+    control: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,9 +143,12 @@ class DPOConfig(TrainConfig):
                 f"dpo.label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
         require(self.loss == "sigmoid" or self.label_smoothing == 0,
                 "dpo.label_smoothing is for dpo.loss='sigmoid'")
-        for name in ("sft_weight", "replay_weight"):
+        for name in ("preference_weight", "sft_weight", "replay_weight"):
             require(getattr(self, name) >= 0,
                     f"dpo.{name}={getattr(self, name)} must not be negative")
+        require(self.preference_weight + self.sft_weight + self.replay_weight > 0,
+                "dpo.preference_weight, dpo.sft_weight and dpo.replay_weight are all 0: nothing is "
+                "left to train on; set one of them above 0")
         require(len(self.replay_sources) > 0,
                 "dpo.replay_sources is empty; to replay nothing say dpo.replay_weight=0")
         for name in self.replay_sources:
@@ -151,6 +158,14 @@ class DPOConfig(TrainConfig):
     def sequences(self) -> int:
         """The pair, and a third one where something is replayed."""
         return 2 + bool(self.replay_weight)
+
+    @property
+    def trains_control(self) -> bool:
+        """Whether a control is trained: where it is asked for, and differs from the run and from
+        its start.
+        """
+        return bool(self.control and self.preference_weight
+                    and (self.sft_weight or self.replay_weight))
 
 
 @dataclass(frozen=True)
@@ -179,6 +194,9 @@ class VerifierConfig(TrainConfig):
     gold_problems: int = 3_000
     # steps that the variants on the page are trained for; 0 = no variants
     comparison_steps: int = 0
+    # beside it, the generator itself is trained on: as many steps, the same batches, the
+    # language-model loss alone; not beside an encoder, or where lm_weight is 0
+    control: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,6 +211,11 @@ class VerifierConfig(TrainConfig):
         for name in ("lm_weight", "gold_problems", "comparison_steps"):
             require(getattr(self, name) >= 0,
                     f"verifier.{name}={getattr(self, name)} must not be negative")
+
+    @property
+    def trains_control(self) -> bool:
+        """Whether the generator is trained on as control."""
+        return bool(self.control and self.lm_weight and self.kind == "generator")
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         starts_from=("sft",), base=("pretrain", "sft"),
         recipe="modern_llm.training.dpo:PreferenceTuning", work="modern_llm.config.work:of_dpo",
         makes_generator=True, called="dpo", shown="DPO",
-        measured=("answers_after.jsonl", "held_out.jsonl"),
+        measured=("answers_after.jsonl", "held_out.jsonl", "answers_control.jsonl",
+                  "held_out_control.jsonl"),
         headline=("preference accuracy, after", "implicit-reward accuracy", "perplexity tax"),
         counted=("pairs", "Preference pairs")),
     StageSpec(
@@ -102,7 +103,8 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         starts_from=("dpo", "sft"), base=("pretrain", "sft"),
         recipe="modern_llm.training.verifier:VerifierTraining",
         work="modern_llm.config.work:of_verifier", called="verifier", shown="verifier",
-        measured=("samples-own-greedy.jsonl",),
+        measured=("samples-own-greedy.jsonl", "samples-control-greedy.jsonl",
+                  "samples-control.jsonl"),
         headline=("within-problem AUC", "weighted_vote@", "best_of_n@"),
         counted=("data", "The generator's own answers, on which the verifier learns")),
     StageSpec(

@@ -11,17 +11,20 @@ from modern_llm.config.schema import PipelineConfig
 
 @dataclass(frozen=True)
 class Work:
-    """At most so many tokens that a model reads or writes, and decoding steps, one after the other.
+    """At most so many tokens that a model reads or writes, and decoding steps, one after the other;
+    and how often the stage's optimizer steps are taken once more, for a control.
     """
 
     tokens: int = 0
     steps: int = 0
+    trainings: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.tokens + other.tokens, self.steps + other.steps)
+        return Work(self.tokens + other.tokens, self.steps + other.steps,
+                    self.trainings + other.trainings)
 
     def __mul__(self, times: int) -> Work:
-        return Work(self.tokens * times, self.steps * times)
+        return Work(self.tokens * times, self.steps * times, self.trainings * times)
 
 
 def answers(prompts: int, room: int, longest: int, samples: int = 1, rows: int = 256) -> Work:
@@ -37,13 +40,19 @@ def answers(prompts: int, room: int, longest: int, samples: int = 1, rows: int =
 
 
 def of_dpo(config: PipelineConfig) -> Work:
-    """The answers to held-out prompts, before and after."""
-    dpo = config.dpo
-    return answers(dpo.max_validation_pairs, config.model.context_length, dpo.max_new_tokens) * 2
+    """The answers to held-out prompts, before and after, and the control with its own."""
+    dpo, control = config.dpo, config.dpo.trains_control
+    once = answers(dpo.max_validation_pairs, config.model.context_length, dpo.max_new_tokens)
+    return once * (2 + control) + Work(trainings=int(control))
 
 
 def of_verifier(config: PipelineConfig) -> Work:
-    """The generator's own answers, which it learns from and is judged on."""
+    """The generator's own answers, which it learns from and is judged on; the generator trained on
+    as control, and its answers, one of them greedy.
+    """
     own, room = config.verifier, config.model.context_length
+    held, control = ((own.validation_problems, room, own.max_new_tokens), own.trains_control)
     return (answers(own.train_problems, room, own.max_new_tokens, own.samples_per_problem)
-            + answers(own.validation_problems, room, own.max_new_tokens, own.validation_samples))
+            + answers(*held, own.validation_samples)
+            + (answers(*held, own.validation_samples) + answers(*held)
+               + Work(trainings=1)) * control)

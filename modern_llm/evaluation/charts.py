@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # the same on every page
 METHOD_COLOURS = {"random": COLOURS[7], "log_prob": COLOURS[1], "calculator": COLOURS[2],
                   "majority": COLOURS[0], "best_of_n": COLOURS[4], "weighted_vote": COLOURS[3],
-                  "pass": "black"}
+                  "majority_trained_on": COLOURS[9], "pass": "black"}
 
 
 # ---- a verifier ----------------------------------------------------------------------------------
@@ -69,9 +69,10 @@ def reliability_curve(table: pd.DataFrame, error: float | None = None) -> Figure
     return fig
 
 
-def rerank_curves(table: pd.DataFrame, greedy: float | None = None) -> Figure:
+def rerank_curves(table: pd.DataFrame, greedy: float | None = None,
+                  trained_on: float | None = None) -> Figure:
     """Share right against the number of answers to choose from: columns method, size, value, low,
-    high; dashed: the greedy answer.
+    high; dashed: the greedy answer; dotted: that of the generator trained on.
 
     The method "pass" is the bound: whether any of them is right.
     """
@@ -79,10 +80,11 @@ def rerank_curves(table: pd.DataFrame, greedy: float | None = None) -> Figure:
     for method, line in table.groupby("method", sort=False):
         line, colour = line.sort_values("size"), METHOD_COLOURS.get(method, COLOURS[5])
         ax.plot(line["size"], line.value, "o-", ms=4, color=colour, label=method.replace("_", " "))
-        if method in ("majority", "weighted_vote"):
+        if method in ("majority", "majority_trained_on", "weighted_vote"):
             ax.fill_between(line["size"], line.low, line.high, color=colour, alpha=0.1, lw=0)
-    if greedy is not None:
-        ax.axhline(greedy, color="black", lw=1, ls="--", label="greedy")
+    for share, style, label in ((greedy, "--", "greedy"), (trained_on, ":", "greedy, trained on")):
+        if share is not None:
+            ax.axhline(share, color="black", lw=1, ls=style, label=label)
     sizes = sorted(table["size"].unique())
     ax.set(xlabel="answers to choose from", ylabel="share right", xscale="log", xticks=sizes,
            xticklabels=sizes)

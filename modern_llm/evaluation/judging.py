@@ -1,5 +1,5 @@
-"""What chapter 06 measures of a trained verifier: planted errors, its score token by token, the
-control, and other designs on the same data.
+"""What chapter 06 measures of a trained verifier: planted errors, its score token by token, its
+controls, and other designs on the same data.
 
 A plain module; what is done with its scores is chapter 48.
 """
@@ -10,16 +10,19 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer
 
 from modern_llm.data.answer_pairs import perturb
-from modern_llm.data.tasks import Problem, rerank
-from modern_llm.evaluation.reranking import judgements
+from modern_llm.data.tasks import Problem, rerank, rerank_curve
+from modern_llm.evaluation.reranking import judgements, trained_on_rows
+from modern_llm.models.saving import load_model
 from modern_llm.models.verifier import VerifierModel, load_verifier
 from modern_llm.statistics import paired_difference
+from modern_llm.training.control import FOLDER
 from modern_llm.training.verifier import VerifierTraining
 from modern_llm.training.verifier_scores import score_answers, score_samples, token_scores
 
@@ -76,6 +79,41 @@ def own_answers(recipe: VerifierTraining, verifier: VerifierModel, greedy: pd.Se
         return greedy
     found = recipe.answers("own-greedy", lambda: verifier.model, recipe.held_problems)
     return found.set_index("problem").right.astype(float)
+
+
+class TrainedOn:
+    """The generator trained on (`VerifierTraining.control`): its answers to the held-out problems,
+    asked for as the generator's own were; none where there is no such control.
+    """
+
+    def __init__(self, recipe: VerifierTraining):
+        self.greedy = self.samples = None
+        if recipe.train.trains_control:
+            load = cache(lambda: load_model(recipe.run.folder / FOLDER / "checkpoint",
+                                            recipe.device))
+            greedy = recipe.answers("control-greedy", load, recipe.held_problems)
+            self.greedy = greedy.set_index("problem").right.astype(float)
+            self.samples = recipe.answers("control", load, recipe.held_problems, **recipe.sampling)
+
+    @property
+    def share(self) -> float | None:
+        """Right greedy answers, of all problems."""
+        return None if self.greedy is None else self.greedy.mean()
+
+    def curve(self, held: pd.DataFrame, sizes: Sequence[int]) -> pd.DataFrame:
+        """`tasks.rerank_curve` of the generator's samples, and the majority of the control's own as
+        one more method.
+        """
+        table = rerank_curve(held, sizes)
+        if self.samples is None:
+            return table
+        own = rerank_curve(self.samples, sizes, ["majority"])
+        return pd.concat([table, own.assign(method="majority_trained_on")], ignore_index=True)
+
+    def rows(self, held: pd.DataFrame, size: int) -> list[dict]:
+        """`reranking.trained_on_rows` against the generator's samples with their scores."""
+        return ([] if self.samples is None
+                else trained_on_rows(held, self.greedy, self.samples, size))
 
 
 def compare_variants(recipe: VerifierTraining, trained_steps: int, size: int) -> list[dict]:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 # %% auto #0
-__all__ = ['MIDDLE_LEVELS', 'DIFFERENCES', 'sample_items', 'rerank_differences', 'reliability', 'calibration_error', 'judgements',
-           'control_rows', 'verifier_mistakes', 'extreme_mistakes']
+__all__ = ['MIDDLE_LEVELS', 'DIFFERENCES', 'TRAINED_ON', 'sample_items', 'rerank_differences', 'reliability', 'calibration_error',
+           'judgements', 'control_rows', 'trained_on_rows', 'verifier_mistakes', 'extreme_mistakes']
 
 # %% ../../nbs/48_reranking.ipynb #sample-items
 def sample_items(stage: str, task: str, samples: pd.DataFrame,
@@ -127,6 +127,31 @@ def control_rows(generator: pd.Series, own: pd.Series) -> list[dict]:
     return [*rows, {"metric": "greedy exact match, gained by the training",
                     **paired_difference(own.to_numpy(), generator.to_numpy()),
                     "protocol": "paired by problem"}]
+
+# %% ../../nbs/48_reranking.ipynb #trained-on-rows
+TRAINED_ON = "the generator trained on"
+
+
+def trained_on_rows(samples: pd.DataFrame, greedy: pd.Series, own: pd.DataFrame,
+                    size: int) -> list[dict]:
+    """What the generator trained on does with the same problems, greedily and by majority, and the
+    verifier's weighted vote less each of the two, as table rows.
+
+    Args:
+        samples: the generator's own, of `tasks.solve`, with a column `score`.
+        greedy: 1 or 0 for every problem, whether the one trained on is right at temperature 0.
+        own: of `tasks.solve`, samples of the one trained on; `size` of both are offered.
+    """
+    vote, values, differences = rerank(samples, size, "weighted_vote"), [], []
+    for way, right, how in (("greedy", greedy, "temperature 0"),
+                            (f"majority@{size}", rerank(own, size, "majority"), "its own samples")):
+        right, name = right.loc[vote.index].to_numpy(), way if "@" in way else f"{way} exact match"
+        values.append({"metric": f"{name}, {TRAINED_ON}", **mean_interval(right),
+                       "protocol": f"held-out problems, {how}"})
+        differences.append({"metric": f"weighted_vote@{size} - {way}, {TRAINED_ON}",
+                            **paired_difference(vote.to_numpy(), right),
+                            "protocol": "all held-out problems, paired by problem"})
+    return values + differences
 
 # %% ../../nbs/48_reranking.ipynb #verifier-mistakes
 def verifier_mistakes(samples: pd.DataFrame, problems: Sequence[Problem],

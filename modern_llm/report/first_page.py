@@ -13,8 +13,8 @@ from modern_llm.config import NOTEBOOKS, STAGES, ModelConfig, override, trained_
 from modern_llm.models.counts import flops_per_token, parameter_count
 from modern_llm.report.page import Page, Run, bullets, interval, markdown_table, model_name, number
 from modern_llm.report.verdicts import (
-    BETTER, FEW, SAME, WORSE, at_chance, five_results, known, losses_by_kind, one_model,
-    other_losses, signed, verdict,
+    BETTER, FEW, SAME, TRAINED_ON, WORSE, at_chance, dpo_control_results, five_results, known,
+    losses_by_kind, one_model, other_losses, signed, verdict,
 )
 
 NOT_MEASURED = {
@@ -117,12 +117,19 @@ def results_table(page: Page, results: dict[str, list[dict]], shown: list[dict])
              "where nothing else is said, p is McNemar's, *no difference shown* means that the "
              "interval contains 0 or the paired test does not reject it."]
     if results.get("verifier"):
-        trained_on_them = any("further problems" in one["beside"] for one in shown)
-        notes.append("The generator trained on the same further problems "
-                     + ("is the verifier's own language model, which learned to judge besides."
-                        if trained_on_them else "was not recorded."))
+        beside = [one["beside"] for one in results["verifier"]]
+        if any(TRAINED_ON + "," in what for what in beside):
+            notes.append("The generator trained on took the verifier's steps on its batches, and "
+                         "learned no judging.")
+        else:
+            notes.append("The generator trained on the same further problems "
+                         + ("is the verifier's own language model, which learned to judge besides."
+                            if any("further problems" in what for what in beside)
+                            else "was not recorded."))
     if results.get("DPO"):
-        notes.append("A control that takes DPO's further steps without its preferences was not "
+        notes.append("The same training without preferences takes DPO's steps on its batches with "
+                     "its other terms." if dpo_control_results(page.run) else
+                     "A control that takes DPO's further steps without its preferences was not "
                      "recorded.")
     if len(page.seeds) < 2:
         notes.append("One seed: nothing here says what another training run would give.")

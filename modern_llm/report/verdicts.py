@@ -181,6 +181,22 @@ def stage_results(run: Run, stage: str, before: str, tasks: tuple[tuple[str, str
     return lines
 
 
+def dpo_control_results(run: Run) -> list[dict]:
+    """DPO beside the same training without preferences, item by item, from the stage's own table;
+    none where no control was trained.
+    """
+    table = {row["metric"]: row for row in run.results.get("dpo", {}).get("table", [])}
+    lines = []
+    for metric, change in table.items():
+        name, found, source = metric.partition(", after - control")
+        if found:
+            lines.append(line(f"DPO: {name}{source}, the stage's own held-out pairs",
+                              table.get(f"{name}, after{source}", change),
+                              "the same training without preferences",
+                              table.get(f"{name}, control{source}"), change))
+    return lines
+
+
 def tax_results(run: Run) -> list[dict]:
     """What tuning cost in held-out text: perplexity over that of the pretrained model."""
     lines = []
@@ -195,7 +211,7 @@ def tax_results(run: Run) -> list[dict]:
 
 def verifier_results(run: Run) -> list[dict]:
     """What the verifier's choice among samples is worth, beside choices that need no verifier, and
-    beside the generator trained on the same further problems.
+    beside the generator trained on.
     """
     found, gains, lines = lookup(run), run.gains, []
     rows = gains[gains.stage.eq("verifier") & gains.metric.str.contains("@")] if len(gains) else []
@@ -220,7 +236,8 @@ def verifier_results(run: Run) -> list[dict]:
 
 def stage_verifier_results(run: Run, only_control: bool) -> list[dict]:
     """The same from the verifier stage's own held-out problems: the control that the evaluation has
-    not, and the votes too, unless `only_control`.
+    not, and the votes too, unless `only_control`. Runs without it have the verifier's own language
+    model in its place.
     """
     results = run.results.get("verifier", {})
     table = {row["metric"]: row for row in results.get("table", [])}
@@ -230,11 +247,13 @@ def stage_verifier_results(run: Run, only_control: bool) -> list[dict]:
     ways["greedy"] = table.get("greedy exact match, generator")
     for metric, change in ({} if only_control else table).items():
         name, _, other = metric.partition(" - ")
-        if "@" in name and other and ways.get(name):
+        if "@" in name and other and ways.get(name) and TRAINED_ON not in other:
             lines.append(line(f"verifier: {way(name)}", ways[name], way(other), ways.get(other),
                               change))
     own = table.get("greedy exact match, the verifier's own language model")
-    if own and known(own) and results.get("kind") != "encoder":
+    if trained_on := trained_on_results(table, ways, most):
+        lines += trained_on
+    elif own and known(own) and results.get("kind") != "encoder":
         for name in (f"weighted_vote@{most}", f"best_of_n@{most}"):
             if ways.get(name) and known(ways[name]):
                 lines.append(line(f"verifier: {way(name)}, the stage's held-out problems",
@@ -243,9 +262,26 @@ def stage_verifier_results(run: Run, only_control: bool) -> list[dict]:
     return lines
 
 
+def trained_on_results(table: dict[str, dict], ways: dict[str, dict], most: int) -> list[dict]:
+    """The weighted vote beside the generator trained on, problem by problem; none where the stage's
+    `table` does not have it.
+    """
+    name, lines = f"weighted_vote@{most}", []
+    for other in ("greedy", f"majority@{most}"):
+        change = table.get(f"{name} - {other}, {TRAINED_ON}")
+        if change and ways.get(name):
+            measure = other if "@" in other else f"{other} exact match"
+            lines.append(line(f"verifier: {way(name)}, the stage's held-out problems", ways[name],
+                              f"{TRAINED_ON}, {way(other)}", table.get(f"{measure}, {TRAINED_ON}"),
+                              change))
+    return lines
+
+
+TRAINED_ON = "the generator trained on"  # in the stage's rows
 WAYS = {"weighted_vote": "weighted vote of {}", "best_of_n": "best of {} by its score",
-        "majority": "majority of {}", "log_prob": "the likeliest of {}",
-        "random": "a random one of {}",
+        "majority": "majority of {}",
+        "majority_trained_on": "majority of {} by the generator trained on",
+        "log_prob": "the likeliest of {}", "random": "a random one of {}",
         "calculator": "one of {} with true sums", "greedy": "one greedy answer"}
 
 
@@ -277,7 +313,7 @@ def five_results(run: Run) -> dict[str, list[dict]]:
     return {"pretraining": text_results(run),
             "SFT": stage_results(run, sft, base, shared, "the pretrained model"),
             "DPO": stage_results(run, dpo, sft, (("preferences", "accuracy"), *shared),
-                                 "SFT, without DPO"),
+                                 "SFT, without DPO") + dpo_control_results(run),
             "tax": tax_results(run), "verifier": verifier_results(run)}
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from modern_llm.config import STAGES
 from modern_llm.report.page import Page, bullets, in_words, interval, measured, measures, quoted
-from modern_llm.report.verdicts import way
+from modern_llm.report.verdicts import TRAINED_ON, way
 
 # the rows of the stage's own table that are shown here; the others stand with its curves
-TELLING = ("within-problem AUC", "calibration error", "weighted_vote@", "best_of_n@",
+TELLING = ("within-problem AUC", "calibration error", "weighted_vote@", "best_of_n@", "majority@",
            "greedy exact match")
 MISTAKES = {"false positives": "Wrong answers it likes most",
             "false negatives": "Right answers it likes least",
@@ -31,7 +31,10 @@ def verifier(page: Page) -> None:
         last = table[table["size"] == table["size"].max()]
         shares = ", ".join(f"{way(row['method'] + '@' + str(row['size']))} {interval(row)}"
                            for row in last.to_dict("records"))
-        page.picture("rerank.png", charts.rerank_curves, table, title="Ways to choose",
+        greedy = {row["metric"].removeprefix("greedy exact match, "): row["value"]
+                  for row in found.get("table", [])}
+        page.picture("rerank.png", charts.rerank_curves, table, greedy.get("generator"),
+                     greedy.get(TRAINED_ON), title="Ways to choose",
                      caption="The verifier stage's held-out problems: share right by way of "
                              f"choosing; bands are 95% intervals. {shares}.")
     if found.get("calibration"):

@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from modern_llm.config import DPOConfig, DataConfig, ModelConfig
+from modern_llm.config import (
+    ConfigError, DPOConfig, DataConfig, ModelConfig, get_pipeline_preset, override,
+)
 from modern_llm.data import synth
 from modern_llm.data.chat import encode_chat, end_id
 from modern_llm.data.packing import IGNORED
@@ -21,9 +23,13 @@ from modern_llm.data.pairs import (
     Pair, dialogue_pair, encode_pair, encode_pairs, pair_batch, preference_pairs,
 )
 from modern_llm.data.tokens import train_tokenizer
+from modern_llm.evaluation.dpo_control import control_rows
 from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.saving import load_model
+from modern_llm.runs.record import StageRun
 from modern_llm.training import dpo
 from modern_llm.training.dpo import PairBatches, alarms, dpo_loss, pair_log_probs, preference_loss
+from modern_llm.training.sft import save_chat_model
 from modern_llm.training.train_step import micro_batches
 from modern_llm.training.trainer import Trainer
 
@@ -329,6 +335,141 @@ def test_answers_are_cut_in_the_prompt_and_end_by_themselves_or_not(tokenizer):
         [talk, talk[:1], [{"role": "user", "content": "Sam has a cat. " * 50}]], 12)
     assert len(found) == 3 and found.tokens[0] > 0 and found.tokens.max() <= 12
     assert found.tokens[2] == 0 and not found.ended[2]  # no room to answer
+
+
+# ---- the control ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("start")
+    save_chat_model(folder, small_model(), tokenizer)
+    return folder
+
+
+def tuning(start, folder, resume=False, **changes):
+    """The stage's recipe, on a small model."""
+    small = {"max_steps": 8, "max_train_pairs": 24, "max_validation_pairs": 8, "max_new_tokens": 4,
+             "replay_sources": ["text"], "eval_every": 8, "checkpoint_every": 3}
+    config = override(get_pipeline_preset("lesson"), {
+        "data": {"tokenizer_vocab_size": 400}, "dpo": {**small, **changes}})
+    config = dataclasses.replace(config, model=small_model().cfg)
+    return dpo.PreferenceTuning(StageRun("dpo", "small", config, "cpu", folder, resume, 0.0,
+                                         {"checkpoint": start}))
+
+
+def saved(folder):
+    return load_model(folder / "checkpoint").state_dict()
+
+
+def test_the_control_is_the_run_without_its_preferences_and_leaves_the_run_alone(start, tmp_path):
+    recipe = tuning(start, tmp_path / "both")
+    assert recipe.fit().stopped == "finished"
+    for name, changes in (("without", {"preference_weight": 0.0}), ("alone", {"control": False})):
+        tuning(start, tmp_path / name, **changes).fit()
+        assert not (tmp_path / name / "control").exists()
+    both, control, without, alone = (saved(tmp_path / name)
+                                     for name in ("both", "both/control", "without", "alone"))
+    assert all(torch.equal(value, control[name]) for name, value in without.items())
+    assert all(torch.equal(value, both[name]) for name, value in alone.items())
+    assert not any(torch.equal(value, control[name]) for name, value in both.items())
+    assert not list((tmp_path / "both").glob("checkpoints/*"))
+
+
+def test_an_interrupted_control_goes_on_to_the_same_weights(start, tmp_path):
+    tuning(start, tmp_path / "straight").fit()
+    cut = tuning(start, tmp_path / "cut")
+    drawn = cut.batches
+
+    def batches(step):
+        if step == 4 and (tmp_path / "cut" / "control").exists():
+            (tmp_path / "cut" / "STOP").write_text("preempted")  # as the pipeline asks the stage
+        return drawn(step)
+
+    cut.batches = batches
+    assert cut.fit().stopped == "preempted"
+    result = tuning(start, tmp_path / "cut", resume=True).fit()
+    assert result.stopped == "finished" and result.step == 8
+    for part in (".", "control"):
+        one, other = saved(tmp_path / "straight" / part), saved(tmp_path / "cut" / part)
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    tuning(start, tmp_path / "cut", resume=True).fit()  # all is done: nothing is refused or moved
+    again = saved(tmp_path / "cut" / "control")
+    assert all(torch.equal(value, again[name]) for name, value in other.items())
+
+
+def test_a_stage_that_stopped_trains_no_control(start, tmp_path):
+    recipe = tuning(start, tmp_path / "minutes", max_minutes=1e-9)
+    assert recipe.fit().stopped == "max_minutes"
+    rows = [json.loads(line) for line in open(tmp_path / "minutes" / "control" / "metrics.jsonl")]
+    assert [row["step"] for row in rows] == [1]  # as many as the minutes allowed
+    recipe = tuning(start, tmp_path / "stopped")
+    drawn = recipe.batches
+
+    def batches(step):
+        (tmp_path / "stopped" / "STOP").touch()
+        return drawn(step)
+
+    recipe.batches = batches
+    assert recipe.fit().stopped == "stopped"
+    assert not (tmp_path / "stopped" / "control").exists()
+
+
+def test_the_control_stands_in_the_table_pair_by_pair(start, tmp_path):
+    recipe = tuning(start, tmp_path)
+    recipe.fit()
+    after = pair_log_probs(load_model(tmp_path / "checkpoint"), recipe.held_out)
+    control = pair_log_probs(load_model(tmp_path / "control" / "checkpoint"), recipe.held_out)
+    pairs = pd.DataFrame({"source": "synthetic", "after": (after.chosen > after.rejected) * 1.0,
+                          "prompt": [example.pair.request for example in recipe.held_out]})
+    says = pd.DataFrame({"all rules": [True, False, None, True]})
+    text = {"synthetic": pd.DataFrame({"nats": [3.0, 4.0], "tokens": [2, 2]})}
+    worse = {"synthetic": text["synthetic"].assign(nats=[3.1, 4.2])}
+
+    def judge(model, name):
+        assert name == "control" and torch.equal(
+            model.embed_tokens.weight, saved(tmp_path / "control")["embed_tokens.weight"])
+        return pd.DataFrame({"all rules": [True, True, None, False]}), worse
+
+    found = {row["metric"]: row for row in control_rows(recipe, pairs, says, text, judge)}
+    right = (control.chosen > control.rejected).mean()
+    assert found["preference accuracy, control, synthetic"]["value"] == pytest.approx(right)
+    assert (found["preference accuracy, after - control, synthetic"]["value"]
+            == pytest.approx(pairs.after.mean() - right))
+    shift = (control.chosen - recipe.before.chosen).sum() / control.chosen_tokens.sum()
+    assert (found["chosen log-probability, change, control"]["value"]
+            == pytest.approx(shift, abs=1e-5))
+    assert found["obeys all rules, control"]["value"] == pytest.approx(2 / 3)
+    difference = found["obeys all rules, after - control"]
+    assert difference["value"] == 0 and difference["low"] < 0 < difference["high"]
+    assert found["perplexity tax, control, synthetic"]["value"] == pytest.approx(math.exp(0.3 / 4))
+    without = tuning(start, tmp_path / "none", control=False)
+    assert control_rows(without, pairs, says, text, judge) == []
+
+
+def test_the_preference_weight_scales_its_term_and_1_changes_no_bit(examples):
+    model, reference = small_model(), pair_log_probs(small_model(1), examples)
+    batch = PairBatches(examples, reference, 8)(0)
+    cfg = DPOConfig(sft_weight=0.5)
+    one, half, none = (dpo_loss(model, batch, dataclasses.replace(cfg, preference_weight=weight))
+                       for weight in (1.0, 0.5, 0.0))
+    preference = one.metrics["preference"]
+    assert all(out.metrics["preference"] == preference for out in (half, none))
+    nats = -(one.total - preference - half.total + 0.5 * preference)
+    assert abs(nats.item()) < 1e-3
+    assert (one.total - none.total).item() == pytest.approx(preference.item(), rel=1e-5)
+    (chosen, _), (counts, _) = dpo.concatenated_log_probs(model, batch)
+    assert none.total.item() == pytest.approx(0.5 * (-chosen / counts).sum().item(), rel=1e-6)
+
+
+def test_weights_that_leave_nothing_to_train_on_are_refused():
+    with pytest.raises(ConfigError, match="dpo.preference_weight=-1 must not be negative"):
+        DPOConfig(preference_weight=-1)
+    with pytest.raises(ConfigError, match="all 0: nothing is left .* set one of them above 0"):
+        DPOConfig(preference_weight=0)
+    assert not DPOConfig(preference_weight=0, sft_weight=1).trains_control
+    assert not DPOConfig().trains_control and DPOConfig(replay_weight=1).trains_control
+    assert not DPOConfig(sft_weight=1, control=False).trains_control
 
 
 # ---- alarms --------------------------------------------------------------------------------------

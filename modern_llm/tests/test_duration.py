@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modern_llm.cli import main
-from modern_llm.cluster.duration import ASSUMED_START_MINUTES, clock, estimate, minutes_of
+from modern_llm.cluster.duration import (
+    ASSUMED_START_MINUTES, clock, estimate, minutes_of, tokens_per_step,
+)
 from modern_llm.config import ConfigError, get_pipeline_preset, preset_with
 from modern_llm.report.published import published
 
@@ -111,6 +113,16 @@ def test_an_evaluation_takes_about_what_was_measured(run):
     "max_perplexity_tokens=90000", "protocol_tokens=90000", "num_pairs=1000", "baselines=gpt2"])
 def test_what_an_evaluation_does_more_takes_longer(more):
     assert minutes(f"eval.{more}") > minutes()
+
+
+@pytest.mark.parametrize("stage", ["dpo", "verifier"])
+def test_a_control_takes_the_steps_of_its_stage_once_more(stage):
+    config, without = (preset_with("local-smoke", f"{stage}.control={control}")
+                       for control in ("true", "false"))
+    both, alone = (estimate(one, stage, Path("/nowhere"), None) for one in (config, without))
+    steps = tokens_per_step(config, stage) * both.steps / both.tokens_per_second / 60
+    assert steps < both.minutes - alone.minutes < 2 * steps
+    assert "once more for a control" in both.why and "control" not in alone.why
 
 
 def test_a_gpu_that_nobody_knows_is_said_to_be_one():

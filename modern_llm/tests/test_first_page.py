@@ -210,6 +210,50 @@ def test_the_verifier_stands_beside_its_controls(tmp_path):
         assert control not in page["What did not"]
 
 
+def test_the_verifier_stands_beside_the_generator_trained_on(tmp_path):
+    found, on = table_of(100), "the generator trained on"
+    share_of = lambda name, right: {"metric": f"{name}, {on}", **proportion_interval(right, 120)}
+    change = lambda other, value: {
+        "metric": f"weighted_vote@4 - {other}, {on}", "value": value, "low": value - 0.05,
+        "high": value + 0.05, "n": 120}
+    found["table"] += [share_of("greedy exact match", 90), share_of("majority@4", 60),
+                       change("greedy", -0.12), change("majority@4", 0.13)]
+    page = parts(run_with(tmp_path / "on", [], verifier=found))
+    table = page["Results beside their controls"]
+    what = "verifier: weighted vote of 4, the stage's held-out problems"
+    for line in (f"| {what} | 0.633 [0.544, 0.714] | {on}, one greedy answer | 0.750",
+                 f"| {what} | 0.633 [0.544, 0.714] | {on}, majority of 4 | 0.500"):
+        assert line in table, line
+    assert "took the verifier's steps on its batches" in table and "own language" not in table
+    lost = page["What did not"].split("**No difference")[0]
+    assert f"-0.120 [-0.170, -0.070] against {on}, one greedy answer" in lost
+    assert f"+0.130 [0.080, 0.180] against {on}, majority of 4" in page["What worked"]
+    assert "not paired" not in table
+
+
+def test_dpo_stands_beside_the_same_training_without_preferences(tmp_path):
+    measured = lambda name, value: {"metric": name, "value": value, "low": value - 0.05,
+                                    "high": value + 0.05, "n": 88}
+    table = [measured("preference accuracy, after, synthetic", 0.9),
+             measured("obeys all rules, after", 0.7),
+             measured("preference accuracy, control, synthetic", 0.6),
+             measured("preference accuracy, after - control, synthetic", 0.3),
+             measured("obeys all rules, control", 0.68),
+             measured("obeys all rules, after - control", 0.02)]
+    rows = [share("dpo", "preferences", "accuracy", 90)]
+    page = parts(run_with(tmp_path / "with", rows, dpo={"table": table}))
+    shown, beside = page["Results beside their controls"], "the same training without preferences"
+    assert ("| DPO: preference accuracy, synthetic, the stage's own held-out pairs | 0.900 [0.850, "
+            f"0.950] | {beside} | 0.600 [0.550, 0.650] | +0.300 [0.250, 0.350] | better | 88 |"
+            in shown)
+    assert f"+0.300 [0.250, 0.350] against {beside}" in page["What worked"]
+    assert "DPO: obeys all rules" in page["What did not"].split("**No difference shown:**")[1]
+    assert "takes DPO's steps on its batches" in shown and "was not recorded" not in shown
+    without = parts(run_with(tmp_path / "without", rows, dpo={"table": table[:2]}))
+    shown = without["Results beside their controls"]
+    assert beside not in shown and "without its preferences was not recorded" in shown
+
+
 def test_without_an_evaluation_the_stage_speaks_for_itself(tmp_path):
     found = table_of()
     found["table"] = [{"metric": "weighted_vote@4 - majority@4", "value": 0.1, "low": 0.05,

@@ -1,5 +1,5 @@
-"""Every command of README.md and of the guides (nbs/7*.ipynb) is executed in a copy of the checkout;
-a command that has no case here fails.
+"""Every command of README.md and of the guides (nbs/7*.ipynb) is executed in a copy of the
+checkout; a command that has no case here fails.
 
 What would take long gets more words that make it short; paths that stand for the reader's own
 become small real ones; what another test executes is named with it. The commands run in three lanes
@@ -175,8 +175,8 @@ CASES = {
 
 
 def commands() -> dict[str, str]:
-    """Every command in a bash block of README.md and the guides, and the lines that must come before
-    it: what its block sets, or the activation.
+    """Every command in a bash block of README.md and the guides, and the lines that must come
+    before it: what its block sets, or the activation.
     """
     found, shown = {}, "\n\n".join([README, *GUIDES.values()])
     for number, block in enumerate(re.findall(r"^```bash\n(.*?)^```", shown, re.S | re.M)):

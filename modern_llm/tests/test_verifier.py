@@ -5,6 +5,7 @@ problem and answer.
 import math
 import random
 import re
+import shutil
 from dataclasses import replace
 from itertools import islice
 
@@ -20,18 +21,22 @@ from modern_llm.data import synth
 from modern_llm.data.answer_pairs import AnswerBatches, encode_candidate, fork_of, perturb
 from modern_llm.data.tasks import word_problems
 from modern_llm.data.tokens import train_tokenizer
+from modern_llm.evaluation.judging import TrainedOn
 from modern_llm.files import atomic_folder
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.saving import load_model, save_model
 from modern_llm.models.verifier import (
     VerifierModel, load_verifier, running_surprise, small_encoder, token_log_probs,
 )
+from modern_llm.runs.record import StageRun
+from modern_llm.training.optim import LossOutput
+from modern_llm.training.sft import save_chat_model
 from modern_llm.training.train_step import micro_batches
 from modern_llm.training.trainer import Trainer
 from modern_llm.evaluation.reranking import (
-    calibration_error, judgements, reliability, rerank_differences,
+    calibration_error, judgements, reliability, rerank_differences, trained_on_rows,
 )
-from modern_llm.training.verifier import sampling_plan, verifier_loss
+from modern_llm.training.verifier import VerifierTraining, sampling_plan, verifier_loss
 from modern_llm.training.verifier_scores import start_from_surprise
 from modern_llm.training.verifier_scores import (
     calibrate, read_answers, save_verifier, score, score_answers, token_scores,
@@ -309,6 +314,116 @@ def test_training_learns_and_resumes_exactly(tokenizer, problems, samples, tmp_p
                   for name in ("straight", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert result.history[-1]["judgement"] < 0.6 < result.history[0]["judgement"]
+
+
+# ---- the control ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("start")
+    save_chat_model(folder, body(), tokenizer)
+    return folder
+
+
+def training(start, folder, resume=False, **changes):
+    """The stage's recipe, on a small model."""
+    small = {"max_steps": 6, "levels": [1], "train_problems": 5, "validation_problems": 4,
+             "samples_per_problem": 1, "validation_samples": 2, "max_new_tokens": 6,
+             "eval_every": 6, "checkpoint_every": 2, "comparison_steps": 0}
+    config = override(get_pipeline_preset("lesson"), {
+        "data": {"tokenizer_vocab_size": 400}, "verifier": {**small, **changes}})
+    return VerifierTraining(StageRun("verifier", "small", replace(config, model=body().cfg), "cpu",
+                                     folder, resume, 0.0, {"checkpoint": start}))
+
+
+def saved(folder):
+    return load_model(folder / "checkpoint").state_dict()
+
+
+def test_the_control_is_the_generator_trained_on_the_right_answers_of_the_same_batches(
+    start, tmp_path
+):
+    recipe = training(start, tmp_path / "both", train_problems=8, gold_fraction=0.5)
+    assert recipe.fit().stopped == "finished"
+    cfg = recipe.train
+
+    def language(model, batch):
+        "The language-model term, by a model that has no other head."
+        hidden, _ = model.hidden(batch["input_ids"], batch["segment_ids"])
+        log_p = token_log_probs(model, hidden, batch["input_ids"], batch["answers"] > 0)
+        nats = -(batch["answers"] * batch["targets"] * log_p).sum()
+        return LossOutput(cfg.lm_weight * nats, batch["weights"].sum(), {})
+
+    model = load_model(start)
+    Trainer(model, language, recipe.batches(cfg), cfg, tmp_path / "alone", device="cpu",
+            seed=recipe.run.config.seed, progress_bar=False).fit()
+    control, before = saved(tmp_path / "both" / "control"), load_model(start).state_dict()
+    for name, value in model.state_dict().items():
+        moved = (control[name] - before[name]).abs().max()
+        assert moved > 1e-3 and (control[name] - value).abs().max() < 1e-2 * moved, name
+    training(start, tmp_path / "none", train_problems=8, gold_fraction=0.5, control=False).fit()
+    one, other = (load_verifier(tmp_path / name / "checkpoint").state_dict()
+                  for name in ("both", "none"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not (tmp_path / "none" / "control").exists()
+
+
+def test_an_interrupted_control_goes_on_to_the_same_weights(start, tmp_path):
+    training(start, tmp_path / "straight").fit()
+    cut, asked = training(start, tmp_path / "cut"), []
+    control = cut.control
+
+    def stopping(cfg, folder):
+        trainer = control(cfg, folder)
+        trainer.should_stop = lambda: asked.append(0) or len(asked) == 3
+        return trainer
+
+    cut.control = stopping
+    assert cut.fit().stopped == "stopped"
+    assert training(start, tmp_path / "cut", resume=True).fit().stopped == "finished"
+    one, other = (saved(tmp_path / name / "control") for name in ("straight", "cut"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_control_is_asked_as_the_generator_was_and_its_answers_are_kept(start, tmp_path):
+    recipe = training(start, tmp_path)
+    shutil.copytree(start, tmp_path / "control" / "checkpoint")
+    greedy = recipe.answers("greedy", lambda: recipe.generator, recipe.held_problems)
+    trained_on = TrainedOn(recipe)
+    assert trained_on.greedy.tolist() == greedy.right.tolist()
+    pd.testing.assert_frame_equal(trained_on.samples, recipe.held)
+    held = recipe.held.assign(score=0.5)
+    table = trained_on.curve(held, [1, 2]).set_index(["method", "size"]).value
+    assert table["majority_trained_on"].tolist() == table["majority"].tolist()
+    shutil.rmtree(tmp_path / "control")
+    again = TrainedOn(recipe)
+    assert again.rows(held, 2) == trained_on.rows(held, 2)
+    none = TrainedOn(training(start, tmp_path, control=False))
+    assert none.rows(held, 2) == [] and none.share is None
+    assert set(none.curve(held, [1]).method) == set(table.index.levels[0]) - {"majority_trained_on"}
+
+
+def test_differences_to_the_generator_trained_on_are_paired(samples):
+    "The verifier chooses all that is right; the control's votes are right where its sample 0 is."
+    held = samples.assign(score=samples.right * 0.8 + 0.1)
+    own = samples.assign(right=samples.problem < 6, value=0.0)
+    greedy = pd.Series(0.0, index=range(12))
+    rows = {row["metric"]: row for row in trained_on_rows(held, greedy, own, 2)}
+    assert list(rows) == ["greedy exact match, the generator trained on",
+                          "majority@2, the generator trained on",
+                          "weighted_vote@2 - greedy, the generator trained on",
+                          "weighted_vote@2 - majority@2, the generator trained on"]
+    assert [row["value"] for row in rows.values()] == pytest.approx([0, 1 / 2, 11 / 12, 5 / 12])
+    assert all(row["n"] == 12 for row in rows.values())
+
+
+def test_where_nothing_is_left_to_train_on_there_is_no_control():
+    assert VerifierConfig().trains_control
+    for changes in ({"control": False}, {"lm_weight": 0.0}, {"kind": "encoder"}):
+        assert not replace(VerifierConfig(), **changes).trains_control
+    with pytest.raises(ConfigError, match="control='maybe' is str, should be bool"):
+        override(VerifierConfig(), {"control": "maybe"}, "verifier")
 
 
 # ---- saving --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -18,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ConfigError, DPOConfig, DataConfig, PipelineConfig
+from modern_llm.config import (
+    ConfigError, DPOConfig, DataConfig, PipelineConfig, TrainConfig,
+)
 from ..data import synth
 from ..data.chat import PackedExamples, continuations, encode_chat, encode_example, end_id
 from ..data.packing import IGNORED
@@ -32,6 +35,7 @@ from ..files import cached_frame
 from ..models.generation import evaluating
 from ..models.likelihoods import completion_log_probs
 from ..models.saving import load_model
+from .control import train_control
 from .optim import LossOutput
 from .recipe import Run
 from .sft import InstructionExample, instructions, save_chat_model
@@ -42,7 +46,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from modern_llm.models.decoder import ModernDecoderLM
-    from modern_llm.training.trainer import TrainResult
+    from modern_llm.training.trainer import TrainResult, Trainer
 
 # %% auto #0
 __all__ = ['WATCHED', 'CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'concatenated_log_probs', 'pair_log_probs',
@@ -108,13 +112,14 @@ def preference_loss(
 
 # %% ../../nbs/05_dpo.ipynb #dpo-loss
 def dpo_loss(model: nn.Module, batch: dict[str, Tensor], cfg: DPOConfig) -> LossOutput:
-    """The preference loss of a batch of pairs, plus `sft_weight` × nats per token of the chosen
-    answer, plus `replay_weight` × nats per token of the replayed row, where the batch has one.
+    """`preference_weight` × the preference loss of a batch of pairs, plus `sft_weight` × nats per
+    token of the chosen answer, plus `replay_weight` × nats per token of the replayed row, where
+    the batch has one.
 
-    Metrics, summed over pairs: preference (the loss without the SFT term), margin, reward_accuracy
-    (margin > 0), accuracy (log p chosen > log p rejected), chosen and rejected (log-probabilities),
-    chosen_shift and rejected_shift (nats per token above the reference), chosen_tokens,
-    rejected_tokens; replay (nats per token) where there is one.
+    Metrics, summed over pairs: preference (the preference loss, not weighted), margin,
+    reward_accuracy (margin > 0), accuracy (log p chosen > log p rejected), chosen and rejected
+    (log-probabilities), chosen_shift and rejected_shift (nats per token above the reference),
+    chosen_tokens, rejected_tokens; replay (nats per token) where there is one.
     """
     (chosen, rejected), counts = concatenated_log_probs(model, batch)
     chosen_tokens, rejected_tokens = (count.clamp(min=1) for count in counts)
@@ -124,7 +129,8 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], cfg: DPOConfig) -> Loss
         values = tuple(value / tokens
                        for value, tokens in zip(values, 2 * (chosen_tokens, rejected_tokens)))
     losses, margin = preference_loss(*values, cfg)
-    total = losses.sum() + cfg.sft_weight * (-chosen / chosen_tokens).sum()
+    total = (cfg.preference_weight * losses.sum()
+             + cfg.sft_weight * (-chosen / chosen_tokens).sum())
     metrics = {"preference": losses, "margin": margin, "reward_accuracy": margin > 0,
                "accuracy": chosen > rejected, "chosen": chosen, "rejected": rejected,
                "chosen_shift": (chosen - reference_chosen) / chosen_tokens,
@@ -340,10 +346,20 @@ class PreferenceTuning:
         """As `save_chat_model`."""
         save_chat_model(folder, model, self.tokenizer)
 
+    def control(self, cfg: TrainConfig, folder: Path) -> Trainer:
+        """A trainer of the same start on the same batches, with no weight on the preferences."""
+        return self.run.trainer(load_model(self.run.start, device=self.run.device),
+                                partial(dpo_loss, cfg=replace(self.train, preference_weight=0.0)),
+                                self.batches, self, cfg=cfg, folder=folder, evaluate=None)
+
     def fit(self) -> TrainResult:
-        """Train on the preference loss."""
-        return self.run.trainer(self.model, partial(dpo_loss, cfg=self.train), self.batches,
-                                self).fit()
+        """Train on the preference loss, then the control, if there is one."""
+        result = self.run.trainer(self.model, partial(dpo_loss, cfg=self.train), self.batches,
+                                  self).fit()
+        if not self.train.trains_control:
+            return result
+        del self.model  # for its memory
+        return train_control(self.run, self.train, result, self.control)
 
 # %% ../../nbs/05_dpo.ipynb #alarms
 # nats per token: each token of the chosen answers 40% less likely than for the reference

@@ -15,7 +15,7 @@ import pandas as pd
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import VerifierConfig
+from ..config import TrainConfig, VerifierConfig
 from ..data.answer_pairs import AnswerBatches
 from ..data.tasks import Problem, solve, word_problems
 from ..data.tokens import load_tokenizer
@@ -24,8 +24,10 @@ from ..models.counts import flops_per_token
 from ..models.saving import load_model
 from ..models.verifier import VerifierModel, small_encoder
 from ..statistics import within_group_auc
+from .control import train_control
 from .optim import LossOutput
 from .recipe import Run
+from .sft import save_chat_model
 from modern_llm.training.verifier_scores import (
     calibrate, read_answers, save_verifier, score_samples, start_from_surprise,
 )
@@ -39,9 +41,9 @@ __all__ = ['verifier_loss', 'split_problems', 'sampling_plan', 'SampledAnswers',
 
 # %% ../../nbs/06_verifier.ipynb #verifier-loss
 def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor],
-                  lm_weight: float = 0.5) -> LossOutput:
-    """Binary cross-entropy at every answer token, averaged over an answer, and the nats of right
-    answers' tokens.
+                  lm_weight: float = 0.5, judge_weight: float = 1.0) -> LossOutput:
+    """`judge_weight` × binary cross-entropy at every answer token, averaged over an answer, plus
+    `lm_weight` × the nats of right answers' tokens.
 
     The items are the judged answers, each with the same weight. Metrics: `judgement`
     (cross-entropy), `language` (nats per token, summed over all right answers) and `accuracy`
@@ -55,7 +57,7 @@ def verifier_loss(verifier: VerifierModel, batch: dict[str, Tensor],
     language = -(answers * targets * log_p).sum()
     accuracy = (weights * ((logits > 0) == (targets > 0))).sum()
     count = weights.sum()
-    return LossOutput(judgement + lm_weight * language + aux * count, count,
+    return LossOutput(judge_weight * judgement + lm_weight * language + aux * count, count,
                       {"judgement": judgement.detach(), "language": language.detach(),
                        "accuracy": accuracy.detach()})
 
@@ -102,9 +104,10 @@ class SampledAnswers:
         sampled = pd.concat(drawn, ignore_index=True)
         self.for_training = sampled[sampled.problem < len(to_train)]
         self.for_calibration = sampled[sampled.problem >= len(to_train)]
+        self.sampling = {"samples": self.train.validation_samples,
+                         "temperature": self.train.temperature, "seed": 7}
         self.held = self.answers("held-out", lambda: self.generator, self.held_problems,
-                                 samples=self.train.validation_samples,
-                                 temperature=self.train.temperature, seed=7)
+                                 **self.sampling)
         self.watched = self.held[self.held.problem < 25].groupby("problem").head(8)
 
     @property
@@ -182,6 +185,19 @@ class VerifierTraining(SampledAnswers):
                                 self, cfg=cfg, folder=folder,
                                 flops_per_token=flops_per_token(verifier.model.cfg))
 
+    def control(self, cfg: TrainConfig, folder: Path) -> Trainer:
+        """A trainer of the generator itself: the verifier's batches, with no weight on the
+        judgement. Its head stays at zero, and is not saved.
+        """
+        body = VerifierModel(load_model(self.run.start), self.train).to(self.device)
+        return self.run.trainer(
+            body, partial(verifier_loss, lm_weight=self.train.lm_weight, judge_weight=0.0),
+            self.batches(self.train), self, cfg=cfg, folder=folder, evaluate=None,
+            save_model=lambda kept, path: save_chat_model(path, kept.model, self.tokenizer),
+            flops_per_token=flops_per_token(body.model.cfg))
+
     def fit(self) -> TrainResult:
-        """Train on pairs of a right and a wrong answer."""
-        return self.trainer(self.train, self.run.folder).fit()
+        """Train on pairs of a right and a wrong answer, then the control, if there is one."""
+        result = self.trainer(self.train, self.run.folder).fit()
+        return (train_control(self.run, self.train, result, self.control)
+                if self.train.trains_control else result)
