@@ -15,6 +15,9 @@ from modern_llm.runs.spec import MAY_CHANGE, changes, sections
 # by a stage
 MADE = ("params.json", "results.json", "metrics.jsonl", "checkpoint", "checkpoint.previous",
         "checkpoints", "pieces")
+# settings that an earlier record does not have, with the value that means what was done then: the
+# weights are the same with a control and without
+LATER = {"dpo.preference_weight": 1.0, "dpo.control": True, "verifier.control": True}
 
 
 def begun(folder: Path) -> bool:
@@ -69,9 +72,14 @@ def params_of(folder: Path) -> dict:
 
 def changed_settings(former: dict, stage: str, config: PipelineConfig) -> list[str]:
     """`sft.lr: 0.003 -> 0.001` for every setting of the stage that is another one than in its
-    `params.json`, or is not in it.
+    `params.json`, or is not in it (but see LATER).
     """
-    lines = changes(former["config"], sections(config, stage))
+    before = dict(former["config"])
+    for path, value in LATER.items():
+        section, _, name = path.partition(".")
+        if isinstance(before.get(section), dict):
+            before[section] = {name: value, **before[section]}
+    lines = changes(before, sections(config, stage))
     rows = {name: {"context_length": length} for name, length in
             (("former", former.get("context_length")), ("now", config.model.context_length))}
     # the length of its rows, where the model allows more
