@@ -338,7 +338,7 @@ def test_more_ranks_than_gpus_are_refused_before_the_data_are_read(fake_gpus, mo
     fake_gpus(2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
     config = resolve(
-        "pretrain", {"preset": "local-smoke", "overrides": "hardware.device=cuda hardware.ranks=4"})
+        "pretrain", {"preset": "lesson", "overrides": "hardware.device=cuda hardware.ranks=4"})
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(StageError, match="4 ranks on this machine need a GPU each, and there are "
                                          "2: say hardware.ranks=2, or device=cpu"):
