@@ -20,8 +20,9 @@ from modern_llm.report.first_page import first_page, model_of
 from modern_llm.report.page import (
     Page, bullets, folded, in_words, markdown_table, measures, model_name, number, text_block,
 )
-from modern_llm.report.verifier import TELLING, verifier
 from modern_llm.report.seeds import summarise_seeds
+from modern_llm.report.verdicts import TRAINED_ON
+from modern_llm.report.verifier import TELLING, verifier
 
 
 def architecture(page: Page) -> None:
@@ -207,13 +208,15 @@ def across_seeds(page: Page) -> None:
 
 
 def is_first(row: dict) -> bool:
-    """Whether a measure over seeds is the most telling of a stage, is on the first page, or has a
-    chance of its own.
+    """Whether a measure over seeds is the most telling of a stage, is a difference to its control,
+    is on the first page, or has a chance of its own.
     """
     stage, task, metric = row["stage"], row["task"], row["metric"]
     if task == "own table":
-        return STAGES[stage].recipe != "" and metric.startswith(STAGES[stage].headline[:1]) and (
-            stage != "verifier" or metric.endswith(", verifier"))
+        to_control = "after - control" in metric or " - " in metric and TRAINED_ON in metric
+        return to_control or (
+            STAGES[stage].recipe != "" and metric.startswith(STAGES[stage].headline[:1])
+            and (stage != "verifier" or metric.endswith(", verifier")))
     if stage == STAGES["verifier"].called and "@" in metric:
         return " minus " in metric
     family = FAMILIES.get(task)

@@ -20,7 +20,7 @@ import pandas as pd
 from modern_llm.files import write_text
 from modern_llm.report.page import PUBLISHED, Page, ReportError, Run
 from modern_llm.report.sections import SECTIONS
-from modern_llm.report.seeds import not_comparable, runs_of_other_seeds
+from modern_llm.report.seeds import not_comparable, runs_of_other_seeds, summarise_seeds
 
 LINK, FILES = "@figures@", "@results@"  # stand for the folders until the report has a name
 
@@ -35,9 +35,10 @@ def render(run: Run, pictures: Path, seeds: list[Run]) -> str:
     return "\n\n".join(page.parts) + "\n"
 
 
-def publish_results(run: Run, folder: Path) -> None:
+def publish_results(run: Run, folder: Path, seeds: Sequence[Run] = ()) -> None:
     """Copy the numbers behind a report beside it: each stage's results.json, and what the
-    evaluation measured; protocols.csv says how, and made_from.csv names all files of the report.
+    evaluation measured; protocols.csv says how, made_from.csv names all files of the report, and
+    seeds.csv has every measure of every seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stage in run.results:
@@ -51,6 +52,9 @@ def publish_results(run: Run, folder: Path) -> None:
         write_text(folder / "protocols.csv",
                    protocols[["stage", "task", "metric", "protocol"]].to_csv(index=False))
     write_text(folder / "made_from.csv", pd.DataFrame(made_from(run)).to_csv(index=False))
+    if len(seeds) > 1:
+        table = summarise_seeds([seed.folder for seed in seeds])
+        write_text(folder / "seeds.csv", table.to_csv(index=False))
 
 
 def made_from(run: Run) -> list[dict]:
@@ -103,7 +107,7 @@ def write_report(run: str, runs: Path, out: Path, force: bool = False,
             ending = "" if force else free_ending(run, out, text)
             path = out / f"{run}_report{ending or ''}.md"
             if ending is not None:
-                publish_results(found, out / "results" / f"{run}{ending}")
+                publish_results(found, out / "results" / f"{run}{ending}", siblings)
                 replace_folder(pictures, out / "figures" / f"{run}{ending}")
                 write_text(path, linked(text, f"{run}{ending}"))
             return path

@@ -397,6 +397,8 @@ def test_seeds_are_summarised(tmp_path):
     assert (table.loc[("sft", "exact match"), "runs"] == 3
             and table.loc[("eval", "minutes"), "median"] == pytest.approx(61 / 60))
     text = section(write_report("small", runs, tmp_path / "out").read_text(), "Across seeds")
+    published = pd.read_csv(tmp_path / "out" / "results" / "small" / "seeds.csv")
+    assert published.metric.tolist() == [metric for _, metric in table.index]
     assert ("Median and range of 3 runs: `small` (seed 0), `small-seed1` (seed 1), `small-seed2` "
             "(seed 2)." in text)
     assert "| own table | bits per byte, synthetic | 0.700 (0.600 … 0.900) |" in text
