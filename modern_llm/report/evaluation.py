@@ -20,6 +20,8 @@ from modern_llm.report.verdicts import variants_at_chance
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST_VARIANTS = 3  # of asking for a sentiment
+
 
 def main_rows(ledger: pd.DataFrame) -> pd.DataFrame:
     """The ledger without differences, costs, and what has a section of its own or is part of a
@@ -29,7 +31,10 @@ def main_rows(ledger: pd.DataFrame) -> pd.DataFrame:
     kept = ledger[~ledger.metric.str.contains(" minus ") & ~ledger.task.isin(elsewhere)
                   & ~is_aside(ledger)].copy()
     there = set(zip(kept.stage, kept.task, kept.metric))
-    part = [", " in row.metric and (row.stage, row.task, row.metric.rpartition(", ")[0]) in there
+    headlines = {(family.name, metric) for family in FAMILIES.values()
+                 for metric in family.headline}
+    part = [", " in row.metric and (row.task, row.metric) not in headlines
+            and (row.stage, row.task, row.metric.rpartition(", ")[0]) in there
             for row in kept.itertuples()]
     kept = kept[[not (is_part and task != "perplexity") for is_part, task in zip(part, kept.task)]]
     sizes = kept.metric.str.extract(r"@(\d+)$")[0].astype(float)
@@ -109,6 +114,7 @@ def stage_gains(page: Page) -> None:
                      caption="Changes with their paired intervals; grey ones are not significant.")
     first = {one.get("key") for lines in page.results.values() for one in lines}
     rows = [row for row in table[~is_aside(table)].to_dict("records") if row["significant"]
+            and not row["metric"].startswith(("easy ", "flexible "))  # exact match in other words
             and (row["stage"], row["task"], row["metric"], row["against"]) not in first]
     page.add(markdown_table(
         {"stage": model_name(row["stage"]), "against": model_name(row["against"]),
@@ -184,7 +190,8 @@ def sentiment(page: Page) -> None:
                          "dashed: always the commonest label.")
     spread = rows[rows.metric.str.endswith(", over draws")].set_index(["stage", "metric"])
     lines = []
-    for row in shots[~at].to_dict("records"):
+    best = shots[~at].sort_values("value", ascending=False, kind="stable")
+    for row in best.head(MOST_VARIANTS).to_dict("records"):
         draws = (row["stage"], f"{row['metric']}, over draws")
         lines.append({
             "stage": row["stage"], "demonstrations": row["shots"], "method": row["method"],
@@ -193,7 +200,9 @@ def sentiment(page: Page) -> None:
                                    if draws in spread.index else "",
             "": "; ".join(part for part in row["protocol"].split("; ") if "constant answer" in part)
         })
-    page.add("Those above chance, or not compared with it:" if at.any() else "",
+    rest = len(best) - len(lines)
+    page.add(f"The {len(lines)} highest of {len(best)} above chance, or not compared with it:"
+             if rest else "Those above chance, or not compared with it:" if at.any() else "",
              markdown_table(lines))
 
 
@@ -205,7 +214,7 @@ def variants_named(shots: pd.DataFrame, at: pd.Series) -> str:
         for stage in dict.fromkeys(shots.stage[at]) for of in [shots.stage.eq(stage)]) + "."
 
 
-MOST_SETS, MOST_EXAMPLES = 4, 1  # that are shown
+MOST_SETS, MOST_EXAMPLES = 3, 1  # that are shown
 
 
 def contamination(page: Page) -> None:

@@ -4,6 +4,7 @@ the final report.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,16 @@ def published_table(stage: str, run: str = "local-smoke") -> pd.DataFrame:
 
     rows = pd.DataFrame(published(stage, run)["table"]).set_index("metric")
     return rows[["value", "low", "high", "n"]].astype({"value": float, "low": float, "high": float})
+
+
+def published_seeds(run: str = "local-smoke") -> pd.DataFrame:
+    """Every measure of a published run over its seeds: stage, task, median, low, high, runs, and
+    `values`, a list with one per seed; by metric.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(CHECKOUT / "report" / "results" / run / "seeds.csv")
+    return table.assign(values=table["values"].map(json.loads)).set_index("metric")
 
 
 # What a report's text says of its run, in the form of today and in those of earlier reports. The

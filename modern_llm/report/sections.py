@@ -115,7 +115,7 @@ def own_measures(page: Page, stage: str) -> list[dict]:
     return (STAGES[stage].telling(rows) or rows) if "eval" in page.run.results else rows
 
 
-MOST_SAMPLES, MOST_LINES = 2, 12  # of a stage
+MOST_SAMPLES, MOST_LINES = 2, 7  # of a stage
 
 
 def samples(page: Page) -> None:

@@ -11,6 +11,8 @@ from modern_llm.report.verdicts import TRAINED_ON, way
 # the rows of the stage's own table that are shown here; the others stand with its curves
 TELLING = ("within-problem AUC", "calibration error", "weighted_vote@", "best_of_n@", "majority@",
            "greedy exact match")
+# a control that the generator trained on replaces, where there is one
+LESS_FAIR = ("the verifier's own language model", "gained by the training")
 MISTAKES = {"false positives": "Wrong answers it likes most",
             "false negatives": "Right answers it likes least",
             "right without an end": "Right answers that do not end"}
@@ -25,7 +27,10 @@ def verifier(page: Page) -> None:
         return
     found = page.run.results["verifier"]
     page.origin([page.run.record.get("config", {}).get("verifier", {}).get("problems", "")])
-    page.add(measures(row for row in found.get("table", []) if row["metric"].startswith(TELLING)))
+    table = found.get("table", [])
+    controlled = any(TRAINED_ON in row["metric"] for row in table)
+    page.add(measures(row for row in table if row["metric"].startswith(TELLING)
+                      and not (controlled and row["metric"].endswith(LESS_FAIR))))
     if found.get("rerank"):
         table = measured(found["rerank"])
         last = table[table["size"] == table["size"].max()]
