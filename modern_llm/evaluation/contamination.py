@@ -24,8 +24,8 @@ def _built_in_problems() -> Iterator[synth.Problem]:
 
 _BUILT_IN = {
     "text": lambda world: (d.text for d in synth.documents("train", 0, world)),
-    "chats": lambda world: (f"{i.instruction}\n{i.input}\n{i.output}"
-                            for i in synth.instructions("train", 0, world)),
+    "chats": lambda world: ("\n".join(f"{turn.request}\n{turn.output}" for turn in turns)
+                            for turns in synth.conversations("train", 0, world)),
     "pairs": lambda world: (f"{p.prompt}\n{text}" for p in synth.preferences("train", 0, world)
                             for text in (p.chosen, p.rejected)),
     "problems": lambda world: (f"{p.question}\n{p.answer}" for p in _built_in_problems()),

@@ -179,7 +179,7 @@ def test_sentences_with_fewer_demonstrations_share_among_themselves(tokenizer, r
 def test_a_context_shorter_than_one_example_is_an_error(tokenizer, reviews, pool):
     with pytest.raises(ValueError,
                        match="none of 24 fits even without demonstrations.*longer context_length"):
-        sentiment_items(make_model(context_length=16), tokenizer, reviews, pool, shots=(1,))
+        sentiment_items(make_model(context_length=8), tokenizer, reviews, pool, shots=(1,))
 
 
 def test_reviews_left_out_are_counted(tokenizer, reviews, pool):

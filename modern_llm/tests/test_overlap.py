@@ -208,8 +208,8 @@ def test_built_in_texts_are_those_the_stages_read():
 
     take = lambda kind, limit: list(training_texts("synthetic", kind, limit))
     assert take("text", 30) == list(islice(documents("synthetic", "train"), 30))
-    assert take("chats", 30) == [f"{e.instruction}\n{e.input}\n{e.output}"
-                                       for e in instructions("synthetic", "train", 30)]
+    assert take("chats", 30) == ["\n".join(message["content"] for message in e.messages)
+                                 for e in instructions("synthetic", "train", 30)]
     pairs = preference_pairs("synthetic", "train", 10)[0]
     assert take("pairs", 20) == [f"{p.request}\n{text}" for p in pairs
                                       for text in (p.chosen, p.rejected)]

@@ -268,7 +268,7 @@ def test_a_batch_is_a_function_of_seed_and_step(cache, tokenizer):
 
 
 def test_a_packed_example_is_as_alone(model, tokenizer):
-    examples, _ = sft.encode_examples(tokenizer, sft.instructions("synthetic", "train", 12), 96)
+    examples, _ = sft.encode_examples(tokenizer, sft.instructions("synthetic", "train", 40), 96)
     batch = sft.SFTBatches(examples, [], SFTConfig(batch_size=8, replay_fraction=0.0), 96)(0)
     assert batch["segment_ids"].max() > 1
     alone = sft.example_nats(model, examples)
