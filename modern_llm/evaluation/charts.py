@@ -178,16 +178,16 @@ def sentiment_chart(ledger: pd.DataFrame, stages: Sequence[str]) -> Figure:
     of_task = ledger[ledger.task == "sentiment"]
     names = of_task.metric.str.extract(r"^accuracy, (?P<shots>\d+)-shot, (?P<method>\w+)$")
     rows = of_task.join(names).dropna(subset="shots")
+    places = {shots: place for place, shots in enumerate(sorted(set(rows.shots), key=int))}
     fig, axes = figure(max(min(7, 2.6 * len(stages)), 1.6 * len(stages)), 2.8,
                        columns=len(stages), sharey=True, squeeze=False)
     for ax, stage in zip(axes[0], stages):
         by_method = rows[rows.stage == stage].groupby("method", sort=False)
         for i, (method, line) in enumerate(by_method):
-            places = range(len(line))
-            ax.errorbar(np.array(places) + 0.08 * (i - 1.5), 100 * line.value,
+            ax.errorbar(line.shots.map(places).to_numpy(float) + 0.08 * (i - 1.5), 100 * line.value,
                         yerr=percent_bars(line), fmt="o-", ms=3, lw=1, color=COLOURS[i],
                         label=method)
-            ax.set_xticks(places, line.shots)
+        ax.set_xticks(range(len(places)), places)
         majority = of_task[of_task.stage.eq(stage) & of_task.metric.eq("majority class")].value
         for share in majority:
             ax.axhline(100 * share, color="black", lw=1, ls="--")

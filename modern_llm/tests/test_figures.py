@@ -1,16 +1,18 @@
-"""Figures: what a notebook stores of them."""
+"""Figures: what a notebook stores of them, and what they show."""
 
 import base64
 import io
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from execnb.shell import CaptureShell
 from IPython.core.pylabtools import print_figure
 from PIL import Image
 
 from modern_llm import figures
+from modern_llm.evaluation.charts import sentiment_chart
 from modern_llm.figures import figure, small_png
 
 
@@ -55,3 +57,16 @@ def test_the_style_file_is_seaborns_theme():
                  if name not in changed and differs(own[name], theirs[name])}
     assert different == set()
     assert np.allclose(figures.COLOURS, sns.color_palette("colorblind"), atol=1e-9)
+
+
+def test_a_method_without_all_numbers_of_demonstrations_stands_at_its_own():
+    metrics = {"majority class": 0.5, "accuracy, 0-shot, direct": 0.6,
+               "accuracy, 4-shot, direct": 0.7, "accuracy, 4-shot, ordered": 0.8}
+    ledger = pd.DataFrame([{"stage": "SFT", "task": "sentiment", "metric": metric, "value": value,
+                            "low": value - 0.1, "high": value + 0.1, "n": 100}
+                           for metric, value in metrics.items()])
+    ax = sentiment_chart(ledger, ["SFT"]).axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "4"]
+    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
+    assert lines["direct"].get_xdata().round().tolist() == [0, 1]
+    assert lines["ordered"].get_xdata().round().tolist() == [1]
