@@ -6,6 +6,7 @@ A plain module without torch; every section is made of the files that the evalua
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -71,10 +72,11 @@ def results(page: Page) -> None:
                                      {"task": row["task"], "metric": row["metric"]})
         line[row["stage"]] = interval(row)
         line["n"] = int(row["n"]) if row["n"] == row["n"] else None
-    panels = [row | {"panel": f"{task}\n{row['metric']}"} for task, family in FAMILIES.items()
-              for start in (family.headline if family.panels is None else family.panels)
+    panels = [row | {"panel": f"{task}\n{textwrap.fill(row['metric'], 24)}"}
+              for task, family in FAMILIES.items()
               for row in rows[rows.task.eq(task) & rows.low.notna()].to_dict("records")
-              if row["metric"].startswith(start)]
+              if row["metric"].startswith(
+                  family.headline if family.panels is None else family.panels)]
     if panels:
         page.picture("results.png", pictures.stage_results, pd.DataFrame(panels),
                      caption="Each measure by stage, with 95% intervals.")
