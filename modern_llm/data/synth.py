@@ -1,8 +1,8 @@
 """The built-in world: endless seeded text with known answers and a known entropy floor.
 
-Four kinds of documents for pretraining (`documents`) and one source for each later stage
-(`instructions`, `preferences`, `problems`, `sentiment`). Item i of a source is a function of
-(split, seed, i), so a reader can stop and resume.
+Five kinds of documents for pretraining (`documents`) and sources for the later stages
+(`instructions`, `conversations`, `preferences`, `problems`, `sentiment`). Item i of a source is a
+function of (split, seed, i), so a reader can stop and resume.
 
 The floor. `Document.nats` is -log p(text) under the grammar, exactly: every draw is counted and
 distinct draws give distinct texts. The facts of the world depend on `world_seed` alone, so once
@@ -13,7 +13,7 @@ model that could also compute BLAKE2 hashes would save `SPLIT_NATS[split]` for e
 the strict floor is lower by that much (2.3 nats a held-out document); `entropy_floor` reports both.
 
 Ground truths: a fact is what `World.facts` says; a story's last sentence says who has the object; a
-review's label is the majority of its three opinions; an instruction's output is unique; a
+review's label is the majority of its opinions; an instruction's output is unique; a
 preference's rejected answer breaks exactly the one rule it names. Standard library only.
 """
 
@@ -176,8 +176,8 @@ def instructions(split: str = "train", seed: int = 0, world_seed: int = 0,
 
 def conversations(split: str = "train", seed: int = 0,
                   world_seed: int = 0) -> Iterator[list[Instruction]]:
-    """Endless conversations of one to three instructions, which do not depend on each other; in one
-    of four that is longer than one, a word problem comes last.
+    """Endless conversations of one to three instructions, which do not depend on each other; a
+    quarter of those with two or three end with a word problem instead.
     """
     items, told = instructions(split, seed, world_seed), problems(split, seed)
     rng = random.Random(f"conversation/{split}/{seed}")

@@ -2,9 +2,9 @@
 reviews, greetings, and questions that nobody can answer.
 
 A request is an item (`3 plus 4`) in a phrasing (`How much is 3 plus 4?`), and phrasings are put
-together from parts. One phrasing in ten is *new*: no training text has it, so that a model which
-answers it has understood the parts. Injective and counted as everything else here; standard library
-only.
+together from parts. About one phrasing in ten is *new*: no training text has it, though others have
+each of its parts, so that a model which answers it has not merely learned sentences by heart.
+Injective and counted as everything else here; standard library only.
 """
 
 from __future__ import annotations

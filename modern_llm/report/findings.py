@@ -158,8 +158,8 @@ def measured(row: dict) -> str:
 def beside(one: dict, floor: float | None = None) -> str:
     """How a value lies to its control, in words; `floor` in nats per token."""
     if one["said"] == FLOOR:
-        at = f", {number(floor)}" if floor is not None else ""
-        return f"above {one['beside']}{at}, by {interval(one['change'])} nats per token"
+        at = f" of {number(floor)} nats per token" if floor is not None else ""
+        return f"above {one['beside']}{at}, by {interval(one['change'])} of them"
     other, change = one["other"], one["change"]
     words = " ".join(filter(None, [told(one), one["beside"]]))
     if other and told(one):
