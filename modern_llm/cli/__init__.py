@@ -44,7 +44,7 @@ def main() -> None:
     modern-llm status                              what was run, what it took, what came out
     modern-llm chat --run local-smoke              talk to the model
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
-    modern-llm score --run local-smoke "What is 3 plus 4?" "3+4=<<3+4=7>>7 #### 7"
+    modern-llm score --run local-smoke PROBLEM ANSWER    how likely is an answer right?
     modern-llm checkpoints local-smoke/pretrain    what it knew when: its kept weights, compared
     modern-llm export --run local-smoke --to DIR   for transformers and others, with a model card
     modern-llm check-inference --run local-smoke   does it fit 12 GB?

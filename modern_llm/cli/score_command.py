@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -33,14 +34,17 @@ def score(run_name, checkpoint, output_dir, files, by, as_json, device, problem,
     best first; below it, the score after each step, so that one sees where it drops.
 
     A score is between 0 and 1 and read at the end of the answer. How far it is a chance, chapter 06
-    measures; a verifier knows the problems and the way of writing that it was trained on. An answer
-    - is the standard input. Behind --, an answer may begin with a minus.
+    measures; a verifier knows the problems and the way of writing that it was trained on: word
+    problems, one step a line, and #### with the result in a line of its own (where #### stands
+    behind a blank, it is put there). An answer - is the standard input. Behind --, an answer may
+    begin with a minus.
 
     \b
     modern-llm score --run local-smoke "Tom has 3 hats and buys 4 hats. How many hats?" \\
         "Tom has 3+4=<<3+4=7>>7 hats. #### 7" "Tom has 3+4=<<3+4=9>>9 hats. #### 9"
-    modern-llm score --run local-smoke "What is 3 plus 4?" --file answer.txt --by token
-    echo "3+4=<<3+4=7>>7 #### 7" | modern-llm score --run local-smoke "What is 3 plus 4?" - --json
+    modern-llm score --run local-smoke "Tom has 3 hats. How many hats?" --file answer.txt --by token
+    echo "Tom has 3+4=<<3+4=7>>7 hats. #### 7" | modern-llm score --run local-smoke \\
+        "Tom has 3 hats and buys 4 hats. How many hats?" - --json
     """
     from modern_llm.cli.talk import chosen_folder, readable
     from modern_llm.training.training_state import pick_device
@@ -49,7 +53,8 @@ def score(run_name, checkpoint, output_dir, files, by, as_json, device, problem,
     with one_line_errors():
         folder = chosen_folder(run_name, checkpoint, output_dir)
         texts = [_read("-") if answer == "-" else answer for answer in answers]
-        texts = list(map(readable, [*texts, *map(_read, files)]))
+        texts = [re.sub(r"[ \t]+####", "\n####", readable(text))
+                 for text in [*texts, *map(_read, files)]]
         if not texts:
             raise ValueError("there is no answer to score: give one behind the problem, or a "
                              "--file, or - for the standard input")

@@ -77,6 +77,9 @@ class TaskFamily:
         return any(metric == name or name[-1] == " " and metric.startswith(name) for name in names)
 
 
+TRAINED_ON = "the generator trained on"  # the verifier's control, in the names of its rows
+
+
 def protocol_sources(config: PipelineConfig) -> list[str]:
     """The sources whose text is scored in the protocols, "text" standing for those of
     pretraining.

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.tasks import Problem, pass_at_k, problem_request, rerank
+from .families import TRAINED_ON
 from .ledger import item_rows
 from modern_llm.statistics import (
     auc, mean_interval, paired_difference, proportion_interval, within_group_auc,
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 # %% auto #0
-__all__ = ['MIDDLE_LEVELS', 'DIFFERENCES', 'TRAINED_ON', 'sample_items', 'rerank_differences', 'reliability', 'calibration_error',
-           'judgements', 'control_rows', 'trained_on_rows', 'verifier_mistakes', 'extreme_mistakes']
+__all__ = ['MIDDLE_LEVELS', 'DIFFERENCES', 'sample_items', 'rerank_differences', 'reliability', 'calibration_error', 'judgements',
+           'control_rows', 'trained_on_rows', 'verifier_mistakes', 'extreme_mistakes']
 
 # %% ../../nbs/48_reranking.ipynb #sample-items
 def sample_items(stage: str, task: str, samples: pd.DataFrame,
@@ -129,9 +130,6 @@ def control_rows(generator: pd.Series, own: pd.Series) -> list[dict]:
                     "protocol": "paired by problem"}]
 
 # %% ../../nbs/48_reranking.ipynb #trained-on-rows
-TRAINED_ON = "the generator trained on"
-
-
 def trained_on_rows(samples: pd.DataFrame, greedy: pd.Series, own: pd.DataFrame,
                     size: int) -> list[dict]:
     """What the generator trained on does with the same problems, greedily and by majority, and the

@@ -1,7 +1,7 @@
 """What a published run found, as lines: a value beside its control, and how the two lie.
 
-A plain module without torch. The lines are those of `verdicts`, with every row that names a control
-of its own, what is at chance, and what was lost on the way. Only values that stand in the run's
+A plain module without torch. The lines are those of `verdicts`, with all that the verifier chooses
+beside the generator trained on, what is at chance, and what was lost on the way. Only values that stand in the run's
 files are put into words; a difference computed here gives a verdict and no number.
 """
 
@@ -11,16 +11,14 @@ import math
 import re
 from collections.abc import Iterable
 
+from modern_llm.evaluation.families import TRAINED_ON
 from modern_llm.evaluation.ledger import STAGE_NAMES
 from modern_llm.report.page import Run, in_words, interval, model_name, number
 from modern_llm.report.verdicts import (
-    BETTER, FEW, SAME, UNPAIRED, WORSE, apart, at_chance, five_results, known, less_is_better, line,
-    lookup, losses_by_kind, one_model, other_losses, signed, verdict, way,
+    BETTER, FEW, SAME, UNPAIRED, WORSE, apart, at_chance, five_results, known, line, lookup,
+    losses_by_kind, one_model, other_losses, signed, verdict, way,
 )
 
-# what a row's name says of a control, and how it is called; the first that fits
-CONTROLS = {"the generator trained on": "the generator trained on the same further problems",
-            "preference weight 0": "the same run at preference weight 0"}
 CHANCE = "chance"  # the verdict of what is not above it
 FLOOR = "above the floor"
 
@@ -33,7 +31,7 @@ def findings(run: Run) -> list[dict]:
     lost = [] if not shown else losses(run, shown)
     shown = shown or [beside_chance(one) for one in one_model(run)]
     there = {(one["what"], (one["other"] or {}).get("value")) for one in shown}
-    more = [one for one in named_controls(run)
+    more = [one for one in beside_trained_on(run)
             if (one["what"], one["other"]["value"]) not in there]
     told_already = {one["what"] for one in shown if one["beside"].endswith(CHANCE)}
     return [*shown, *more, *lost, *(one for one in chance(run) if one["what"] not in told_already)]
@@ -50,49 +48,22 @@ def told(one: dict) -> str:
 # ---- more lines than the first page of a report has ----------------------------------------------
 
 
-def named_controls(run: Run) -> list[dict]:
-    """Measures beside the rows that name a control for them (`CONTROLS`): in the stages' tables and
-    in the ledger.
-    """
-    rows = [{"stage": stage, "task": "", **row} for stage, found in run.results.items()
-            if stage != "eval" for row in found.get("table", [])]
-    rows += run.ledger.to_dict("records") if len(run.ledger) else []
+def beside_trained_on(run: Run) -> list[dict]:
+    """What the verifier chooses among its own held-out problems beside the generator trained on."""
+    table = {row["metric"]: row for row in run.results.get("verifier", {}).get("table", [])
+             if known(row)}
     lines = []
-    for row in rows:
-        phrase = control_of(row)
-        if not phrase or not known(row) or " - " in row["metric"] or " minus " in row["metric"]:
-            continue
-        place, rest = plain(row)
-        beside = CONTROLS[phrase]
-        if row["stage"] == "verifier" and not row["task"]:
-            asked = rest[0].removesuffix(" exact match")
-            gains, beside = chosen(run), f"{beside}, {way(asked)}"
-        else:
-            gains = {other["metric"]: other for other in rows if known(other)
-                     and not control_of(other) and plain(other) == (place, rest)}
-        for name, one in gains.items():
-            what = (f"verifier: {way(name)}, the stage's held-out problems" if "@" in name else
-                    f"{model_name(one['stage'])}: "
-                    + ", ".join(filter(None, [row["task"], *rest])))
-            paired = next((other for other in rows if other["metric"] == f"{name} - {row['metric']}"
-                           and known(other)), None)
-            less = less_is_better(row["task"]) or rest[0].startswith(("perplexity", "nats"))
+    for metric, row in table.items():
+        asked, _, who = metric.partition(", ")
+        asked = asked.removesuffix(" exact match")
+        for name, one in chosen(run).items() if who == TRAINED_ON and " - " not in asked else ():
+            paired = table.get(f"{name} - {asked}, {TRAINED_ON}")
             change = paired or apart(one, row)
-            lines.append(line(what, one, beside, row, change, said=verdict(change, less),
-                              note="" if paired else UNPAIRED))
+            lines.append(line(
+                f"verifier: {way(name)}, the stage's held-out problems", one,
+                f"{TRAINED_ON} the same further problems, {way(asked)}", row, change,
+                said=verdict(change), note="" if paired else UNPAIRED))
     return lines
-
-
-def control_of(row: dict) -> str:
-    """What of `CONTROLS` the stage or the metric of a row names; "" if nothing."""
-    return next((phrase for phrase in CONTROLS if phrase in f"{row['stage']}, {row['metric']}"), "")
-
-
-def plain(row: dict) -> tuple[tuple, list[str]]:
-    """Where a row stands, and its metric part by part, without what makes it a control."""
-    kept = lambda text: [part for part in text.split(", ")
-                         if part != "after" and not any(phrase in part for phrase in CONTROLS)]
-    return (tuple(kept(row["stage"])), row["task"]), kept(row["metric"])
 
 
 def chosen(run: Run) -> dict[str, dict]:

@@ -10,11 +10,12 @@ import math
 import shlex
 
 from modern_llm.config import NOTEBOOKS, STAGES, ModelConfig, override, trained_on
+from modern_llm.evaluation.families import TRAINED_ON
 from modern_llm.models.counts import flops_per_token, parameter_count
 from modern_llm.report.page import Page, Run, bullets, interval, markdown_table, model_name, number
 from modern_llm.report.verdicts import (
-    BETTER, FEW, SAME, TRAINED_ON, WORSE, at_chance, dpo_control_results, five_results, known,
-    losses_by_kind, one_model, other_losses, signed, verdict,
+    BETTER, FEW, SAME, WORSE, at_chance, dpo_control_results, five_results, known, losses_by_kind,
+    one_model, other_losses, signed, verdict,
 )
 
 NOT_MEASURED = {

@@ -59,6 +59,8 @@ def number(value: object) -> str:
         return str(value)
     if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 1000):
         return f"{int(value):,}"
+    if abs(value) < 1e-15:  # what rounding leaves of zero
+        value = 0.0
     if value == 0 or 5e-4 <= abs(value) < 1e6:
         digits = 3 if abs(value) < 100 else 1 if abs(value) < 10_000 else 0
         return f"{value:,.{digits}f}"

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 
 from modern_llm.config import NOTEBOOKS, STAGES
-from modern_llm.evaluation.families import FAMILIES
+from modern_llm.evaluation.families import FAMILIES, TRAINED_ON
 from modern_llm.models.counts import flops_per_token, parameter_count
 from modern_llm.report.evaluation import (
     baselines, contamination, perplexities, results, sentiment, stage_gains,
@@ -21,7 +21,6 @@ from modern_llm.report.page import (
     Page, bullets, folded, in_words, markdown_table, measures, model_name, number, text_block,
 )
 from modern_llm.report.seeds import summarise_seeds
-from modern_llm.report.verdicts import TRAINED_ON
 from modern_llm.report.verifier import TELLING, verifier
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from modern_llm.evaluation.families import FAMILIES, SAMPLED, is_aside
+from modern_llm.evaluation.families import FAMILIES, SAMPLED, TRAINED_ON, is_aside
 from modern_llm.evaluation.ledger import STAGE_NAMES, is_significant
 from modern_llm.report.page import Run, model_name, number
 
@@ -277,7 +277,6 @@ def trained_on_results(table: dict[str, dict], ways: dict[str, dict], most: int)
     return lines
 
 
-TRAINED_ON = "the generator trained on"  # in the stage's rows
 WAYS = {"weighted_vote": "weighted vote of {}", "best_of_n": "best of {} by its score",
         "majority": "majority of {}",
         "majority_trained_on": "majority of {} by the generator trained on",

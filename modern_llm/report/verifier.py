@@ -5,8 +5,9 @@ mistakes in full. No torch.
 from __future__ import annotations
 
 from modern_llm.config import STAGES
+from modern_llm.evaluation.families import TRAINED_ON
 from modern_llm.report.page import Page, bullets, in_words, interval, measured, measures, quoted
-from modern_llm.report.verdicts import TRAINED_ON, way
+from modern_llm.report.verdicts import way
 
 # the rows of the stage's own table that are shown here; the others stand with its curves
 TELLING = ("within-problem AUC", "calibration error", "weighted_vote@", "best_of_n@", "majority@",

@@ -246,16 +246,6 @@ def test_a_gain_stands_beside_the_control_that_a_row_names(tmp_path):
     assert any("difference +0.300 [0.200, 0.400]" in text for text in said)
 
 
-def test_preferences_stand_beside_the_run_at_weight_0(tmp_path):
-    rows = [{"metric": "preference accuracy, after, synthetic", **proportion_interval(190, 200)},
-            {"metric": "preference accuracy, preference weight 0, synthetic",
-             **proportion_interval(120, 200)}]
-    one, = findings(run_of(tmp_path / "with", dpo={"table": rows}))
-    assert (one["what"], one["beside"], told(one)) == (
-        "DPO: preference accuracy, synthetic", "the same run at preference weight 0", "above")
-    assert findings(run_of(tmp_path / "without", dpo={"table": rows[:1]})) == []
-
-
 def test_more_tokens_is_said_only_where_every_step_is_told(tmp_path):
     row = lambda value: {"metric": "bits per byte, text", "value": value, "low": value - 0.05,
                          "high": value + 0.05, "n": 40, "protocol": "the same"}

@@ -116,8 +116,8 @@ CASES = {
                               lane="run"),
     "modern-llm chat --run local-smoke": Case("--max-new-tokens 4", ("runs/local-smoke/dpo",),
                                               typed="What is 3 plus 4?\n/quit\n", lane="run"),
-    'modern-llm score --run local-smoke "What is 3 plus 4?" "3+4=<<3+4=7>>7" '
-    '"3+4=<<3+4=9>>9"': Case(
+    'modern-llm score --run local-smoke "Tom has 3 hats and buys 4 hats. How many hats?" '
+    '"Tom has 3+4=<<3+4=7>>7 hats. #### 7" "Tom has 3+4=<<3+4=9>>9 hats. #### 9"': Case(
         "", ("rank", "answer 2: 0.") if EVERY_STAGE else ("has no verifier",),
         code=0 if EVERY_STAGE else 2, lane="run"),
     "modern-llm checkpoints local-smoke/pretrain": Case(

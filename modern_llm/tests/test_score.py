@@ -159,6 +159,14 @@ def test_a_backslash_n_is_no_new_line(runs):
     assert not score(runs, "--run", "it", PROBLEM, "7 hats.\n#### 7")[1]
 
 
+def test_the_result_gets_a_line_of_its_own(runs):
+    typed, written = (json.loads(score(runs, "--run", "it", "--json", PROBLEM, text)[0])
+                      for text in ("7 hats. \t#### 7", "7 hats.\n#### 7"))
+    assert typed == written and typed["answers"][0]["answer"] == "7 hats.\n#### 7"
+    glued = json.loads(score(runs, "--run", "it", "--json", PROBLEM, "7 hats.####7")[0])
+    assert glued["answers"][0]["answer"] == "7 hats.####7"
+
+
 def test_a_damaged_verifier_is_named(runs, tmp_path):
     for path in (runs / "it" / "verifier" / "checkpoint").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
