@@ -25,5 +25,6 @@ cfg = settings["DEFAULT"]
     extras_require={name: cfg[f"{name}_requirements"].split()
                     for name in ("dev", "baselines", "docs", "browser", "agreement")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
+                  "papermill.engine": ["modern_llm=modern_llm.runs.refusals:Engine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 ))

@@ -236,7 +236,15 @@ def test_papermill_shows_a_refusal_in_one_line(tmp_path):
     [error] = errors_of(page)
     assert done.returncode == 1 and not runs.exists()
     assert len(error["traceback"]) == 1 and "earlier checkpoint" in error["traceback"][0]
-    assert done.stderr.strip().endswith(error["traceback"][0])
+    assert done.stderr.endswith(f"\n{error['traceback'][0]}\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_papermill_shows_other_errors_as_ever(tmp_path):
+    done = subprocess.run([*papermill.COMMAND, page(tmp_path, "1 / 0"), tmp_path / "out.ipynb"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert "ZeroDivisionError: division by zero" in done.stderr
 
 
 @pytest.mark.fault("messages")
