@@ -108,9 +108,13 @@ def defined(node: ast.stmt) -> list[str]:
 
 
 def prose(text: str) -> str:
-    """A docstring's text as Markdown: backticks and *stress* are marks, everything else is taken
-    literally.
+    """A docstring's text as Markdown: backticks and *stress* are marks, a paragraph below a \\b, as
+    `click` has it, keeps its lines, everything else is taken literally.
     """
+    kept = r"\x08\n((?:.+\n?)+)"
+    if found := re.search(kept, text):
+        before, after = text[:found.start()], text[found.end():]
+        return f"{prose(before)}```text\n{found[1].rstrip()}\n```\n{prose(after)}"
     parts = re.split(r"(`[^`]*`|(?<!\w)\*\w+\*(?!\w))", text)
     return "".join(part if i % 2 else re.sub(r"([\\*_<>$\[\]{}#|])", r"\\\1", part)
                    for i, part in enumerate(parts))
@@ -301,7 +305,7 @@ def sources() -> None:
     for module in modules.values():
         write(f"api/{module.name}.md", reference(module, book))
     for path in (ROOT / "report").rglob("*"):
-        if path.suffix in (".md", ".png", ".svg"):
+        if path.suffix in (".md", ".png", ".svg", ".csv", ".json"):
             write(str(path.relative_to(ROOT)), path.read_bytes())
     for path in SOURCE.rglob("*"):
         if path.is_file() and path not in written:

@@ -108,8 +108,13 @@ def test_lab_opens_at_the_index(page, lab):
     assert address.split("?")[0].endswith("/lab/tree/nbs/index.ipynb")
     page.wait_for_selector(".jp-Notebook", timeout=60_000)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
-    started = lambda: [p.cmdline() for p in psutil.Process(server.pid).children(recursive=True)
-                       if "ipykernel_launcher" in " ".join(p.cmdline())]
+
+    def started() -> list[list[str]]:
+        # as_dict: None for a process that has ended meanwhile
+        commands = [process.as_dict(["cmdline"])["cmdline"] or []
+                    for process in psutil.Process(server.pid).children(recursive=True)]
+        return [words for words in commands if "ipykernel_launcher" in " ".join(words)]
+
     kernels = wait_for(started, 60)
     assert ({Path(words[0]).parent.resolve() for words in kernels}
             == {Path(sys.executable).parent.resolve()})
