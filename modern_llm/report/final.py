@@ -181,7 +181,8 @@ def across(runs: list[PublishedRun]) -> str:
     for run, one in ((run, one) for run in runs for one in findings(run)):
         if told(one) and one["said"] not in (FEW, FLOOR):
             asked.setdefault((general(one["what"]), general(one["beside"])), []).append((run, one))
-    kinds: dict[str, dict[tuple[str, str], list[str]]] = {"same": {}, "partly": {}, "against": {}}
+    kinds: dict[str, dict[tuple[str, str], list[str]]] = {
+        "same": {}, "nowhere": {}, "partly": {}, "against": {}}
     for (what, beside), seen in asked.items():
         if len({run.name for run, _ in seen}) < 2:
             continue
@@ -189,13 +190,13 @@ def across(runs: list[PublishedRun]) -> str:
         said = "; ".join(f"{word} in " + ", ".join(
             f"`{run.name}` {measured(one['value'])}" for run, one in seen if told(one) == word)
             for word in words)
-        kind = ("same" if len(words) == 1 else
+        kind = ("nowhere" if set(words) == {"not told from"} else "same" if len(words) == 1 else
                 "against" if {"above", "below"} <= words.keys() else "partly")
         kinds[kind].setdefault((what, said), []).append(beside)
-    same, partly, against = ([f"{what}, beside {' and '.join(besides)}: {said}."
+    same, nowhere, partly, against = ([f"{what}, beside {' and '.join(besides)}: {said}."
                               for (what, said), besides in kind.items()] for kind in kinds.values())
     lines = [f"**{label}:** {one}" for label, found in (
-        ("Holds", [*same, *more_tokens(runs), *protocols(runs)]),
+        ("Holds", [*same, *more_tokens(runs), *protocols(runs)]), ("Shown in none", nowhere),
         ("Contradicts", against), ("Shown in some, not in others", partly)) for one in found]
     return f"## Across the runs\n\n{bullets(lines)}" if lines else ""
 
