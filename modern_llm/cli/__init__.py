@@ -10,6 +10,7 @@ import click
 
 from modern_llm.cli.bench_command import bench
 from modern_llm.cli.checkpoint_command import checkpoints
+from modern_llm.cli.compare_command import compare
 from modern_llm.cli.data_commands import datasets, prefetch, presets
 from modern_llm.cli.model_commands import chat, check_inference, export, sample
 from modern_llm.cli.practice_command import practice
@@ -46,6 +47,7 @@ def main() -> None:
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm score --run local-smoke PROBLEM ANSWER    how likely is an answer right?
     modern-llm checkpoints local-smoke/pretrain    what it knew when: its kept weights, compared
+    modern-llm compare local-smoke mine            is it better, and by more than chance?
     modern-llm export --run local-smoke --to DIR   for transformers and others, with a model card
     modern-llm check-inference --run local-smoke   does it fit 12 GB?
     modern-llm presets local-cpu                   every setting of a preset, as JSON
@@ -56,6 +58,6 @@ def main() -> None:
     """
 
 
-for command in (run, submit, status, chat, sample, score, checkpoints, export, check_inference,
-                bench, presets, datasets, prefetch, practice):
+for command in (run, submit, status, chat, sample, score, checkpoints, compare, export,
+                check_inference, bench, presets, datasets, prefetch, practice):
     main.add_command(command)

@@ -41,6 +41,7 @@ class TaskFamily:
         less_is_better: whether a smaller value is the better one.
         chance: what is right without any skill, or the metric of the same stage that says it; None
             where nothing is.
+        seeded: whether the run's seed decides which items of a built-in source are asked.
         compared: the metric by which a model from elsewhere is set beside the last stage; "" if by
             none.
         texts: items -> the texts of the task, one an item, that are looked up in the training
@@ -61,6 +62,7 @@ class TaskFamily:
     section: bool = False
     less_is_better: bool = False
     chance: float | str | None = None
+    seeded: bool = False
     compared: str = ""
     texts: Callable | str = ""
     rows: Callable | str = ""
@@ -136,14 +138,16 @@ FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
                texts=lambda of: [r.text for r in of.reviews],
                rows=_BY + "sentiment_rows", work=_sentiment_work),
     TaskFamily("problems", _BY + "problems", _BY + "problems_items", _BY + "problems_protocol",
-               headline=("exact match",), compared="exact match", aside="^error, |, level ",
+               seeded=True, headline=("exact match",), compared="exact match",
+               aside="^error, |, level ",
                texts=lambda of: [p.question for p in of.problems],
                work=lambda of: _written(of, of.eval.num_problems)),
     TaskFamily("problems, calculator", _BY + "calculated", _BY + "calculated_items",
-               _BY + "calculated_protocol", headline=("exact match",), aside="^error, |, level ",
+               _BY + "calculated_protocol", seeded=True, headline=("exact match",),
+               aside="^error, |, level ",
                work=lambda of: _written(of, of.eval.num_problems)),
     TaskFamily(SAMPLED, _BY + "samples", _BY + "samples_items", _BY + "samples_protocol",
-               headline=("exact match", "pass@all", "majority@all"),
+               seeded=True, headline=("exact match", "pass@all", "majority@all"),
                panels=("majority@", "weighted_vote@"), aside=", level ", put_to="last",
                work=_sampled_work),
     TaskFamily("instructions", _BY + "instructions", _BY + "instructions_items",

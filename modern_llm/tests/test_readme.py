@@ -123,6 +123,9 @@ CASES = {
     "modern-llm checkpoints local-smoke/pretrain": Case(
         "--max-new-tokens 4 --max-tokens 500", ("bits per byte, text", "written: "),
         ("runs/local-smoke/pretrain-checkpoints/checkpoints.csv",), lane="run"),
+    "modern-llm compare local-smoke/sft local-smoke/dpo": Case(
+        "", ("dpo  instructions" if EVERY_STAGE else "has no eval/items.csv: evaluate it first",),
+        code=0 if EVERY_STAGE else 2, lane="run"),
     "modern-llm presets": Case("", ("local-smoke", "tacc-h100")),
     "modern-llm run --stage pretrain --run sinks -p model.use_attention_sinks=true -p "
     "hardware.ranks=2": Case(" ".join(f"-p {setting}" for setting in TINY.split()),
