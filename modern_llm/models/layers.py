@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 # %% auto #0
-__all__ = ['RMSNorm', 'SwiGLU']
+__all__ = ['RMSNormFunction', 'RMSNorm', 'SwiGLU']
 
 # %% ../../nbs/00_layers.ipynb #rms-norm-function
-class _RMSNorm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """The norm and its gradients in few passes; use `RMSNorm`."""
 
     @staticmethod
@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
         exact, weight = x.float(), self.weight.float()
         if x.is_cuda or not torch.is_grad_enabled():
             return F.rms_norm(exact, weight.shape, weight, self.eps).to(x.dtype)
-        return _RMSNorm.apply(exact, weight, self.eps).to(x.dtype)
+        return RMSNormFunction.apply(exact, weight, self.eps).to(x.dtype)
 
 # %% ../../nbs/00_layers.ipynb #swiglu
 class SwiGLU(nn.Module):
