@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 # %% auto #0
-__all__ = ['attention_weights', 'rotary_frequencies', 'rotary_tables', 'apply_rotary', 'attention_mask', 'KVCache', 'attend',
-           'CausalSelfAttention']
+__all__ = ['Attention', 'attention_weights', 'rotary_frequencies', 'rotary_tables', 'apply_rotary', 'attention_mask', 'KVCache',
+           'attend', 'MaskedAttention', 'masked_attention', 'CausalSelfAttention']
 
 # %% ../../nbs/01_attention.ipynb #attention-weights
 def attention_weights(
@@ -246,7 +248,53 @@ def attend(
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                        scale=1 / math.sqrt(d), enable_gqa=k.shape[1] != q.shape[1])
     y = y.reshape(len(y), h, 1, -1) if t == 1 else y
-    return y[..., -t:, :d]  # without the row and the channels that a sink brought with it
+    # without the row and the channels that a sink brought with it
+    return y if sinks is None else y[..., -t:, :d]
+
+# %% ../../nbs/01_attention.ipynb #masked-attention
+Attention = Callable[..., Tensor]  # (q, k, v, sinks) -> what each query read
+
+
+@dataclass(frozen=True)
+class MaskedAttention:
+    """`attend` with a mask that is made once and serves every layer."""
+
+    mask: Tensor | None
+    first: int = 0  # keys before it are outside every window
+
+    def __call__(self, q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"],
+                 v: Float[Tensor, "b g s d"], sinks: Float[Tensor, "h"] | None = None
+                 ) -> Float[Tensor, "b h t d"]:
+        if self.first:
+            k, v = k[:, :, self.first:], v[:, :, self.first:]
+        return attend(q, k, v, self.mask, sinks)
+
+
+def masked_attention(
+    t: int, *, window: int | None = None, segment_ids: Int[Tensor, "b t"] | None = None,
+    cache: KVCache | None = None, device: torch.device | str | None = None
+) -> MaskedAttention:
+    """The attention of t tokens that follow those in the cache, for all layers.
+
+    Args:
+        t: tokens to be read now.
+        window: keys visible to a query, itself included.
+        segment_ids: document of every token in packed rows; not together with a cache.
+        cache: as it is before these tokens are written.
+        device: where to build the mask.
+
+    Raises:
+        ValueError: segment_ids together with a cache.
+    """
+    if cache is not None and segment_ids is not None:
+        raise ValueError("masked_attention: segment_ids belong to packed training rows; leave them "
+                         "out with a cache")
+    s, pads = (t, None) if cache is None else (cache.length + t, cache.pad_lengths)
+    first = 0 if window is None else max(0, s - (window + t - 1))
+    if pads is not None:
+        pads = (pads - first).clamp(min=0)
+    return MaskedAttention(attention_mask(t, s - first, window=window, segment_ids=segment_ids,
+                                          pad_lengths=pads, device=device), first)
 
 # %% ../../nbs/01_attention.ipynb #causal-self-attention
 class CausalSelfAttention(nn.Module):
@@ -273,38 +321,27 @@ class CausalSelfAttention(nn.Module):
         self, x: Float[Tensor, "b t c"], rotary: tuple[Tensor, Tensor]
     ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b g t d"], Float[Tensor, "b g t d"]]:
         """Queries and keys, normalised and turned, and values."""
-        split = lambda y: y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        return apply_rotary(self.q_norm(q), *rotary), apply_rotary(self.k_norm(k), *rotary), v
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_width))
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
     def forward(self, x: Float[Tensor, "b t c"], rotary: tuple[Tensor, Tensor],
-                segment_ids: Int[Tensor, "b t"] | None = None,
-                cache: KVCache | None = None, layer: int = 0) -> Float[Tensor, "b t c"]:
+                attention: Attention | None = None, cache: KVCache | None = None, layer: int = 0
+                ) -> Float[Tensor, "b t c"]:
         """Attend over x and all that the cache holds.
 
         Args:
             x: the residual stream, normalised.
             rotary: `rotary_tables` of the positions of x.
-            segment_ids: document of every token in packed rows; not together with a cache.
+            attention: who reads whom, the same for all layers; None is `masked_attention` of the
+                window and the cache.
             cache: extended in place; the caller advances it after the last layer.
             layer: the index of this layer in the cache.
-
-        Raises:
-            ValueError: segment_ids together with a cache.
         """
-        if cache is not None and segment_ids is not None:
-            raise ValueError("CausalSelfAttention: segment_ids belong to packed training rows; "
-                             "leave them out with a cache")
+        attention = attention or masked_attention(x.shape[1], window=self.window, cache=cache,
+                                                  device=x.device)
         q, k, v = self.project(x, rotary)
-        pad_lengths = None if cache is None else cache.pad_lengths
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        t, s = q.shape[2], k.shape[2]
-        # no query of this call sees that far back
-        if self.window is not None and s > self.window + t - 1:
-            first = s - (self.window + t - 1)
-            k, v, s = k[:, :, first:], v[:, :, first:], s - first
-            pad_lengths = None if pad_lengths is None else (pad_lengths - first).clamp(min=0)
-        mask = attention_mask(t, s, window=self.window, segment_ids=segment_ids,
-                              pad_lengths=pad_lengths, device=x.device)
-        return self.o_proj(attend(q, k, v, mask, self.sinks).transpose(1, 2).flatten(2))
+        return self.o_proj(attention(q, k, v, self.sinks).transpose(1, 2).flatten(2))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
-from .attention import CausalSelfAttention, KVCache, rotary_tables
+from .attention import Attention, CausalSelfAttention, KVCache, rotary_tables
 from .experts import MixtureOfExperts
 from .layers import RMSNorm, SwiGLU
+from .packed import plan_attention
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -50,11 +51,11 @@ class Block(nn.Module):
             self.mlp = SwiGLU(cfg.width, cfg.ffn_width)
 
     def forward(
-        self, x: Float[Tensor, "b t c"], rotary: tuple, segment_ids: Tensor | None = None,
+        self, x: Float[Tensor, "b t c"], rotary: tuple, attention: Attention | None = None,
         cache: KVCache | None = None, layer: int = 0,
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, ""]]:
         """The stream after this layer, and the loss of its router (0 without experts)."""
-        branch = self.self_attn(self.input_layernorm(x), rotary, segment_ids, cache, layer)
+        branch = self.self_attn(self.input_layernorm(x), rotary, attention, cache, layer)
         x = x + F.dropout(branch, self.dropout, self.training)
         answer = self.mlp(self.post_attention_layernorm(x))
         branch, aux = (answer if isinstance(answer, tuple)
@@ -101,10 +102,11 @@ class ModernDecoderLM(nn.Module):
                      else cache.positions(x.shape[1]))
         rotary = rotary_tables(positions, self.cfg.head_width, self.cfg.rope_theta,
                                self.cfg.rope_factor, self.cfg.rope_trained_context)
+        attention = plan_attention(self.cfg, x.shape[1], segment_ids, cache, x.device)
         aux = x.new_zeros((), dtype=torch.float32)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
-            inputs = (x, rotary, segment_ids, cache, layer)
+            inputs = (x, rotary, attention, cache, layer)
             x, block_aux = (checkpoint(block, *inputs, use_reentrant=False) if recompute
                             else block(*inputs))
             aux = aux + block_aux

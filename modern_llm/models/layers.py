@@ -15,7 +15,25 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 # %% auto #0
-__all__ = ['RMSNorm', 'SwiGLU']
+__all__ = ['RMSNormFunction', 'RMSNorm', 'SwiGLU']
+
+# %% ../../nbs/00_layers.ipynb #rms-norm-function
+class RMSNormFunction(torch.autograd.Function):
+    """The norm and its gradients in few passes; use `RMSNorm`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        root = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, root)
+        return x * root * weight
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, weight, root = ctx.saved_tensors
+        products = upstream * x
+        shared = (products @ weight).unsqueeze(-1) * root**3 / x.shape[-1]
+        x_grad = torch.addcmul(upstream * weight * root, x, shared, value=-1)
+        return x_grad, root.flatten() @ products.flatten(0, -2), None
 
 # %% ../../nbs/00_layers.ipynb #rms-norm
 class RMSNorm(nn.Module):
@@ -35,7 +53,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows c"]:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        exact, weight = x.float(), self.weight.float()
+        if x.is_cuda or not torch.is_grad_enabled():
+            return F.rms_norm(exact, weight.shape, weight, self.eps).to(x.dtype)
+        return RMSNormFunction.apply(exact, weight, self.eps).to(x.dtype)
 
 # %% ../../nbs/00_layers.ipynb #swiglu
 class SwiGLU(nn.Module):

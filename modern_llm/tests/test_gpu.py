@@ -31,6 +31,7 @@ from modern_llm.models.attention import attend, attention_mask, attention_weight
 from modern_llm.models.counts import flops_per_token, training_memory
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import generate
+from modern_llm.models.packed import BlockAttention, DocumentAttention, block_mask, plan_attention
 from modern_llm.tests.test_hardware import MODEL, MODELS, rows_of, stage_of
 from modern_llm.tests.test_memory import LiveBytes
 from modern_llm.training.bench_lines import (
@@ -133,8 +134,11 @@ MASKS = {
 }
 
 
-def check_attention(dtype: torch.dtype, heads: int, groups: int, t: int, mask, sinks: bool) -> None:
-    """`attend` against `attention_weights`, values and gradients of everything that goes in."""
+def check_attention(dtype: torch.dtype, heads: int, groups: int, t: int, mask, sinks: bool,
+                    attention=None) -> None:
+    """`attend`, or another attention, against `attention_weights`, values and gradients of
+    everything that goes in.
+    """
     generator = torch.Generator().manual_seed(2)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     inputs = [draw(2, heads, t, 64), draw(2, groups, 128, 64), draw(2, groups, 128, 64)]
@@ -144,7 +148,7 @@ def check_attention(dtype: torch.dtype, heads: int, groups: int, t: int, mask, s
     wanted = [*inputs, sink] if sinks else inputs
     plain = (attention_weights(*inputs[:2], mask, sink)
              @ inputs[2].float().repeat_interleave(heads // groups, dim=1))
-    fused = attend(*inputs, mask, sink)
+    fused = attention(*inputs, sink) if attention else attend(*inputs, mask, sink)
     assert fused.dtype == dtype
     tolerance = 2e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(fused.float(), plain, rtol=tolerance, atol=tolerance)
@@ -172,6 +176,52 @@ def test_every_path_of_attention_is_the_plain_one(dtype, groups, sinks, t, kind)
 def test_every_kernel_is_the_plain_one(kernel):
     with sdpa_kernel(getattr(SDPBackend, kernel)):
         check_attention(torch.bfloat16, 4, 4, 128, None, sinks=False)
+
+
+@pytest.fixture
+def flex_by_formula(monkeypatch):
+    """Where there is no kernel: FlexAttention's formula, which has a gradient there as well."""
+    if not ON_GPU:
+        from torch.nn.attention import flex_attention
+
+        monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("documents", [False, True])
+def test_skipped_blocks_were_masked(dtype, groups, sinks, window, documents, flex_by_formula):
+    segments = MASKS["documents"]["segment_ids"].to(DEVICE) if documents else None
+    mask = attention_mask(128, 128, window=window, segment_ids=segments, device=DEVICE)
+    attention = BlockAttention(block_mask(128, window, segments, DEVICE))
+    check_attention(dtype, 4, groups, 128, mask, sinks, attention)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_packed_rows_choose_their_attention_and_compile(sinks, monkeypatch):
+    """A step on packed rows, compiled or not, has the loss and the gradients of the CPU's mask."""
+    cfg = replace(WIDE, use_attention_sinks=sinks, context_length=256)
+    ids = torch.randint(0, 512, (2, 257), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:],
+             "segment_ids": torch.arange(256).div(100, rounding_mode="floor").expand(2, -1) + 1}
+    plan = plan_attention(cfg, 256, batch["segment_ids"].to(DEVICE), device=DEVICE)
+    assert isinstance(plan, BlockAttention if ON_GPU else DocumentAttention)
+    torch.manual_seed(1)
+    module = ModernDecoderLM(cfg)
+    with monkeypatch.context() as patched:
+        patched.setattr("modern_llm.models.packed.documents_pay", lambda *sizes: False)
+        expected, gradients = loss_and_gradients(module, lm_loss, batch, CPU, "fp32")
+    module.to(DEVICE)
+    for backend in (None, "inductor" if ON_GPU else "eager"):
+        for block in module.layers if backend else ():
+            block.compile(backend=backend)
+        out = lm_loss(module, {name: value.to(DEVICE) for name, value in batch.items()})
+        found = dict(zip(gradients, torch.autograd.grad(out.total, list(module.parameters()))))
+        assert (out.total / out.count).item() == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(flat(found).cpu(), flat(gradients), rtol=1e-3, atol=1e-4)
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -32,13 +32,12 @@ def cross_entropy_chunk(
     """Sum of nats over the labelled rows, and its gradient with respect to the logits (softmax
     minus one-hot).
     """
-    logits = (hidden @ weight.T).float()
-    log_z = logits.logsumexp(dim=-1, keepdim=True)
+    log_p = (hidden @ weight.T).log_softmax(-1, dtype=torch.float32)
     labelled = (labels != ignore_index).unsqueeze(-1)
     column = labels.clamp(min=0).unsqueeze(-1)
-    nats = ((log_z - logits.gather(-1, column)) * labelled).sum()
-    gradient = logits.sub_(log_z).exp_()  # in place: the only tensor of n × v values
-    gradient.scatter_add_(-1, column, torch.full_like(log_z, -1.0))
+    nats = -(log_p.gather(-1, column) * labelled).sum()
+    gradient = log_p.exp_()  # in place
+    gradient.scatter_add_(-1, column, torch.full_like(column, -1, dtype=torch.float32))
     return nats, gradient.mul_(labelled)
 
 # %% ../../nbs/02b_optim.ipynb #chunked-function
@@ -92,6 +91,10 @@ def chunked_cross_entropy(
     Matrix products run in the autocast dtype where autocast is on, softmax and sum in float32.
     """
     device = hidden.device.type
+    if device == "cpu":  # elsewhere the choice would wait for the device
+        rows = (labels != ignore_index).nonzero().squeeze(-1)
+        if len(rows) < len(labels):
+            hidden, labels = hidden.index_select(0, rows), labels[rows]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
@@ -137,12 +140,13 @@ def orthogonalise(
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.to(dtype).mT if tall else matrices.to(dtype)
-    x = x / x.flatten(-2).norm(dim=-1).clamp(min=1e-7)[..., None, None]
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x.reshape(-1, *x.shape[-2:])  # one stack
+    x = x / x.flatten(-2).norm(dim=-1).clamp(min=1e-7)[:, None, None]
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
 
 # %% ../../nbs/02b_optim.ipynb #divided
 def gather_tensor(value: Tensor) -> Tensor:
