@@ -47,13 +47,13 @@ def attention_page(models, target, texts, force, output_dir, device) -> None:
         if file.exists() and not force:
             raise ValueError(f"{file} is there: --force writes over it, --to FILE leaves it")
         root, checkpoints = Path(output_dir or runs_folder()).expanduser(), []
-        for name in models:
+        called = [Path(name).name if Path(name).is_absolute() else name for name in models]
+        for name, short in zip(models, called):
             place = root / name if (root / name).is_dir() else Path(name).expanduser()
             found = page.checkpoints_of(place)
-            several = len(models) > 1
-            checkpoints += [(f"{name}: {step}" if several else step, folder)
+            checkpoints += [(f"{short}: {step}" if len(models) > 1 else step, folder)
                             for step, folder in found]
-        page.attention_page(checkpoints, file, f"Attention of {', '.join(models)}",
+        page.attention_page(checkpoints, file, f"Attention of {', '.join(called)}",
                             list(map(readable, texts)), pick_device(device))
     click.echo(f"written: {file}, {len(checkpoints)} checkpoints, "
                f"{file.stat().st_size / 1000:.0f} kB")
