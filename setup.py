@@ -20,7 +20,8 @@ cfg = settings["DEFAULT"]
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["modern_llm", "modern_llm.*"],
                            exclude=["modern_llm.tests", "modern_llm.tests.*"]),
-    package_data={"modern_llm": ["*.mplstyle"], "modern_llm.config": ["clusters/*.toml"]},
+    package_data={"modern_llm": ["*.mplstyle"], "modern_llm.config": ["clusters/*.toml"],
+                  "modern_llm.report": ["*.html"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
                     for name in ("dev", "baselines", "docs", "browser", "agreement")},

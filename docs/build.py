@@ -305,7 +305,7 @@ def sources() -> None:
     for module in modules.values():
         write(f"api/{module.name}.md", reference(module, book))
     for path in (ROOT / "report").rglob("*"):
-        if path.suffix in (".md", ".png", ".svg", ".csv", ".json"):
+        if path.suffix in (".md", ".png", ".svg", ".csv", ".json", ".html"):
             write(str(path.relative_to(ROOT)), path.read_bytes())
     for path in SOURCE.rglob("*"):
         if path.is_file() and path not in written:

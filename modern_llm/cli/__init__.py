@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from modern_llm.cli.attention_command import attention_page
 from modern_llm.cli.bench_command import bench
 from modern_llm.cli.checkpoint_command import checkpoints
 from modern_llm.cli.compare_command import compare
@@ -48,6 +49,7 @@ def main() -> None:
     modern-llm score --run local-smoke PROBLEM ANSWER    how likely is an answer right?
     modern-llm checkpoints local-smoke/pretrain    what it knew when: its kept weights, compared
     modern-llm compare local-smoke mine            is it better, and by more than chance?
+    modern-llm attention-page local-smoke          what its heads read, as a page for a browser
     modern-llm export --run local-smoke --to DIR   for transformers and others, with a model card
     modern-llm check-inference --run local-smoke   does it fit 12 GB?
     modern-llm presets local-cpu                   every setting of a preset, as JSON
@@ -58,6 +60,6 @@ def main() -> None:
     """
 
 
-for command in (run, submit, status, chat, sample, score, checkpoints, compare, export,
-                check_inference, bench, presets, datasets, prefetch, practice):
+for command in (run, submit, status, chat, sample, score, checkpoints, compare, attention_page,
+                export, check_inference, bench, presets, datasets, prefetch, practice):
     main.add_command(command)
