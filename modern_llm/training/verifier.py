@@ -89,12 +89,16 @@ def sampling_plan(start: Path, samples: int) -> list[tuple[Path, int]]:
 
 # %% ../../nbs/06_verifier.ipynb #sampled-answers
 class SampledAnswers:
-    """The generator's answers to the problems of a run: to train on, to calibrate on, held out."""
+    """The generator's answers to the problems of a run: to train on, to calibrate on, held out.
 
-    def __init__(self, run: Run):
+    `parts` are other problems than those of `split_problems`.
+    """
+
+    def __init__(self, run: Run, parts: Sequence[list[Problem]] | None = None):
         self.run, self.train, seed = run, run.config.verifier, run.config.seed
         self.tokenizer, self.device = load_tokenizer(run.start), run.device
-        to_train, to_calibrate, self.gold, self.held_problems = split_problems(self.train, seed)
+        to_train, to_calibrate, self.gold, self.held_problems = (
+            parts or split_problems(self.train, seed))
         self.own_problems, drawn = [*to_train, *to_calibrate], []
         for i, (folder, samples) in enumerate(sampling_plan(run.start,
                                                             self.train.samples_per_problem)):
