@@ -122,6 +122,9 @@ class HardwareConfig:
     # "ddp" = the whole model on every rank; "fsdp" = weights, gradients and optimizer states
     # sharded
     strategy: str = "ddp"
+    # with "fsdp": each rank writes its own shards of a checkpoint, while training goes on; false =
+    # rank 0 gathers them in one file, with the model's own files in every checkpoint
+    sharded_checkpoints: bool = True
 
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"hardware.ranks={self.ranks} must be at least 1")

@@ -151,7 +151,7 @@ def rank_zero_world(run: StageRun, parameters: dict):
                          f"…`, or set hardware.ranks={size}")
     task = {"stage": run.stage, "run": run.run, "folder": str(run.folder), "resume": run.resume,
             "parameters": parameters}
-    return World(0, hardware.ranks, hardware.strategy, task)
+    return World(0, hardware.ranks, hardware.strategy, task, hardware.sharded_checkpoints)
 
 
 def begin_on_worker(task: dict) -> StageRun:
@@ -166,7 +166,9 @@ def begin_on_worker(task: dict) -> StageRun:
     if start := start_of(inputs):
         config = with_model_of(config, start)
     config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
-    world = World(rank_info()[0], config.hardware.ranks, config.hardware.strategy)
+    hardware = config.hardware
+    world = World(rank_info()[0], hardware.ranks, hardware.strategy,
+                  sharded_checkpoints=hardware.sharded_checkpoints)
     return StageRun(stage, task["run"], config, str(pick_device(config.hardware.device)), folder,
                     task["resume"], time.time(), inputs, world)
 

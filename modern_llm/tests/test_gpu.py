@@ -40,7 +40,7 @@ from modern_llm.training.distributed import DataParallelLoss, World
 from modern_llm.training.optim import gather_tensor, lm_loss
 from modern_llm.training.train_step import optimizer_step
 from modern_llm.training.trainer import Trainer
-from modern_llm.training.training_state import TrainingState
+from modern_llm.training.training_state import TrainingState, compute_dtype
 
 DEVICE = torch.device(os.environ.get("MODERN_LLM_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -249,22 +249,29 @@ def test_one_rank_trains_as_no_ranks_do(strategy, precision):
     cfg = replace(STEPS, precision=precision, ema_decay=0.5)
     torch.manual_seed(4)
     plain = ModernDecoderLM(replace(WIDE, use_attention_sinks=True))
+    start = {name: p.detach().clone() for name, p in plain.named_parameters()}
     module, world = deepcopy(plain).to(DEVICE), World(0, 1, strategy)
     if ON_GPU:
         torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:nccl" if ON_GPU else "gloo", store=dist.HashStore(),
                             rank=0, world_size=1)
     try:
-        loss = DataParallelLoss(module, lm_loss, world, DEVICE)
+        dtype = compute_dtype(precision, DEVICE)
+        loss = DataParallelLoss(module, lm_loss, world, DEVICE, dtype)
         states = (TrainingState(plain, cfg, DEVICE), TrainingState(module, cfg, DEVICE))
         for step in range(3):
             one, _ = optimizer_step(states[0], lm_loss, wide_rows(step), cfg, 1.0)
             other, _ = optimizer_step(states[1], loss, wide_rows(step), cfg, 1.0, world)
             assert other.total.item() == pytest.approx(one.total.item(), rel=1e-3)
-        others = dict(module.named_parameters())
-        for name, parameter in plain.named_parameters():
-            torch.testing.assert_close(gather_tensor(others[name].detach()), parameter.detach(),
-                                       rtol=1e-3 if precision == "fp32" else 0.1, atol=2e-3)
+        here = lambda parameter: gather_tensor(parameter.detach()).float().cpu()
+        others = {name: here(p) for name, p in module.named_parameters()}
+        mine = {name: here(p) for name, p in plain.named_parameters()}
+        if precision == "fp32":
+            torch.testing.assert_close(others, mine, rtol=1e-3, atol=2e-3)
+        # FSDP rounds the residual stream to bfloat16 too; a gradient near 0 may change its sign
+        moved = [flat({name: value - start[name] for name, value in found.items()})
+                 for found in (mine, others)]
+        assert torch.cosine_similarity(*moved, 0) > 0.98
     finally:
         dist.destroy_process_group()
 

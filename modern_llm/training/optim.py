@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -155,9 +155,10 @@ def gather_tensor(value: Tensor) -> Tensor:
 
 
 def shard_like(model: Tensor, value: Tensor) -> Tensor:
-    """This rank's shard of a full `value`, if `model` is sharded over ranks; else `value` as it is.
+    """This rank's shard of a full `value`, if `model` is sharded over ranks; else, or if it is one
+    already, `value` as it is.
     """
-    if not hasattr(model, "full_tensor"):
+    if not hasattr(model, "full_tensor") or hasattr(value, "full_tensor"):
         return value
     # half a second that only a sharded model costs
     from torch.distributed.tensor import distribute_tensor
@@ -173,7 +174,7 @@ def _exchange(parts: Tensor, ranks: dist.ProcessGroup) -> Tensor:
     return received
 
 
-def _of_sharded(matrices: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def _of_sharded(matrices: Sequence[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
     from torch.distributed.tensor import DTensor
 
     first = matrices[0]
@@ -195,7 +196,7 @@ def _of_sharded(matrices: list[Tensor], work: Callable[[Tensor], Tensor]) -> lis
             for part, matrix in zip(done, matrices)]
 
 
-def by_shares(matrices: list[Tensor], work: Callable[[Tensor], Tensor],
+def by_shares(matrices: Sequence[Tensor], work: Callable[[Tensor], Tensor],
               shared: bool = False) -> list[Tensor]:
     """What `work`, a function of a stack of whole matrices, makes of each of these, all of one
     shape; every rank does its share.
