@@ -91,6 +91,7 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict,
     if resume and isinstance(settings_of(config, stage), TrainConfig):
         config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     config, device = preflight(config, stage)
+    set_precision(config, device)
     for line in check_splits(config, stage)[0]:
         say(f"{stage}: {line}")
     if other := changed_data(config, stage, former.get("data_files", {})):
@@ -167,10 +168,20 @@ def begin_on_worker(task: dict) -> StageRun:
         config = with_model_of(config, start)
     config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     hardware = config.hardware
+    set_precision(config, str(pick_device(hardware.device)))
     world = World(rank_info()[0], hardware.ranks, hardware.strategy,
                   sharded_checkpoints=hardware.sharded_checkpoints)
     return StageRun(stage, task["run"], config, str(pick_device(config.hardware.device)), folder,
                     task["resume"], time.time(), inputs, world)
+
+
+def set_precision(config: PipelineConfig, device: str) -> None:
+    """`hardware.inference_precision`, for this process: the same on every rank of a stage."""
+    import torch
+
+    from modern_llm.training.training_state import set_inference_precision
+
+    set_inference_precision(config.hardware.inference_precision, torch.device(device))
 
 
 def former_micro_batch(folder: Path, stage: str) -> int | None:

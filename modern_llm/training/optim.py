@@ -231,11 +231,12 @@ class Muon(Eager, torch.optim.Optimizer):
             times as much.
         dtype: of the Newton–Schulz iteration; None = bfloat16 on GPUs, float32 elsewhere.
         shared: all ranks hold the same gradients, and share the work; see `by_shares`.
+        compiled: the iteration is compiled, once for every shape.
     """
 
     def __init__(self, params, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, steps=5,
-                 dtype=None, shared=False):
-        self.shared = shared
+                 dtype=None, shared=False, compiled=False):
+        self.shared, self.compiled = shared, compiled
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
                                       nesterov=nesterov, steps=steps, dtype=dtype))
         for p in (p for group in self.param_groups for p in group["params"] if p.ndim < 2):
@@ -268,8 +269,9 @@ class Muon(Eager, torch.optim.Optimizer):
         updates = (torch._foreach_lerp(grads, buffers, group["momentum"])
                    if group["nesterov"] else buffers)
         dtype = group["dtype"] or (torch.bfloat16 if params[0].is_cuda else torch.float32)
-        updates = by_shares(updates, lambda whole: orthogonalise(whole, group["steps"], dtype),
-                            self.shared)
+        work = (torch.compile(orthogonalise, dynamic=False) if self.compiled
+                else orthogonalise)
+        updates = by_shares(updates, lambda whole: work(whole, group["steps"], dtype), self.shared)
         rows, columns = params[0].shape[-2:]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, updates, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
@@ -305,7 +307,8 @@ def make_optimizers(module: nn.Module, cfg: TrainConfig,
     optimizers: list[torch.optim.Optimizer] = []
     if groups["muon"]:
         optimizers.append(Muon([dict(params=groups["muon"], peak_lr=cfg.muon_lr)], cfg.muon_lr,
-                               cfg.weight_decay, shared=shared))
+                               cfg.weight_decay, shared=shared,
+                               compiled=cfg.compile == "model"))
     if adamw:
         fused = all(p.device.type in ("cuda", "cpu") for group in adamw for p in group["params"])
         optimizers.append(AdamW(adamw, lr=cfg.lr, betas=cfg.betas, eps=1e-8, fused=fused))

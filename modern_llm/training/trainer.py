@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -27,11 +27,11 @@ from modern_llm.training.stopping import (
     job_ends_soon, run_progress, shared_stop_reason, stop_reason, stop_signals,
 )
 from modern_llm.training.train_step import (
-    Batch, LossFunction, optimizer_step, prefetch, prepare_module,
+    Batch, LossFunction, optimizer_step, prefetch, prepare_loss, prepare_module,
 )
 from modern_llm.training.training_state import (
     TrainingState, compute_dtype, pick_device, random_states, restore_random_states,
-    seed_everything,
+    seed_everything, training_products,
 )
 
 # %% auto #0
@@ -51,7 +51,7 @@ def session(state: TrainingState, batches: Callable[[int], Batch], cfg: TrainCon
     `state.step` on, the bar.
     """
     with (stop_signals() as caught,  # outermost: a signal must not tear the cleaning up either
-          propagate_failures(world),
+          propagate_failures(world), training_products(state.device),
           contextlib.closing(prefetch(batches, state.step, cfg.max_steps, cfg.batch_size,
                                       state.device.type == "cuda", world=world)) as made,
           tqdm(total=cfg.max_steps, initial=state.step, unit="step", disable=not progress_bar,
@@ -119,8 +119,10 @@ class Trainer:
             seed_everything(seed)
             sharded = self.world.size > 1 and self.world.strategy == "fsdp"
             whole = (deepcopy(module).cpu() if sharded and self.world.is_main_process else None)
-            prepare_module(module.to(place), cfg, place)  # compiled first, then sharded
-            self.loss_fn = data_parallel(module, loss_fn, self.world, place,
+            if sharded and cfg.compile:
+                cfg = replace(cfg, compile=True)
+            prepare_module(module.to(place), cfg)  # compiled first, then sharded
+            self.loss_fn = data_parallel(module, prepare_loss(loss_fn, cfg), self.world, place,
                                          compute_dtype(cfg.precision, place))
             self.state = TrainingState(module, cfg, place, whole, self.world.size > 1)
             self.files = RunFolder(folder, save_model, self.world)

@@ -21,9 +21,10 @@ from .optim import gather_tensor, make_optimizers, shard_like
 
 # %% auto #0
 __all__ = ['HOPPER', 'KERNEL_ORDER', 'COUNTERS', 'SHARDED', 'pick_device', 'compute_dtype', 'attention_order', 'forward_context',
-           'seed_everything', 'random_states', 'restore_random_states', 'keep_weight', 'put_weight', 'WeightEMA',
-           'gather_module', 'eval_context', 'load_moments', 'map_state', 'gather_state', 'without_shards',
-           'with_shards', 'CheckpointError', 'TrainingState']
+           'inference_precision', 'inference_dtype', 'set_inference_precision', 'training_products', 'seed_everything',
+           'random_states', 'restore_random_states', 'keep_weight', 'put_weight', 'WeightEMA', 'gather_module',
+           'eval_context', 'load_moments', 'map_state', 'gather_state', 'without_shards', 'with_shards',
+           'CheckpointError', 'TrainingState']
 
 # %% ../../nbs/34_training_state.ipynb #device
 def pick_device(name: str = "auto") -> torch.device:
@@ -81,6 +82,34 @@ def forward_context(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     with (torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32),
           attention_order(device)):
         yield
+
+# %% ../../nbs/34_training_state.ipynb #inference
+def inference_precision(wanted: str, device: torch.device) -> str:
+    """What `hardware.inference_precision` means on a device: "fp32", "tf32" or "bf16"."""
+    return ("tf32" if device.type == "cuda" else "fp32") if wanted == "auto" else wanted
+
+
+def inference_dtype(wanted: str) -> torch.dtype | None:
+    """The dtype of the weights of a model that is evaluated or asked; None = as they are on disk."""
+    return torch.bfloat16 if wanted == "bf16" else None
+
+
+def set_inference_precision(wanted: str, device: torch.device) -> None:
+    """From now on products of float32 matrices in this process are as the setting says."""
+    exact = inference_precision(wanted, device) == "fp32"
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+
+
+@contextlib.contextmanager
+def training_products(device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 matrices may run in TF32 on a GPU."""
+    former = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(former)
 
 # %% ../../nbs/34_training_state.ipynb #random-states
 def seed_everything(seed: int) -> None:
