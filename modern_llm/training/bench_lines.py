@@ -34,7 +34,9 @@ from modern_llm.training.dpo import dpo_loss
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.pretrain import Pretraining
 from modern_llm.training.recording import mfu_scale, peak_flops, peak_memory_gb
-from modern_llm.training.train_step import batch_tokens, optimizer_step, prepare_loss, prepare_module
+from modern_llm.training.train_step import (
+    batch_tokens, optimizer_step, prepare_loss, prepare_module,
+)
 from modern_llm.training.trainer import Trainer
 from modern_llm.training.training_state import TrainingState, compute_dtype
 from modern_llm.training.verifier import verifier_loss

@@ -90,7 +90,7 @@ def inference_precision(wanted: str, device: torch.device) -> str:
 
 
 def inference_dtype(wanted: str) -> torch.dtype | None:
-    """The dtype of the weights of a model that is evaluated or asked; None = as they are on disk."""
+    """The dtype of the weights of a model that is evaluated or asked; None = as on disk."""
     return torch.bfloat16 if wanted == "bf16" else None
 
 
