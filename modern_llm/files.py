@@ -178,9 +178,8 @@ def atomic_folder(folder: str | Path, meta: dict | None = None,
                 "sha256": {str(p.relative_to(temporary)): sha256(p) for p in files}}
         meta["sha256"]["meta.json"] = _digest(meta)
         write_json(temporary / "meta.json", meta)
-        for path in files:
+        for path in [*files, *sorted({path.parent for path in files} | {temporary})]:
             sync(path)
-        sync(temporary)
         if folder.exists():
             if previous.exists():
                 os.replace(previous, oldest)

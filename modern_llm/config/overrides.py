@@ -57,8 +57,10 @@ def _checked(place: str, value: typing.Any, hint: typing.Any) -> typing.Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
-        return _checked(place, value,
-                        next(option for option in options if option is not type(None)))
+        options = [option for option in options if option is not type(None)]
+        fitting = [option for option in options if isinstance(value, option)] if (
+            len(options) > 1) else options
+        return _checked(place, value, (fitting or options)[0])
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
         require(len(inner) == len(value), f"{place}={value!r} must have {len(inner)} entries")

@@ -18,6 +18,7 @@ from modern_llm.config.stage_settings import (
 )
 
 STRATEGIES = ("ddp", "fsdp")
+INFERENCE_PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write
 GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens
 
@@ -122,10 +123,19 @@ class HardwareConfig:
     # "ddp" = the whole model on every rank; "fsdp" = weights, gradients and optimizer states
     # sharded
     strategy: str = "ddp"
+    # with "fsdp": each rank writes its own shards of a checkpoint, while training goes on; false =
+    # rank 0 gathers them in one file, with the model's own files in every checkpoint
+    sharded_checkpoints: bool = True
+    # of models that are evaluated, or asked for answers to learn from, on every rank: "fp32" =
+    # exact; "tf32" = products of float32 matrices rounded to 10 bits; "bf16" = such weights; "auto"
+    # = "tf32" on GPUs, else "fp32"
+    inference_precision: str = "auto"
 
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"hardware.ranks={self.ranks} must be at least 1")
         require_one_of("hardware.strategy", self.strategy, STRATEGIES)
+        require_one_of("hardware.inference_precision", self.inference_precision,
+                       INFERENCE_PRECISIONS)
         kind, number = device_parts("hardware.device", self.device)
         require(self.ranks == 1 or (kind != "mps" and number is None),
                 f"hardware.device={self.device!r} is a single device, hardware.ranks={self.ranks} "

@@ -36,7 +36,9 @@ class TrainConfig:
     grad_clip: float = 1.0  # global norm; 0 = off
     # "auto" = bf16 where the device has it, else fp16 on other GPUs, fp32 on CPUs
     precision: str = "auto"
-    compile: bool = False
+    # true = every block by itself; "model" = the whole model with its loss, and Muon's iteration;
+    # with hardware.strategy="fsdp", which brings weights block by block, the same as true
+    compile: bool | str = False
     gradient_checkpointing: bool = False  # recompute block activations in the backward pass
     loss_chunk_tokens: int = 4096  # tokens whose logits exist at once
     # exponential moving average of the weights, used for validation and saving
@@ -54,6 +56,8 @@ class TrainConfig:
         require_one_of(f"{place}.optimizer", self.optimizer, OPTIMIZERS)
         require_one_of(f"{place}.schedule", self.schedule, SCHEDULES)
         require_one_of(f"{place}.precision", self.precision, PRECISIONS)
+        require(isinstance(self.compile, bool) or self.compile == "model",
+                f"{place}.compile={self.compile!r} must be true, false or \"model\"")
         require(self.micro_batch_size is None or self.micro_batch_size > 0,
                 f"{place}.micro_batch_size={self.micro_batch_size} must be greater than 0, or null "
                 "for the whole batch")

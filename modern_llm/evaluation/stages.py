@@ -31,6 +31,7 @@ from modern_llm.evaluation.written import problem_items
 from modern_llm.files import cached_frame, read_json, write_json, write_text
 from modern_llm.models.saving import load_model
 from modern_llm.models.verifier import load_verifier
+from modern_llm.training.training_state import inference_dtype
 from modern_llm.training.verifier_scores import score_answers
 
 CLEAN_COLUMNS = ["stage", "task", "metric", "subset", "value", "low", "high", "n", "protocol"]
@@ -99,7 +100,8 @@ class Evaluation:
         if self._loaded is None or self._loaded.stage != name:
             self._loaded, meta = None, self.folders[name] / "meta.json"
             imported = meta.is_file() and "imported" in read_json(meta)
-            model = load_model(self.folders[name], device=self.run.device)
+            model = load_model(self.folders[name], self.run.device,
+                               inference_dtype(self.run.config.hardware.inference_precision))
             self._loaded = Subject(name, model, self.tokenizer, self.chats[name],
                                    "\n\n" if imported else None)
         return self._loaded

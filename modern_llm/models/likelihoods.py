@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .shares import shared_map
+
 # %% auto #0
 __all__ = ['document_nats', 'completion_log_probs']
 
@@ -33,9 +35,9 @@ def document_nats(model: nn.Module, batches: Iterable[dict[str, Tensor]],
         ValueError: no batch has a labelled token.
     """
     device = next(model.parameters()).device
-    was_training, found = model.training, []
-    model.eval()
-    for batch in batches:
+    was_training = model.training
+
+    def score(batch: dict[str, Tensor]) -> pd.DataFrame:
         labels = batch["labels"]
         segments = batch["document_ids"].to(device) + 1 if isolate_documents else None
         hidden, _ = model.hidden(batch["input_ids"].to(device), segments)
@@ -44,8 +46,11 @@ def document_nats(model: nn.Module, batches: Iterable[dict[str, Tensor]],
             for h, y in zip(hidden, labels.to(device))
         ]).cpu()
         scored = labels != -100
-        found.append(pd.DataFrame({"document": batch["document_ids"][scored].numpy(),
-                                   "nats": nats[scored].double().numpy()}))
+        return pd.DataFrame({"document": batch["document_ids"][scored].numpy(),
+                             "nats": nats[scored].double().numpy()})
+
+    model.eval()
+    found = list(shared_map(score, batches))
     model.train(was_training)
     if not sum(map(len, found)):
         raise ValueError(

@@ -183,6 +183,10 @@ def write_record(run: StageRun, parameters: dict, resolved: PipelineConfig, form
     `params.json` holds the settings as asked for (`resolved`), to be compared with those asked for
     the next time, and those that were changed `under_way`.
     """
+    import torch
+
+    from modern_llm.training.training_state import inference_precision
+
     path = run.folder.parent / "run.json"
     config = to_dict(run.config)
     config |= {name: former["config"][name] for name in former["stages"]
@@ -191,7 +195,10 @@ def write_record(run: StageRun, parameters: dict, resolved: PipelineConfig, form
         run.earlier_seconds = former["stages"].get(run.stage, {}).get("seconds") or 0.0
     write_json(path, {"run": run.run, "preset": run.config.name, "config": config,
                       "git_commit": git_commit(), "seed": run.config.seed,
-                      **machine(run.device), "stages": former["stages"]})
+                      **machine(run.device),
+                      "inference_precision": inference_precision(
+                          run.config.hardware.inference_precision, torch.device(run.device)),
+                      "stages": former["stages"]})
     wanted = sections(resolved, run.stage)
     if isinstance(fitted := settings_of(run.config, run.stage), TrainConfig):
         wanted[run.stage]["micro_batch_size"] = fitted.micro_batch_size

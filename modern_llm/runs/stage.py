@@ -91,6 +91,7 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict,
     if resume and isinstance(settings_of(config, stage), TrainConfig):
         config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
     config, device = preflight(config, stage)
+    set_precision(config, device)
     for line in check_splits(config, stage)[0]:
         say(f"{stage}: {line}")
     if other := changed_data(config, stage, former.get("data_files", {})):
@@ -151,7 +152,7 @@ def rank_zero_world(run: StageRun, parameters: dict):
                          f"…`, or set hardware.ranks={size}")
     task = {"stage": run.stage, "run": run.run, "folder": str(run.folder), "resume": run.resume,
             "parameters": parameters}
-    return World(0, hardware.ranks, hardware.strategy, task)
+    return World(0, hardware.ranks, hardware.strategy, task, hardware.sharded_checkpoints)
 
 
 def begin_on_worker(task: dict) -> StageRun:
@@ -166,9 +167,21 @@ def begin_on_worker(task: dict) -> StageRun:
     if start := start_of(inputs):
         config = with_model_of(config, start)
     config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
-    world = World(rank_info()[0], config.hardware.ranks, config.hardware.strategy)
+    hardware = config.hardware
+    set_precision(config, str(pick_device(hardware.device)))
+    world = World(rank_info()[0], hardware.ranks, hardware.strategy,
+                  sharded_checkpoints=hardware.sharded_checkpoints)
     return StageRun(stage, task["run"], config, str(pick_device(config.hardware.device)), folder,
                     task["resume"], time.time(), inputs, world)
+
+
+def set_precision(config: PipelineConfig, device: str) -> None:
+    """`hardware.inference_precision`, for this process: the same on every rank of a stage."""
+    import torch
+
+    from modern_llm.training.training_state import set_inference_precision
+
+    set_inference_precision(config.hardware.inference_precision, torch.device(device))
 
 
 def former_micro_batch(folder: Path, stage: str) -> int | None:

@@ -77,7 +77,7 @@ def test_a_step_differs_in_one_setting_from_the_line_it_names(device):
             assert len(line.settings.items() - settings[line.against].items()) == 1
     assert sum(line.seconds for line in lines) < 15 * 60
     kernels = {line.settings["attention"] for line in lines if line.kind == "step"}
-    assert kernels == {"torch's choice", *(KERNELS if device == "cuda" else ["flash"])}
+    assert kernels == {"as trained", *(KERNELS if device == "cuda" else ["flash"])}
 
 
 @pytest.mark.parametrize("name", ["cpu", "mps", "cuda"])

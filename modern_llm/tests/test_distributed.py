@@ -2,7 +2,6 @@
 machine.
 """
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -11,11 +10,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from modern_llm.config import ConfigError, HardwareConfig, PipelineConfig, TrainConfig
 from modern_llm.tests.test_trainer import any_number, batches, lm_loss, save_weights, toy, trainer
 from modern_llm.training import training_state
-from modern_llm.training.checkpoints import load_checkpoint
+from modern_llm.training.checkpoints import RunFolder, load_checkpoint
 from modern_llm.training.distributed import DataParallelLoss, RankFailed, World, on_ranks
 from modern_llm.training.ranks import address, rank_info
 
@@ -165,8 +165,9 @@ def test_a_killed_rank_ends_the_others(tmp_path):
 
 
 def test_no_gather_waits_for_files(tmp_path, monkeypatch):
-    """NCCL would give up on rank 0 after ten minutes of writing: the others wait for it before the
-    next gather, as hosts do; and once, not twice, before they go on.
+    """NCCL would give up on rank 0 after ten minutes of writing: the others wait for it, as hosts
+    do, before the next gather. Only a model's own files need one: not a checkpoint along the way,
+    not validation.
     """
     events = []
 
@@ -178,20 +179,12 @@ def test_no_gather_waits_for_files(tmp_path, monkeypatch):
         time.sleep(0.3)
         note("written")
 
-    @contextlib.contextmanager
     def gathering(*modules):
         note("gather")
-        with gathered_module(*modules):
-            yield
+        return gather_module(*modules)
 
-    def all_reduce_max(world, *values):
-        if values == (0,):
-            note("wait")
-        return reduce(world, *values)
-
-    gathered_module, reduce = training_state.gathered_module, World.all_reduce_max
-    monkeypatch.setattr(training_state, "gathered_module", gathering)
-    monkeypatch.setattr(World, "all_reduce_max", all_reduce_max)
+    gather_module = training_state.gather_module
+    monkeypatch.setattr(training_state, "gather_module", gathering)
     cfg = dataclasses.replace(CONFIG, max_steps=2, checkpoint_every=1, eval_every=1)
 
     def train(world: World):
@@ -200,11 +193,80 @@ def test_no_gather_waits_for_files(tmp_path, monkeypatch):
         return events
 
     first, second = on_ranks(train, 2, "fsdp")
-    saved, kept, last = (at for name, at in first if name == "written")
-    gathers = [at for name, at in second if name == "gather"]
-    # a checkpoint, a kept model, validation; a checkpoint, validation
-    assert [name for name, _ in second] == 5 * ["gather", "wait"]
-    assert gathers[1] > saved and gathers[2] > kept and gathers[4] > last
+    kept, last = (at for name, at in first if name == "written")
+    gathers = [at for name, at in second]
+    # of the model kept half way, and of the last checkpoint
+    assert len(gathers) == 2 and gathers[1] > kept and last > gathers[1]
+
+
+def sharded_run(folder, **options):
+    """A function of a world: train with FSDP, a checkpoint every second step; how it ended."""
+    cfg = dataclasses.replace(CONFIG, max_steps=6, checkpoint_every=2, keep_checkpoints=0)
+
+    def train(world: World):
+        try:
+            return run(folder, cfg, **options)(world)[0]
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    return train
+
+
+def test_a_kill_while_ranks_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    """That of step 4 is never finished; the run goes on from step 2, to the same weights."""
+    settle = RunFolder.settle
+    straight = on_ranks(sharded_run(tmp_path / "straight"), 2, "fsdp")[0]
+    monkeypatch.setattr(RunFolder, "settle", lambda self, wait=True: (
+        settle(self, wait) if self.writing and self.writing[2] == 2 else None))
+
+    calls = iter(range(1, 100))
+    found = on_ranks(sharded_run(tmp_path / "cut",
+                                 should_stop=lambda: next(calls) == 5 and 1 / 0), 2, "fsdp")
+    assert all("ZeroDivisionError" in each for each in found), found
+    assert load_checkpoint(tmp_path / "cut" / "checkpoint")[1]["step"] == 2
+    monkeypatch.undo()
+    resumed = on_ranks(sharded_run(tmp_path / "cut", resume=True), 2, "fsdp")[0]
+    assert losses(resumed) == losses(straight)
+    one, other = (load_checkpoint(tmp_path / name / "checkpoint")[0]
+                  for name in ("straight", "cut"))
+    assert all(torch.equal(one["module"][name], other["module"][name]) for name in one["module"])
+    assert not list((tmp_path / "cut").glob(".*"))
+
+
+def test_a_rank_that_cannot_write_its_shards_says_so_on_all(tmp_path, monkeypatch):
+    def write_data(self, plan, planner):
+        if plan.storage_data["shard_index"] == 2:
+            raise OSError(28, "No space left on device")
+        return real(self, plan, planner)
+
+    real = dcp.HuggingFaceStorageWriter.write_data
+    on_ranks(sharded_run(tmp_path), 2, "fsdp")
+    before = load_checkpoint(tmp_path / "checkpoint")[1]
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", write_data)
+    cfg = dataclasses.replace(CONFIG, max_steps=7, keep_checkpoints=0)
+
+    def further(world: World):
+        try:
+            return run(tmp_path, cfg, resume=True)(world)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    found = on_ranks(further, 2, "fsdp")
+    assert all("a rank cannot write its shards" in each and "No space left" in each
+               for each in found), found
+    assert load_checkpoint(tmp_path / "checkpoint")[1] == before
+
+
+def test_one_file_can_be_asked_for(tmp_path):
+    """The state gathered on rank 0, the model's files in every checkpoint."""
+    def train(world: World):
+        world.sharded_checkpoints = False
+        calls = iter(range(1, 100))
+        return run(tmp_path, should_stop=lambda: next(calls) == 3)(world)[1]
+
+    assert on_ranks(train, 2, "fsdp")[0][:2] == (3, "stopped")
+    assert ({path.name for path in (tmp_path / "checkpoint").iterdir()}
+            == {"meta.json", "training_state.pt", "weights.pt"})
 
 
 def test_gradients_are_exchanged_after_the_last_micro_batch_only(tmp_path):

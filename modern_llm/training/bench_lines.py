@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,9 @@ from modern_llm.training.dpo import dpo_loss
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.pretrain import Pretraining
 from modern_llm.training.recording import mfu_scale, peak_flops, peak_memory_gb
-from modern_llm.training.train_step import batch_tokens, optimizer_step, prepare_module
+from modern_llm.training.train_step import (
+    batch_tokens, optimizer_step, prepare_loss, prepare_module,
+)
 from modern_llm.training.trainer import Trainer
 from modern_llm.training.training_state import TrainingState, compute_dtype
 from modern_llm.training.verifier import verifier_loss
@@ -88,7 +91,7 @@ class Line:
 
 def ladder(shape: Shape) -> list[Line]:
     """All lines, those that matter most first."""
-    small, middle, large = shape.rows
+    (small, middle, large), heads = shape.rows, shape.config.model.num_heads
     lines = [Line(f"matrix {name}", "matrix", {"dtype": name}, 3)
              for name in ("fp32", "TF32", "fp16", "bf16")]
     steps: dict[str, Line] = {}
@@ -96,7 +99,7 @@ def ladder(shape: Shape) -> list[Line]:
     def step(name: str, against: str = "", seconds: float = 8, **changed) -> Line:
         before = steps[against].settings if against else {
             "precision": "fp32", "matmul": "highest", "compiled": "nothing", "micro_batch": small,
-            "attention": "torch's choice", "optimizer": "adamw"}
+            "attention": "as trained", "optimizer": "adamw", "heads": heads}
         steps[name] = Line(f"step {name}", "step", {**before, **changed}, seconds,
                            against and f"step {against}")
         return steps[name]
@@ -111,7 +114,10 @@ def ladder(shape: Shape) -> list[Line]:
           for name in ("bf16", "fp32") for rows in shape.sampled),
         step("model compiled", "blocks compiled", 70, compiled="model"),
         Line("training", "training", {}, 100),
+        step("model compiled, Muon", "Muon", 90, compiled="model"),
         *(step(kernel, "blocks compiled", 30, attention=kernel) for kernel in shape.kernels),
+        # as many parameters, but for the gains of twice as wide norms, and FLOPs
+        step("half the heads, twice as wide", "blocks compiled", 60, heads=heads // 2),
         step("most rows", "blocks compiled", 30, micro_batch=large),
         step("fewest rows", "blocks compiled", 30, micro_batch=small),
         step("fp16", "more rows", precision="fp16"),
@@ -159,20 +165,20 @@ def speed_of(call: Callable[[], object], device: torch.device,
 
 
 def attention_kernel(name: str) -> contextlib.AbstractContextManager:
-    """Inside, attention is computed by that kernel of KERNELS alone, or as torch chooses."""
+    """Inside, attention is computed by that kernel of KERNELS alone, or as in training."""
     return sdpa_kernel(KERNELS[name]) if name in KERNELS else contextlib.nullcontext()
 
 
-def compile_parts(model: ModernDecoderLM, parts: str, device: torch.device) -> None:
-    """Compile "blocks", each by itself as training does, the whole "model" up to its head, or
-    "nothing". On a CPU the program is traced, but no code is generated, which would take minutes.
+def compile_parts(model: ModernDecoderLM, loss: Callable, train: TrainConfig) -> Callable:
+    """The loss, with "blocks" or the whole "model" compiled as training does it, or neither. On a
+    CPU the program is traced, but no code is generated, which would take minutes.
     """
-    backend = "inductor" if device.type == "cuda" else "eager"
-    if parts == "blocks":
-        for block in model.layers:
-            block.compile(backend=backend)
-    elif parts == "model":
-        model.hidden = torch.compile(model.hidden, backend=backend)
+    with contextlib.ExitStack() as stack:
+        if next(model.parameters()).device.type != "cuda":
+            stack.enter_context(patch.object(torch, "compile", partial(torch.compile,
+                                                                       backend="eager")))
+        prepare_module(model, train)
+        return prepare_loss(loss, train)
 
 
 def random_rows(cfg: ModelConfig, rows: int, device: torch.device) -> dict[str, Tensor]:
@@ -231,23 +237,23 @@ def measure_matrix(shape: Shape, device: torch.device, peaks: dict, dtype: str) 
 
 
 def measure_step(shape: Shape, device: torch.device, peaks: dict, precision: str, matmul: str,
-                 compiled: str, micro_batch: int, attention: str, optimizer: str) -> dict:
+                 compiled: str, micro_batch: int, attention: str, optimizer: str,
+                 heads: int) -> dict:
     """Tokens per second of a whole pretraining step of one micro-batch, optimizer included; MFU
     against the data sheet and against the matrix product of the same dtype; memory and its
     estimate.
     """
-    cfg = shape.config.model
+    cfg = replace(shape.config.model, num_heads=heads, num_kv_heads=heads)
     train = replace(shape.config.pretrain, batch_size=micro_batch, micro_batch_size=micro_batch,
-                    precision=precision, optimizer=optimizer)
+                    precision=precision, optimizer=optimizer,
+                    compile={"nothing": False, "blocks": True}.get(compiled, compiled))
     torch.manual_seed(0)
     with device:
         model = ModernDecoderLM(cfg)
     state, batch = TrainingState(model, train, device), random_rows(cfg, micro_batch, device)
-    prepare_module(model, replace(train, compile=False), device)
     torch.set_float32_matmul_precision(matmul)
-    compile_parts(model, compiled, device)
-    step = partial(optimizer_step, state, partial(lm_loss, chunk_tokens=train.loss_chunk_tokens),
-                   batch, train, 0.01)
+    loss = compile_parts(model, partial(lm_loss, chunk_tokens=train.loss_chunk_tokens), train)
+    step = partial(optimizer_step, state, loss, batch, train, 0.01)
     with attention_kernel(attention):
         started = time.perf_counter()
         step()
@@ -289,7 +295,8 @@ def measure_memory(shape: Shape, device: torch.device, peaks: dict, stage: str) 
     with device:
         model = ModernDecoderLM(shape.config.model)
     module, loss, batch = stage_step(stage, model, train, device)
-    prepare_module(module, replace(train, compile=False), device)
+    torch.set_float32_matmul_precision("high")
+    prepare_module(module, replace(train, compile=False))
     state = TrainingState(module, train, device)
     # the optimizer's averages are there from now on
     optimizer_step(state, loss, batch, train, 0.01)

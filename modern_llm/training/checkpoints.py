@@ -11,33 +11,41 @@ import math
 import os
 import shutil
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modern_llm.files import (
-    DamagedFolder, atomic_folder, check_folder, find_folder, previous_of, write_text,
+    DamagedFolder, atomic_folder, check_folder, find_folder, previous_of, read_json, write_text,
 )
 from .distributed import World
-from .training_state import CheckpointError, TrainingState
+from modern_llm.training.training_state import (
+    CheckpointError, TrainingState, gather_state, with_shards, without_shards,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # %% auto #0
-__all__ = ['STATE_FILE', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'whole_lines', 'append_row', 'read_metrics',
-           'cut_metrics', 'newest_checkpoint', 'RunFolder', 'open_run']
+__all__ = ['STATE_FILE', 'SHARDS', 'checkpoint_folder', 'save_checkpoint', 'write_shards', 'read_shards', 'read_checkpoint',
+           'load_checkpoint', 'whole_lines', 'append_row', 'read_metrics', 'cut_metrics', 'newest_checkpoint',
+           'RunFolder', 'open_run']
 
 # %% ../../nbs/31_checkpoints.ipynb #state-file
-STATE_FILE = "training_state.pt"
+STATE_FILE, SHARDS = "training_state.pt", "shards"
 
 # %% ../../nbs/31_checkpoints.ipynb #save-checkpoint
-def save_checkpoint(
-    folder: str | Path, state: dict | None, meta: dict,
-    save_files: Callable[[Path], None] | None = None, keep_previous: bool = False,
-) -> Path:
-    """Write a checkpoint folder that is whole or absent: what `save_files` writes,
-    `training_state.pt`, `meta.json`.
+@contextlib.contextmanager
+def checkpoint_folder(folder: str | Path, meta: dict,
+                      keep_previous: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes a checkpoint that is whole or absent.
 
     With `keep_previous` the folder's former content stays beside it, in `<folder>.previous`. Raises
     CheckpointError if that fails, for example on a full disk; the folder's former content is then
@@ -45,26 +53,64 @@ def save_checkpoint(
     """
     try:
         with atomic_folder(folder, meta, keep_previous) as temporary:
-            if save_files:
-                save_files(temporary)
-            if state is not None:
-                torch.save(state, temporary / STATE_FILE)
+            yield temporary
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"step {meta.get('step')}: cannot write the checkpoint {folder}: {error}. What was "
             "there before is whole; make room (or make the folder writable) and call fit() again, "
             "or start over with resume=True."
         ) from error
+
+
+def save_checkpoint(
+    folder: str | Path, state: dict | None, meta: dict,
+    save_files: Callable[[Path], None] | None = None, keep_previous: bool = False,
+) -> Path:
+    """Write a checkpoint: what `save_files` writes, `training_state.pt`, `meta.json`; as
+    `checkpoint_folder` says.
+    """
+    with checkpoint_folder(folder, meta, keep_previous) as temporary:
+        if save_files:
+            save_files(temporary)
+        if state is not None:
+            torch.save(state, temporary / STATE_FILE)
     return Path(folder)
 
+# %% ../../nbs/31_checkpoints.ipynb #read-shards
+def write_shards(folder: Path, shards: dict[str, Tensor], world: World) -> Future:
+    """Begin to write this rank's shards into the folder, from a copy; all ranks call it at once.
+    The Future is done when those of all ranks are written.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
+    return dcp.async_save(shards, storage_writer=writer, process_group=world.writers)
+
+
+def read_shards(folder: Path, state: dict, mesh: DeviceMesh | None = None) -> dict:
+    """The state with the tensors that ranks have written as shards: whole, or sharded over the ranks
+    of a mesh, each of which reads its own part.
+    """
+    def read(found: dict[str, Tensor]) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that ranks are not needed to read
+            dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(folder / SHARDS)),
+                     no_dist=True)
+
+    return with_shards(state, read, mesh)
+
 # %% ../../nbs/31_checkpoints.ipynb #load-checkpoint
-def read_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """The training state and meta data in this folder, every file checked against its sha256.
+def read_checkpoint(folder: Path, check: bool = True) -> tuple[dict, dict]:
+    """The training state and meta data in this folder, every file checked against its sha256,
+    unless another rank has done that. What ranks have written as shards is still to be read, see
+    `read_shards`.
 
     Raises DamagedFolder naming the file if one is missing, truncated, changed, or holds anything
     but tensors and plain values (nothing in it is ever executed).
     """
-    meta = check_folder(folder)
+    meta = check_folder(folder) if check else read_json(folder / "meta.json")
     path = folder / STATE_FILE
     try:
         return torch.load(path, map_location="cpu", weights_only=True), meta
@@ -78,12 +124,14 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
 
 
 def load_checkpoint(folder: str | Path) -> tuple[dict, dict]:
-    """The training state and meta data of a checkpoint folder (or of the one that a kill left
-    beside it), both checked.
+    """The whole training state and the meta data of a checkpoint folder (or of the one that a kill
+    left beside it), both checked.
 
     Raises FileNotFoundError if there is none, DamagedFolder as `read_checkpoint` does.
     """
-    return read_checkpoint(find_folder(folder))
+    folder = find_folder(folder)
+    state, meta = read_checkpoint(folder)
+    return read_shards(folder, state), meta
 
 # %% ../../nbs/31_checkpoints.ipynb #whole-lines
 @contextlib.contextmanager
@@ -167,6 +215,8 @@ class RunFolder:
         self.metrics, self.checkpoint, self.stop_file = (
             self.folder / n for n in ("metrics.jsonl", "checkpoint", "STOP"))
         self.last_checkpoint, self.opened = "none", None
+        # (folder, Future, step, began) of a checkpoint that is being written; and seconds
+        self.writing, self.slowest = None, 0.0
 
     def open(self, state: TrainingState, resume: bool) -> None:
         """Make the folder, or load its checkpoint into `state`. A used folder without `resume` is
@@ -183,7 +233,7 @@ class RunFolder:
         if found := newest_checkpoint(self.checkpoint):  # None: stopped before its first checkpoint
             self.opened, saved, meta = found
             self.last_checkpoint = f"{self.opened} (step {meta['step']})"
-            state.load_state_dict(saved)
+            state.load_state_dict(read_shards(self.opened, saved, state.mesh))
         if self.metrics.exists():
             cut_metrics(self.metrics, state.step)
 
@@ -195,14 +245,65 @@ class RunFolder:
             return ("preempted" if self.stop_file.read_text(encoding="utf-8").strip() == "preempted"
                     else "stopped")
 
-    def save(self, state: TrainingState) -> None:
+    def save(self, state: TrainingState, last: bool = True) -> None:
         """Write checkpoint/: the model's files and everything needed to resume; the former one is
         kept.
+
+        Where each rank writes its own shards, that goes on in the background, and the model's files
+        are left out, unless it is the `last` of a session.
         """
+        self.settle()
+        began, everything = time.perf_counter(), state.state_dict()
+        if state.mesh and self.world.sharded_checkpoints:
+            self._write_sharded(state, everything, last, began)
+            return
         # before the averaged weights are swapped in for the model's files
-        everything = state.state_dict()
-        self._write(self.checkpoint, state, everything)
-        self.last_checkpoint = f"{self.checkpoint} (step {state.step})"
+        self._write(self.checkpoint, state, gather_state(everything, self.writes))
+        self._done(state.step, began)
+
+    def _done(self, step: int, began: float) -> None:
+        self.last_checkpoint = f"{self.checkpoint} (step {step})"
+        self.slowest = max(self.slowest, time.perf_counter() - began)
+
+    def _write_sharded(self, state: TrainingState, everything: dict, last: bool,
+                       began: float) -> None:
+        rest, shards = without_shards(everything)
+        folder, temporary = contextlib.ExitStack(), None
+        if self.writes:
+            temporary = folder.enter_context(checkpoint_folder(
+                self.checkpoint, {"step": state.step, "tokens": state.tokens}, True))
+        with folder:  # closed here if anything fails
+            if self.writes:
+                torch.save(rest, temporary / STATE_FILE)
+            temporary = self.world.broadcast(temporary)
+            future = write_shards(temporary, shards, self.world)
+            if last:
+                with state.saving_context() as module:
+                    if self.writes and self.save_model:
+                        self.save_model(module, temporary)
+            self.writing = folder.pop_all(), future, state.step, began
+        if last:
+            self.settle()
+
+    def settle(self, wait: bool = True) -> None:
+        """Finish the checkpoint that is being written, if there is one; without `wait` only if all
+        ranks have written their part. All of them must call it at once.
+        """
+        if not self.writing or not (
+                wait or self.world.all_reduce_max(not self.writing[1].done()) == [0]):
+            return
+        from torch.distributed.checkpoint import CheckpointException
+
+        (folder, future, step, began), self.writing = self.writing, None
+        try:
+            with folder:
+                future.result()
+        except CheckpointException as error:
+            raise CheckpointError(f"step {step}: a rank cannot write its shards of "
+                                  f"{self.checkpoint}, and what was there before is whole: {error}"
+                                  ) from error
+        self.world.all_reduce_max(0)  # no rank goes on before the folder has its name
+        self._done(step, began)
 
     def keep(self, state: TrainingState) -> None:
         """Write checkpoints/step-…/: the model's files only."""
@@ -210,7 +311,7 @@ class RunFolder:
             self._write(self.folder / "checkpoints" / f"step-{state.step:06d}", state, None)
 
     def _write(self, folder: Path, state: TrainingState, everything: dict | None) -> None:
-        with state.eval_context() as module:
+        with state.saving_context() as module:
             files = ((lambda temporary: self.save_model(module, temporary)) if self.save_model
                      else None)
             if self.writes:
@@ -226,4 +327,5 @@ def open_run(files: RunFolder, state: TrainingState, world: World, resume: bool)
         files.open(state, resume)
     found = world.broadcast(files.opened)
     if found and not world.is_main_process:
-        state.load_state_dict(read_checkpoint(found)[0])
+        saved, _ = read_checkpoint(found, check=False)
+        state.load_state_dict(read_shards(found, saved, state.mesh))

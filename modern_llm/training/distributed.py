@@ -14,7 +14,6 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
+from ..models.experts import TopKRouter
+from ..models.shares import shared_among
 from .optim import LossOutput
 from modern_llm.training.ranks import (
     NCCL_PATIENCE, PATIENCE, broadcast_task, local_gpu, next_training, open_store,
@@ -32,8 +33,9 @@ from modern_llm.training.ranks import (
 from .training_state import random_states, restore_random_states, seed_everything
 
 # %% auto #0
-__all__ = ['check_one_gpu_per_rank', 'World', 'on_ranks', 'per_rank_rng', 'LossModule', 'blocks_of', 'DataParallelLoss',
-           'data_parallel', 'gradient_sync', 'first_failure', 'RankFailed', 'propagate_failures']
+__all__ = ['check_one_gpu_per_rank', 'World', 'on_ranks', 'per_rank_rng', 'LossModule', 'blocks_of', 'shard_module',
+           'DataParallelLoss', 'data_parallel', 'gradient_sync', 'validated_together', 'first_failure', 'RankFailed',
+           'propagate_failures']
 
 # %% ../../nbs/32_distributed.ipynb #shared-gpu
 def check_one_gpu_per_rank(store: dist.Store, rank: int, size: int, mine: str) -> None:
@@ -65,13 +67,16 @@ class World:
     strategy: str = "ddp"
     # what rank 0 broadcasts when it is about to train; see ranks.worker_loop
     task: dict | None = None
+    # with "fsdp": every rank writes its own shards, else rank 0 gathers them in one file
+    sharded_checkpoints: bool = True
     trainings = 0  # of this process so far
     # of the hosts, where they are not the group of all: waits as long as rank 0 works alone
     hosts = None
+    writers = None  # of the hosts' threads that write checkpoints
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0: the only one that writes, validates and shows a bar."""
+        """Whether this is rank 0: the only one that writes metrics and models, and shows a bar."""
         return self.rank == 0
 
     def place(self, device: torch.device) -> torch.device:
@@ -112,12 +117,14 @@ class World:
                                 timeout=patience)
         if device.type == "cuda":
             World.hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
+        if self.strategy == "fsdp":
+            World.writers = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def leave(self) -> None:
         """Part from the other ranks: from now on alone."""
         if dist.is_initialized():
             dist.destroy_process_group()
-        self.size, World.hosts = 1, None
+        self.size, World.hosts, World.writers = 1, None, None
 
     def shard(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's shard of a batch, an equal share of its rows (views)."""
@@ -140,6 +147,13 @@ class World:
         largest = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.hosts)
         return largest.tolist()
+
+    def gather(self, value: object) -> list:
+        """Every rank's value, on all of them (all-gather)."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, self.hosts)
+        return found
 
     def broadcast(self, value: object) -> object:
         """Rank 0's value, broadcast to all."""
@@ -214,7 +228,10 @@ class LossModule(nn.Module):
         super().__init__()
         self.module, self.loss_fn = module, loss_fn
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple:
+    def forward(self, batch: dict[str, Tensor], look: Callable | None = None) -> object:
+        """What the loss function returns, as a tuple; or what `look` finds in the module."""
+        if look is not None:
+            return look(self.module)
         out = self.loss_fn(self.module, batch)
         return out.total, out.count, out.metrics
 
@@ -230,24 +247,40 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+def shard_module(whole: LossModule, ranks: int, device: torch.device,
+                 dtype: torch.dtype) -> nn.Module:
+    """The module with its weights sharded over the ranks, block by block (FSDP2).
+
+    Args:
+        dtype: bfloat16 = weights are gathered in it; gradients are summed in float32 all the same.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks,))
+    half = dict(param_dtype=dtype, reduce_dtype=torch.float32) if dtype is torch.bfloat16 else {}
+    policy = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
+    for part in whole.modules():
+        if isinstance(part, TopKRouter):
+            fully_shard(part, mesh=mesh)
+    for block in blocks_of(whole.module):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(whole, mesh=mesh, mp_policy=policy)
+
+
 class DataParallelLoss:
     """A loss function as before, (module, batch) -> LossOutput, whose gradients become their mean
     over the ranks.
     """
 
-    def __init__(self, module: nn.Module, loss_fn: Callable, world: World, device: torch.device):
+    def __init__(self, module: nn.Module, loss_fn: Callable, world: World, device: torch.device,
+                 dtype: torch.dtype = torch.float32):
         for value in [*module.parameters(), *module.buffers()]:
             # whatever made them, the ranks begin with the same weights
             dist.broadcast(value.data, 0)
         whole = LossModule(module, loss_fn)
         if world.strategy == "fsdp":
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh(device.type, (world.size,))
-            for block in blocks_of(module):
-                fully_shard(block, mesh=mesh)
-            self.wrapped = fully_shard(whole, mesh=mesh)
+            self.wrapped = shard_module(whole, world.size, device, dtype)
         else:
             with warnings.catch_warnings():
                 # newer versions of torch have a longer name for broadcast_buffers
@@ -271,22 +304,43 @@ class DataParallelLoss:
             self.wrapped.set_requires_gradient_sync(last)
             yield
 
+    def look(self, module: nn.Module, find: Callable[[nn.Module], object]) -> object:
+        """`find(module)`, where its weights are sharded inside a forward pass; no gradients."""
+        if isinstance(self.wrapped, DistributedDataParallel):
+            return find(module)
+        found = self.wrapped({}, find)
+        for part in self.wrapped.modules():
+            if hasattr(part, "reshard"):  # a backward pass would have done that
+                part.reshard()
+        return found
 
-def data_parallel(module: nn.Module, loss_fn: Callable, world: World,
-                  device: torch.device) -> tuple[Callable, nn.Module | None]:
-    """The loss function for this world, and, if the module's weights are sharded for it, a full
-    copy of the module.
-    """
-    if world.size == 1:
-        return loss_fn, None
-    whole = deepcopy(module).cpu() if world.strategy == "fsdp" else None
-    return DataParallelLoss(module, loss_fn, world, device), whole
+
+def data_parallel(module: nn.Module, loss_fn: Callable, world: World, device: torch.device,
+                  dtype: torch.dtype = torch.float32) -> Callable:
+    """The loss function for this world; with FSDP the module's weights are sharded from then on."""
+    return (loss_fn if world.size == 1
+            else DataParallelLoss(module, loss_fn, world, device, dtype))
 
 
 def gradient_sync(loss_fn: Callable, last: bool) -> contextlib.AbstractContextManager:
     """`loss_fn.gradient_sync(last)` if it is data parallel."""
     return (loss_fn.gradient_sync(last) if isinstance(loss_fn, DataParallelLoss)
             else contextlib.nullcontext())
+
+
+def validated_together(evaluate: Callable[[nn.Module], dict], loss_fn: Callable,
+                       world: World) -> Callable[[nn.Module], dict]:
+    """`evaluate` as all ranks do it at once: what is scored in it with `shared_map` is shared among
+    them, and all of them return the same.
+    """
+    if world.size == 1:
+        return evaluate
+
+    def together(module: nn.Module) -> dict:
+        with shared_among(world.rank, world.size, world.gather):
+            return loss_fn.look(module, evaluate)
+
+    return together
 
 # %% ../../nbs/32_distributed.ipynb #left-behind
 def first_failure(world: World, mine: str | None, seconds: float = 5.0) -> str:

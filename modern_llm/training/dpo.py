@@ -35,11 +35,12 @@ from ..files import cached_frame
 from ..models.generation import evaluating
 from ..models.likelihoods import completion_log_probs
 from ..models.saving import load_model
+from ..models.shares import shared_map
 from .control import train_control
 from .optim import LossOutput
 from .recipe import Run
 from .sft import InstructionExample, instructions, save_chat_model
-from .training_state import compute_dtype
+from .training_state import compute_dtype, forward_context
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -76,14 +77,17 @@ def pair_log_probs(model: nn.Module, examples: Sequence[EncodedPair],
 
     Pairs of similar length share a batch, so that short ones do not pay for long ones.
     """
-    device, found = next(model.parameters()).device, []
+    device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+
+    def score(start: int) -> Tensor:
+        batch = pair_batch([examples[i] for i in order[start : start + batch_pairs]])
+        values, counts = concatenated_log_probs(
+            model, {name: value.to(device) for name, value in batch.items()})
+        return torch.stack([*values, *counts], dim=1).cpu().double()
+
     with evaluating(model):
-        for start in range(0, len(order), batch_pairs):
-            batch = pair_batch([examples[i] for i in order[start : start + batch_pairs]])
-            values, counts = concatenated_log_probs(
-                model, {name: value.to(device) for name, value in batch.items()})
-            found.append(torch.stack([*values, *counts], dim=1).cpu().double())
+        found = list(shared_map(score, range(0, len(order), batch_pairs)))
     columns = ["chosen", "rejected", "chosen_tokens", "rejected_tokens"]
     table = pd.DataFrame(torch.cat(found).numpy(), index=order, columns=columns)
     table = table.sort_index().round(6).astype({"chosen_tokens": int, "rejected_tokens": int})
@@ -316,7 +320,7 @@ class PreferenceTuning:
         self.examples, self.held_out, self.pair_counts = load_pairs(config, self.tokenizer)
         self.model, device = load_model(run.start, device=run.device), torch.device(run.device)
         dtype = compute_dtype(self.train.precision, device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        with forward_context(device, dtype):
             self.reference = reference_log_probs(run.folder / "reference.jsonl", self.model,
                                                  self.examples)
             self.before = reference_log_probs(run.folder / "reference_held_out.jsonl", self.model,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import TrainConfig
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['cross_entropy_chunk', 'chunked_cross_entropy', 'LossOutput', 'lm_loss', 'orthogonalise', 'gather_tensor',
-           'shard_like', 'Muon', 'parameter_groups', 'make_optimizers', 'learning_rate_factor']
+           'shard_like', 'by_shares', 'Muon', 'parameter_groups', 'make_optimizers', 'learning_rate_factor']
 
 # %% ../../nbs/02b_optim.ipynb #chunk-gradients
 def cross_entropy_chunk(
@@ -157,15 +159,69 @@ def gather_tensor(value: Tensor) -> Tensor:
 
 
 def shard_like(model: Tensor, value: Tensor) -> Tensor:
-    """This rank's shard of a full `value`, if `model` is sharded over ranks; else `value` as it is.
+    """This rank's shard of a full `value`, if `model` is sharded over ranks; else, or if it is one
+    already, `value` as it is.
     """
-    if not hasattr(model, "full_tensor"):
+    if not hasattr(model, "full_tensor") or hasattr(value, "full_tensor"):
         return value
     # half a second that only a sharded model costs
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(model.device), model.device_mesh, model.placements,
                              src_data_rank=None)
+
+# %% ../../nbs/02b_optim.ipynb #shares
+def _exchange(parts: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+    """Of R equal parts one from every rank: the r-th of each goes to rank r."""
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts.contiguous(), group=ranks)
+    return received
+
+
+def _of_sharded(matrices: Sequence[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    first = matrices[0]
+    ranks = first.device_mesh.get_group()
+    size, rows = dist.get_world_size(ranks), first.shape[0]
+    each, most = -(-len(matrices) // size), -(-rows // size)  # matrices, rows of a rank
+    mine = max(0, min(each, len(matrices) - dist.get_rank(ranks) * each))
+    shards = first.to_local().new_zeros(size * each, most, *first.shape[1:])
+    for place, matrix in zip(shards, matrices):
+        local = matrix.to_local()
+        place[:len(local)] = local
+    # (rank, matrix, its rows, c): behind the exchange the rank is the one whose rows they are
+    whole = _exchange(shards, ranks).unflatten(0, (size, each)).transpose(0, 1).flatten(1, 2)
+    if mine:
+        whole[:mine, :rows] = work(whole[:mine, :rows])
+    done = _exchange(whole.unflatten(1, (size, most)).transpose(0, 1).flatten(0, 1), ranks)
+    return [DTensor.from_local(part[:len(matrix.to_local())], matrix.device_mesh, matrix.placements,
+                               run_check=False, shape=matrix.shape, stride=matrix.stride())
+            for part, matrix in zip(done, matrices)]
+
+
+def by_shares(matrices: Sequence[Tensor], work: Callable[[Tensor], Tensor],
+              shared: bool = False) -> list[Tensor]:
+    """What `work`, a function of a stack of whole matrices, makes of each of these, all of one
+    shape; every rank does its share.
+
+    Args:
+        matrices: of one shape, sharded by rows as FSDP does, or whole.
+        shared: whole ones are the same on all ranks, which share them; else this rank does all.
+    """
+    if hasattr(matrices[0], "full_tensor"):
+        return _of_sharded(matrices, work)
+    if not shared:
+        return list(work(torch.stack(matrices)).unbind())
+    size, rank = dist.get_world_size(), dist.get_rank()
+    each = -(-len(matrices) // size)
+    mine = matrices[rank * each : (rank + 1) * each]
+    done = matrices[0].new_zeros(each, *matrices[0].shape)
+    if mine:
+        done[:len(mine)] = work(torch.stack(mine))
+    found = [torch.empty_like(done) for _ in range(size)]
+    dist.all_gather(found, done)
+    return [matrix for part in found for matrix in part][:len(matrices)]
 
 # %% ../../nbs/02b_optim.ipynb #muon
 class Muon(Eager, torch.optim.Optimizer):
@@ -178,10 +234,13 @@ class Muon(Eager, torch.optim.Optimizer):
         lr: of an update whose singular values are near 1; a tall matrix (r, c) gets sqrt(r / c)
             times as much.
         dtype: of the Newton–Schulz iteration; None = bfloat16 on GPUs, float32 elsewhere.
+        shared: all ranks hold the same gradients, and share the work; see `by_shares`.
+        compiled: the iteration is compiled, once for every shape.
     """
 
     def __init__(self, params, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, steps=5,
-                 dtype=None):
+                 dtype=None, shared=False, compiled=False):
+        self.shared, self.compiled = shared, compiled
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
                                       nesterov=nesterov, steps=steps, dtype=dtype))
         for p in (p for group in self.param_groups for p in group["params"] if p.ndim < 2):
@@ -214,9 +273,9 @@ class Muon(Eager, torch.optim.Optimizer):
         updates = (torch._foreach_lerp(grads, buffers, group["momentum"])
                    if group["nesterov"] else buffers)
         dtype = group["dtype"] or (torch.bfloat16 if params[0].is_cuda else torch.float32)
-        updates = orthogonalise(torch.stack([gather_tensor(u) for u in updates]),
-                                group["steps"], dtype).unbind()
-        updates = [shard_like(p, u) for p, u in zip(params, updates)]
+        work = (torch.compile(orthogonalise, dynamic=False) if self.compiled
+                else orthogonalise)
+        updates = by_shares(updates, lambda whole: work(whole, group["steps"], dtype), self.shared)
         rows, columns = params[0].shape[-2:]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, updates, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
@@ -239,9 +298,10 @@ def parameter_groups(module: nn.Module, cfg: TrainConfig) -> dict[str, dict[str,
     return groups
 
 # %% ../../nbs/02b_optim.ipynb #make-optimizers
-def make_optimizers(module: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(module: nn.Module, cfg: TrainConfig,
+                    shared: bool = False) -> list[torch.optim.Optimizer]:
     """The optimizers of a run; every parameter group carries its `peak_lr`, which a schedule
-    multiplies.
+    multiplies. `shared`: ranks have the same gradients; see `Muon`.
     """
     groups = {kind: list(members.values())
               for kind, members in parameter_groups(module, cfg).items()}
@@ -251,7 +311,8 @@ def make_optimizers(module: nn.Module, cfg: TrainConfig) -> list[torch.optim.Opt
     optimizers: list[torch.optim.Optimizer] = []
     if groups["muon"]:
         optimizers.append(Muon([dict(params=groups["muon"], peak_lr=cfg.muon_lr)], cfg.muon_lr,
-                               cfg.weight_decay))
+                               cfg.weight_decay, shared=shared,
+                               compiled=cfg.compile == "model"))
     if adamw:
         fused = all(p.device.type in ("cuda", "cpu") for group in adamw for p in group["params"])
         optimizers.append(AdamW(adamw, lr=cfg.lr, betas=cfg.betas, eps=1e-8, fused=fused))

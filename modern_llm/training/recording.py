@@ -170,6 +170,7 @@ class Recorder:
         todo["validate"] &= self.evaluate is not None
         if not any(todo.values()):
             return {}
+        self.files.settle(wait=False)
         seen = self.window.read(state.tokens)
         row = {"step": state.step, "tokens": state.tokens, "lr": self.cfg.lr * lr_factor, **seen}
         row["peak_memory_gb"] = peak_memory_gb(state.device)
@@ -183,12 +184,13 @@ class Recorder:
             state.kept = max(state.kept, parts_done(state, self.cfg))
             if reason or (todo["checkpoint"] and not self.guard.bad):
                 began = time.perf_counter()
-                self.files.save(state)
-                self.slowest_save = max(self.slowest_save, time.perf_counter() - began)
+                self.files.save(state, last=reason is not None)
+                self.slowest_save = max(self.slowest_save, time.perf_counter() - began,
+                                        self.files.slowest)
             if todo["keep"] and not self.guard.bad:
                 self.files.keep(state)
             if todo["validate"]:
-                row |= validate(state, self.evaluate if self.files.writes else lambda module: {})
+                row |= validate(state, self.evaluate)
         finally:
             if seen and self.files.writes:
                 append_row(self.files.metrics, row)

@@ -19,7 +19,7 @@ from .training_state import TrainingState
 
 # %% auto #0
 __all__ = ['Batch', 'LossFunction', 'micro_batches', 'batch_tokens', 'add_losses', 'rescale_gradients', 'optimizer_step',
-           'prepare_module', 'prefetch']
+           'prepare_module', 'prepare_loss', 'prefetch']
 
 # %% ../../nbs/30_train_step.ipynb #types
 Batch = dict[str, Tensor]
@@ -110,9 +110,8 @@ def optimizer_step(state: TrainingState, loss_fn: LossFunction, batch: Batch, cf
     return summed, norm
 
 # %% ../../nbs/30_train_step.ipynb #prepare
-def prepare_module(module: nn.Module, cfg: TrainConfig, device: torch.device) -> None:
-    """Apply gradient checkpointing, compilation (block by block, where the module has `layers`) and
-    TF32.
+def prepare_module(module: nn.Module, cfg: TrainConfig) -> None:
+    """Apply gradient checkpointing and compilation (block by block, where the module has `layers`).
     """
     if cfg.gradient_checkpointing:
         able = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
@@ -121,11 +120,15 @@ def prepare_module(module: nn.Module, cfg: TrainConfig, device: torch.device) ->
                              "no such attribute")
         for m in able:
             m.gradient_checkpointing = True
-    if cfg.compile:
+    if cfg.compile is True:
         for block in getattr(module, "layers", [module]):
             block.compile()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+
+
+def prepare_loss(loss_fn: LossFunction, cfg: TrainConfig) -> LossFunction:
+    """The loss function; with compile="model" compiled, and with it the whole model, as one graph.
+    """
+    return torch.compile(loss_fn) if cfg.compile == "model" else loss_fn
 
 # %% ../../nbs/30_train_step.ipynb #prefetch
 def prefetch(batches: Callable[[int], Batch], start: int, stop: int, rows: int, pin: bool = False,

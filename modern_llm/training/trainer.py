@@ -9,7 +9,8 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -17,17 +18,20 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from .checkpoints import RunFolder, open_run, read_metrics
-from .distributed import World, data_parallel, per_rank_rng, propagate_failures
+from modern_llm.training.distributed import (
+    World, data_parallel, per_rank_rng, propagate_failures, validated_together,
+)
 from .optim import learning_rate_factor
 from .recording import Evaluate, Recorder, SaveModel, mfu_scale
 from modern_llm.training.stopping import (
     job_ends_soon, run_progress, shared_stop_reason, stop_reason, stop_signals,
 )
 from modern_llm.training.train_step import (
-    Batch, LossFunction, optimizer_step, prefetch, prepare_module,
+    Batch, LossFunction, optimizer_step, prefetch, prepare_loss, prepare_module,
 )
 from modern_llm.training.training_state import (
-    TrainingState, pick_device, random_states, restore_random_states, seed_everything,
+    TrainingState, compute_dtype, pick_device, random_states, restore_random_states,
+    seed_everything, training_products,
 )
 
 # %% auto #0
@@ -47,7 +51,7 @@ def session(state: TrainingState, batches: Callable[[int], Batch], cfg: TrainCon
     `state.step` on, the bar.
     """
     with (stop_signals() as caught,  # outermost: a signal must not tear the cleaning up either
-          propagate_failures(world),
+          propagate_failures(world), training_products(state.device),
           contextlib.closing(prefetch(batches, state.step, cfg.max_steps, cfg.batch_size,
                                       state.device.type == "cuda", world=world)) as made,
           tqdm(total=cfg.max_steps, initial=state.step, unit="step", disable=not progress_bar,
@@ -90,8 +94,8 @@ class Trainer:
         flops_per_token: of forward and backward pass, for the share of the peak of all ranks' GPUs
             (mfu).
         resume: continue folder/checkpoint if it is there; without it a used folder is refused.
-        world: the ranks that train together; module and batches are the same on all of them, rank 0
-            alone writes and evaluates.
+        world: the ranks that train together; module and batches are the same on all of them; all
+            evaluate, rank 0 alone writes.
         should_stop: asked after every step. A file folder/STOP, SIGTERM, SIGUSR1, Ctrl-C and the
             end of a SLURM job that is near stop the run too, after a whole step and with a
             checkpoint.
@@ -113,13 +117,20 @@ class Trainer:
         self.world.join(place)
         with propagate_failures(self.world):
             seed_everything(seed)
-            self.loss_fn, whole = data_parallel(module.to(place), loss_fn, self.world, place)
-            self.state = TrainingState(module, cfg, place, whole)
+            sharded = self.world.size > 1 and self.world.strategy == "fsdp"
+            whole = (deepcopy(module).cpu() if sharded and self.world.is_main_process else None)
+            if sharded and cfg.compile:
+                cfg = replace(cfg, compile=True)
+            prepare_module(module.to(place), cfg)  # compiled first, then sharded
+            self.loss_fn = data_parallel(module, prepare_loss(loss_fn, cfg), self.world, place,
+                                         compute_dtype(cfg.precision, place))
+            self.state = TrainingState(module, cfg, place, whole, self.world.size > 1)
             self.files = RunFolder(folder, save_model, self.world)
             open_run(self.files, self.state, self.world, resume)
-            prepare_module(module, cfg, place)
-            self.recorder = Recorder(self.files, cfg, evaluate,
-                                     mfu_scale(flops_per_token, self.state, self.world.size))
+            self.recorder = Recorder(
+                self.files, cfg,
+                evaluate and validated_together(evaluate, self.loss_fn, self.world),
+                mfu_scale(flops_per_token, self.state, self.world.size))
 
     def fit(self) -> TrainResult:
         """Train to the end of the steps or minutes, or until asked to stop; may be called again to

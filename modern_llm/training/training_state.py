@@ -6,20 +6,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import ConfigError, TrainConfig, device_parts
 from ..messages import UserError
 from .optim import gather_tensor, make_optimizers, shard_like
 
 # %% auto #0
-__all__ = ['COUNTERS', 'pick_device', 'compute_dtype', 'seed_everything', 'random_states', 'restore_random_states', 'WeightEMA',
-           'gathered_module', 'eval_context', 'load_moments', 'gather_state', 'CheckpointError', 'TrainingState']
+__all__ = ['HOPPER', 'KERNEL_ORDER', 'COUNTERS', 'SHARDED', 'pick_device', 'compute_dtype', 'attention_order', 'forward_context',
+           'inference_precision', 'inference_dtype', 'set_inference_precision', 'training_products', 'seed_everything',
+           'random_states', 'restore_random_states', 'keep_weight', 'put_weight', 'WeightEMA', 'gather_module',
+           'eval_context', 'load_moments', 'map_state', 'gather_state', 'without_shards', 'with_shards',
+           'CheckpointError', 'TrainingState']
 
 # %% ../../nbs/34_training_state.ipynb #device
 def pick_device(name: str = "auto") -> torch.device:
@@ -51,6 +56,61 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
                 else torch.float16)
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
+# %% ../../nbs/34_training_state.ipynb #forward-context
+HOPPER = 9  # major compute capability
+KERNEL_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention_order(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, attention tries cuDNN's kernel first on a Hopper GPU; a choice of kernels around it
+    stays.
+    """
+    kernels = torch.backends.cuda
+    free = (kernels.flash_sdp_enabled() and kernels.cudnn_sdp_enabled()
+            and kernels.mem_efficient_sdp_enabled() and kernels.math_sdp_enabled())
+    if device.type != "cuda" or not free or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return contextlib.nullcontext()
+    return sdpa_kernel(KERNEL_ORDER, set_priority=True)
+
+
+@contextlib.contextmanager
+def forward_context(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Around forward passes: matrix products in this dtype, attention's kernels in the order of
+    `attention_order`.
+    """
+    with (torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32),
+          attention_order(device)):
+        yield
+
+# %% ../../nbs/34_training_state.ipynb #inference
+def inference_precision(wanted: str, device: torch.device) -> str:
+    """What `hardware.inference_precision` means on a device: "fp32", "tf32" or "bf16"."""
+    return ("tf32" if device.type == "cuda" else "fp32") if wanted == "auto" else wanted
+
+
+def inference_dtype(wanted: str) -> torch.dtype | None:
+    """The dtype of the weights of a model that is evaluated or asked; None = as on disk."""
+    return torch.bfloat16 if wanted == "bf16" else None
+
+
+def set_inference_precision(wanted: str, device: torch.device) -> None:
+    """From now on products of float32 matrices in this process are as the setting says."""
+    exact = inference_precision(wanted, device) == "fp32"
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+
+
+@contextlib.contextmanager
+def training_products(device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 matrices may run in TF32 on a GPU."""
+    former = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(former)
+
 # %% ../../nbs/34_training_state.ipynb #random-states
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch."""
@@ -74,6 +134,20 @@ def restore_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
     for state in states["cuda"] if torch.cuda.is_available() else []:
         torch.cuda.set_rng_state(state)
+
+# %% ../../nbs/34_training_state.ipynb #put-weight
+def keep_weight(parameter: nn.Parameter) -> torch.Tensor:
+    """The parameter's value, to be put back by `put_weight`."""
+    sharded = hasattr(parameter, "full_tensor")
+    return parameter.detach().clone() if sharded else parameter.data
+
+
+def put_weight(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Give the parameter this value: in place if it is sharded over ranks, else by exchange."""
+    if hasattr(parameter, "full_tensor"):
+        parameter.detach().copy_(value)
+    else:
+        parameter.data = value
 
 # %% ../../nbs/34_training_state.ipynb #weight-average
 class WeightEMA:
@@ -100,55 +174,40 @@ class WeightEMA:
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
         """Inside, the module's weights are the average."""
         current = dict(module.named_parameters())
-        kept = {name: current[name].data for name in self.weights}
+        kept = {name: keep_weight(current[name]) for name in self.weights}
         try:
             for name, weight in self.weights.items():
-                current[name].data = weight
+                put_weight(current[name], weight)
             yield
         finally:
             for name, weight in kept.items():
-                current[name].data = weight
+                put_weight(current[name], weight)
 
 # %% ../../nbs/34_training_state.ipynb #put-together
-@contextlib.contextmanager
-def gathered_module(module: nn.Module, average: dict[str, torch.Tensor],
-                    whole: nn.Module) -> Iterator[None]:
-    """Inside, `whole` is on the module's device and holds its weights (or those of the average),
-    gathered from all ranks.
-
-    Outside it waits on the CPU. All ranks must enter at once.
+@torch.no_grad()
+def gather_module(module: nn.Module, whole: nn.Module | None) -> nn.Module | None:
+    """Fill `whole`, on the CPU, with the module's weights, gathered tensor by tensor from all ranks;
+    those without a `whole` take part. All ranks must call it at once.
     """
-    weights, targets = ({**dict(module.named_parameters()), **average},
-                        dict(whole.named_parameters()))
-    for name, weight in weights.items():
-        targets[name].copy_(gather_tensor(weight))
-    for target, value in zip(whole.buffers(), module.buffers()):
-        target.copy_(value)
-    whole.to(next(module.parameters()).device)
-    try:
-        yield
-    finally:
-        whole.cpu()
+    targets = dict([*whole.named_parameters(), *whole.named_buffers()]) if whole else {}
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        full = gather_tensor(value)
+        if whole:
+            targets[name].copy_(full)
+    return whole.eval() if whole else None
 
 # %% ../../nbs/34_training_state.ipynb #judged
 @contextlib.contextmanager
-def eval_context(module: nn.Module, average: WeightEMA | None = None,
-                 whole: nn.Module | None = None) -> Iterator[nn.Module]:
+def eval_context(module: nn.Module, average: WeightEMA | None = None) -> Iterator[nn.Module]:
     """Yield what is validated and saved: averaged weights, eval mode, no gradients; afterwards all
     is as before.
-
-    `whole` is a copy of a module whose weights are sharded over ranks; it is filled and yielded in
-    its place.
     """
-    states, weights = random_states(), contextlib.nullcontext()
-    if whole:
-        weights = gathered_module(module, average.weights if average else {}, whole)
-    elif average:
-        weights = average.swapped_in(module)
-    with torch.no_grad(), weights:
-        (whole or module).eval()
+    states = random_states()
+    with (torch.no_grad(),
+          average.swapped_in(module) if average else contextlib.nullcontext()):
+        module.eval()
         try:
-            yield whole or module
+            yield module
         finally:
             module.train()
             restore_random_states(states)
@@ -175,15 +234,69 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         group.update(setting)
 
 # %% ../../nbs/34_training_state.ipynb #whole-values
-def gather_state(value: object) -> object:
-    """The same nested dicts and lists, with every tensor that is sharded over ranks gathered, on
-    the CPU.
-    """
+SHARDED = "sharded over ranks: "  # what a state says of a tensor that is elsewhere
+
+
+def map_state(value: object, change: Callable[[object, str], object], name: str = "") -> object:
+    """The same nested dicts and lists, with `change(leaf, its dotted name)` in place of a leaf."""
+    inner = lambda key, part: map_state(part, change, f"{name}.{key}" if name else str(key))
     if isinstance(value, dict):
-        return {name: gather_state(inner) for name, inner in value.items()}
+        return {key: inner(key, part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(gather_state(inner) for inner in value)
-    return gather_tensor(value).cpu() if hasattr(value, "full_tensor") else value
+        return type(value)(inner(i, part) for i, part in enumerate(value))
+    return change(value, name)
+
+
+def gather_state(state: dict, keep: bool = True) -> dict:
+    """The state with every tensor that is sharded over ranks gathered, on the CPU; not kept by a
+    rank that only takes part.
+    """
+    def gathered(leaf: object, _: str) -> object:
+        if not hasattr(leaf, "full_tensor"):
+            return leaf
+        whole = gather_tensor(leaf)
+        return whole.cpu() if keep else None
+
+    return map_state(state, gathered)
+
+
+def without_shards(state: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(the state with a word in place of every sharded tensor, those tensors by name)."""
+    shards: dict[str, torch.Tensor] = {}
+
+    def take(leaf: object, name: str) -> object:
+        if not hasattr(leaf, "full_tensor"):
+            return leaf
+        shards[name] = leaf.detach()
+        return f"{SHARDED}{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
+
+    return map_state(state, take), shards
+
+
+def with_shards(state: dict, read: Callable[[dict[str, torch.Tensor]], None],
+                mesh=None) -> dict:
+    """The state of `without_shards` with its tensors again: sharded over a mesh of ranks as FSDP
+    shards them, or whole. `read` fills tensors by name.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def make(leaf: object, name: str) -> object:
+        if not (isinstance(leaf, str) and leaf.startswith(SHARDED)):
+            return leaf
+        dtype, shape = leaf.removeprefix(SHARDED).split(" ", 1)
+        like = dict(dtype=getattr(torch, dtype))
+        if mesh:
+            from torch.distributed.tensor import Shard, zeros
+
+            found[name] = zeros(json.loads(shape), device_mesh=mesh, placements=[Shard(0)], **like)
+        else:
+            found[name] = torch.zeros(json.loads(shape), **like)
+        return found[name]
+
+    made = map_state(state, make)
+    if found:
+        read(found)
+    return made
 
 # %% ../../nbs/34_training_state.ipynb #training-state
 class CheckpointError(UserError, RuntimeError):
@@ -196,14 +309,14 @@ class TrainingState:
     """Everything an optimizer step changes, and nothing else: what a checkpoint must hold.
 
     Where the module's weights are sharded over ranks, `whole` is a copy made before that, to be
-    evaluated and saved.
+    saved, on the rank that writes. `shared`: several ranks take the same steps.
     """
 
     def __init__(self, module: nn.Module, cfg: TrainConfig, device: torch.device,
-                 whole: nn.Module | None = None):
+                 whole: nn.Module | None = None, shared: bool = False):
         self.module, self.device, self.whole = module.to(device), device, whole
         self.dtype = compute_dtype(cfg.precision, device)
-        self.optimizers = make_optimizers(module, cfg)
+        self.optimizers = make_optimizers(module, cfg, shared)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.average = WeightEMA(module, cfg.ema_decay) if cfg.ema_decay else None
         self.step, self.tokens, self.seconds, self.kept = 0, 0, 0.0, 0
@@ -218,14 +331,26 @@ class TrainingState:
                 found += group["params"]
         return found
 
-    def autocast(self) -> torch.autocast:
+    @property
+    def mesh(self):
+        """The ranks that the weights are sharded over (a DeviceMesh), or None."""
+        return getattr(next(self.module.parameters()), "device_mesh", None)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
         """The context of forward passes."""
-        return torch.autocast(self.device.type, dtype=self.dtype,
-                              enabled=self.dtype is not torch.float32)
+        return forward_context(self.device, self.dtype)
 
     def eval_context(self) -> contextlib.AbstractContextManager[nn.Module]:
-        """A context that yields what is validated and saved; see `eval_context`."""
-        return eval_context(self.module, self.average, self.whole)
+        """A context that yields what is validated; see `eval_context`."""
+        return eval_context(self.module, self.average)
+
+    @contextlib.contextmanager
+    def saving_context(self) -> Iterator[nn.Module | None]:
+        """As `eval_context`, with the module whole: gathered, where it is sharded, on the rank that
+        writes; None on the others. All ranks must enter at once.
+        """
+        with self.eval_context() as module:
+            yield gather_module(module, self.whole) if self.mesh else module
 
     def abandon_step(self) -> None:
         """Go back to the end of the last whole step, from a point before its weights were touched.
@@ -235,14 +360,16 @@ class TrainingState:
         restore_random_states(self.random)
 
     def state_dict(self) -> dict:
-        """Tensors and plain values only, so that it loads without running anyone's code."""
-        return gather_state({
+        """Tensors and plain values only, so that it loads without running anyone's code. Tensors
+        that are sharded over ranks are in it as shards; see `gather_state`.
+        """
+        return {
             "module": dict(self.module.state_dict()),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "average": self.average.weights if self.average else {}, "random": random_states(),
             **{name: getattr(self, name) for name in COUNTERS},
-        })
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was taken. CheckpointError if it belongs to another model or

@@ -28,6 +28,7 @@ from .control import train_control
 from .optim import LossOutput
 from .recipe import Run
 from .sft import save_chat_model
+from .training_state import inference_dtype
 from modern_llm.training.verifier_scores import (
     calibrate, read_answers, save_verifier, score_samples, start_from_surprise,
 )
@@ -102,7 +103,7 @@ class SampledAnswers:
         self.own_problems, drawn = [*to_train, *to_calibrate], []
         for i, (folder, samples) in enumerate(sampling_plan(run.start,
                                                             self.train.samples_per_problem)):
-            load = partial(load_model, folder, run.device) if i else lambda: self.generator
+            load = partial(self.load, folder) if i else lambda: self.generator
             drawn.append(self.answers(f"train-{i}", load, self.own_problems, samples=samples,
                                       temperature=self.train.temperature, seed=1000 * seed + i))
         sampled = pd.concat(drawn, ignore_index=True)
@@ -133,7 +134,12 @@ class SampledAnswers:
     @cached_property
     def generator(self) -> ModernDecoderLM:
         """The model that answers; loaded when answers are still to be drawn."""
-        return load_model(self.run.start, self.device)
+        return self.load(self.run.start)
+
+    def load(self, folder: Path) -> ModernDecoderLM:
+        """A model that answers, in the precision of `hardware.inference_precision`."""
+        return load_model(folder, self.device,
+                          inference_dtype(self.run.config.hardware.inference_precision))
 
     def answers(self, name: str, load: Callable[[], ModernDecoderLM],
                 problems: Sequence[Problem], **options) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from ..data.tokens import load_tokenizer, save_tokenizer
 from ..files import previous_of, write_json
 from ..models.generation import evaluating
 from ..models.saving import save_model, write_tensors
+from ..models.shares import shared_map
 from modern_llm.models.verifier import (
     VerifierModel, load_verifier, running_surprise, token_log_probs,
 )
@@ -50,7 +51,8 @@ def read_answers(verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterab
     order = sorted((i for i, (ids, _) in enumerate(coded) if len(ids) <= room),
                    key=lambda i: len(coded[i][0]))
     found = np.full((len(coded), 3), np.nan)
-    for rows in (order[i : i + batch_rows] for i in range(0, len(order), batch_rows)):
+
+    def read(rows: list[int]) -> np.ndarray:
         ids = torch.zeros(len(rows), len(coded[rows[-1]][0]), dtype=torch.long)
         answer = torch.zeros_like(ids, dtype=torch.bool)
         for row, (tokens, start) in enumerate(coded[i] for i in rows):
@@ -58,9 +60,13 @@ def read_answers(verifier: VerifierModel, tokenizer: Tokenizer, problems: Iterab
             answer[row, start : len(tokens)] = True
         ends = (torch.arange(len(rows), device=device),
                 torch.tensor([len(coded[i][0]) - 1 for i in rows], device=device))
-        with evaluating(verifier):
-            said, features, _, _ = verifier(ids.to(device), answer.to(device))
-        found[rows] = torch.cat([said[ends][:, None], features[ends]], dim=1).cpu().double().numpy()
+        said, features, _, _ = verifier(ids.to(device), answer.to(device))
+        return torch.cat([said[ends][:, None], features[ends]], dim=1).cpu().double().numpy()
+
+    batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
+    with evaluating(verifier):
+        for rows, values in zip(batches, shared_map(read, batches)):
+            found[rows] = values
     return found
 
 # %% ../../nbs/36_verifier_scores.ipynb #score-answers
