@@ -23,7 +23,7 @@ cfg = settings["DEFAULT"]
     package_data={"modern_llm": ["*.mplstyle"], "modern_llm.config": ["clusters/*.toml"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
-                    for name in ("dev", "baselines", "docs", "browser", "agreement")},
+                    for name in ("dev", "baselines", "docs", "browser", "agreement", "peers")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 ))
