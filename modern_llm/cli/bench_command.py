@@ -26,7 +26,7 @@ from modern_llm.runs.launch import SAME_PACKAGE
 @click.option("--peers", is_flag=True,
               help="Instead: beside transformers, trl, litgpt, nanoGPT's recipe …, on the CPU.")
 @click.option("--growth", is_flag=True,
-              help="Instead: how a step's time and memory grow, against the cost model; on the CPU.")
+              help="Instead: how a step's time and memory grow, beside the cost model; on the CPU.")
 @click.option("--quick", is_flag=True, help="Of those two, what takes under 5 minutes.")
 @click.option("--restarted", is_flag=True, hidden=True)
 def bench(device, folder, minutes, peers, growth, quick, restarted) -> None:

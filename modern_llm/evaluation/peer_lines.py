@@ -145,6 +145,9 @@ def sentence(row: dict) -> str:
     return f"{row['line']} | {row['peer']}: {said}, {row['seconds']:.0f} s"
 
 
+SPOKEN = ["line", "against", "ratio", "ours", "peer", "of the limit", "peer's", "GB", "peer's GB"]
+
+
 def spoken_table(table: pd.DataFrame, lines: str = "") -> pd.DataFrame:
     """The comparisons as a page shows them: rates, the ratio with its range, shares of the limit,
     memory. `lines` = how their names begin.
@@ -152,7 +155,7 @@ def spoken_table(table: pd.DataFrame, lines: str = "") -> pd.DataFrame:
     found = table[table.line.str.startswith(lines) & (table.peer != "the limit")]
     number = lambda value, form: form.format(value) if pd.notna(value) else "–"
     return pd.DataFrame([{
-        "": row.line, "against": row.peer,
+        "line": row.line, "against": row.peer,
         "ratio": (f"{row.ratio:.2f} ({row.ratio_low:.2f}–{row.ratio_high:.2f})"
                   if row.status == "ok" else row.status),
         "ours": number(row.units / row.ours_s, f"{{:,.3g}} {row.unit}/s"),
@@ -160,7 +163,7 @@ def spoken_table(table: pd.DataFrame, lines: str = "") -> pd.DataFrame:
         "of the limit": number(row.ours_of_limit, "{:.0%}"),
         "peer's": number(row.peer_of_limit, "{:.0%}"),
         "GB": number(row.ours_gb, "{:.2f}"), "peer's GB": number(row.peer_gb, "{:.2f}"),
-    } for row in found.itertuples()]).set_index("")
+    } for row in found.itertuples()], columns=SPOKEN).set_index("line")
 
 
 def draw(table: pd.DataFrame, path: Path | None = None):

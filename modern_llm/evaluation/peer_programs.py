@@ -127,7 +127,9 @@ if status.exists():
 
 
 def compare_tokens(bench: Bench, peer: str, megabytes: float) -> dict:
-    """A file of JSON lines to token ids on disk, by fresh processes; memory is theirs."""
+    """A file of JSON lines to token ids on disk, by fresh processes, whose start is part of the
+    time and whose whole memory is counted.
+    """
     code = {"tokenizers": TOKENIZERS, "datasets.map": DATASETS_MAP}[peer]
     with tempfile.TemporaryDirectory() as place:
         folder, size = Path(place), 0
@@ -141,7 +143,7 @@ def compare_tokens(bench: Bench, peer: str, megabytes: float) -> dict:
                     size += file.write(json.dumps({"text": f"{size} {text}"}) + "\n")
                     if size >= megabytes * 1e6:
                         break
-        peaks: dict[str, list[float]] = {"ours": [], "peer": []}
+        peaks: dict[str, list[float]] = {"ours": [], "peer": []}  # GB, start-up included
 
         def run(name: str, code: str) -> None:
             with tempfile.TemporaryDirectory() as out:

@@ -63,7 +63,7 @@ class Bench:
     @property
     def turns(self) -> dict:
         """How long a line is measured."""
-        return {"pairs": 3, "seconds": 3.0 if self.quick else 15.0}
+        return {"pairs": 3, "seconds": 2.0 if self.quick else 15.0}
 
 
 # ---- training steps ------------------------------------------------------------------------------
@@ -353,6 +353,7 @@ def compare_dpo(bench: Bench, shape: str, rows: int, number: int, source: str) -
 
 @contextlib.contextmanager
 def silenced():
-    """What a peer prints at its end is not a line of the table."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    """What a peer prints is not a line of the table."""
+    with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere),
+          contextlib.redirect_stderr(nowhere)):
         yield

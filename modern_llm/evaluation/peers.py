@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from ..messages import StageError
 
 # %% auto #0
 __all__ = ['FACTS', 'COLUMNS', 'matrix_speed', 'cpu_seconds', 'take_turns', 'peak_bytes', 'PlainBlock', 'PlainGPT', 'BenchTable',
-           'version_of']
+           'read_table', 'version_of']
 
 # %% ../../nbs/51_benchmarks.ipynb #matrix-speed
 def matrix_speed(dtype: torch.dtype, sizes: tuple[int, ...] = (1024, 2048),
@@ -199,6 +200,12 @@ class BenchTable:
         writer.writerows(self.rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, out.getvalue())
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """A table of this command, without rows where nothing is published."""
+    return pd.read_csv(path) if Path(path).is_file() else pd.DataFrame(columns=COLUMNS).astype(
+        {"line": str, "peer": str, "status": str})
 
 
 def version_of(package: str) -> str | None:

@@ -148,7 +148,8 @@ def test_the_lines_are_told_apart_and_built_in_data_stands_in(monkeypatch, tmp_p
 
 def test_the_figure_leaves_out_what_was_not_measured(tmp_path):
     table = pd.DataFrame({"line": ["one", "two"], "peer": "p", "status": ["ok", "failed: x"],
-                          "ratio": [2.0, None], "ratio_low": [1.5, None], "ratio_high": [3.0, None]})
+                          "ratio": [2.0, None], "ratio_low": [1.5, None],
+                          "ratio_high": [3.0, None]})
     ax, = draw(table).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["one | p"]
 
