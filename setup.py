@@ -24,7 +24,7 @@ cfg = settings["DEFAULT"]
                   "modern_llm.report": ["*.html"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
-                    for name in ("dev", "baselines", "docs", "browser", "agreement")},
+                    for name in ("dev", "baselines", "docs", "browser", "agreement", "peers")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "papermill.engine": ["modern_llm=modern_llm.runs.refusals:Engine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

@@ -23,8 +23,13 @@ from modern_llm.runs.launch import SAME_PACKAGE
                    "again, except those that failed.")
 @click.option("--minutes", type=Finite(min=0), default=8.0, show_default=True,
               help="A line that could take longer is left out, and named.")
+@click.option("--peers", is_flag=True,
+              help="Instead: beside transformers, trl, litgpt, nanoGPT's recipe …, on the CPU.")
+@click.option("--growth", is_flag=True,
+              help="Instead: how a step's time and memory grow, beside the cost model; on the CPU.")
+@click.option("--quick", is_flag=True, help="Of those two, what takes under 5 minutes.")
 @click.option("--restarted", is_flag=True, hidden=True)
-def bench(device, folder, minutes, restarted) -> None:
+def bench(device, folder, minutes, peers, growth, quick, restarted) -> None:
     """Measure this machine: matrix products, training steps, memory, sampling, a short real run.
 
     Training steps are a ladder: each line differs in one setting from the line that it names
@@ -38,10 +43,27 @@ def bench(device, folder, minutes, restarted) -> None:
     another machine, torch or number of threads needs another folder. bench.json says what machine
     it was, and at the end has all lines; then come the figures.
 
+    With --peers every line is a comparison in turns with another program that does the same work
+    (FOLDER/benchmarks.csv), with --growth a step of one more size (FOLDER/growth.csv); --device and
+    --minutes say nothing there. A peer that is not installed is a line that says how to get it.
+
     \b
     modern-llm bench --device cpu --to /tmp/tiny     every line, under a minute
     modern-llm bench --device cuda --to bench-h100   8 minutes, on one GPU
+    modern-llm bench --peers --quick --to /tmp/quick   under 5 minutes on two cores
     """
+    if peers or growth:
+        with one_line_errors():
+            if peers and growth:
+                raise click.UsageError("--peers and --growth are two tables: one at a time")
+            if peers:
+                from modern_llm.evaluation.peer_lines import bench_peers as measure
+            else:
+                from modern_llm.evaluation.growth import bench_growth as measure
+            click.echo(measure(folder, quick, click.echo).path)
+        return
+    if quick:
+        raise click.UsageError("--quick is for --peers or --growth; here --minutes says how long")
     from modern_llm.training import bench as measuring
 
     started = time.monotonic()
