@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from modern_llm.cli import main
+from modern_llm.files import CHECKOUT
 from modern_llm.messages import StageError
 from modern_llm.training import bench
 from modern_llm.training.bench_lines import KERNELS, MEASURES, Line, ladder, shape_for, wait_for
@@ -185,3 +187,15 @@ def test_a_lost_gpu_is_taken_up_by_another_process(monkeypatch, tmp_path):
     assert done.returncode == 0 and "Usage: modern-llm bench" in done.stdout, done
     assert "1 failed, 1 ok" in CliRunner().invoke(main, words[3:]).output
     assert calls == ["breaking", "fine"] and len(started) == 1
+
+
+@pytest.mark.thorough
+def test_two_checkouts_take_turns(tmp_path):
+    """This one against itself does the same; what is no checkout is refused."""
+    words = [sys.executable, CHECKOUT / "scripts" / "step_ratio.py"]
+    done = subprocess.run([*words, CHECKOUT, "--preset", "lesson", "--steps", "3", "--document", "9"],
+                          capture_output=True, text=True, check=True)
+    assert re.search(r"lesson pretrain 9 0 0 1: \d\.\d\d \[.*3 steps; .* 0\.0e\+00 apart",
+                     done.stdout)
+    done = subprocess.run([*words, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and f"{tmp_path} is no checkout" in done.stderr
