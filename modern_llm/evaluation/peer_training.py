@@ -84,7 +84,7 @@ def our_step(cfg: ModelConfig, rows: int, precision: str = "fp32", compiled: boo
     train = TrainConfig(optimizer="adamw", lr=1e-4, batch_size=rows, precision=precision,
                         compile=compiled)
     state = TrainingState(model or ModernDecoderLM(cfg), train, CPU)
-    prepare_module(state.module, train, CPU)
+    prepare_module(state.module, train)
     loss, batch = partial(lm_loss, chunk_tokens=train.loss_chunk_tokens), random_batch(cfg, rows)
 
     def step() -> float:

@@ -71,8 +71,8 @@ def flops_per_token(cfg: ModelConfig, context: int | None = None) -> int:
 def activation_bytes(cfg: ModelConfig, value_bytes: int) -> int:
     """Bytes that one token leaves behind in one layer for the backward pass, in eager mode.
 
-    Norms work in float32; under autocast each matrix makes its own low-precision copy of what the
-    norm gave it.
+    Norms keep what they read, in float32; under autocast each matrix makes its own low-precision
+    copy of what the norm gave it.
 
     Args:
         cfg: the architecture.
@@ -81,8 +81,8 @@ def activation_bytes(cfg: ModelConfig, value_bytes: int) -> int:
     q_width, kv_width = cfg.num_heads * cfg.head_width, cfg.num_kv_heads * cfg.head_width
     # float32: shared; else one each for q, k, v and for gate, up
     copies = 2 if value_bytes == 4 else 5
-    norms = 2 * 2 * 4 * cfg.width + copies * value_bytes * cfg.width
-    qk_norm = 2 * 4 * (q_width + kv_width) if cfg.use_qk_norm else 0
+    norms = 2 * 4 * cfg.width + copies * value_bytes * cfg.width
+    qk_norm = 4 * (q_width + kv_width) if cfg.use_qk_norm else 0
     # q, k, v, answer, and the answer laid out for o_proj
     attention = value_bytes * (3 * q_width + 2 * kv_width)
     if not cfg.num_experts:

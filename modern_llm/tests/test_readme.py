@@ -109,7 +109,7 @@ CASES = {
     "make test": Elsewhere("test_readme.py", ".venv/bin/python -m pytest"),
     ACTIVATE: Case("&& command -v modern-llm papermill", ("bin/modern-llm\n", "bin/papermill\n")),
     "make lab": Elsewhere("test_jupyterlab.py", "jupyter lab --notebook-dir="),
-    "modern-llm practice 01_attention": Case("", ("15 definitions to write: attention_weights",),
+    "modern-llm practice 01_attention": Case("", ("17 definitions to write: attention_weights",),
                                             ("practice/01_attention.ipynb",)),
     "make docs": Elsewhere("test_docs.py", ".venv/bin/python docs/build.py"),
     "modern-llm status": Case("", ("local-smoke", "pretrain", "finished", "bits per byte"),
