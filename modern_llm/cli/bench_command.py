@@ -27,7 +27,7 @@ from modern_llm.runs.launch import SAME_PACKAGE
               help="Instead: beside transformers, trl, litgpt, nanoGPT's recipe …, on the CPU.")
 @click.option("--growth", is_flag=True,
               help="Instead: how a step's time and memory grow, beside the cost model; on the CPU.")
-@click.option("--quick", is_flag=True, help="Of those two, what takes under 5 minutes.")
+@click.option("--quick", is_flag=True, help="Of those two, what takes about 6 minutes.")
 @click.option("--restarted", is_flag=True, hidden=True)
 def bench(device, folder, minutes, peers, growth, quick, restarted) -> None:
     """Measure this machine: matrix products, training steps, memory, sampling, a short real run.
@@ -50,7 +50,7 @@ def bench(device, folder, minutes, peers, growth, quick, restarted) -> None:
     \b
     modern-llm bench --device cpu --to /tmp/tiny     every line, under a minute
     modern-llm bench --device cuda --to bench-h100   8 minutes, on one GPU
-    modern-llm bench --peers --quick --to /tmp/quick   under 5 minutes on two cores
+    modern-llm bench --peers --quick --to /tmp/quick   about 6 minutes on two cores
     """
     if peers or growth:
         with one_line_errors():

@@ -181,8 +181,8 @@ def ranks_in_turns(world: World, shape: ModelConfig, rows: int, pairs: int) -> d
     world.join(CPU)
     torch.manual_seed(0)
     model = ModernDecoderLM(shape)
-    loss, whole = data_parallel(model, lm_loss, world, CPU)
-    state, batch = TrainingState(model, train, CPU, whole), random_batch(shape, rows)
+    loss = data_parallel(model, lm_loss, world, CPU)
+    state, batch = TrainingState(model, train, CPU), random_batch(shape, rows)
     mine = world.shard(batch)
     alone = our_step(shape, rows) if world.is_main_process else None
 
@@ -206,8 +206,11 @@ from modern_llm.config import ModelConfig
 from modern_llm.evaluation.peer_programs import ranks_in_turns
 from modern_llm.training.distributed import on_ranks
 shape, rows, pairs, size = json.loads(sys.argv[1])
-print(json.dumps(on_ranks(partial(ranks_in_turns, shape=ModelConfig(**shape), rows=rows,
-                                  pairs=pairs), size)[0]))
+found, *_ = on_ranks(partial(ranks_in_turns, shape=ModelConfig(**shape), rows=rows, pairs=pairs),
+                     size)
+if isinstance(found, Exception):
+    raise found
+print(json.dumps(found))
 """
 
 
