@@ -25,13 +25,16 @@ LANGUAGE = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
 written: set[Path] = set()
 
 
-def write(name: str, content: str | bytes) -> None:
-    """Write a page; an unchanged one keeps its time, by which Sphinx tells what to build."""
+def write(name: str, content: str | bytes) -> bool:
+    """Write a page, and say whether it changed; an unchanged one keeps its time, by which Sphinx
+    tells what to build.
+    """
     path, data = SOURCE / name, content.encode() if isinstance(content, str) else content
     written.add(path)
-    if not path.exists() or path.read_bytes() != data:
+    if changed := not path.exists() or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+    return changed
 
 
 # The package, as its sources tell it
@@ -279,8 +282,10 @@ def front_page(notebook: dict, groups: dict[str, dict[str, str]],
     return chapter(ROOT / "nbs" / "index.ipynb", notebook, modules)
 
 
-def sources() -> None:
-    """Write all pages; remove those that nothing writes any more."""
+def sources() -> bool:
+    """Write all pages; remove those that nothing writes any more. Returns whether the order of the
+    pages may have changed, which every page shows.
+    """
     notebooks = {path: json.loads(path.read_text(encoding="utf-8"))
                  for path in (ROOT / "nbs").glob("*.ipynb")}
     index = notebooks.pop(ROOT / "nbs" / "index.ipynb")
@@ -298,7 +303,7 @@ def sources() -> None:
     found.sort(key=lambda m: (list(book).index(m.chapter) if m.chapter else len(book), m.name))
     modules = {m.name: m for m in found}
 
-    write("index.ipynb", front_page(index, groups, modules))
+    reordered = write("index.ipynb", front_page(index, groups, modules))
     for path, notebook in notebooks.items():
         write(f"files/{path.name}", path.read_bytes())
         write(f"nbs/{path.name}", chapter(path, notebook, modules))
@@ -310,6 +315,7 @@ def sources() -> None:
     for path in SOURCE.rglob("*"):
         if path.is_file() and path not in written:
             path.unlink()
+    return reordered
 
 
 def mathjax(package: Path) -> None:
@@ -328,12 +334,12 @@ def main() -> int:
         print(f"{', '.join(missing)} missing: `make docs` installs what the site needs (or pip "
               "install -e '.[docs]')", file=sys.stderr)
         return 1
-    sources()
+    everything = ["-a"] if sources() else []
     mathjax(Path(find_spec(MATHJAX).origin).parent)
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-j",
                "auto", "-c", str(ROOT / "docs"), "-d", str(OUT / "doctrees"),
                str(SOURCE), str(OUT / "html")]
-    code = subprocess.run([*command, *sys.argv[1:]]).returncode
+    code = subprocess.run([*command, *everything, *sys.argv[1:]]).returncode
     if not code:
         print(f"The site is in {OUT / 'html'}: open index.html, or for its search to work\n"
               f"  {sys.executable} -m http.server -d {OUT / 'html'}")

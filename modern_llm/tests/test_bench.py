@@ -193,8 +193,8 @@ def test_a_lost_gpu_is_taken_up_by_another_process(monkeypatch, tmp_path):
 def test_two_checkouts_take_turns(tmp_path):
     """This one against itself does the same; what is no checkout is refused."""
     words = [sys.executable, CHECKOUT / "scripts" / "step_ratio.py"]
-    done = subprocess.run([*words, CHECKOUT, "--preset", "lesson", "--steps", "3", "--document", "9"],
-                          capture_output=True, text=True, check=True)
+    small = ["--preset", "lesson", "--steps", "3", "--document", "9"]
+    done = subprocess.run([*words, CHECKOUT, *small], capture_output=True, text=True, check=True)
     assert re.search(r"lesson pretrain 9 0 0 1: \d\.\d\d \[.*3 steps; .* 0\.0e\+00 apart",
                      done.stdout)
     done = subprocess.run([*words, tmp_path], capture_output=True, text=True)

@@ -92,7 +92,7 @@ def notebooks() -> dict[str, list[dict]]:
 
 def test_the_examples_of_a_command_keep_their_lines(site):
     text = (site / "api" / "cli.run_commands.html").read_text(encoding="utf-8")
-    assert "\b" not in text and re.search(r"<pre>[^<]*modern-llm run [^\n]*\n", text)
+    assert "\b" not in text and re.search("<pre><span></span>modern-llm run [^\\n]*\\n", text)
 
 
 def test_every_link_leads_somewhere(site, pages):
