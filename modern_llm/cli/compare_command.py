@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from modern_llm.cli.common import as_table, one_line_errors
-from modern_llm.config import STAGES, nearest
+from modern_llm.config import STAGES
 
 
 @click.command()
@@ -89,6 +89,7 @@ def measured_run(name: str, root: Path):
     from modern_llm.evaluation.ledger import in_order
     from modern_llm.messages import StageError
     from modern_llm.report.comparing import Measured, flat
+    from modern_llm.runs.parameters import chosen_folder
     from modern_llm.runs.resume import run_record
 
     called = {word: spec.called for stage, spec in STAGES.items() if spec.called
@@ -96,12 +97,7 @@ def measured_run(name: str, root: Path):
     path, stage = Path(name).expanduser(), ""
     if path.name in called and path.parent.name:
         path, stage = path.parent, called[path.name]
-    tried = [root / path, path.absolute()]
-    folder = next((place for place in tried if (place / "run.json").is_file()), None)
-    there = sorted(place.parent.name for place in root.glob("*/run.json"))
-    if folder is None:
-        raise StageError(f"no run {str(path)!r}{nearest(str(path), there) if there else ''} Tried "
-                         f"{', '.join(map(str, tried))}. In {root}: {', '.join(there) or 'none'}")
+    folder = path if (path / "run.json").is_file() else chosen_folder(str(path), None, str(root))
     if not (folder / "eval" / "items.csv").is_file():
         raise StageError(f"{folder} has no eval/items.csv: evaluate it first, "
                          f"modern-llm run --run {folder.name} --stage eval")

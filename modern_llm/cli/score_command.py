@@ -46,7 +46,8 @@ def score(run_name, checkpoint, output_dir, files, by, as_json, device, problem,
     echo "Tom has 3+4=<<3+4=7>>7 hats. #### 7" | modern-llm score --run local-smoke \\
         "Tom has 3 hats and buys 4 hats. How many hats?" - --json
     """
-    from modern_llm.cli.talk import chosen_folder, readable
+    from modern_llm.cli.talk import readable
+    from modern_llm.runs.parameters import chosen_folder
     from modern_llm.training.training_state import pick_device
     from modern_llm.training.verifier_scores import load_scorer
 

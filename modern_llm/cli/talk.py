@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.config import GENERATORS, nearest
+from modern_llm.config import GENERATORS
 from modern_llm.data.chat import (
     DEFAULT_FORMAT, chat_format, encode_chat, end_id, is_chat_model, stop_sequences,
 )
@@ -17,7 +17,7 @@ from modern_llm.interchange.hub import find_checkpoint, is_model
 from modern_llm.messages import StageError, say
 from modern_llm.models.generation import generate, stream
 from modern_llm.models.saving import load_model
-from modern_llm.runs.parameters import runs_folder
+from modern_llm.runs.parameters import chosen_folder
 from modern_llm.training.training_state import pick_device
 
 if TYPE_CHECKING:
@@ -37,33 +37,6 @@ def choose_model(run: str | None, stage: str | None, checkpoint: str | None,
         raise StageError(f"--stage {stage} chooses among the stages of a run, and {folder} is "
                          "one checkpoint: leave --stage out")
     return find_checkpoint(folder / stage if stage and (run or not is_model(folder)) else folder)
-
-
-def chosen_folder(run: str | None, checkpoint: str | None, output_dir: str | None) -> Path:
-    """The folder of the run that the words name, or the one they give; StageError says which runs
-    there are.
-    """
-    root = Path(output_dir or runs_folder()).expanduser()
-    if run and checkpoint:
-        raise StageError("say either --run or --checkpoint, not both")
-    if checkpoint:
-        return Path(checkpoint).expanduser()
-    there = sorted(path.parent.name for path in root.glob("*/run.json"))
-    if not run:
-        raise StageError(f"which model? Say --run NAME or --checkpoint PATH; runs in {root}: "
-                         f"{', '.join(there) or 'none'}")
-    if run not in there and not _is_folder(root / run):
-        raise StageError(
-            f"no run {run!r} in {root}{nearest(run, there) if there else ', nor any other'}. "
-            f"Tried {root / run}")
-    return root / run
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that no file can have
-        return False
 
 
 def readable(text: str) -> str:

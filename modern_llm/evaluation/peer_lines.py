@@ -23,7 +23,7 @@ from modern_llm.evaluation.peer_programs import (
     compare_generation, compare_ranks, compare_start, compare_tokens, has_data,
 )
 from modern_llm.evaluation.peer_training import (
-    CPU, SHAPES, Bench, compare_dpo, compare_sft, compare_steps,
+    CPU, OURSELVES, SHAPES, Bench, compare_dpo, compare_sft, compare_steps,
 )
 from modern_llm.evaluation.peers import BenchTable, matrix_speed, version_of
 from modern_llm.training.training_state import compute_dtype
@@ -54,6 +54,9 @@ def peer_lines(quick: bool) -> list[PeerLine]:
                   for peer, package in (("transformers", "transformers"), ("nanoGPT's recipe", ""),
                                         ("litgpt", "litgpt"))
                   if peer == "transformers" or not (quick and shape != "5.8M")]
+    lines += [PeerLine(f"step {shape}", OURSELVES, compare_steps,
+                       {"shape": shape, "rows": rows[shape], "peer": OURSELVES})
+              for shape in ("0.9M", "5.8M")]
     shape, number = ("0.9M", 100) if quick else ("5.8M", 400)
     sft, dpo = (name if has_data(name) else "synthetic" for name in ("alpaca", "hh-rlhf"))
     wide = {"shape": f"{shape} chat", "rows": 8}
@@ -154,12 +157,14 @@ def spoken_table(table: pd.DataFrame, lines: str = "") -> pd.DataFrame:
     """
     found = table[table.line.str.startswith(lines) & (table.peer != "the limit")]
     number = lambda value, form: form.format(value) if pd.notna(value) else "–"
+    rate = lambda value, unit: number(
+        value, ("{:,.0f} " if value >= 100 else "{:.3g} ") + f"{unit}/s")
     return pd.DataFrame([{
         "line": row.line, "against": row.peer,
         "ratio": (f"{row.ratio:.2f} ({row.ratio_low:.2f}–{row.ratio_high:.2f})"
                   if row.status == "ok" else row.status),
-        "ours": number(row.units / row.ours_s, f"{{:,.3g}} {row.unit}/s"),
-        "peer": number(row.units / row.peer_s, f"{{:,.3g}} {row.unit}/s"),
+        "ours": rate(row.units / row.ours_s, row.unit),
+        "peer": rate(row.units / row.peer_s, row.unit),
         "of the limit": number(row.ours_of_limit, "{:.0%}"),
         "peer's": number(row.peer_of_limit, "{:.0%}"),
         "GB": number(row.ours_gb, "{:.2f}"), "peer's GB": number(row.peer_gb, "{:.2f}"),

@@ -33,6 +33,7 @@ from modern_llm.training.trainer import Trainer
 from modern_llm.training.training_state import TrainingState
 
 CPU = torch.device("cpu")
+OURSELVES = "ourselves (A/A)"  # the peer whose ratio is 1 but for chance
 LLAMA = ModelConfig(use_qk_norm=False, zero_init_outputs=False)  # what transformers' Llama has too
 SHAPES = {
     "0.9M": replace(LLAMA, width=128, num_layers=4, num_heads=4, num_kv_heads=2, ffn_width=384),
@@ -196,12 +197,15 @@ def compare_steps(bench: Bench, shape: str, rows: int, peer: str, best: bool = T
     batch, flops = random_batch(cfg, rows), flops_per_token(cfg)
     makers = {"transformers": lambda: llama_of(model), "litgpt": lambda: LitLoss(cfg),
               "nanoGPT's recipe": lambda: PlainGPT(cfg.vocab_size, cfg.context_length, cfg.width,
-                                                   cfg.num_layers, cfg.num_heads)}
+                                                   cfg.num_layers, cfg.num_heads),
+              OURSELVES: lambda: model}
     builds = {
         "ours": lambda compiled=False: our_step(cfg, rows, precision, compiled,
                                                 ModernDecoderLM(cfg)),
         "peer": lambda compiled=False: plain_step(makers[peer](), batch, precision, compiled,
                                                   fused=True if best else None)}
+    if peer == OURSELVES:
+        builds["peer"] = builds["ours"]
     one = makers[peer]()
     size = sum(p.numel() for p in one.parameters())
     if peer == "transformers":

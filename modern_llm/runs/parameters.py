@@ -89,6 +89,33 @@ def runs_folder() -> Path:
     return (CHECKOUT if IN_CHECKOUT else Path.cwd()) / "runs"
 
 
+def chosen_folder(run: str | None, checkpoint: str | None, output_dir: str | None) -> Path:
+    """The folder of the run that the words name, or the one they give; StageError says which runs
+    there are.
+    """
+    root = Path(output_dir or runs_folder()).expanduser()
+    if run and checkpoint:
+        raise StageError("say either --run or --checkpoint, not both")
+    if checkpoint:
+        return Path(checkpoint).expanduser()
+    there = sorted(path.parent.name for path in root.glob("*/run.json"))
+    if not run:
+        raise StageError(f"which model? Say --run NAME or --checkpoint PATH; runs in {root}: "
+                         f"{', '.join(there) or 'none'}")
+    if run not in there and not _is_folder(root / run):
+        raise StageError(
+            f"no run {run!r} in {root}{nearest(run, there) if there else ', nor any other'}. "
+            f"Tried {root / run}")
+    return root / run
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no file can have
+        return False
+
+
 def report_folder(run_folder: Path) -> Path:
     """`report/` of the checkout for a run that is kept in its `runs/`; a run elsewhere keeps its
     report with it.

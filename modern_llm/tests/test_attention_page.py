@@ -20,6 +20,7 @@ from modern_llm.evaluation.attention import (
     attention_maps, planted_repetition, repetition_gain, without_head,
 )
 from modern_llm.evaluation.head_film import head_scores, ordinary_tokens
+from modern_llm.files import CHECKOUT
 from modern_llm.models.saving import load_model
 from modern_llm.report.attention_page import attention_page, checkpoints_of
 from modern_llm.tests.browser import chromium_page
@@ -125,3 +126,11 @@ def test_in_a_browser(pages):
         page.set_viewport_size({"width": 390, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert wrong == [] and all(url.startswith("file:") for url in asked)
+
+
+def test_the_published_page_is_of_this_template():
+    """Whoever changes the page writes the published one anew."""
+    template = (CHECKOUT / "modern_llm" / "report" / "attention_page.html").read_text("utf-8")
+    page = (CHECKOUT / "report" / "attention" / "local-smoke.html").read_text("utf-8")
+    assert page.replace(re.search(r'type="application/json">(.*?)</script>', page, re.S)[1],
+                        "DATA", 1) == template

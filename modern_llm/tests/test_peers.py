@@ -15,7 +15,8 @@ from modern_llm.evaluation.peer_lines import (
     PeerLine, bench_peers, draw, has_data, peer_lines as all_lines, spoken_table,
 )
 from modern_llm.evaluation.peer_training import (
-    Bench, compare_dpo, compare_sft, compare_steps, llama_of, our_step, plain_step, random_batch,
+    OURSELVES, Bench, compare_dpo, compare_sft, compare_steps, llama_of, our_step, plain_step,
+    random_batch,
 )
 from modern_llm.evaluation.peer_programs import compare_generation
 from modern_llm.messages import StageError
@@ -47,13 +48,14 @@ def test_both_sides_train_the_same_thing():
     assert second[0] < first[0] - 1e-3
 
 
-@pytest.mark.parametrize("peer", ["transformers", "nanoGPT's recipe", "litgpt"])
+@pytest.mark.parametrize("peer", ["transformers", "nanoGPT's recipe", "litgpt", OURSELVES])
 def test_a_step_is_compared(bench, peer):
-    if peer != "nanoGPT's recipe":
+    if peer in ("transformers", "litgpt"):
         pytest.importorskip(peer)
     row = compare_steps(bench, "tiny", 2, peer)
     assert row["ratio"] > 0 and row["pairs"] == 1 and 0 < row["ours_of_limit"] < 1
     assert row["ours_gb"] > 0 and row["peer_gb"] > 0 and "eager" in row["ours_settings"]
+    assert peer != OURSELVES or row["ours_gb"] == row["peer_gb"]
 
 
 def test_answers_are_the_same_on_both_sides(bench):

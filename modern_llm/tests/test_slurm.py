@@ -235,7 +235,8 @@ def test_a_job_preempted_three_times_ends_with_the_same_weights(cluster, smoke):
 @needs_slurm
 def test_a_job_at_its_time_limit_goes_on_and_a_cancelled_one_stays_away(cluster):
     run, stage = cluster / "limited", cluster / "limited" / "pretrain"
-    job = sbatch("--time=1", "--signal=B:USR1@40", "--partition=main", "slurm/stage.slurm",
+    # SLURM looks every half minute and warns up to that much early: here after 20 to 50 seconds
+    job = sbatch("--time=1", "--signal=B:USR1@10", "--partition=main", "slurm/stage.slurm",
                  "pretrain", "slurm/smoke.json", "limited", "--max-steps", 100_000)
     until(lambda: seen(job)["Restarts"] == "1", "the warning before the limit of one minute")
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")

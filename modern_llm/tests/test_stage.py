@@ -126,7 +126,7 @@ def test_unwritable_folder_is_named(tmp_path):
 
 def test_micro_batch_shrinks_to_the_memory_there_is():
     config = resolve("pretrain", {"preset": "tacc-h100"})
-    fitted = fit_micro_batch(config, "pretrain", 40 * 2**30).pretrain
+    fitted = fit_micro_batch(config, "pretrain", 24 * 2**30).pretrain
     assert 1 <= fitted.micro_batch < config.pretrain.micro_batch
     assert fitted.batch_size == config.pretrain.batch_size == 128
     with pytest.raises(StageError, match="even one sequence at a time"):
