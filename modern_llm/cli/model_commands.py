@@ -42,6 +42,9 @@ RUN_OPTIONS = (
                  help="Of the draws."),
     click.option("--device", default="auto", show_default=True,
                  help="cpu, cuda, mps, or the best there is."),
+    click.option("--streaming", is_flag=True,
+                 help="Write on when the context is full, with the first four tokens and the last "
+                      "ones in sight, up to --max-new-tokens."),
 )
 
 
@@ -60,7 +63,7 @@ def which_model(command):
 @click.command()
 @model_options
 def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, seed,
-         device) -> None:
+         device, streaming) -> None:
     """Talk to a model in the terminal; its words appear as they are drawn.
 
     Earlier turns are kept as long as they fit into the context; a line says when the oldest are
@@ -77,7 +80,7 @@ def chat(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, s
         model, tokenizer, folder = open_model(run_name, stage, checkpoint, output_dir, device,
                                               purpose="chat")
     talk = Chat(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-                note=_note)
+                note=_note, streaming=streaming)
     _note(f"{folder}; /new forgets the conversation, /quit ends")
     if sys.stdin is None:
         _note("the standard input is closed: there is nobody to talk to")
@@ -156,12 +159,13 @@ def _answer(talk, request: str) -> None:
 @click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True,
               help="How many samples.")
 def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens, seed, device,
-           prompt, count) -> None:
+           streaming, prompt, count) -> None:
     """Print what a model makes of a prompt: a base model continues it, one that chats answers it.
 
     \b
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm sample --run local-smoke --prompt "What is 3 plus 4?" -n 5 --temperature 1
+    modern-llm sample --run local-smoke --stage pretrain -n 1 --max-new-tokens 1000 --streaming
     """
     from modern_llm.cli.talk import open_model, readable, samples
 
@@ -172,7 +176,7 @@ def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens,
         if readable(prompt) != prompt:
             _note("(bytes of the prompt are not UTF-8: they are read as \ufffd)")
         for text in samples(model, tokenizer, folder, prompt, count, max_new_tokens=max_new_tokens,
-                            temperature=temperature, seed=seed):
+                            temperature=temperature, seed=seed, streaming=streaming, note=_note):
             click.echo(f"--- {text}")
 
 

@@ -60,6 +60,12 @@ def open_model(run: str | None, stage: str | None, checkpoint: str | None, outpu
     return model, tokenizer, folder
 
 
+def context_full(model: ModernDecoderLM) -> str:
+    """Why a text ended that the model did not end, and what goes on."""
+    return (f"the context of {model.cfg.context_length} tokens is full, so the text ends here; "
+            "--streaming writes on, seeing the first and the last of it")
+
+
 class Chat:
     """A conversation with a model; the oldest turns are forgotten when the context is full, which
     `note` is told.
@@ -69,7 +75,9 @@ class Chat:
     """
 
     def __init__(self, model: ModernDecoderLM, tokenizer: Tokenizer, max_new_tokens: int = 128,
-                 temperature: float = 0.7, seed: int = 0, note: Callable[[str], None] = say):
+                 temperature: float = 0.7, seed: int = 0, note: Callable[[str], None] = say,
+                 streaming: bool = False):
+        self.streaming = streaming
         self.model, self.tokenizer, self.history, self.note = model, tokenizer, [], note
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
 
@@ -100,10 +108,11 @@ class Chat:
 
     def reply(self, request: str) -> Iterator[str]:
         """The answer, piece by piece; the pieces joined are the text of all its tokens."""
-        before, tokens, said = self.history, [], ""
+        before, tokens, said, reasons = self.history, [], "", []
         ids = self.prompt(request)
         try:
             for token in stream(self.model, ids, max_new_tokens=self.max_new_tokens,
+                                streaming=self.streaming, reasons=reasons,
                                 temperature=self.temperature, seed=self.seed + len(self.history),
                                 eos_id=(end := end_id(self.tokenizer)),
                                 stop=stop_sequences(self.tokenizer, end)):
@@ -123,15 +132,18 @@ class Chat:
         self.history = [*self.history, {"role": "assistant", "content": rest}]
         if rest != said:
             yield rest[len(said):]
+        if reasons == ["context"]:
+            self.note(f"\n({context_full(self.model)})")
 
 
 SAMPLES_AT_ONCE = 64
 
 
 def samples(model: ModernDecoderLM, tokenizer: Tokenizer, folder: Path, prompt: str, count: int,
-            max_new_tokens: int = 128, temperature: float = 0.7, seed: int = 0) -> Iterator[str]:
+            max_new_tokens: int = 128, temperature: float = 0.7, seed: int = 0,
+            streaming: bool = False, note: Callable[[str], None] = say) -> Iterator[str]:
     """`count` texts: continuations of the prompt by a base model, answers to it by a model that
-    chats. Nothing in the prompt is special.
+    chats. Nothing in the prompt is special. `note` is told of texts that fill the context.
     """
     prompt = readable(prompt)
     if is_chat_model(folder, tokenizer) and prompt:
@@ -144,8 +156,11 @@ def samples(model: ModernDecoderLM, tokenizer: Tokenizer, folder: Path, prompt: 
         opening = prompt
     for first in range(0, count, SAMPLES_AT_ONCE):
         # each text has a stream of draws of its own
-        numbers = range(first, min(count, first + SAMPLES_AT_ONCE))
+        numbers, reasons = range(first, min(count, first + SAMPLES_AT_ONCE)), []
         for tokens in generate(model, [ids], samples=len(numbers), streams=numbers,
                                max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-                               eos_id=ending, stop=stop_sequences(tokenizer, ending)):
+                               eos_id=ending, stop=stop_sequences(tokenizer, ending),
+                               streaming=streaming, reasons=reasons):
             yield opening + tokenizer.decode(tokens)
+        if full := reasons.count("context"):
+            note(f"({full} of {len(numbers)}: {context_full(model)})")

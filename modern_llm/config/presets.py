@@ -269,6 +269,38 @@ def smollm2_135m() -> PipelineConfig:
     )
 
 
+def smollm2_gsm8k() -> PipelineConfig:
+    base = smollm2_135m()
+    tuned = dict(batch_size=64, optimizer="adamw", weight_decay=0.0, warmup_steps=10,
+                 loss_chunk_tokens=4096, log_every=5, checkpoint_every=100, keep_checkpoints=0)
+    return replace(
+        base,
+        name="smollm2-gsm8k",
+        description="SmolLM2-135M-Instruct tuned on GSM8K, SST-2, Alpaca and HH-RLHF; minutes on "
+                    "one data-centre GPU",
+        data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"),
+                        max_validation_tokens=100_000),
+        sft=SFTConfig(sources=("gsm8k", "sst2", "alpaca"), weights=(0.6, 0.25, 0.15), lr=3e-4,
+                      max_steps=300, micro_batch_size=32, eval_every=100,
+                      max_validation_examples=300, **tuned),
+        dpo=DPOConfig(sources=("hh-rlhf",), lr=1e-5, max_steps=80, micro_batch_size=16,
+                      eval_every=40, sft_weight=0.2, max_validation_pairs=500,
+                      max_new_tokens=128, **tuned | {"batch_size": 32}),
+        verifier=VerifierConfig(problems="gsm8k", lr=1e-4, max_steps=80, micro_batch_size=32,
+                                eval_every=40, train_problems=800, validation_problems=150,
+                                samples_per_problem=8, validation_samples=16, temperature=0.7,
+                                max_new_tokens=200, gold_problems=7000, gold_fraction=0.25,
+                                **tuned),
+        eval=EvalConfig(problems="gsm8k", num_problems=1319, problem_shots=0, sampled_problems=500,
+                        samples_per_problem=16, temperature=0.7, max_new_tokens=200,
+                        batch_rows=1024, sentiment="sst2", num_sentences=872, shots=(0, 4),
+                        draws=2, num_instructions=100, num_pairs=500,
+                        max_perplexity_tokens=100_000,
+                        protocol_sources=("wikitext-2-raw-v1", "tinystories"),
+                        protocol_tokens=60_000),
+    )
+
+
 PRESETS: dict[str, Callable[[], PipelineConfig]] = {
     "lesson": lesson,
     "local-smoke": local_smoke,
@@ -280,6 +312,7 @@ PRESETS: dict[str, Callable[[], PipelineConfig]] = {
     "gpu-full": gpu_full,
     "h100-speedrun": h100_speedrun,
     "smollm2-135m": smollm2_135m,
+    "smollm2-gsm8k": smollm2_gsm8k,
 }
 ALIASES = {"local-rtx3060": "local", "tacc": "tacc-h100"}
 

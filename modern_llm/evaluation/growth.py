@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import ModelConfig, PipelineConfig, TrainConfig
+from ..config import ModelConfig, PipelineConfig, TrainConfig, get_pipeline_preset
 from .peer_lines import machine_facts
 from .peer_programs import compare_ranks
 from .peer_training import SHAPES, Bench, our_step
@@ -24,7 +24,8 @@ from ..models.counts import flops_per_token, parameter_count, training_memory
 
 # %% auto #0
 __all__ = ['BASE', 'COLUMNS', 'ASSUMED_MFU', 'H100_FLOPS', 'Point', 'growth_points', 'fit_time', 'predicted', 'measure_point',
-           'measure_ranks', 'bench_growth', 'with_model', 'draw_growth', 'measured_mfu', 'hours_of']
+           'measure_ranks', 'bench_growth', 'with_model', 'draw_growth', 'ladder_table', 'memory_errors',
+           'measured_mfu', 'hours_of']
 
 # %% ../../nbs/52_cost.ipynb #points
 @dataclass(frozen=True)
@@ -165,6 +166,39 @@ def draw_growth(points: pd.DataFrame):
     grid[1][0].set(ylabel="GB")
     grid[0][0].legend()
     return fig
+
+# %% ../../nbs/52_cost.ipynb #ladder
+def ladder_table(lines: pd.DataFrame) -> pd.DataFrame:
+    """The steps of a `lines.csv`: tokens per second, the factor over the line that each is
+    compared with, MFU, the share of a matrix product, and peak memory in GB.
+    """
+    steps = lines[(lines.kind == "step") & (lines.status == "ok")].set_index("line")
+    factor = steps.tokens_per_s / steps.tokens_per_s.reindex(steps.against).to_numpy()
+    table = pd.DataFrame({
+        "against": steps.against.str.removeprefix("step ").fillna(""),
+        "tokens/s": steps.tokens_per_s.round(-2).astype(int), "factor": factor.round(2),
+        "MFU": steps.mfu.round(3), "of a matrix product": steps.of_matrix.round(3),
+        "GB": steps.peak_gb.round(1)})
+    return table.rename(index=lambda line: line.removeprefix("step "))
+
+# %% ../../nbs/52_cost.ipynb #ladder-memory
+def memory_errors(lines: pd.DataFrame, preset: str = "tacc-h100") -> pd.Series:
+    """How far `training_memory` is above (below: negative) each peak in a `lines.csv`, as a share.
+    """
+    config, found = get_pipeline_preset(preset), {}
+    measured = lines[lines.kind.isin(["step", "memory"]) & (lines.status == "ok")]
+    for line in measured[measured.peak_gb.notna()].itertuples():
+        if line.kind == "memory":
+            train = getattr(config, line.stage)
+            train = replace(train, batch_size=train.micro_batch, precision="bf16", compile=False)
+        else:
+            rows = int(line.micro_batch)
+            train = replace(config.pretrain, batch_size=rows, micro_batch_size=rows,
+                            precision=line.precision, optimizer=line.optimizer,
+                            compile=line.compiled != "nothing")
+        estimate = training_memory(config.model, replace(train, ema_decay=None))["total"]
+        found[line.line] = estimate / 1e9 / line.peak_gb - 1
+    return pd.Series(found)
 
 # %% ../../nbs/52_cost.ipynb #hours
 ASSUMED_MFU, H100_FLOPS = 0.4, 989e12

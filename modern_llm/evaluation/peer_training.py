@@ -26,7 +26,7 @@ from modern_llm.models.counts import flops_per_token, parameter_count
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.saving import load_model, save_model
 from modern_llm.training.dpo import PairBatches, dpo_loss, pair_log_probs
-from modern_llm.training.optim import lm_loss
+from modern_llm.training.optim import lm_loss, lm_loss_for
 from modern_llm.training.sft import encode_examples, instructions, save_chat_model
 from modern_llm.training.train_step import optimizer_step, prepare_module
 from modern_llm.training.trainer import Trainer
@@ -86,7 +86,7 @@ def our_step(cfg: ModelConfig, rows: int, precision: str = "fp32", compiled: boo
                         compile=compiled)
     state = TrainingState(model or ModernDecoderLM(cfg), train, CPU)
     prepare_module(state.module, train)
-    loss, batch = partial(lm_loss, chunk_tokens=train.loss_chunk_tokens), random_batch(cfg, rows)
+    loss, batch = lm_loss_for(train), random_batch(cfg, rows)
 
     def step() -> float:
         out, _ = optimizer_step(state, loss, batch, train, 1.0)

@@ -184,6 +184,9 @@ class KVCache:
         return (index if self.pad_lengths is None
                 else (index - self.pad_lengths[:, None]).clamp(min=0))
 
+    def make_room(self, t: int) -> None:
+        """Nothing: the memory is there from the beginning."""
+
     def update(
         self, layer: int, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t d"]
     ) -> tuple[Float[Tensor, "b g s d"], Float[Tensor, "b g s d"]]:
@@ -255,7 +258,7 @@ def attend(
 Attention = Callable[..., Tensor]  # (q, k, v, sinks) -> what each query read
 
 
-@dataclass(frozen=True)
+@dataclass
 class MaskedAttention:
     """`attend` with a mask that is made once and serves every layer."""
 

@@ -68,8 +68,8 @@ def flops_per_token(cfg: ModelConfig, context: int | None = None) -> int:
     return 3 * sum(forward_flops(cfg, context).values())
 
 # %% ../../nbs/11_counts.ipynb #activation-bytes
-def activation_bytes(cfg: ModelConfig, value_bytes: int) -> int:
-    """Bytes that one token leaves behind in one layer for the backward pass, in eager mode.
+def activation_bytes(cfg: ModelConfig, value_bytes: int, compiled: bool = False) -> int:
+    """Bytes that one token leaves behind in one layer for the backward pass.
 
     Norms keep what they read, in float32; under autocast each matrix makes its own low-precision
     copy of what the norm gave it.
@@ -77,8 +77,14 @@ def activation_bytes(cfg: ModelConfig, value_bytes: int) -> int:
     Args:
         cfg: the architecture.
         value_bytes: 4 in float32, 2 under autocast.
+        compiled: the compiler shares those copies, and computes again what is cheap: SiLU, the
+            turned queries. (Experts are counted as in eager mode.)
     """
     q_width, kv_width = cfg.num_heads * cfg.head_width, cfg.num_kv_heads * cfg.head_width
+    if compiled and not cfg.num_experts:
+        norms = 2 * (4 + value_bytes) * cfg.width
+        qk_norm = value_bytes * (q_width + kv_width) if cfg.use_qk_norm else 0
+        return norms + qk_norm + value_bytes * (2 * q_width + 2 * kv_width + 3 * cfg.ffn_width)
     # float32: shared; else one each for q, k, v and for gate, up
     copies = 2 if value_bytes == 4 else 5
     norms = 2 * 4 * cfg.width + copies * value_bytes * cfg.width
@@ -96,8 +102,7 @@ def activation_bytes(cfg: ModelConfig, value_bytes: int) -> int:
 # %% ../../nbs/11_counts.ipynb #training-memory
 def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1,
                     strategy: str = "ddp") -> dict[str, int]:
-    """Bytes that training needs on the GPU of each rank, by part: an estimate for eager mode;
-    `torch.compile` needs less.
+    """Bytes that training needs on the GPU of each rank, by part: an estimate.
 
     A row of a DPOConfig is a pair, two sequences, with a third one where something is replayed; the
     log-probabilities of all their tokens over the vocabulary stay until the backward pass. A
@@ -120,11 +125,14 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1,
     tokens = rows * train.sequences * cfg.context_length
     # tokens whose logits are in hand
     logits = min(tokens, 8 * cfg.context_length if kept else train.loss_chunk_tokens)
+    # logits, their softmax and its gradient; one kernel makes the last two; the softmax is kept
+    in_hand = (2 * value_bytes if train.compile and not kept
+               else value_bytes + 4 if kept else value_bytes + 4 + 4)
     # of weights, gradients, averages; a block, the embedding and the head are gathered
     share = ranks if strategy == "fsdp" else 1
     whole = (4 * (count["total"] - block_matrices + block_matrices // cfg.num_layers)
              if share > 1 else 0)
-    layers = (tokens * activation_bytes(cfg, value_bytes)
+    layers = (tokens * activation_bytes(cfg, value_bytes, compiled=bool(train.compile))
               * (1 if train.gradient_checkpointing else cfg.num_layers))
     block_inputs = cfg.num_layers * tokens * 4 * cfg.width if train.gradient_checkpointing else 0
     parts = {
@@ -137,7 +145,7 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1,
         "ema": 4 * count["total"] // share if train.ema_decay else 0,
         # the last: the last norm
         "activations": layers + block_inputs + tokens * (8 + value_bytes) * cfg.width,
-        "logits": tokens * kept + logits * cfg.vocab_size * (value_bytes + 4 + 4),
+        "logits": tokens * kept + logits * cfg.vocab_size * in_hand,
     }
     if isinstance(train, VerifierConfig):
         # which token belongs to whose answer so far, and two such tables

@@ -98,6 +98,8 @@ class ModernDecoderLM(nn.Module):
         to the `cache`.
         """
         x = self.embed_tokens(input_ids)
+        if cache is not None:
+            cache.make_room(x.shape[1])
         positions = (torch.arange(x.shape[1], device=x.device) if cache is None
                      else cache.positions(x.shape[1]))
         rotary = rotary_tables(positions, self.cfg.head_width, self.cfg.rope_theta,

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .recorded import recorded_step
+from .streams import StreamCache
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -37,7 +40,8 @@ class Sampling:
     distribution.
 
     Args:
-        max_new_tokens: at most so many; generation also ends where the context is full.
+        max_new_tokens: at most so many; generation also ends where the context is full, unless
+            `streaming`.
         temperature: divides the logits; 0, and anything below GREEDY_BELOW, always takes the most
             likely token.
         top_k: keep the k most likely tokens.
@@ -56,6 +60,10 @@ class Sampling:
             its place in the batch.
         force: given the tokens of an answer so far, those that must come next; empty where the
             model is free.
+        streaming: go on past the context, seeing the first `kept` tokens and the last ones that
+            fit in (`streams.StreamCache`); prompts must be equally long, but may be longer than the
+            context.
+        record: on a GPU, record the step of a token and replay it, as `recorded.RecordedStep` does.
     """
 
     max_new_tokens: int
@@ -70,6 +78,9 @@ class Sampling:
     samples: int = 1
     streams: Sequence[int] | None = None
     force: Callable[[list[int]], Sequence[int]] | None = None
+    streaming: bool = False
+    kept: int = 4
+    record: bool = False
 
     def __post_init__(self) -> None:
         for name, ok, remedy in (
@@ -83,6 +94,7 @@ class Sampling:
             ("stop", all(len(sequence) > 0 for sequence in self.stop),
              "sequences of at least one token"),
             ("samples", self.samples >= 1, "1 or more"),
+            ("kept", self.kept >= 0, "0 or more"),
         ):
             if not ok:
                 raise ValueError(f"generate: {name}={getattr(self, name)!r} must be {remedy}")
@@ -163,17 +175,23 @@ def ready_tokens(tokens: list[int], endings: list[list[int]]) -> tuple[int, bool
     return len(tokens) - held, False
 
 # %% ../../nbs/12_generation.ipynb #check-prompts
-def check_prompts(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], cfg: ModelConfig,
+                  streaming: bool = False) -> None:
     """Raise ValueError naming the first prompt that is empty, has an unknown token, or leaves no
-    room for an answer.
+    room for an answer; if `streaming`, one that is as long as no other.
     """
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"generate: prompt {row} is empty; begin with the end-of-text token")
-        if len(prompt) >= cfg.context_length:
+        if streaming and len(prompt) != len(prompts[0]):
+            raise ValueError(f"generate: prompt {row} has {len(prompt)} tokens and prompt 0 "
+                             f"{len(prompts[0])}; with streaming=True all must be equally long: "
+                             "generate one at a time")
+        if len(prompt) >= cfg.context_length and not streaming:
             raise ValueError(f"generate: prompt {row} has {len(prompt)} tokens and the context "
                              f"{cfg.context_length}, which leaves no room for an answer; keep the "
-                             f"last {cfg.context_length - 1} tokens or fewer")
+                             f"last {cfg.context_length - 1} tokens or fewer, or set "
+                             "streaming=True")
         if not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
             raise ValueError(f"generate: prompt {row} has token "
                              f"{min(prompt) if min(prompt) < 0 else max(prompt)}, outside "
@@ -207,6 +225,8 @@ class Row:
     """One answer while it is written."""
 
     room: int  # tokens it may have
+    limit: str = "length"  # what that is: "length", as asked for, or "context"
+    reason: str = ""  # why it ended: "ending", or the limit
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)  # of every token, at temperature 1
     shown: int = 0  # tokens already handed out
@@ -219,6 +239,8 @@ class Row:
         self.log_probs.append(log_prob)
         ready, ended = ready_tokens(self.tokens, sampling.endings)
         self.done = ended or len(self.tokens) == self.room
+        if self.done:
+            self.reason = "ending" if ended else self.limit
         if self.done and not ended:
             ready = len(self.tokens)
         new, self.shown = self.tokens[self.shown:ready], max(self.shown, ready)
@@ -251,11 +273,21 @@ def decode(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: S
     device = model.embed_tokens.weight.device
     ids, pad_lengths = left_padded(prompts, device)
     answers = [] if answers is None else answers
-    answers += [Row(min(sampling.max_new_tokens, model.cfg.context_length - len(prompt)))
-                for prompt in prompts for _ in range(sampling.samples)]
+    for prompt in prompts:
+        room = math.inf if sampling.streaming else model.cfg.context_length - len(prompt)
+        limit = "context" if room < sampling.max_new_tokens else "length"
+        answers += [Row(min(sampling.max_new_tokens, room), limit) for _ in range(sampling.samples)]
     rows, steps = list(range(len(answers))), max(row.room for row in answers)
     active = {i for i, row in enumerate(answers) if row.room}
-    cache = model.new_cache(len(prompts), ids.shape[1] + steps, pad_lengths)
+    if sampling.streaming:
+        weight = model.embed_tokens.weight
+        cache = StreamCache(model.cfg, len(prompts), sampling.kept, None, weight.dtype, device)
+        *pieces, ids = ids.split(cache.window, dim=1)
+        with evaluating(model):
+            for piece in pieces:
+                model.hidden(piece, cache=cache)
+    else:
+        cache = model.new_cache(len(prompts), ids.shape[1] + steps, pad_lengths)
     uniforms = row_uniforms(sampling.seed, sampling.streams or range(len(answers)),
                             steps).to(device)
     penalised = sampling.repetition_penalty != 1
@@ -263,9 +295,13 @@ def decode(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: S
                        device=device)
     for i in range(len(seen)):
         seen[i, list(prompts[i // sampling.samples])] = True
+    recorded = None
     for step in range(steps):
         with evaluating(model):
-            logits = model.lm_head(model.hidden(ids, cache=cache)[0][:, -1]).float()
+            if sampling.record and not sampling.streaming and step and recorded is None:
+                recorded = recorded_step(model, cache, steps - step)
+            logits = (recorded(ids) if recorded else
+                      model.lm_head(model.hidden(ids, cache=cache)[0][:, -1]).float())
         if step == 0 and sampling.samples > 1:
             copies = torch.arange(len(prompts), device=device).repeat_interleave(sampling.samples)
             cache.select(copies)
@@ -293,12 +329,14 @@ def decode(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], sampling: S
                 return
             rows, tokens = [rows[i] for i in keep], tokens[keep]
             cache.select(torch.tensor(keep, device=device))
+            recorded = None
         ids = tokens[:, None]
 
 # %% ../../nbs/12_generation.ipynb #generate
 def generate(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], *,
              on_token: Callable[[int, int], None] | None = None,
-             log_probs: list[list[float]] | None = None, **sampling) -> list[list[int]]:
+             log_probs: list[list[float]] | None = None,
+             reasons: list[str] | None = None, **sampling) -> list[list[int]]:
     """Continue every prompt, together in one left-padded batch with a cache of keys and values.
 
     Args:
@@ -307,12 +345,13 @@ def generate(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], *,
         on_token: called with (row, token) as soon as a token is known to be part of the answer.
         log_probs: an empty list; every row's log-probabilities at temperature 1 are put there, that
             of the ending included.
+        reasons: an empty list; why each row ended is put there: "ending", "length" or "context".
         sampling: the fields of `Sampling`; `max_new_tokens` is required.
 
     Returns:
         The new tokens of every row (prompt by prompt, sample by sample), without the ending. A row
         ends at a stop sequence, at `eos_id`, after `max_new_tokens`, or when prompt and answer fill
-        the context.
+        the context, unless it is `streaming`.
 
     Raises:
         ValueError: a setting out of range, a prompt that is empty, too long, or of another
@@ -320,18 +359,29 @@ def generate(model: ModernDecoderLM, prompts: Sequence[Sequence[int]], *,
     """
     settings, rows = Sampling(**sampling), []
     answers = [[] for _ in range(len(prompts) * settings.samples)]
-    check_prompts(prompts, model.cfg)
+    check_prompts(prompts, model.cfg, settings.streaming)
     for row, token in decode(model, prompts, settings, rows) if len(prompts) else ():
         answers[row].append(token)
         if on_token is not None:
             on_token(row, token)
     if log_probs is not None:
         log_probs += [row.log_probs for row in rows]
+    if reasons is not None:
+        reasons += [row.reason or row.limit for row in rows]
     return answers
 
 
-def stream(model: ModernDecoderLM, prompt: Sequence[int], **sampling) -> Iterator[int]:
-    """The tokens of `generate(model, [prompt], **sampling)`, one by one as they are drawn."""
-    settings = Sampling(**sampling)
-    check_prompts([prompt], model.cfg)
-    return (token for _, token in decode(model, [prompt], settings))
+def stream(model: ModernDecoderLM, prompt: Sequence[int], reasons: list[str] | None = None,
+           **sampling) -> Iterator[int]:
+    """The tokens of `generate(model, [prompt], **sampling)`, one by one as they are drawn. Behind
+    the last, `reasons`, an empty list, has why it was the last.
+    """
+    settings, rows = Sampling(**sampling), []
+    check_prompts([prompt], model.cfg, settings.streaming)
+
+    def tokens() -> Iterator[int]:
+        yield from (token for _, token in decode(model, [prompt], settings, rows))
+        if reasons is not None:
+            reasons.append(rows[0].reason or rows[0].limit)
+
+    return tokens()

@@ -45,8 +45,8 @@ def final_report(report: Path, names: Sequence[str] | None = None) -> str:
     """
     results = report / "results"
     runs = [run for run in published_runs(results) if names is None or run.name in names]
-    parts = [HEAD, *map(run_part, runs), faults(results), speed(results), across(runs),
-             limits(runs), diary(report / "log.md")]
+    parts = [HEAD, *map(run_part, runs), faults(results), speed(results), gpu(results),
+             across(runs), limits(runs), diary(report / "log.md")]
     return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
 
@@ -172,6 +172,26 @@ def speed(results: Path) -> str:
     return f"## Speed of the evaluation\n\n{bullets(lines)}" if lines else ""
 
 
+def gpu(results: Path) -> str:
+    """The ladders of `modern-llm bench --device cuda`: the best step of each."""
+    lines = []
+    for path in sorted(results.glob("*/bench.json")):
+        found = read_json(path)
+        steps = {row["line"]: row for row in found["lines"]
+                 if row["kind"] == "step" and row["status"] == "ok" and row.get("mfu")}
+        if not steps:
+            continue
+        best = max(steps, key=lambda name: steps[name]["mfu"])
+        made = found["machine"]
+        lines.append(
+            f"**253M model, {made['device']}**, torch {made['torch']}, random tokens, measured "
+            f"once: {steps[best]['tokens_per_s']:,.0f} tokens/s, MFU {steps[best]['mfu']:.3f}, "
+            f"{steps[best]['of_matrix']:.3f} of a matrix product there (line "
+            f"{best.removeprefix('step ')}). What each setting is worth: chapter 52. `modern-llm "
+            f"bench --device cuda --to DIR`, [lines](results/{path.parent.name}/lines.csv)")
+    return f"## Speed on a GPU\n\n{bullets(lines)}" if lines else ""
+
+
 # ---- across runs ---------------------------------------------------------------------------------
 
 
@@ -273,7 +293,7 @@ def limits(runs: list[PublishedRun]) -> str:
               for run in often]
     devices = {run.facts["device"] for run in runs if "device" in run.facts}
     if devices == {"cpu"}:
-        lines.append("**No GPU:** nothing here ran on one.")
+        lines.append("**No GPU:** none of these runs used one.")
     small = [run for run in runs if int(run.facts.get("parameters", "0").replace(",", "")) < 1e8
              and named_sources(run)]
     if small:

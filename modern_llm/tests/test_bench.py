@@ -16,7 +16,8 @@ from modern_llm.cli import main
 from modern_llm.files import CHECKOUT
 from modern_llm.messages import StageError
 from modern_llm.training import bench
-from modern_llm.training.bench_lines import KERNELS, MEASURES, Line, ladder, shape_for, wait_for
+from modern_llm.training.bench_lines import KERNELS, Line, ladder, shape_for
+from modern_llm.training.bench_measures import wait_for
 
 # all but torch, numpy, safetensors, tokenizers, tqdm, click, pandas, matplotlib and what those need
 MISSING = ("papermill", "nbdev", "fastcore", "execnb", "datasets", "pyarrow", "transformers",
@@ -38,7 +39,8 @@ whole, wanted = bench.ladder, sys.argv[2:]
 bench.ladder = lambda shape: [line for line in whole(shape) if line.name in wanted]
 main(["bench", "--device", "cpu", "--to", sys.argv[1]])
 """
-TRIED = ["matrix bf16", "step bf16", "step blocks compiled", "step Muon", "memory sft",
+TRIED = ["matrix bf16", "step bf16", "step blocks compiled", "step loss compiled", "step Muon",
+         "profile", "memory sft",
          "memory dpo", "memory verifier", "sampling 2 fp32", "step model compiled", "training",
          "step flash", "step fp16"]
 
@@ -61,8 +63,8 @@ def test_every_kind_of_line_is_measured(folder):
     assert table.tokens_per_s["sampling 2 fp32"] > 0
     assert table.floor["training"] < table.loss["training"] < 7
     assert (sorted(path.name for path in folder.iterdir())
-            == ["bench.json", "lines.csv", "lines.jsonl", "memory.png", "sampling.png", "steps.png",
-                "training.jsonl", "training.png"])
+            == ["bench.json", "kernels.csv", "lines.csv", "lines.jsonl", "memory.png",
+                "sampling.png", "steps.png", "training.jsonl", "training.png"])
     summary = json.loads((folder / "bench.json").read_text())
     assert summary["machine"]["torch"] == torch.__version__ and len(summary["lines"]) == len(TRIED)
 
@@ -71,7 +73,7 @@ def test_every_kind_of_line_is_measured(folder):
 def test_a_step_differs_in_one_setting_from_the_line_it_names(device):
     lines = ladder(shape_for(torch.device(device)))
     names = [line.name for line in lines]
-    assert len(set(names)) == len(names) and {line.kind for line in lines} == set(MEASURES)
+    assert len(set(names)) == len(names) and {line.kind for line in lines} == set(bench.MEASURES)
     settings = {line.name: line.settings for line in lines if line.kind == "step"}
     for line in lines:
         if line.kind == "step" and line.name != "step fp32":

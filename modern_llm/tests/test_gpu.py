@@ -38,9 +38,8 @@ from modern_llm.models.layers import SwiGLU
 from modern_llm.models.packed import BlockAttention, DocumentAttention, block_mask, plan_attention
 from modern_llm.tests.test_hardware import MODEL, MODELS, rows_of, stage_of
 from modern_llm.tests.test_memory import LiveBytes
-from modern_llm.training.bench_lines import (
-    forget, measure_memory, random_rows, shape_for, stage_step,
-)
+from modern_llm.training.bench_lines import shape_for
+from modern_llm.training.bench_measures import forget, measure_memory, random_rows, stage_step
 from modern_llm.training.distributed import DataParallelLoss, World
 from modern_llm.training.optim import gather_tensor, lm_loss
 from modern_llm.training.train_step import optimizer_step
@@ -423,8 +422,9 @@ def test_one_rank_trains_as_no_ranks_do(strategy, precision):
 # ---- generation ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("model", MODELS)
-def test_greedy_answers_are_the_cpus(model):
+def test_greedy_answers_are_the_cpus(model, record):
     cfg = replace(MODELS[model], vocab_size=512, context_length=96, width=64, num_heads=4,
                   num_kv_heads=2, ffn_width=96)
     torch.manual_seed(5)
@@ -432,6 +432,7 @@ def test_greedy_answers_are_the_cpus(model):
     prompts = [[3, 4, 5], [7] * 20, [9, 11]]
     options = dict(max_new_tokens=40, temperature=0)
     expected = generate(module, prompts, **options)
+    options["record"] = record
     assert generate(deepcopy(module).to(DEVICE), prompts, **options) == expected
     alone = [generate(deepcopy(module).to(DEVICE), [prompt], **options)[0] for prompt in prompts]
     assert alone == expected
@@ -457,7 +458,7 @@ def test_the_memory_of_a_stage_is_what_was_estimated(stage):
         return
     cfg = ModelConfig(vocab_size=2048, context_length=128, width=128, num_layers=6, num_heads=4,
                       num_kv_heads=4, ffn_width=512)
-    train = replace(train, precision="bf16", ema_decay=None)
+    train = replace(train, precision="bf16", ema_decay=None, compile=False)
     module, loss, batch = stage_step(stage, ModernDecoderLM(cfg), train, DEVICE)
     state = TrainingState(module, train, DEVICE)
     optimizer_step(state, loss, batch, train, 0.01)

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from modern_llm.config import PRESETS, ConfigError, ModelConfig, TrainConfig
@@ -15,6 +17,7 @@ from modern_llm.models import counts
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.generation import Sampling, generate, next_token_probabilities, stream
 from modern_llm.models.saving import load_model, save_model
+from modern_llm.models.streams import StreamCache
 
 CFG = ModelConfig(vocab_size=64, context_length=32, width=32, num_layers=2, num_heads=4,
                   num_kv_heads=2, ffn_width=64, zero_init_outputs=False, init_std=0.3)
@@ -250,3 +253,47 @@ def test_training_memory_moves_the_right_way():
     assert counts.flops_per_token(cfg, context=2048) > counts.flops_per_token(cfg)
     assert (counts.flops_per_token(replace(cfg, sliding_window=64), 2048)
             == counts.flops_per_token(replace(cfg, sliding_window=64)))
+
+
+# ---- streams -------------------------------------------------------------------------------------
+
+
+@given(kept=st.integers(0, 5), window=st.integers(1, 9), layers=st.integers(1, 2),
+       pieces=st.lists(st.integers(1, 9), min_size=1, max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_a_stream_reads_the_first_and_the_last(kept, window, layers, pieces):
+    """Whatever pieces it comes in: positions stay in the cache, and of one layer the last token's
+    logits are those of the kept tokens and its window alone.
+    """
+    cfg = ModelConfig(vocab_size=32, context_length=16, width=16, num_layers=layers, num_heads=2,
+                      num_kv_heads=1, ffn_width=16, zero_init_outputs=False, init_std=0.3)
+    torch.manual_seed(0)
+    model, cache = ModernDecoderLM(cfg).eval(), StreamCache(cfg, 1, kept, window)
+    pieces = [min(piece, window) for piece in pieces]
+    ids = torch.randint(0, 32, (1, sum(pieces)))
+    with torch.inference_mode():
+        for part in ids.split(pieces, dim=1):
+            logits = model(part, cache=cache)[0, -1]
+            assert cache.length <= kept + window and cache.end <= kept + 2 * window
+        if layers > 1:
+            return
+        n = ids.shape[1]
+        seen = ids if n <= kept + window else torch.cat(
+            [ids[:, :kept], ids[:, n - (cache.end - cache.begin):]], dim=1)
+        torch.testing.assert_close(logits, model(seen)[0, -1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_stream_refuses_what_it_cannot_hold():
+    cfg = ModelConfig(vocab_size=32, context_length=16, width=16, num_layers=1, num_heads=2,
+                      num_kv_heads=1, ffn_width=16)
+    for kept, window in ((-1, 4), (4, 0), (4, 13)):
+        with pytest.raises(ValueError, match=f"kept={kept} and window={window} must be"):
+            StreamCache(cfg, 1, kept, window)
+    model = ModernDecoderLM(cfg)
+    with pytest.raises(ValueError, match="13 tokens at once are more than its window of 12"):
+        model(torch.zeros(1, 13, dtype=torch.long), cache=StreamCache(cfg, 1))
+    with pytest.raises(ValueError, match="prompt 1 has 2 tokens and prompt 0 1; with streaming"):
+        generate(model, [[1], [1, 2]], max_new_tokens=2, streaming=True)
+    several = generate(model, [[1, 2, 3]], max_new_tokens=40, samples=3, streaming=True, seed=2)
+    alone = generate(model, [[1, 2, 3]] * 3, max_new_tokens=40, streaming=True, seed=2)
+    assert several == alone and all(len(row) == 40 for row in several)

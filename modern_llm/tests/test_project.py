@@ -1,6 +1,7 @@
 """The project's own rules: notebooks and package in step, imports in order, documents true."""
 
 import ast
+import configparser
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from modern_llm.config.stages import STAGES
 from modern_llm.runs.practice import SPINE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,16 +89,30 @@ def test_no_folder_imports_in_a_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+@pytest.mark.parametrize("stage", [spec for spec in STAGES.values() if spec.notebook], ids=str)
+def test_a_stage_needs_no_tool_of_developers(stage):
+    """What its notebook imports while it runs, settings.ini requires for everybody."""
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    required = {re.split(r"[<>=;]", name)[0] for name in settings["DEFAULT"]["requirements"].split()}
+    allowed = sys.stdlib_module_names | required | {"modern_llm", "IPython"}
+    cells = json.loads((ROOT / "nbs" / stage.notebook).read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    found = set(re.findall(r"^(?:from|import) (\w+)|^%(?:load_ext) (\w+)", code, re.M))
+    assert {name for pair in found for name in pair if name} <= allowed
+
+
 def test_every_chapter_has_its_place():
     """The spine is twelve chapters in their order; every other chapter stands on the shelf that its
-    number names, and says so.
+    number names, and says so; 17a behind 17.
     """
     orders = {path.stem: float(re.search(r"^- order: (\S+)", "".join(
         json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
     ), re.M)[1]) for path in (ROOT / "nbs").glob("*.ipynb") if path.stem != "index"}
     book = sorted(orders, key=orders.get)
     assert tuple(book[:12]) == SPINE and len(set(orders.values())) == len(orders)
-    assert all(re.match(r"[1-7]\d_", stem) and orders[stem] == int(stem[:2]) for stem in book[12:])
+    assert all(re.match(r"[1-7]\d[a-z]?_", stem) and int(orders[stem]) == int(stem[:2])
+               and (orders[stem] > int(stem[:2])) == stem[2].isalpha() for stem in book[12:])
 
 
 @pytest.fixture(scope="module")

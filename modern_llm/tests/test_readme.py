@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from modern_llm.data import synth
@@ -214,6 +215,12 @@ def test_the_front_page_is_short():
     assert len(README.split()) <= 900
     transcript, = re.findall(r"^```text\n(.*?)^```", README, re.S | re.M)
     assert max(map(len, transcript.splitlines())) <= 42
+
+
+def test_the_share_of_a_gpu_is_the_published_one():
+    """Of the best step of the ladder, which chapter 52 discusses."""
+    lines = pd.read_csv(ROOT / "report/results/h200/lines.csv")
+    assert f"reaches {lines.mfu.max():.0%} MFU" in " ".join(README.split())
 
 
 def test_the_table_shows_the_lines_of_the_package():

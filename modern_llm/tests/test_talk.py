@@ -65,6 +65,28 @@ def test_what_a_person_can_type(folder, typed, noted, answers, monkeypatch):
     assert code == 0 and noted in beside and len(asked) == answers and "Traceback" not in beside
 
 
+def without_an_end(tokenizer) -> int:
+    """A token that no model of these tests draws: its answers never end by themselves."""
+    return tokenizer.get_vocab_size() - 1
+
+
+@fault
+def test_a_text_that_fills_the_context_says_so_or_goes_on(folder, monkeypatch):
+    monkeypatch.setattr(talk, "end_id", without_an_end)
+    monkeypatch.setattr(talk, "end_of_text_id", without_an_end)
+    full = "the context of 64 tokens is full, so the text ends here; --streaming writes on"
+    for words, said in (([], True), (["--streaming"], False)):
+        _, beside, code = chat(folder, b"Hello\n", "--max-new-tokens", "90", *words)
+        assert (full in beside) == said and code == 0
+    model, tokenizer, place = open_model("it", "pretrain", None, str(folder), "cpu")
+    for streaming, told in ((False, [f"(3 of 3: {full}, seeing the first and the last of it)"]),
+                            (True, [])):
+        notes = []
+        texts = list(samples(model, tokenizer, place, "Mia", 3, max_new_tokens=90,
+                             streaming=streaming, note=notes.append))
+        assert notes == told and len(texts) == 3
+
+
 @fault
 def test_an_over_long_message_changes_nothing(folder):
     model, tokenizer, _ = open_model("it", "sft", None, str(folder), "cpu", purpose="chat")

@@ -482,14 +482,17 @@ def test_frozen_and_tied_parameters():
         make_optimizers(model.requires_grad_(False), CONFIG)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunked_cross_entropy_scales_with_upstream(dtype):
+def test_chunked_cross_entropy_scales_with_upstream(dtype, compiled, monkeypatch):
+    # traced by the compiler, which generates no code here
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch.manual_seed(0)
     hidden = torch.randn(13, 8, dtype=dtype, requires_grad=True)
     weight, labels = (torch.randn(40, 8, dtype=dtype, requires_grad=True),
                       torch.randint(0, 40, (13,)))
     full = F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum") * 3
-    chunked = chunked_cross_entropy(hidden, weight, labels, 4) * 3
+    chunked = chunked_cross_entropy(hidden, weight, labels, 4, compiled=compiled) * 3
     tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.1)
     torch.testing.assert_close(chunked, full, **tolerance)
     for a, b in zip(torch.autograd.grad(chunked, (hidden, weight)),

@@ -16,11 +16,16 @@ import torch
 
 from modern_llm.files import nan_to_none, read_json, write_json, write_text
 from modern_llm.messages import StageError, UserError
-from modern_llm.training.bench_lines import MEASURES, Line, Shape, forget, ladder, shape_for
+from modern_llm.training import bench_measures
+from modern_llm.training.bench_lines import Line, Shape, ladder, shape_for
+from modern_llm.training.bench_measures import forget
+from modern_llm.training.bench_profile import measure_profile
 from modern_llm.training.checkpoints import append_row, read_metrics
 from modern_llm.training.training_state import pick_device
 
-ROWS, TABLE, SUMMARY, CURVE = "lines.jsonl", "lines.csv", "bench.json", "training.jsonl"
+ROWS, TABLE, SUMMARY = "lines.jsonl", "lines.csv", "bench.json"
+CURVE, KERNELS = "training.jsonl", "kernels.csv"
+MEASURES = {**bench_measures.MEASURES, "profile": measure_profile}
 
 
 class DeviceLost(UserError, RuntimeError):
@@ -55,7 +60,8 @@ def measured(line: Line, shape: Shape, device: torch.device, rows: list[dict],
     """The row of a line: what was found, or how it failed."""
     peaks = {row["dtype"]: row["tflops"] for row in rows
              if row["kind"] == "matrix" and row["status"] == "ok"}
-    more = {"rows_to": folder / CURVE} if line.kind == "training" else {}
+    left = {"training": CURVE, "profile": KERNELS}  # further files, by kind
+    more = {"rows_to": folder / left[line.kind]} if line.kind in left else {}
     row = {"line": line.name, "kind": line.kind, "status": "ok", "against": line.against or None,
            **line.settings}
     started = time.perf_counter()
@@ -132,7 +138,9 @@ def sentence(row: dict) -> str:
     """A row in words, for whoever waits for it."""
     units = {"tflops": "{:,.3g} TFLOP/s", "tokens_per_s": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}",
              "of_matrix": "{:.1%} of the matrix product", "estimate_gb": "estimate {:.3g} GB",
-             "peak_gb": "peak {:.3g} GB", "loss": "held-out loss {:.3f}", "floor": "floor {:.3f}"}
+             "peak_gb": "peak {:.3g} GB", "busy": "busy {:.0%} of a step",
+             "share of matrix products": "{:.0%} of that matrix products",
+             "loss": "held-out loss {:.3f}", "floor": "floor {:.3f}"}
     found = [form.format(row[name]) for name, form in units.items() if row.get(name) is not None]
     said = ", ".join(found) if row["status"] == "ok" else f"{row['status']}: {row.get('why')}"
     return f"{row['line']}: {said} ({row.get('seconds', 0):.1f} s)"
@@ -168,8 +176,9 @@ def draw(folder: Path) -> list[Path]:
     sampling = table[table.kind == "sampling"]
     if len(sampling):
         made["sampling"], ax = figure(4, 2.8)
-        for dtype, part in sampling.groupby("dtype"):
-            ax.loglog(part.rows, part.tokens_per_s, "o-", label=dtype)
+        kinds = sampling.line.str.replace(r"sampling \d+ ", "", regex=True)
+        for kind, part in sampling.groupby(kinds):
+            ax.loglog(part.rows, part.tokens_per_s, "o-", label=kind)
         ax.set(xlabel="answers written at once", ylabel="tokens per second")
         ax.legend()
     training = table[table.kind == "training"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from ..data.tokens import end_of_text_id, make_tokenizer, save_tokenizer
 from ..models.decoder import ModernDecoderLM
 from ..models.likelihoods import document_nats
 from ..models.saving import save_model
-from .optim import lm_loss
+from .optim import lm_loss_for
 from .recipe import Run
 
 if TYPE_CHECKING:
@@ -93,5 +92,5 @@ class Pretraining:
 
     def fit(self) -> TrainResult:
         """Train on the next token of packed text."""
-        loss = partial(lm_loss, chunk_tokens=self.train.loss_chunk_tokens)
+        loss = lm_loss_for(self.train)
         return self.run.trainer(self.model, loss, self.batches, self).fit()

@@ -146,7 +146,7 @@ class SampledAnswers:
         """Marked answers of the model that is loaded (`tasks.solve`), kept in the run's folder."""
         found = cached_frame(self.run.folder / f"samples-{name}.jsonl", lambda: solve(
             load(), self.tokenizer, problems, max_new_tokens=self.train.max_new_tokens,
-            progress=name, **options))
+            batch_rows=self.run.config.eval.batch_rows, progress=name, **options))
         return found.astype({"value": float, "log_prob": float, "right": bool}).fillna({
             "log_prob": -np.inf})
 
