@@ -276,8 +276,8 @@ def smollm2_gsm8k() -> PipelineConfig:
     return replace(
         base,
         name="smollm2-gsm8k",
-        description="SmolLM2-135M-Instruct tuned on GSM8K, SST-2, Alpaca and HH-RLHF; minutes on "
-                    "one data-centre GPU",
+        description="SmolLM2-135M-Instruct tuned on GSM8K, SST-2, Alpaca and HH-RLHF, for a "
+                    "data-centre GPU; planned, not run yet",
         data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"),
                         max_validation_tokens=100_000),
         sft=SFTConfig(sources=("gsm8k", "sst2", "alpaca"), weights=(0.6, 0.25, 0.15), lr=3e-4,
