@@ -60,8 +60,9 @@ class StreamCache:
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         window = cfg.context_length - kept if window is None else window
         if kept < 0 or window < 1 or kept + window > cfg.context_length:
-            raise ValueError(f"StreamCache: kept={kept} and window={window} must be 0 or more, 1 or "
-                             f"more, and together at most the context, {cfg.context_length}")
+            raise ValueError(f"StreamCache: kept={kept} and window={window} must be 0 or more, 1 "
+                             "or more, and together at most the context, "
+                             f"{cfg.context_length}")
         self.cfg, self.kept, self.window = cfg, kept, window
         shape = (cfg.num_layers, batch, cfg.num_kv_heads, kept + 2 * window, cfg.head_width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)

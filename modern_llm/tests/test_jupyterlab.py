@@ -38,8 +38,9 @@ def lab(page, tmp_path_factory):
     shutil.copytree(ROOT / "nbs", folder / "nbs",
                     ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copytree(ROOT / "report", folder / "report")
-    made = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True,
-                          check=True).stdout.splitlines()[-1]
+    said = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout  # inside another make, more than the recipe
+    made, = (line for line in said.splitlines() if "jupyter lab" in line)
     words = shlex.split(made.replace(str(ROOT), str(folder)))
     words = words[words.index("jupyter"):]
     config = {

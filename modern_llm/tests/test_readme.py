@@ -127,6 +127,10 @@ CASES = {
     "modern-llm compare local-smoke/sft local-smoke/dpo": Case(
         "", ("dpo  instructions" if EVERY_STAGE else "has no eval/items.csv: evaluate it first",),
         code=0 if EVERY_STAGE else 2, lane="run"),
+    "modern-llm sample --run local-smoke --stage pretrain --max-new-tokens 1000 --streaming": Case(
+        "-n 1", ("runs/local-smoke/pretrain", "---"), lane="run"),
+    "modern-llm attention-page local-smoke": Case("", ("attention.html",), ("attention.html",),
+                                                  lane="run"),
     "modern-llm presets": Case("", ("local-smoke", "tacc-h100")),
     "modern-llm run --stage pretrain --run sinks -p model.use_attention_sinks=true -p "
     "hardware.ranks=2": Case(" ".join(f"-p {setting}" for setting in TINY.split()),
