@@ -204,13 +204,16 @@ def memory_errors(lines: pd.DataFrame, preset: str = "tacc-h100") -> pd.Series:
 ASSUMED_MFU, H100_FLOPS = 0.4, 989e12
 
 
-def measured_mfu(results: Path) -> float | None:
-    """The best step of a ladder on an H100 or H200 among the results; None without one."""
+def measured_mfu(results: Path, optimizer: str) -> float | None:
+    """The best step with this optimizer on an H100 or H200 among the results' ladders; None without
+    one.
+    """
     found = []
     for path in results.glob("*/lines.csv"):
         table = pd.read_csv(path)
-        if {"mfu", "device"} <= set(table):
-            found += table.mfu[table.device.astype(str).str.contains("H[12]00")].dropna().tolist()
+        if {"mfu", "device", "optimizer"} <= set(table):
+            fitting = table[table.device.str.contains("H[12]00") & (table.optimizer == optimizer)]
+            found += fitting.mfu.dropna().tolist()
     return max(found, default=None)
 
 

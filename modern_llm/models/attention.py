@@ -258,7 +258,7 @@ def attend(
 Attention = Callable[..., Tensor]  # (q, k, v, sinks) -> what each query read
 
 
-@dataclass
+@dataclass  # not frozen, which torch 2.11 cannot compile
 class MaskedAttention:
     """`attend` with a mask that is made once and serves every layer."""
 

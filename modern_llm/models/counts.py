@@ -125,9 +125,10 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1,
     tokens = rows * train.sequences * cfg.context_length
     # tokens whose logits are in hand
     logits = min(tokens, 8 * cfg.context_length if kept else train.loss_chunk_tokens)
-    # logits, their softmax and its gradient; one kernel makes the last two; the softmax is kept
-    in_hand = (2 * value_bytes if train.compile and not kept
-               else value_bytes + 4 if kept else value_bytes + 4 + 4)
+    # logits, their softmax (which DPO keeps) and its gradient; one kernel makes the last two where
+    # the language model's loss is compiled
+    one_kernel = train.compile and not isinstance(train, (DPOConfig, VerifierConfig))
+    in_hand = 2 * value_bytes if one_kernel else value_bytes + 4 + (0 if kept else 4)
     # of weights, gradients, averages; a block, the embedding and the head are gathered
     share = ranks if strategy == "fsdp" else 1
     whole = (4 * (count["total"] - block_matrices + block_matrices // cfg.num_layers)

@@ -37,7 +37,7 @@ def document_lengths(segment_ids: Int[Tensor, "b t"]) -> list[int] | None:
     return lengths.tolist() if len(documents.unique()) == len(documents) else None
 
 # %% ../../nbs/18_packed.ipynb #document-attention
-@dataclass(frozen=True)
+@dataclass  # not frozen, which torch 2.11 cannot compile
 class DocumentAttention:
     """Attention inside the documents of packed rows, one document after the other."""
 
@@ -84,7 +84,7 @@ def compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which torch 2.11 cannot compile
 class BlockAttention:
     """Attention by a kernel that skips blocks; `blocks` is a `block_mask`."""
 

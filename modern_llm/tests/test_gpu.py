@@ -221,10 +221,12 @@ def test_packed_rows_choose_their_attention_and_compile(sinks, monkeypatch):
         patched.setattr("modern_llm.models.packed.documents_pay", lambda *sizes: False)
         expected, gradients = loss_and_gradients(module, lm_loss, batch, CPU, "fp32")
     module.to(DEVICE)
-    for backend in (None, "inductor" if ON_GPU else "eager"):
+    whole = torch.compile(lm_loss, backend="eager")  # traced with the plan of attention in it
+    for loss, backend in ((lm_loss, None), (whole, None),
+                          (lm_loss, "inductor" if ON_GPU else "eager")):
         for block in module.layers if backend else ():
             block.compile(backend=backend)
-        out = lm_loss(module, {name: value.to(DEVICE) for name, value in batch.items()})
+        out = loss(module, {name: value.to(DEVICE) for name, value in batch.items()})
         found = dict(zip(gradients, torch.autograd.grad(out.total, list(module.parameters()))))
         assert (out.total / out.count).item() == pytest.approx(expected, rel=1e-5)
         torch.testing.assert_close(flat(found).cpu(), flat(gradients), rtol=1e-3, atol=1e-4)
