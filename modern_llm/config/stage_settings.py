@@ -34,7 +34,7 @@ class TrainConfig:
     decay_fraction: float = 0.5  # share of the run that decays ("wsd")
     final_lr_fraction: float = 0.0  # of the peak, at the end
     grad_clip: float = 1.0  # global norm; 0 = off
-    # "auto" = bf16 where the device has it, else fp16 on other GPUs, fp32 on CPUs
+    # "auto" = bf16 where the GPU or the CPU has units for it, else fp16 on GPUs, fp32 on CPUs
     precision: str = "auto"
     # true = every block by itself; "model" = the whole model with its loss, and Muon's iteration;
     # with hardware.strategy="fsdp", which brings weights block by block, the same as true

@@ -27,12 +27,14 @@ from modern_llm.evaluation.families import (
 from modern_llm.evaluation.held_out import scored_split
 from modern_llm.evaluation.ledger import item_rows
 from modern_llm.evaluation.pieces import (
-    document_pair, perplexity_piece, preference_piece, protocol_measures, protocol_piece,
-    sentiment_piece,
+    asked_piece, document_pair, perplexity_piece, preference_piece, protocol_measures,
+    protocol_piece, sentiment_piece,
 )
 from modern_llm.evaluation.reranking import sample_items
 from modern_llm.evaluation.sentiment_tables import accuracy_rows
 from modern_llm.evaluation.written import instruction_piece, problem_items, problem_piece
+from modern_llm.statistics import proportion_interval
+from modern_llm.training.sft import SENTIMENT_REQUEST
 
 
 def held_out_split(source: str) -> str:
@@ -166,6 +168,31 @@ def sentiment_protocol(of: EvaluationItems, stage: str, asked: str, generator: s
     """How sentiment was measured."""
     return (f"{of.settings.sentiment}, {of.settings.shots[-1]} demonstrations, mean of "
             f"{of.settings.draws} draws, likelier label word behind 'Sentiment:'")
+
+
+def asked(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
+    """What is said of each review when it is asked about as in SFT."""
+    return asked_piece(subject, of.reviews, SENTIMENT_REQUEST)
+
+
+def asked_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Accuracy, an item a review."""
+    return [item_rows(stage, "sentiment, asked", "accuracy", table.item,
+                      table.said == table.label)]
+
+
+def asked_rows(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[dict]:
+    """What always giving the commonest label would have reached."""
+    label, count = next(iter(table.label.value_counts().items()))
+    return [{"stage": stage, "task": "sentiment, asked", "metric": "majority class",
+             **proportion_interval(count, len(table)), "protocol": f"always {label!r}"}]
+
+
+def asked_protocol(of: EvaluationItems, stage: str, how: str, generator: str) -> str:
+    """How it was asked."""
+    how = how.replace(" behind solved examples, as far as they fit", ", no examples")
+    return (f"{of.settings.sentiment}, {SENTIMENT_REQUEST!r}, {how}, likelier label word as the "
+            "answer")
 
 
 def written_options(of: EvaluationItems) -> dict:

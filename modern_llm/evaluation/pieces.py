@@ -14,20 +14,21 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from ..data.chat import EncodedExample, document_prompt
+from ..data.chat import EncodedExample, document_prompt, encode_prompt
 from ..data.packing import TokenCache, validation_batches
+from ..data.synth_world import LABELS
 from ..data.tasks import Review
 from ..data.tokens import encode_documents, end_of_text_id
 from .asking import Subject
 from .fewshot import sentiment_items
 from .perplexity import perplexity_tables, protocol_rows
 from ..models.likelihoods import document_nats
-from ..models.prefix import continuation_log_probs
+from ..models.prefix import continuation_log_probs, word_log_probs
 from ..statistics import held_out_measures, perplexity_ratio
 
 # %% auto #0
 __all__ = ['perplexity_piece', 'perplexity_rows', 'protocol_piece', 'protocol_measures', 'score_examples', 'continuation_example',
-           'document_pair', 'preference_piece', 'sentiment_piece']
+           'document_pair', 'preference_piece', 'sentiment_piece', 'asked_piece']
 
 # %% ../../nbs/46_pieces.ipynb #perplexity-piece
 def perplexity_piece(subject: Subject, caches: dict[str, TokenCache], batch_rows: int,
@@ -142,3 +143,21 @@ def sentiment_piece(subject: Subject, reviews: Sequence[Review], pool: Sequence[
     return sentiment_items(subject.model, subject.tokenizer, reviews, pool, shots, draws, seed,
                            separator=subject.separator, progress=f"{subject.stage}: sentiment",
                            **options)
+
+# %% ../../nbs/46_pieces.ipynb #asked-piece
+def asked_piece(subject: Subject, reviews: Sequence[Review], request: str) -> pd.DataFrame:
+    """item, label, said: the likelier label word as the answer to `request` about each review, no
+    demonstrations; asked as the model is used to.
+    """
+    tokenizer, room = subject.tokenizer, subject.model.cfg.context_length - 8
+    requests = [f"{request}\n{review.text}" for review in reviews]
+    if subject.chat:
+        prompts, space = [encode_prompt(tokenizer, text) for text in requests], ""
+    else:
+        prompts, space = [document_prompt(tokenizer, [], f"Question: {text}\nAnswer:", room,
+                                          subject.separator) for text in requests], " "
+    words = encode_documents(tokenizer, [space + label for label in LABELS])
+    scores = word_log_probs(subject.model, [prompt[-room:] for prompt in prompts], words,
+                            progress=f"{subject.stage}: sentiment, asked")
+    return pd.DataFrame({"item": range(len(reviews)), "label": [r.label for r in reviews],
+                         "said": [LABELS[i] for i in scores.argmax(1)]})

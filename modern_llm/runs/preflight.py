@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from modern_llm.config import STAGES, PipelineConfig, TrainConfig
+from modern_llm.config import STAGES, PipelineConfig, TrainConfig, override
 from modern_llm.messages import StageError
 from modern_llm.models import counts
 from modern_llm.runs.data_files import check_splits, missing_data
@@ -71,6 +71,19 @@ def fit_to_memory(config: PipelineConfig, stage: str, memory: int) -> PipelineCo
     return config
 
 
+def settle_precision(config: PipelineConfig, stage: str, device: str) -> PipelineConfig:
+    """The config with what `precision="auto"` of the stage means on the device."""
+    import torch
+
+    from modern_llm.training.training_state import training_precision
+
+    train = settings_of(config, stage)
+    if not isinstance(train, TrainConfig):
+        return config
+    meant = training_precision(train.precision, torch.device(device))
+    return override(config, {stage: {"precision": meant}})
+
+
 def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
     """Check device, memory and the data the stage reads before anything is written; returns the
     fitted config and the device.
@@ -111,7 +124,7 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
     memory = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
     fitted = config
     try:
-        fitted = fit_to_memory(config, stage, memory)
+        fitted = fit_to_memory(settle_precision(config, stage, device), stage, memory)
         if missing:
             missing.append(f"memory: estimated {memory_needed(fitted, stage) / GIB:.1f} GB, "
                            f"{memory / GIB:.1f} GB free on {device}")

@@ -201,7 +201,8 @@ def write_record(run: StageRun, parameters: dict, resolved: PipelineConfig, form
                       "stages": former["stages"]})
     wanted = sections(resolved, run.stage)
     if isinstance(fitted := settings_of(run.config, run.stage), TrainConfig):
-        wanted[run.stage]["micro_batch_size"] = fitted.micro_batch_size
+        wanted[run.stage] |= {"micro_batch_size": fitted.micro_batch_size,
+                              "precision": fitted.precision}
     write_json(run.folder / "params.json",
                {"stage": run.stage, **parameters, "run": run.run, "config": wanted,
                 "context_length": resolved.model.context_length, "inputs": described(run.inputs),

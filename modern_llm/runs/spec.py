@@ -63,15 +63,17 @@ def sections(config: PipelineConfig, stage: str) -> dict:
 
 
 def changes(former: dict, wanted: dict, place: str = "") -> list[str]:
-    """`sft.lr: 0.003 -> 0.001` for every setting that differs; micro-batches are left out: they
-    follow the memory.
+    """`sft.lr: 0.003 -> 0.001` for every setting that differs; what follows the machine is left
+    out: micro-batches, and a precision that is "auto" on one side.
     """
     lines = []
     for name in dict.fromkeys([*former, *wanted]):
         path, one, other = f"{place}{name}", former.get(name), wanted.get(name)
         if isinstance(one, dict) and isinstance(other, dict):
             lines += changes(one, other, f"{path}.")
-        elif (one != other or (name in former) != (name in wanted)) and name != "micro_batch_size":
+        elif name == "micro_batch_size" or name == "precision" and "auto" in (one, other):
+            continue
+        elif one != other or (name in former) != (name in wanted):
             values = (json.dumps(side[name]) if name in side else "not there"
                       for side in (former, wanted))
             lines.append(f"{path}: {' -> '.join(values)}")

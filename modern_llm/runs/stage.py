@@ -87,9 +87,9 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict,
     inputs = choose_inputs(stage, config, parameters, folder, former)
     if start := start_of(inputs):
         config = with_model_of(config, start)
-    # another micro-batch would round differently
+    # another micro-batch or precision would round differently
     if resume and isinstance(settings_of(config, stage), TrainConfig):
-        config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
+        config = override(config, {stage: fitted_before(folder, stage, config)})
     config, device = preflight(config, stage)
     set_precision(config, device)
     for line in check_splits(config, stage)[0]:
@@ -166,7 +166,7 @@ def begin_on_worker(task: dict) -> StageRun:
               for name, entry in read_json(folder / "params.json")["inputs"].items()}
     if start := start_of(inputs):
         config = with_model_of(config, start)
-    config = override(config, {stage: {"micro_batch_size": former_micro_batch(folder, stage)}})
+    config = override(config, {stage: fitted_before(folder, stage, config)})
     hardware = config.hardware
     set_precision(config, str(pick_device(hardware.device)))
     world = World(rank_info()[0], hardware.ranks, hardware.strategy,
@@ -184,11 +184,15 @@ def set_precision(config: PipelineConfig, device: str) -> None:
     set_inference_precision(config.hardware.inference_precision, torch.device(device))
 
 
-def former_micro_batch(folder: Path, stage: str) -> int | None:
-    """The micro-batch that an earlier session of the stage was fitted to."""
+def fitted_before(folder: Path, stage: str, config: PipelineConfig) -> dict:
+    """What an earlier session of the stage made of the settings that follow the machine: its
+    micro-batch, and its precision where `config` leaves that open.
+    """
     record = (read_json(folder / "params.json").get("config")
-              or read_json(folder.parent / "run.json")["config"])
-    return record[stage]["micro_batch_size"]
+              or read_json(folder.parent / "run.json")["config"])[stage]
+    left_open = settings_of(config, stage).precision == "auto"
+    return {name: record[name]
+            for name in ("micro_batch_size", *(["precision"] if left_open else []))}
 
 
 # ---- what it starts from -------------------------------------------------------------------------

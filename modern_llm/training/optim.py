@@ -155,8 +155,8 @@ def orthogonalise(
     """Replace singular values by ones near 1 (0.6–1.3): Newton–Schulz iteration, all matrices at
     once. One below a thousandth of the largest takes more steps.
 
-    Quintic with the coefficients of Jordan et al. 2024; bfloat16 is right on GPUs, float32 on CPUs
-    without bf16 units.
+    Quintic with the coefficients of Jordan et al. 2024; bfloat16 is right where there are units for
+    it, as on GPUs, float32 on other CPUs.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -319,9 +319,11 @@ def parameter_groups(module: nn.Module, cfg: TrainConfig) -> dict[str, dict[str,
 
 # %% ../../nbs/02b_optim.ipynb #make-optimizers
 def make_optimizers(module: nn.Module, cfg: TrainConfig,
-                    shared: bool = False) -> list[torch.optim.Optimizer]:
+                    shared: bool = False, dtype: torch.dtype = torch.float32
+                    ) -> list[torch.optim.Optimizer]:
     """The optimizers of a run; every parameter group carries its `peak_lr`, which a schedule
-    multiplies. `shared`: ranks have the same gradients; see `Muon`.
+    multiplies. `shared`: ranks have the same gradients; see `Muon`. `dtype`: of the run's matrix
+    products; Muon iterates in it where that is bfloat16.
     """
     groups = {kind: list(members.values())
               for kind, members in parameter_groups(module, cfg).items()}
@@ -332,6 +334,7 @@ def make_optimizers(module: nn.Module, cfg: TrainConfig,
     if groups["muon"]:
         optimizers.append(Muon([dict(params=groups["muon"], peak_lr=cfg.muon_lr)], cfg.muon_lr,
                                cfg.weight_decay, shared=shared,
+                               dtype=dtype if dtype is torch.bfloat16 else None,
                                compiled=cfg.compile == "model"))
     if adamw:
         fused = all(p.device.type in ("cuda", "cpu") for group in adamw for p in group["params"])

@@ -20,11 +20,12 @@ from ..messages import UserError
 from .optim import gather_tensor, make_optimizers, shard_like
 
 # %% auto #0
-__all__ = ['HOPPER', 'KERNEL_ORDER', 'COUNTERS', 'SHARDED', 'pick_device', 'compute_dtype', 'attention_order', 'forward_context',
-           'inference_precision', 'inference_dtype', 'set_inference_precision', 'training_products', 'seed_everything',
-           'random_states', 'restore_random_states', 'keep_weight', 'put_weight', 'WeightEMA', 'gather_module',
-           'eval_context', 'load_moments', 'map_state', 'gather_state', 'without_shards', 'with_shards',
-           'CheckpointError', 'TrainingState']
+__all__ = ['DTYPES', 'BF16_UNITS', 'HOPPER', 'KERNEL_ORDER', 'COUNTERS', 'SHARDED', 'pick_device', 'has_bf16_units',
+           'training_precision', 'compute_dtype', 'attention_order', 'forward_context', 'inference_precision',
+           'inference_dtype', 'set_inference_precision', 'training_products', 'seed_everything', 'random_states',
+           'restore_random_states', 'keep_weight', 'put_weight', 'WeightEMA', 'gather_module', 'eval_context',
+           'load_moments', 'map_state', 'gather_state', 'without_shards', 'with_shards', 'CheckpointError',
+           'TrainingState']
 
 # %% ../../nbs/34_training_state.ipynb #device
 def pick_device(name: str = "auto") -> torch.device:
@@ -43,18 +44,36 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(kind) if index is None else torch.device(kind, index)
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; weights, softmax and optimizer stay in float32.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")  # instructions, as processors list them
 
-    "auto" is bfloat16 on GPUs that have it, float16 (with a gradient scaler) on older ones, float32
-    elsewhere.
+
+def has_bf16_units() -> bool:
+    """Whether this processor multiplies bfloat16 matrices by itself, and not through float32; an
+    old torch does not say, and counts as none.
     """
-    if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
-                else torch.float16)
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    listed = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(listed.get(unit) for unit in BF16_UNITS)
+
+
+def training_precision(precision: str, device: torch.device) -> str:
+    """What a stage's `precision` means on a device: "fp32", "bf16" or "fp16".
+
+    "auto" is bf16 on GPUs and processors that have units for it, fp16 (with a gradient scaler) on
+    older GPUs, fp32 elsewhere.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and has_bf16_units() else "fp32"
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products; weights, softmax and optimizer stay in float32. `precision` is
+    one of DTYPES or "auto"; see `training_precision`.
+    """
+    return DTYPES[training_precision(precision, device)]
 
 # %% ../../nbs/34_training_state.ipynb #forward-context
 HOPPER = 9  # major compute capability
@@ -316,7 +335,7 @@ class TrainingState:
                  whole: nn.Module | None = None, shared: bool = False):
         self.module, self.device, self.whole = module.to(device), device, whole
         self.dtype = compute_dtype(cfg.precision, device)
-        self.optimizers = make_optimizers(module, cfg, shared)
+        self.optimizers = make_optimizers(module, cfg, shared, self.dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.average = WeightEMA(module, cfg.ema_decay) if cfg.ema_decay else None
         self.step, self.tokens, self.seconds, self.kept = 0, 0, 0.0, 0
