@@ -1,19 +1,12 @@
-"""The presets: a function for each that returns a complete `PipelineConfig`; further ones are JSON
-files of the same shape.
-
-A variant of a preset is `dataclasses.replace`. Imports no torch.
+"""The presets: a function for each that returns a complete `PipelineConfig`. A variant of one is
+`dataclasses.replace`. Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-from modern_llm.config.checks import ConfigError, nearest, require
-from modern_llm.config.overrides import override, parse_overrides
 from modern_llm.config.schema import DataConfig, HardwareConfig, ModelConfig, PipelineConfig
 from modern_llm.config.stage_settings import (
     DPOConfig, EvalConfig, SFTConfig, TrainConfig, VerifierConfig,
@@ -87,24 +80,27 @@ def local_smoke() -> PipelineConfig:
 def local_cpu() -> PipelineConfig:
     return PipelineConfig(
         name="local-cpu",
-        description="6M parameters on WikiText-2 and TinyStories on 2 CPU cores",
+        description="6M parameters on WikiText-2, TinyStories, SST-2 and HH-RLHF on 2 CPU cores",
         model=ModelConfig(vocab_size=4096, width=256, num_layers=6, num_kv_heads=2, ffn_width=768),
         data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"), tokenizer_vocab_size=4096),
-        pretrain=TrainConfig(max_steps=2000, max_minutes=45, batch_size=16, eval_every=100,
-                             checkpoint_every=200),
-        sft=SFTConfig(sources=("alpaca", "gsm8k", "sst2"),
-                      weights=(0.5, 0.3, 0.2), max_steps=600, max_minutes=15, batch_size=16,
-                      lr=2e-3, muon_lr=1e-2, checkpoint_every=200, max_validation_examples=100),
-        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=150, max_minutes=8, batch_size=8,
-                      optimizer="adamw", lr=5e-5, weight_decay=0.0, sft_weight=0.1, log_every=5,
-                      eval_every=50, checkpoint_every=50, keep_checkpoints=0, max_train_pairs=1200,
-                      max_validation_pairs=100),
-        verifier=VerifierConfig(problems="gsm8k", max_steps=200, max_minutes=6, batch_size=8,
-                                lr=1e-3, muon_lr=5e-3, train_problems=80, validation_problems=40,
-                                samples_per_problem=4, validation_samples=8, keep_checkpoints=0),
-        eval=EvalConfig(problems="gsm8k", num_problems=100, sampled_problems=24,
-                        samples_per_problem=8, sentiment="sst2", num_sentences=100, shots=(0, 4),
-                        num_instructions=100, num_pairs=100, max_perplexity_tokens=30_000,
+        pretrain=TrainConfig(max_steps=3000, batch_size=16, warmup_steps=50, compile=True,
+                             eval_every=250, checkpoint_every=250),
+        sft=SFTConfig(sources=("sst2", "synthetic-problems", "alpaca"), weights=(0.6, 0.3, 0.1),
+                      replay_fraction=0.2, max_steps=1800, batch_size=16, lr=2e-3, muon_lr=1e-2,
+                      compile=True, eval_every=300, checkpoint_every=300, keep_checkpoints=0,
+                      max_train_examples=70_000, max_validation_examples=100),
+        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=250, batch_size=16, optimizer="adamw",
+                      lr=2e-4, weight_decay=0.0, sft_weight=0.1, replay_weight=1.0,
+                      replay_sources=("text", "sst2", "synthetic-problems"), log_every=5,
+                      eval_every=50, checkpoint_every=50, keep_checkpoints=0,
+                      max_train_pairs=4000, max_validation_pairs=200),
+        verifier=VerifierConfig(
+            levels=(2, 3, 4), max_steps=120, batch_size=16, lr=1e-3, muon_lr=5e-3, warmup_steps=10,
+            decay_fraction=0.6, eval_every=60, checkpoint_every=40, keep_checkpoints=0,
+            train_problems=120, validation_problems=120, samples_per_problem=8, temperature=0.7,
+            gold_problems=4000, gold_fraction=0.75, lm_weight=20.0),
+        eval=EvalConfig(temperature=0.7, sentiment="sst2", num_sentences=872, shots=(0, 4),
+                        draws=2, num_pairs=800, max_perplexity_tokens=100_000,
                         protocol_sources=("wikitext-2-raw-v1", "tinystories")),
     )
 
@@ -323,46 +319,3 @@ PRESETS: dict[str, Callable[[], PipelineConfig]] = {
     "smollm2-gsm8k": smollm2_gsm8k,
 }
 ALIASES = {"local-rtx3060": "local", "tacc": "tacc-h100"}
-
-
-def get_pipeline_preset(name_or_path: str = "local-smoke") -> PipelineConfig:
-    """The preset of that name (or alias), or the one a JSON file describes.
-
-    A JSON file has the shape of `to_dict`; keys left out keep the default, or the value of the
-    preset that its key `base` names; its own name, unless it says one, is the file's. Raises
-    ConfigError naming the nearest valid name or key.
-    """
-    name = ALIASES.get(name_or_path, name_or_path)
-    if name in PRESETS:
-        return PRESETS[name]()
-    path = Path(os.path.expanduser(name_or_path))
-    # false, too, of what is no possible name
-    if path.suffix != ".json" and not os.path.isfile(path):
-        raise ConfigError(
-            f"unknown preset {name_or_path!r}{nearest(name_or_path, [*PRESETS, *ALIASES])}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
-    except OSError as error:
-        raise ConfigError(f"preset file {str(path)!r} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"preset file {str(path)!r} is not valid JSON: {error}") from error
-    require(isinstance(values, dict), f"preset file {str(path)!r} must hold a JSON object")
-    base = values.pop("base", None)
-    require(base is None or isinstance(base, str) and ALIASES.get(base, base) in PRESETS,
-            f"{path}: base={base!r} is not a preset{nearest(str(base), PRESETS)}")
-    # not the base's: its run is another one
-    start = replace(get_pipeline_preset(base) if base else PipelineConfig(), name=path.stem)
-    return override(start, values, place=str(path))
-
-
-def preset_with(name_or_path: str, words: str | None = None) -> PipelineConfig:
-    """The preset of that name or file with the overrides that are written in `words`."""
-    return override(get_pipeline_preset(name_or_path), parse_overrides(words or ""), "overrides")
-
-
-def _each_once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object; ValueError for a key that comes twice, of which JSON would keep the last."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} stands in one object twice: put both into one")
-    return dict(pairs)

@@ -94,6 +94,9 @@ class DataConfig:
     tokenizer: str = "bpe"  # "bpe" = byte-level BPE trained on the sources; "gpt2" = GPT-2's
     tokenizer_vocab_size: int = 512  # for "bpe"; special tokens included
     max_train_tokens: int | None = None  # a source; None = all of it
+    # of pretraining, in place of pretrain.max_steps; rounded up to whole steps
+    tokens_target: int | None = None
+    max_epochs: float | None = None  # pretraining ends when the text was read so often
     max_validation_tokens: int = 100_000  # a source
     isolate_documents: bool = False  # attention stops at document boundaries inside a packed row
     world_seed: int = 0  # the synthetic world: who lives where, owns which pet …
@@ -107,6 +110,10 @@ class DataConfig:
         require(self.max_train_tokens is None or self.max_train_tokens > 0,
                 f"data.max_train_tokens={self.max_train_tokens} must be greater than 0, or null "
                 "for everything")
+        for name in ("tokens_target", "max_epochs"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf,
+                    f"data.{name}={value} must be greater than 0, or null for no such bound")
         require_positive("data", self, "max_validation_tokens")
 
 

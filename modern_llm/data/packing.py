@@ -287,6 +287,10 @@ class PackedBatches:
         self.density = self.tokens_per_epoch / (self.rows_per_epoch * context_length)
         self._epoch, self._plan = -1, ()
 
+    def epochs(self, steps: int) -> float:
+        """How often `steps` batches read the text."""
+        return steps * self.batch_size / self.rows_per_epoch
+
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """`epoch_parts` of an epoch; those of the last one are kept."""
         if epoch != self._epoch:

@@ -30,6 +30,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         x, weight, root = ctx.saved_tensors
+        upstream = upstream.contiguous()  # torch's compiler makes NaN of a transposed one
         products = upstream * x
         shared = (products @ weight).unsqueeze(-1) * root**3 / x.shape[-1]
         x_grad = torch.addcmul(upstream * weight * root, x, shared, value=-1)

@@ -19,12 +19,12 @@ from modern_llm.models.attention import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch.nn.attention.flex_attention import BlockMask
 
 # %% auto #0
-__all__ = ['document_lengths', 'DocumentAttention', 'documents_pay', 'block_mask', 'compiled_flex_attention', 'BlockAttention',
-           'plan_attention']
+__all__ = ['SCORES_AT_ONCE', 'NEVER', 'document_lengths', 'DocumentAttention', 'documents_pay', 'trains_in_bf16',
+           'ProductAttention', 'block_mask', 'compiled_flex_attention', 'BlockAttention', 'plan_attention']
 
 # %% ../../nbs/18_packed.ipynb #document-lengths
 def document_lengths(segment_ids: Int[Tensor, "b t"]) -> list[int] | None:
@@ -62,6 +62,54 @@ class DocumentAttention:
 def documents_pay(lengths: list[int], b: int, t: int) -> bool:
     """Whether one call a document is expected to cost less than b masks of t × t."""
     return sum(n * n + 64 * 64 for n in lengths) < b * t * t
+
+# %% ../../nbs/18_packed.ipynb #product-attention
+SCORES_AT_ONCE = 2**22  # of a group of rows; in bfloat16 they stay in a processor's cache
+NEVER = -1e9  # added to a score
+
+
+def trains_in_bf16() -> bool:
+    """Whether this is a forward pass of training under bfloat16 autocast on CPUs."""
+    return (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") is torch.bfloat16)
+
+
+@dataclass  # not frozen, which torch 2.11 cannot compile
+class ProductAttention:
+    """Attention by matrix products, as `attention_weights(q, k, mask, sinks) @ v`, in the dtype of
+    q; a few rows at a time.
+    """
+
+    bias: Tensor  # (1 or b, 1, t, t), 0 where a query may read and NEVER elsewhere
+
+    @classmethod
+    def of(cls, t: int, mask: Bool[Tensor, "#b 1 t t"] | None) -> ProductAttention:
+        """With a mask of `attention_mask`; None is causal."""
+        if mask is None:
+            mask = torch.ones(1, 1, t, t, dtype=torch.bool).tril()
+        return cls(torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill_(~mask, NEVER))
+
+    def __call__(self, q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g t d"],
+                 v: Float[Tensor, "b g t d"], sinks: Float[Tensor, "h"] | None = None
+                 ) -> Float[Tensor, "b h t d"]:
+        b, h, t, d = q.shape
+        rows = max(1, SCORES_AT_ONCE // (h * t * t))
+        groups = zip(*(x.split(rows) for x in (
+            q / math.sqrt(d), k, v, self.bias.to(q.dtype).expand(b, 1, t, t))))
+        y = [self._rows(*group, sinks) for group in groups]
+        return y[0] if len(y) == 1 else torch.cat(y)
+
+    @staticmethod
+    def _rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor | None) -> Tensor:
+        """Heads of a group are queries of the same keys."""
+        (b, h, t, d), g = q.shape, k.shape[1]
+        scores = (q.reshape(b, g, -1, d) @ k.mT).view(b, h, t, t) + bias
+        if sinks is None:
+            weights = scores.softmax(-1)
+        else:
+            column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(b, h, t, 1)
+            weights = torch.cat([column, scores], dim=-1).softmax(-1)[..., 1:]
+        return (weights.reshape(b, g, -1, t) @ v).view(b, h, t, d)
 
 # %% ../../nbs/18_packed.ipynb #flex
 def block_mask(t: int, window: int | None, segment_ids: Int[Tensor, "b t"] | None,
@@ -107,8 +155,8 @@ class BlockAttention:
 # %% ../../nbs/18_packed.ipynb #plan-attention
 def plan_attention(cfg: ModelConfig, t: int, segment_ids: Int[Tensor, "b t"] | None = None,
                    cache: KVCache | None = None, device: torch.device | str = "cpu") -> Attention:
-    """How t tokens attend, in all layers: by blocks in training on GPUs, document by document on
-    CPUs where that pays, else with one mask.
+    """How t tokens attend, in all layers: by blocks in training on GPUs; by products in training
+    in bfloat16 on CPUs, else there document by document where that pays; else with one mask.
 
     Args:
         cfg: reads sliding_window and head_width.
@@ -126,6 +174,9 @@ def plan_attention(cfg: ModelConfig, t: int, segment_ids: Int[Tensor, "b t"] | N
     if (kind == "cuda" and masked and cache is None and torch.is_grad_enabled()
             and cfg.head_width >= 16):
         return BlockAttention(block_mask(t, window, segment_ids, device))
+    if kind == "cpu" and cache is None and trains_in_bf16():
+        mask = attention_mask(t, t, window=window, segment_ids=segment_ids, device=device)
+        return ProductAttention.of(t, mask)
     if kind == "cpu" and segment_ids is not None and cache is None:
         lengths = document_lengths(segment_ids)
         if lengths and documents_pay(lengths, *segment_ids.shape):

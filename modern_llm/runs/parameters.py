@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modern_llm.config import (
-    ConfigError, PipelineConfig, get_pipeline_preset, nearest, override, preset_with,
+    ConfigError, PipelineConfig, get_pipeline_preset, nearest, override, preset_with, steps_wanted,
 )
 from modern_llm.files import CHECKOUT, IN_CHECKOUT
 from modern_llm.messages import StageError
@@ -71,7 +71,12 @@ def resolve(stage: str, parameters: dict) -> PipelineConfig:
         values["seed"] = parameters["seed"]
     if parameters.get("device"):
         values["hardware"] = {"device": parameters["device"]}
-    return override(resolved, values, "parameters")
+    resolved = override(resolved, values, "parameters")
+    if (steps := steps_wanted(resolved)) != resolved.pretrain.max_steps:
+        raise ConfigError(f"data.tokens_target={resolved.data.tokens_target} makes {steps:,} steps,"
+                          f" and max_steps={resolved.pretrain.max_steps} was asked for: say one of "
+                          "them")
+    return resolved
 
 
 # ---- folders -------------------------------------------------------------------------------------

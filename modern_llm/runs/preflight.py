@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import sys
+import sysconfig
 
 from modern_llm.config import STAGES, PipelineConfig, TrainConfig, override
-from modern_llm.messages import StageError
+from modern_llm.messages import StageError, say
 from modern_llm.models import counts
 from modern_llm.runs.data_files import check_splits, missing_data
 
@@ -71,8 +74,18 @@ def fit_to_memory(config: PipelineConfig, stage: str, memory: int) -> PipelineCo
     return config
 
 
-def settle_precision(config: PipelineConfig, stage: str, device: str) -> PipelineConfig:
-    """The config with what `precision="auto"` of the stage means on the device."""
+def can_compile() -> bool:
+    """Whether torch can compile for this processor: it needs a C++ compiler and Python's headers.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return bool(shutil.which(compiler)
+                and os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")))
+
+
+def settle(config: PipelineConfig, stage: str, device: str) -> PipelineConfig:
+    """The config with what the stage's settings mean on the device: `precision="auto"`, and
+    `compile` where that cannot be had, which a line says.
+    """
     import torch
 
     from modern_llm.training.training_state import training_precision
@@ -80,8 +93,12 @@ def settle_precision(config: PipelineConfig, stage: str, device: str) -> Pipelin
     train = settings_of(config, stage)
     if not isinstance(train, TrainConfig):
         return config
-    meant = training_precision(train.precision, torch.device(device))
-    return override(config, {stage: {"precision": meant}})
+    found: dict = {"precision": training_precision(train.precision, torch.device(device))}
+    if train.compile and device.startswith("cpu") and not can_compile():
+        say(f"{stage}: not compiled, since that needs a C++ compiler and Python's headers (on "
+            f"Debian: apt install g++ python3-dev); slower, or say {stage}.compile=false")
+        found["compile"] = False
+    return override(config, {stage: found})
 
 
 def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
@@ -124,7 +141,7 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
     memory = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
     fitted = config
     try:
-        fitted = fit_to_memory(settle_precision(config, stage, device), stage, memory)
+        fitted = fit_to_memory(settle(config, stage, device), stage, memory)
         if missing:
             missing.append(f"memory: estimated {memory_needed(fitted, stage) / GIB:.1f} GB, "
                            f"{memory / GIB:.1f} GB free on {device}")

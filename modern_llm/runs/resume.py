@@ -17,7 +17,8 @@ MADE = ("params.json", "results.json", "metrics.jsonl", "checkpoint", "checkpoin
         "checkpoints", "pieces")
 # settings that an earlier record does not have, with the value that means what was done then: the
 # weights are the same with a control and without
-LATER = {"dpo.preference_weight": 1.0, "dpo.control": True, "verifier.control": True}
+LATER = {"dpo.preference_weight": 1.0, "dpo.control": True, "verifier.control": True,
+         "data.tokens_target": None, "data.max_epochs": None}
 
 
 def begun(folder: Path) -> bool:

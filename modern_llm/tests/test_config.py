@@ -11,10 +11,11 @@ from click.testing import CliRunner
 
 from modern_llm.cli import main
 from modern_llm.config import (
-    ALIASES, PRESETS, ConfigError, get_pipeline_preset, local_cpu, override, tacc_h100, to_dict,
+    ALIASES, PRESETS, ConfigError, get_pipeline_preset, local_cpu, override, preset_with,
+    steps_wanted, tacc_h100, to_dict,
 )
 from modern_llm.models import counts
-from modern_llm.runs.parameters import choose_folder
+from modern_llm.runs.parameters import choose_folder, resolve
 from modern_llm.runs.pipeline import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,3 +142,20 @@ def test_a_context_too_short_for_any_stage_is_refused_with_the_shortest(length):
         override(get_pipeline_preset("lesson"), {"model": {"context_length": length}}, "overrides")
     assert override(get_pipeline_preset("lesson"),
                     {"model": {"context_length": 16}}, "overrides").model.context_length == 16
+
+
+def test_tokens_decide_the_steps_of_pretraining():
+    words = "data.tokens_target=1000000"
+    config = preset_with("local-smoke", words)
+    each = config.pretrain.batch_size * config.model.context_length
+    assert config.pretrain.max_steps == steps_wanted(config) == -(-1_000_000 // each)
+    assert steps_wanted(get_pipeline_preset("local-smoke")) == 800
+    asked = {"preset": "local-smoke", "overrides": words}
+    assert resolve("pretrain", asked).pretrain.max_steps == config.pretrain.max_steps
+    with pytest.raises(ConfigError, match=r"data.tokens_target=1000000 makes \d+ steps, and "
+                                          "max_steps=7 was asked for: say one of them"):
+        resolve("pretrain", {**asked, "max_steps": 7})
+    assert resolve("sft", {**asked, "max_steps": 7}).sft.max_steps == 7
+    for value in ("0", "-1", "nan"):
+        with pytest.raises(ConfigError, match=r"data.max_epochs"):
+            preset_with("local-smoke", f"data.max_epochs={value}")

@@ -21,7 +21,7 @@ from modern_llm.training.ranks import address, rank_info
 
 CONFIG = TrainConfig(max_steps=12, batch_size=8, micro_batch_size=2, warmup_steps=3, ema_decay=0.9,
                      log_every=1, eval_every=6, checkpoint_every=4, lr=3e-3, muon_lr=5e-3,
-                     keep_checkpoints=1)
+                     keep_checkpoints=1, precision="fp32")
 
 
 def run(folder, cfg=CONFIG, dropout=0.0, **options):

@@ -215,7 +215,7 @@ def test_any_parameters_make_a_config_or_a_config_error(values):
     ("from modern_llm.config import get_pipeline_preset; assert "
      "get_pipeline_preset('local-smoke').name == 'local-smoke'", False),
     ("import modern_llm.config as c; assert c.get_pipeline_preset is "
-     "__import__('modern_llm.config.presets').config.presets.get_pipeline_preset", False),
+     "__import__('modern_llm.config.choosing').config.choosing.get_pipeline_preset", False),
     ("from modern_llm.config import *; from modern_llm.config import PipelineConfig; assert not "
      "hasattr(__import__('modern_llm.config').config, 'nothing')", False),
     ("from modern_llm.config import *; from modern_llm.config import get_pipeline_preset", False),

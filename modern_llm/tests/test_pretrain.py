@@ -3,6 +3,7 @@ stopped and resumed.
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -22,6 +23,8 @@ from modern_llm.messages import StageError
 from modern_llm.runs import pipeline
 from modern_llm.runs.spec import sections
 from modern_llm.tests.papermill import COMMAND
+from modern_llm.tests.test_stage import begin
+from modern_llm.training.pretrain import Pretraining
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = "data.max_train_tokens=20000 data.max_validation_tokens=2000"
@@ -59,6 +62,7 @@ def test_stage_leaves_its_record(straight):
             <= set(metrics.columns))
     assert metrics.step.max() == 12
     results = json.loads((straight / "results.json").read_text())
+    assert 0 < results["epochs"] < 12
     measures = {row["metric"]: row for row in results["table"]}
     bits = measures["bits per byte, synthetic"]
     assert bits["low"] < bits["value"] < bits["high"] and bits["n"] > 0
@@ -68,6 +72,30 @@ def test_stage_leaves_its_record(straight):
     assert ({"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
              "generation_config.json", "training_state.pt", "meta.json"}
             <= {p.name for p in (straight / "checkpoint").iterdir()})
+
+
+def test_epochs_are_counted_bounded_and_said_when_they_are_many(tmp_path, capsys):
+    few = f"{FEW} pretrain.compile=false pretrain.eval_every=100"
+
+    def fit(name, **values):
+        run = begin(tmp_path, run=name, stage="pretrain", **values)
+        recipe = Pretraining(run)
+        result = recipe.fit()
+        run.lock.release()
+        return recipe, result, capsys.readouterr().err
+
+    recipe, result, said = fit("bounded", max_steps=50, overrides=f"{few} data.max_epochs=0.5")
+    assert result.stopped == "finished" and result.step == recipe.train.max_steps < 50
+    assert 0.5 - recipe.packed.epochs(1) < recipe.packed.epochs(result.step) <= 0.5
+    assert f"pretrain: {result.step} steps of 50 read the text 0.5 times (data.max_epochs)" in said
+    assert "is read up to" not in said
+    rows = {tuple(row) for step in range(math.ceil(recipe.packed.rows_per_epoch / 16))
+            for row in recipe.packed(step)["input_ids"].tolist()}
+    assert len(rows) >= recipe.packed.rows_per_epoch, "an epoch is every row once"
+    recipe, result, said = fit("many", overrides=f"{few} data.max_train_tokens=3000 "
+                                                 "data.tokens_target=14000")
+    assert result.step == math.ceil(14_000 / (16 * 128))
+    assert f"the text is read up to {recipe.packed.epochs(result.step):.1f} times; beyond 4" in said
 
 
 @pytest.mark.fault("one-lacks")

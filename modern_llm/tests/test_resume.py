@@ -103,7 +103,7 @@ def test_what_made_a_stage_cannot_change_and_nothing_is_written(tmp_path, stage,
                          ["lr", "max_minutes", "eval_every", "precision", "schedule", "compile"])
 def test_a_finished_stage_does_not_claim_settings_it_never_used(tmp_path, name):
     """There is no step to come that they could be used in."""
-    values = {"lr": 1e-4, "max_minutes": 5, "eval_every": 3, "precision": "fp32",
+    values = {"lr": 1e-4, "max_minutes": 5, "eval_every": 3, "precision": "bf16",
               "schedule": "cosine", "compile": "true"}
     _, same = stage_at(tmp_path, steps=8, done=True)
     before = snapshot(tmp_path)
@@ -125,7 +125,7 @@ def test_a_stage_is_not_made_shorter_than_it_is(tmp_path, steps):
 def test_how_long_how_often_and_how_fast_may_change_and_the_record_says_from_which_step_on(
     tmp_path, name
 ):
-    values = {"max_steps": 9, "max_minutes": 5.0, "precision": "fp32", "compile": True,
+    values = {"max_steps": 9, "max_minutes": 5.0, "precision": "bf16", "compile": True,
               "gradient_checkpointing": True, "betas": [0.8, 0.9], "schedule": "cosine",
               "micro_batch_size": 2, "grad_clip": 0.5}
     value = values.get(name, 1)
@@ -458,3 +458,19 @@ def test_a_ctrl_c_before_training_stops_it_all_the_same(tmp_path, monkeypatch, c
         signal.signal(signal.SIGINT, former)
     assert code == 3 and not (step.folder / execution.STOP_FILE).exists()
     assert "Ctrl-C again kills" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("units", [False, True], ids=["no bf16 units", "bf16 units"])
+def test_a_precision_left_open_is_the_machines_and_stays_what_it_was(tmp_path, monkeypatch, units):
+    """Resumed on another processor a run goes on in the precision that it began with."""
+    state = "modern_llm.training.training_state.has_bf16_units"
+    monkeypatch.setattr(state, lambda: units)
+    run, same = stage_at(tmp_path, overrides="pretrain.precision=auto")
+    meant = "bf16" if units else "fp32"
+    assert run.config.pretrain.precision == meant
+    assert read_json(run.folder / "params.json")["config"]["pretrain"]["precision"] == meant
+    assert read_json(run.folder.parent / "run.json")["config"]["pretrain"]["precision"] == meant
+    monkeypatch.setattr(state, lambda: not units)
+    again = begin(tmp_path, **same)
+    assert again.resume and again.config.pretrain.precision == meant
+    assert "changed_under_way" not in read_json(run.folder / "params.json")

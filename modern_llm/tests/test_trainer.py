@@ -34,7 +34,7 @@ from modern_llm.training.trainer import Trainer
 from modern_llm.training.training_state import CheckpointError
 
 CONFIG = TrainConfig(max_steps=14, batch_size=8, micro_batch_size=4, warmup_steps=3, ema_decay=0.9,
-                     log_every=3, eval_every=4, checkpoint_every=5, lr=0.01)
+                     log_every=3, eval_every=4, checkpoint_every=5, lr=0.01, precision="fp32")
 
 
 class Toy(nn.Module):

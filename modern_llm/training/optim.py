@@ -103,11 +103,12 @@ def chunked_cross_entropy(
     Matrix products run in the autocast dtype where autocast is on, softmax and sum in float32.
     """
     device = hidden.device.type
-    # elsewhere the choice would wait for the device, and compiled code wants one shape
+    # elsewhere the choice would wait for the device, and compiled code wants one shape: a kernel of
+    # its own for every number of rows would be made, so a few rows too many are taken along
     if device == "cpu" and not torch.compiler.is_compiling():
         rows = (labels != ignore_index).nonzero().squeeze(-1)
-        if len(rows) < len(labels):
-            hidden, labels = hidden.index_select(0, rows), labels[rows]
+        if len(rows) < (0.75 if compiled else 1) * len(labels):
+            hidden, labels, compiled = hidden.index_select(0, rows), labels[rows], False
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):

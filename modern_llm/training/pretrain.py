@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from ..config import PipelineConfig
 from ..data.corpus import load_corpus
 from ..data.packing import PackedBatches, TokenCache, validation_batches
 from ..data.tokens import end_of_text_id, make_tokenizer, save_tokenizer
+from ..messages import say
 from ..models.decoder import ModernDecoderLM
 from ..models.likelihoods import document_nats
 from ..models.saving import save_model
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from modern_llm.training.trainer import TrainResult
 
 # %% auto #0
-__all__ = ['text_nats', 'nats_per_token', 'Pretraining']
+__all__ = ['WORTH_LESS', 'text_nats', 'nats_per_token', 'Pretraining']
 
 # %% ../../nbs/03_pretrain.ipynb #text-nats
 def text_nats(model: ModernDecoderLM, caches: Mapping[str, TokenCache], config: PipelineConfig,
@@ -52,6 +54,9 @@ def nats_per_token(tables: Mapping[str, pd.DataFrame]) -> float:
             / sum(table.tokens.sum() for table in tables.values()))
 
 # %% ../../nbs/03_pretrain.ipynb #recipe-class
+WORTH_LESS = 4  # epochs (Muennighoff et al. 2023, 2305.16264)
+
+
 class Pretraining:
     """The recipe of pretraining: the tokenizer, the text, a fresh model, and what is measured."""
 
@@ -62,6 +67,11 @@ class Pretraining:
         self.train_caches, self.validation_caches = load_corpus(config.data, self.tokenizer)
         self.packed = PackedBatches(self.train_caches, config.model.context_length,
                                     self.train.batch_size, seed=config.seed)
+        if self.data.max_epochs and self.packed.epochs(self.train.max_steps) > self.data.max_epochs:
+            most = self.data.max_epochs * self.packed.rows_per_epoch / self.train.batch_size
+            self.train = replace(self.train, max_steps=max(1, math.floor(most)))
+            say(f"pretrain: {self.train.max_steps:,} steps of {config.pretrain.max_steps:,} read "
+                f"the text {self.data.max_epochs:g} times (data.max_epochs)")
         torch.manual_seed(config.seed)
         self.model = ModernDecoderLM(config.model).to(run.device)
 
@@ -92,5 +102,9 @@ class Pretraining:
 
     def fit(self) -> TrainResult:
         """Train on the next token of packed text."""
+        if (epochs := self.packed.epochs(self.train.max_steps)) > WORTH_LESS:
+            say(f"pretrain: the text is read up to {epochs:.1f} times; beyond {WORTH_LESS} a "
+                "repetition teaches less than new text. More sources or weight_decay help; "
+                "data.max_epochs stops earlier")
         loss = lm_loss_for(self.train)
-        return self.run.trainer(self.model, loss, self.batches, self).fit()
+        return self.run.trainer(self.model, loss, self.batches, self, cfg=self.train).fit()
