@@ -305,6 +305,27 @@ def smollm2_gsm8k() -> PipelineConfig:
     )
 
 
+def smollm2_cpu() -> PipelineConfig:
+    base = smollm2_gsm8k()
+    steps = dict(batch_size=16, micro_batch_size=2, compile=True, log_every=2)
+    return replace(
+        base,
+        name="smollm2-cpu",
+        description="SmolLM2-135M-Instruct tuned on GSM8K and SST-2, on 2 CPU cores with bf16 "
+                    "units",
+        sft=replace(base.sft, sources=("gsm8k", "sst2"), weights=(0.6, 0.4), lr=2e-4,
+                    max_steps=240, eval_every=60, checkpoint_every=30,
+                    max_validation_examples=60, **steps),
+        dpo=replace(base.dpo, max_steps=30, eval_every=15, checkpoint_every=15, **steps),
+        verifier=replace(base.verifier, max_steps=30, eval_every=15, checkpoint_every=15,
+                         train_problems=60, validation_problems=30, validation_samples=8,
+                         gold_problems=1000, **steps),
+        eval=replace(base.eval, num_problems=500, sampled_problems=60, samples_per_problem=8,
+                     batch_rows=256, draws=1, num_pairs=100, max_perplexity_tokens=30_000,
+                     protocol_tokens=8_000),
+    )
+
+
 PRESETS: dict[str, Callable[[], PipelineConfig]] = {
     "lesson": lesson,
     "local-smoke": local_smoke,
@@ -317,5 +338,6 @@ PRESETS: dict[str, Callable[[], PipelineConfig]] = {
     "h100-speedrun": h100_speedrun,
     "smollm2-135m": smollm2_135m,
     "smollm2-gsm8k": smollm2_gsm8k,
+    "smollm2-cpu": smollm2_cpu,
 }
 ALIASES = {"local-rtx3060": "local", "tacc": "tacc-h100"}

@@ -163,7 +163,8 @@ FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
                                         longest=INSTRUCTION_TOKENS)),
     TaskFamily("preferences", _BY + "preferences", _BY + "preferences_items",
                _BY + "preferences_protocol", headline=("accuracy",), compared="accuracy",
-               chance=0.5, texts=lambda of: [p.request for p in of.pairs],
+               chance=0.5, aside="longer answer$", rows=_BY + "preferences_rows",
+               texts=lambda of: [p.request for p in of.pairs],
                work=lambda of: Work(2 * of.eval.num_pairs * of.model.context_length)),
 )}
 

@@ -18,7 +18,7 @@ from modern_llm.config import EvalConfig, PipelineConfig
 from modern_llm.data import synth
 from modern_llm.data.corpus import build_token_cache
 from modern_llm.data.packing import TokenCache
-from modern_llm.data.pairs import Pair, encode_pairs, preference_pairs
+from modern_llm.data.pairs import Pair, encode_pair, preference_pairs
 from modern_llm.data.tasks import RERANKERS, Problem, Review, sentences, word_problems
 from modern_llm.evaluation.asking import Subject
 from modern_llm.evaluation.families import (
@@ -33,7 +33,7 @@ from modern_llm.evaluation.pieces import (
 from modern_llm.evaluation.reranking import sample_items
 from modern_llm.evaluation.sentiment_tables import accuracy_rows
 from modern_llm.evaluation.written import instruction_piece, problem_items, problem_piece
-from modern_llm.statistics import proportion_interval
+from modern_llm.statistics import mean_interval, paired_difference, proportion_interval
 from modern_llm.training.sft import SENTIMENT_REQUEST
 
 
@@ -273,16 +273,31 @@ def preferences(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
     """
     tokenizer, room = subject.tokenizer, subject.model.cfg.context_length
     if subject.chat:
-        pairs = [(p.chosen, p.rejected) for p in encode_pairs(tokenizer, of.pairs, room)[0]]
+        found = {i: encode_pair(tokenizer, p, room)[0] for i, p in enumerate(of.pairs)}
+        pairs = {i: (p.chosen, p.rejected) for i, p in found.items() if p is not None}
     else:
-        pairs = [document_pair(tokenizer, p.request, (p.chosen, p.rejected), room)
-                 for p in of.pairs]
-    return preference_piece(subject, pairs)
+        pairs = {i: document_pair(tokenizer, p.request, (p.chosen, p.rejected), room)
+                 for i, p in enumerate(of.pairs)}
+    # numbered as in the data, so that stages of either kind are compared on the same pairs
+    return preference_piece(subject, list(pairs.values())).assign(item=list(pairs))
 
 
 def preferences_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
     """Whether the preferred answer is likelier."""
     return [item_rows(stage, "preferences", "accuracy", table.item, table.right)]
+
+
+def preferences_rows(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[dict]:
+    """What length alone would have reached on the same pairs: always the answer with more letters;
+    of equally long ones half.
+    """
+    more = [len(of.pairs[i].chosen) - len(of.pairs[i].rejected) for i in table.item]
+    right = (np.sign(more) + 1) / 2
+    control = {"stage": stage, "task": "preferences"}
+    return [{**control, "metric": "the longer answer", **mean_interval(right),
+             "protocol": "always the answer with more letters, no model"},
+            {**control, "metric": "accuracy minus the longer answer",
+             **paired_difference(table.right, right), "protocol": "paired by pair"}]
 
 
 def samples_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:

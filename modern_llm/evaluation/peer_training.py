@@ -30,7 +30,7 @@ from modern_llm.training.optim import lm_loss, lm_loss_for
 from modern_llm.training.sft import encode_examples, instructions, save_chat_model
 from modern_llm.training.train_step import optimizer_step, prepare_module
 from modern_llm.training.trainer import Trainer
-from modern_llm.training.training_state import TrainingState
+from modern_llm.training.training_state import TrainingState, training_precision
 
 CPU = torch.device("cpu")
 OURSELVES = "ourselves (A/A)"  # the peer whose ratio is 1 but for chance
@@ -192,6 +192,7 @@ def compare_steps(bench: Bench, shape: str, rows: int, peer: str, best: bool = T
     """A training step of ours and of a peer: tokens per second, memory, share of the limit."""
     cfg = bench.shapes[shape]
     precision = "bf16" if best and bench.bf16 else "fp32"
+    own = precision if best else training_precision("auto", CPU)  # as shipped
     torch.manual_seed(0)
     model = ModernDecoderLM(cfg)
     batch, flops = random_batch(cfg, rows), flops_per_token(cfg)
@@ -200,8 +201,7 @@ def compare_steps(bench: Bench, shape: str, rows: int, peer: str, best: bool = T
                                                    cfg.num_layers, cfg.num_heads),
               OURSELVES: lambda: model}
     builds = {
-        "ours": lambda compiled=False: our_step(cfg, rows, precision, compiled,
-                                                ModernDecoderLM(cfg)),
+        "ours": lambda compiled=False: our_step(cfg, rows, own, compiled, ModernDecoderLM(cfg)),
         "peer": lambda compiled=False: plain_step(makers[peer](), batch, precision, compiled,
                                                   fused=True if best else None)}
     if peer == OURSELVES:
@@ -221,16 +221,16 @@ def compare_steps(bench: Bench, shape: str, rows: int, peer: str, best: bool = T
         chosen = {name: faster_of({"eager": build, "compiled": partial(build, compiled=True)})
                   for name, build in builds.items()}
     step = {name: build(compiled=chosen[name] == "compiled") for name, build in builds.items()}
-    tokens, peak = rows * cfg.context_length, bench.peaks[precision]
+    tokens = rows * cfg.context_length
     found = take_turns(step["ours"], step["peer"], **bench.turns)
     del step
-    shown = {"ours": f"{precision}, fused AdamW, {chosen['ours']}",
+    shown = {"ours": f"{own}, fused AdamW, {chosen['ours']}",
              "peer": (f"{precision}, sdpa, fused AdamW, {chosen['peer']}" if best
                       else "fp32, sdpa, AdamW as torch has it, eager")}
     return {**found, "unit": "tokens", "units": tokens, "checked": checked,
-            "limit": f"matrix product in {precision}",
-            "ours_of_limit": tokens * flops / peak / found["ours_s"],
-            "peer_of_limit": tokens * peer_flops / peak / found["peer_s"],
+            "limit": f"matrix product in {own if own == precision else f'{own} and {precision}'}",
+            "ours_of_limit": tokens * flops / bench.peaks[own] / found["ours_s"],
+            "peer_of_limit": tokens * peer_flops / bench.peaks[precision] / found["peer_s"],
             **{f"{name}_settings": words for name, words in shown.items()},
             **{f"{name}_gb": peak_bytes(build) / 1e9 for name, build in builds.items()}}
 

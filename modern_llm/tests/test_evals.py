@@ -15,6 +15,7 @@ import torch
 from modern_llm.config import ConfigError, ModelConfig, get_pipeline_preset, override
 from modern_llm.data import synth
 from modern_llm.data.chat import CHAT_TEMPLATE, Answer, document_prompt, end_id, is_chat_model
+from modern_llm.data.pairs import Pair
 from modern_llm.data.tasks import sentences, solve, word_problems
 from modern_llm.data.tokens import end_of_text_id, save_tokenizer, train_tokenizer
 from modern_llm.evaluation.asking import Subject, ask, baselines, separator_ids
@@ -23,6 +24,7 @@ from modern_llm.evaluation.ledger import (
     STAGE_NAMES, cost_rows, derive, difference_row, in_order, item_rows, ledger_rows, measure_rows,
     read_ledger, stage_gains, stage_ledger, write_derived, write_ledger,
 )
+from modern_llm.evaluation.measuring import preferences, preferences_rows
 from modern_llm.evaluation.piece_cache import piece, same_settings
 from modern_llm.evaluation.pieces import (
     document_pair, perplexity_rows, preference_piece, protocol_measures, protocol_piece,
@@ -181,6 +183,20 @@ def test_what_exceeds_the_context_cannot_win(model, tokenizer):
 
 
 # ---- items and ledger ----------------------------------------------------------------------------
+
+
+def test_a_pair_keeps_its_number_where_a_chat_leaves_others_out(model, tokenizer):
+    """Base and chat stages are compared on the same pairs, and with what length alone would say."""
+    user = lambda text: ({"role": "user", "content": text},)
+    pairs = [Pair(user("Name a colour."), "blue", "a"), Pair(user("word " * 400), "one", "two"),
+             Pair(user("Name a bird."), "owl", "a crow"), Pair(user("Say a letter."), "a", "b")]
+    items = SimpleNamespace(pairs=pairs)
+    found = {chat: preferences(items, Subject("sft", model, tokenizer, chat=chat))
+             for chat in (False, True)}
+    assert found[False].item.tolist() == [0, 1, 2, 3] and found[True].item.tolist() == [0, 2, 3]
+    longer, minus = preferences_rows(items, "sft", found[True])
+    assert (longer["value"], longer["n"]) == (pytest.approx((1 + 0 + 0.5) / 3), 3)
+    assert minus["value"] == pytest.approx(found[True].right.mean() - longer["value"])
 
 
 @pytest.fixture(scope="module")

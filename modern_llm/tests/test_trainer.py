@@ -25,13 +25,15 @@ from modern_llm.data.packing import PackedBatches
 from modern_llm.data.tokens import make_tokenizer
 from modern_llm.files import DamagedFolder, read_json, sha256, write_json
 from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.runs.preflight import can_compile
 from modern_llm.training.checkpoints import load_checkpoint, read_metrics
 from modern_llm.training.optim import (
-    LossOutput, Muon, chunked_cross_entropy, lm_loss, make_optimizers,
+    LossOutput, Muon, chunked_cross_entropy, lm_loss, lm_loss_for, make_optimizers,
 )
 from modern_llm.training.recording import TrainingDiverged
+from modern_llm.training.train_step import prepare_module
 from modern_llm.training.trainer import Trainer
-from modern_llm.training.training_state import CheckpointError
+from modern_llm.training.training_state import CheckpointError, TrainingState
 
 CONFIG = TrainConfig(max_steps=14, batch_size=8, micro_batch_size=4, warmup_steps=3, ema_decay=0.9,
                      log_every=3, eval_every=4, checkpoint_every=5, lr=0.01, precision="fp32")
@@ -499,3 +501,33 @@ def test_chunked_cross_entropy_scales_with_upstream(dtype, compiled, monkeypatch
                     torch.autograd.grad(full, (hidden, weight))):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler, or no headers of Python")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_for_this_processor_it_gives_the_same_gradients(precision):
+    """By torch's real compiler: packed rows, and a number of labels that is another every time."""
+    cfg = ModelConfig(vocab_size=64, context_length=32, width=64, num_layers=2, num_heads=2,
+                      num_kv_heads=1, ffn_width=96, zero_init_outputs=False)
+    found = {}
+    for compiled in (False, True):
+        train = dataclasses.replace(CONFIG, precision=precision, compile=compiled)
+        torch.manual_seed(0)
+        model = ModernDecoderLM(cfg)
+        prepare_module(model, train)
+        state, generator = TrainingState(model, train, torch.device("cpu")), random.Random(0)
+        for hidden in range(12):
+            ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(hidden))
+            labels = ids.roll(-1, 1)
+            labels.view(-1)[generator.sample(range(128), hidden)] = -100
+            segments = torch.arange(32).ge(generator.randrange(1, 32)).long().expand(4, -1)
+            with state.autocast():
+                loss = lm_loss_for(train)(model, {"input_ids": ids, "labels": labels,
+                                                  "segment_ids": segments})
+            assert int(loss.count) == 128 - hidden
+            loss.total.backward()
+        found[compiled] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert found[True].isfinite().all()
+    distance = (found[True] - found[False]).norm() / found[False].norm()
+    assert distance < (1e-4 if precision == "fp32" else 2e-2), distance
