@@ -89,11 +89,11 @@ def local_cpu() -> PipelineConfig:
                       replay_fraction=0.2, max_steps=1800, batch_size=16, lr=2e-3, muon_lr=1e-2,
                       compile=True, eval_every=300, checkpoint_every=300, keep_checkpoints=0,
                       max_train_examples=70_000, max_validation_examples=100),
-        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=250, batch_size=16, optimizer="adamw",
+        dpo=DPOConfig(sources=("hh-rlhf",), max_steps=300, batch_size=16, optimizer="adamw",
                       lr=2e-4, weight_decay=0.0, sft_weight=0.1, replay_weight=1.0,
                       replay_sources=("text", "sst2", "synthetic-problems"), log_every=5,
                       eval_every=50, checkpoint_every=50, keep_checkpoints=0,
-                      max_train_pairs=4000, max_validation_pairs=200),
+                      max_train_pairs=4800, max_validation_pairs=200),
         verifier=VerifierConfig(
             levels=(2, 3, 4), max_steps=120, batch_size=16, lr=1e-3, muon_lr=5e-3, warmup_steps=10,
             decay_fraction=0.6, eval_every=60, checkpoint_every=40, keep_checkpoints=0,

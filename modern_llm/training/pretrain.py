@@ -72,6 +72,10 @@ class Pretraining:
             self.train = replace(self.train, max_steps=max(1, math.floor(most)))
             say(f"pretrain: {self.train.max_steps:,} steps of {config.pretrain.max_steps:,} read "
                 f"the text {self.data.max_epochs:g} times (data.max_epochs)")
+        if (epochs := self.packed.epochs(self.train.max_steps)) > WORTH_LESS:
+            say(f"pretrain: the text is read up to {epochs:.1f} times; beyond {WORTH_LESS} a "
+                "repetition teaches less than new text. More sources or weight_decay help; "
+                "data.max_epochs stops earlier")
         torch.manual_seed(config.seed)
         self.model = ModernDecoderLM(config.model).to(run.device)
 
@@ -102,9 +106,5 @@ class Pretraining:
 
     def fit(self) -> TrainResult:
         """Train on the next token of packed text."""
-        if (epochs := self.packed.epochs(self.train.max_steps)) > WORTH_LESS:
-            say(f"pretrain: the text is read up to {epochs:.1f} times; beyond {WORTH_LESS} a "
-                "repetition teaches less than new text. More sources or weight_decay help; "
-                "data.max_epochs stops earlier")
         loss = lm_loss_for(self.train)
         return self.run.trainer(self.model, loss, self.batches, self, cfg=self.train).fit()
