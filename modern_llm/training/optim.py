@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TrainConfig
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # %% auto #0
-__all__ = ['cross_entropy_chunk', 'chunked_cross_entropy', 'LossOutput', 'lm_loss', 'lm_loss_for', 'orthogonalise',
+__all__ = ['SAME_ROWS', 'cross_entropy_chunk', 'chunked_cross_entropy', 'LossOutput', 'lm_loss', 'lm_loss_for', 'orthogonalise',
            'gather_tensor', 'shard_like', 'by_shares', 'Muon', 'parameter_groups', 'make_optimizers',
            'learning_rate_factor']
 
@@ -82,6 +83,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 None, None, None, None)
 
 # %% ../../nbs/02b_optim.ipynb #chunked-ce
+SAME_ROWS = 256  # to a multiple of which labelled rows are filled up
+
+
 def chunked_cross_entropy(
     hidden: Float[Tensor, "n c"],
     weight: Float[Tensor, "v c"],
@@ -108,7 +112,10 @@ def chunked_cross_entropy(
     if device == "cpu" and not torch.compiler.is_compiling():
         rows = (labels != ignore_index).nonzero().squeeze(-1)
         if len(rows) < (0.75 if compiled else 1) * len(labels):
-            hidden, labels, compiled = hidden.index_select(0, rows), labels[rows], False
+            # oneDNN, too, makes bfloat16 kernels for every shape, and keeps its last 1,024: 3 GB
+            spare = -len(rows) % SAME_ROWS if torch.is_autocast_enabled(device) else 0
+            hidden = hidden.index_select(0, F.pad(rows, (0, spare)))
+            labels, compiled = F.pad(labels[rows], (0, spare), value=ignore_index), False
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
