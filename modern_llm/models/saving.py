@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -17,19 +17,20 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig, override, to_dict
 from ..files import DamagedFolder, check_folder, find_folder, read_json, write_json
+from .contexts import changed_base
 from .decoder import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['KNOWN_ELSEWHERE', 'FIELD_OF_TENSOR', 'own_options', 'hugging_face_layout', 'disk_names', 'hugging_face_config',
-           'write_tensors', 'save_model', 'read_config', 'num_layers', 'check_tensors', 'converted', 'unfilled',
-           'load_model']
+__all__ = ['KNOWN_ELSEWHERE', 'FIELD_OF_TENSOR', 'own_options', 'hugging_face_layout', 'disk_names', 'rotary_words',
+           'hugging_face_config', 'write_tensors', 'save_model', 'read_config', 'num_layers', 'check_tensors',
+           'converted', 'unfilled', 'load_model']
 
 # %% ../../nbs/10_saving.ipynb #own-options
 # fields that the configs of others have too, and those that only training reads
 KNOWN_ELSEWHERE = {
     "vocab_size", "context_length", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-    "ffn_width", "rope_theta", "rope_factor", "rope_trained_context", "norm_eps", "use_qk_norm",
-    "sliding_window", "num_experts", "experts_per_token", "tie_embeddings",
+    "ffn_width", "rope_theta", "rope_factor", "rope_scaling", "rope_trained_context", "norm_eps",
+    "use_qk_norm", "sliding_window", "num_experts", "experts_per_token", "tie_embeddings",
     "balance_loss_weight", "router_z_loss_weight", "dropout", "init_std", "zero_init_outputs"}
 
 
@@ -77,6 +78,24 @@ def disk_names(model: ModernDecoderLM) -> dict[str, str]:
     return names
 
 # %% ../../nbs/10_saving.ipynb #hugging-face-config
+def rotary_words(cfg: ModelConfig) -> dict:
+    """The rotation in the words of `config.json`: those of transformers 5, and of version 4 where
+    the context is stretched. "ntk" is another base, and is written as one.
+    """
+    if cfg.rope_factor == 1:
+        return {"rope_theta": cfg.rope_theta,
+                "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta}}
+    if cfg.rope_scaling == "ntk":
+        theta = changed_base(cfg.rope_theta, cfg.rope_factor, cfg.head_width)
+        return rotary_words(replace(cfg, rope_theta=theta, rope_factor=1.0))
+    trained = {"original_max_position_embeddings": cfg.rope_trained_context}
+    rule = {"rope_type": cfg.rope_scaling, "factor": cfg.rope_factor} | {
+        "linear": {}, "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | trained,
+        "yarn": {"beta_fast": 32.0, "beta_slow": 1.0} | trained}[cfg.rope_scaling]
+    return {"rope_theta": cfg.rope_theta, "rope_scaling": rule,
+            "rope_parameters": rule | {"rope_theta": cfg.rope_theta}}
+
+
 def hugging_face_config(cfg: ModelConfig, dtype: str = "float32",
                         eos_id: int | None = None) -> dict:
     """The content of `config.json`: Hugging Face's keys, and our own config under `modern_llm`."""
@@ -87,14 +106,9 @@ def hugging_face_config(cfg: ModelConfig, dtype: str = "float32",
               "num_hidden_layers": cfg.num_layers,
               "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads,
               "head_dim": cfg.head_width, "intermediate_size": cfg.ffn_width, "hidden_act": "silu",
-              "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.rope_theta,
-              "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+              "rms_norm_eps": cfg.norm_eps, **rotary_words(cfg),
               "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": cfg.tie_embeddings,
               "initializer_range": cfg.init_std, "bos_token_id": eos_id, "eos_token_id": eos_id}
-    if cfg.rope_factor > 1:
-        values["rope_parameters"] |= {"rope_type": "llama3", "factor": cfg.rope_factor,
-                                      "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                      "original_max_position_embeddings": cfg.rope_trained_context}
     if cfg.sliding_window:
         values |= {"sliding_window": cfg.sliding_window, "use_sliding_window": True,
                    "max_window_layers": 0}
