@@ -19,8 +19,8 @@ __all__ = ['kept_by_turns', 'kept_by_place', 'changed_base', 'stretched', 'atten
 
 # %% ../../nbs/19a_contexts.ipynb #kept-by-turns
 def kept_by_turns(speeds: Float[Tensor, "pairs"], trained_context: int) -> Float[Tensor, "pairs"]:
-    """The share of its speed that each pair keeps by Llama 3.1's rule: nothing under one turn in the
-    trained context, everything over four.
+    """The share of its speed that each pair keeps by Llama 3.1's rule: nothing under one turn in
+    the trained context, everything over four.
 
     Source: Grattafiori et al. 2024 (2407.21783), section 3.4, and the code of its checkpoints.
     """

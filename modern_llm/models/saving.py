@@ -21,9 +21,9 @@ from .contexts import changed_base
 from .decoder import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['KNOWN_ELSEWHERE', 'FIELD_OF_TENSOR', 'own_options', 'hugging_face_layout', 'disk_names', 'rotary_words',
-           'hugging_face_config', 'write_tensors', 'save_model', 'read_config', 'num_layers', 'check_tensors',
-           'converted', 'unfilled', 'load_model']
+__all__ = ['KNOWN_ELSEWHERE', 'KNOWN_WHERE_DENSE', 'NO_WINDOW', 'FIELD_OF_TENSOR', 'own_options', 'hugging_face_layout',
+           'disk_names', 'rotary_words', 'sink_words', 'hugging_face_config', 'write_tensors', 'save_model',
+           'read_config', 'num_layers', 'check_tensors', 'converted', 'unfilled', 'load_model']
 
 # %% ../../nbs/10_saving.ipynb #own-options
 # fields that the configs of others have too, and those that only training reads
@@ -34,12 +34,17 @@ KNOWN_ELSEWHERE = {
     "balance_loss_weight", "router_z_loss_weight", "dropout", "init_std", "zero_init_outputs"}
 
 
+# fields that they have in models without experts
+KNOWN_WHERE_DENSE = {"use_attention_sinks"}
+
+
 def own_options(cfg: ModelConfig) -> list[str]:
     """The options set here that no class of transformers has. A field that is not entered above
     counts as one: a new option is refused by an export, never left out in silence.
     """
-    return [field.name for field in fields(cfg) if field.name not in KNOWN_ELSEWHERE
-            and getattr(cfg, field.name) != field.default]
+    known = KNOWN_ELSEWHERE | (set() if cfg.num_experts else KNOWN_WHERE_DENSE)
+    return [field.name for field in fields(cfg)
+            if field.name not in known and getattr(cfg, field.name) != field.default]
 
 # %% ../../nbs/10_saving.ipynb #hugging-face-layout
 def hugging_face_layout(cfg: ModelConfig) -> tuple[str, str, list[tuple[str, str]]]:
@@ -50,6 +55,10 @@ def hugging_face_layout(cfg: ModelConfig) -> tuple[str, str, list[tuple[str, str
     """
     if own_options(cfg):
         return "ModernDecoderLM", "modern_llm", []
+    if cfg.use_attention_sinks and cfg.use_qk_norm:
+        return "FlintForCausalLM", "flint", []
+    if cfg.use_attention_sinks:
+        return "GraniteSWAForCausalLM", "granite_swa", []
     if cfg.num_experts and cfg.use_qk_norm:
         return "Qwen3MoeForCausalLM", "qwen3_moe", [(".mlp.router.gate.", ".mlp.gate.")]
     if cfg.num_experts:
@@ -96,6 +105,23 @@ def rotary_words(cfg: ModelConfig) -> dict:
             "rope_parameters": rule | {"rope_theta": cfg.rope_theta}}
 
 
+NO_WINDOW = 2**30  # tokens: wider than any text, where a class knows only windows
+
+
+def sink_words(cfg: ModelConfig) -> dict:
+    """What the classes with a learned logit per head must be told to compute a model of ours: Flint
+    with QK-norm, a Granite without. Flint turns queries and keys in layers with a window only, and
+    so gets one everywhere.
+    """
+    windowed = bool(cfg.use_qk_norm or cfg.sliding_window)
+    kinds = ["sliding_attention" if windowed else "full_attention"] * cfg.num_layers
+    window = {"layer_types": kinds, "sliding_window": cfg.sliding_window or NO_WINDOW}
+    if cfg.use_qk_norm:
+        return window | {"mlp_only_layers": list(range(cfg.num_layers)), "num_experts": 0}
+    return window | {"attention_multiplier": cfg.head_width ** -0.5, "embedding_multiplier": 1.0,
+                     "residual_multiplier": 1.0, "logits_scaling": 1.0}
+
+
 def hugging_face_config(cfg: ModelConfig, dtype: str = "float32",
                         eos_id: int | None = None) -> dict:
     """The content of `config.json`: Hugging Face's keys, and our own config under `modern_llm`."""
@@ -117,6 +143,8 @@ def hugging_face_config(cfg: ModelConfig, dtype: str = "float32",
                    "norm_topk_prob": True, "num_experts_per_tok": cfg.experts_per_token,
                    "moe_intermediate_size": cfg.ffn_width, "decoder_sparse_step": 1,
                    "router_aux_loss_coef": cfg.balance_loss_weight}
+    if cfg.use_attention_sinks and not (cfg.num_experts and cfg.use_qk_norm):
+        values |= sink_words(cfg)
     return values | {"modern_llm": to_dict(cfg)}
 
 # %% ../../nbs/10_saving.ipynb #save-model
