@@ -18,6 +18,7 @@ from modern_llm.config.stage_settings import (
 )
 
 STRATEGIES = ("ddp", "fsdp")
+ROPE_SCALINGS = ("llama3", "linear", "ntk", "yarn")  # rules for contexts longer than trained on
 INFERENCE_PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write
 GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens
@@ -37,10 +38,14 @@ class ModelConfig:
     head_dim: int | None = None  # channels of a head, where they are not width / num_heads
     ffn_width: int = 384  # hidden size of SwiGLU
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    # over 1: the slow wavelengths are so many times longer, for contexts beyond
+    # over 1: the wavelengths, or the slow ones, are so many times longer, for contexts beyond
     # rope_trained_context
     rope_factor: float = 1.0
-    rope_trained_context: int = 8192  # tokens
+    # which ones, with a rope_factor over 1: "llama3" = the slow ones by their turns in
+    # rope_trained_context, "linear" = all alike, "ntk" = the slower the more, by another base,
+    # "yarn" = the slow ones by their place, with sharper attention
+    rope_scaling: str = "llama3"
+    rope_trained_context: int = 8192  # tokens; read by "llama3" and "yarn"
     norm_eps: float = 1e-5
     use_qk_norm: bool = True  # RMSNorm on queries and keys before the rotation
     use_attention_sinks: bool = False  # one learned logit per head that takes softmax mass
@@ -66,6 +71,13 @@ class ModelConfig:
                 f"use one of {divisors(self.width, 2)[-8:]}")
         require(1 <= self.rope_factor < math.inf,
                 f"model.rope_factor={self.rope_factor} must be at least 1, which changes nothing")
+        require_one_of("model.rope_scaling", self.rope_scaling, ROPE_SCALINGS)
+        require(self.rope_scaling != "ntk" or self.head_width > 2,
+                "model.rope_scaling='ntk' slows the last pair of channels and keeps the first, but "
+                f"a head of {self.head_width} channels has one pair; use 'linear'")
+        require(self.rope_scaling != "yarn" or self.rope_theta > 1,
+                f"model.rope_scaling='yarn' needs pairs of different speeds, which "
+                f"model.rope_theta={self.rope_theta} does not make; use one over 1")
         require(self.head_width % 2 == 0,
                 f"model.{'head_dim' if self.head_dim else 'width/num_heads'}={self.head_width} is "
                 "odd; rotary embedding turns pairs of channels")
@@ -84,6 +96,13 @@ class ModelConfig:
     def head_width(self) -> int:
         """Channels d of one attention head."""
         return self.head_dim or self.width // self.num_heads
+
+    @property
+    def rope(self) -> tuple[float, float, int, str]:
+        """What `rotary_tables` takes behind positions and the head's width: base, factor, trained
+        context, rule.
+        """
+        return self.rope_theta, self.rope_factor, self.rope_trained_context, self.rope_scaling
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ from modern_llm.messages import say
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHARD_GB = 5.0  # of 10**9 bytes, as the Hugging Face hub counts them
+# why a setting that transformers knows cannot be exported all the same
+NOT_THERE = {"use_attention_sinks": (
+    "beside experts and QK-norm no class of transformers computes it (Flint weighs its experts by "
+    "sigmoids, which are no softmax; GptOss multiplies by up + 1 where SwiGLU has up, and like "
+    "GraniteMoeSWA has no QK-norm). Without QK-norm, or without experts, it can be exported")}
 # checkpoint, config, architecture, dtype, bytes, name -> README.md
 Card = Callable[[Path, ModelConfig, str, str, int, str], str]
 
@@ -39,12 +44,14 @@ def counterpart(folder: Path) -> tuple[ModelConfig, str]:
 
     cfg = read_config(folder)
     architecture = hugging_face_layout(cfg)[0]
-    if own := own_options(cfg):
+    own = own_options(cfg)
+    if own == ["use_attention_sinks"] and not cfg.use_qk_norm:
+        own, architecture = [], "GraniteMoeSWAForCausalLM"
+    if own:
         option, default = f"model.{own[0]}", json.dumps(getattr(ModelConfig(), own[0]))
-        what = {"use_attention_sinks": "adds a learned logit to the softmax"}.get(own[0], "has it")
+        why = NOT_THERE.get(own[0], "no class of transformers has it")
         raise ExportError(f"{folder}: {option}={json.dumps(getattr(cfg, own[0]))} has no "
-                          "counterpart: no Llama, Mistral, Mixtral or Qwen3 of "
-                          f"transformers {what}. Train with {option}={default} to export; "
+                          f"counterpart: {why}. Train with {option}={default} to export; "
                           "modern-llm itself reads this folder as it is")
     if (folder / "verifier.json").is_file():
         raise ExportError(f"{folder} is a verifier: its score comes from a head beside the "
@@ -65,6 +72,30 @@ def shards(sizes: dict[str, int], limit: float) -> list[list[str]]:
         groups[-1].append(name)
         room -= size
     return groups
+
+
+def parts(names: list[str], architecture: str) -> dict[str, list[list[str]]]:
+    """Every tensor to be written, and those that it is made of: rows of tensors one below the
+    other, and of several rows a stack. GraniteMoeSWA keeps a layer's experts in one tensor, gates
+    above ups; all others write what they find.
+    """
+    if architecture != "GraniteMoeSWAForCausalLM":
+        return {name: [[name]] for name in names}
+    found: dict[str, list[list[str]]] = {}
+    for name in names:
+        layer, _, rest = name.partition(".mlp.")
+        expert, _, matrix = rest.removeprefix("experts.").partition(".")
+        if not rest:
+            found[name] = [[name]]
+        elif expert == "router":
+            found[f"{layer}.block_sparse_moe.router.weight"] = [[name]]
+        elif matrix in ("gate_proj.weight", "down_proj.weight"):
+            kind = "gate_up_proj" if matrix.startswith("gate") else "down_proj"
+            rows = found.setdefault(f"{layer}.block_sparse_moe.experts.{kind}", [])
+            rows.append([name, name.replace("gate_proj", "up_proj")][:1 + (kind != "down_proj")])
+    for rows in found.values():
+        rows.sort(key=lambda row: [int(word) for word in row[0].split(".") if word.isdigit()])
+    return found
 
 
 def check_values(source: Path, dtype: str) -> None:
@@ -89,9 +120,10 @@ def check_values(source: Path, dtype: str) -> None:
         say(f"{zeros:,} of {count:,} weights are smaller than {dtype} can hold and become 0")
 
 
-def write_weights(source: Path, folder: Path, dtype: str, shard_bytes: float) -> int:
-    """Copy the tensors of a safetensors file in another dtype, one shard in memory at a time;
-    returns their bytes.
+def write_weights(source: Path, folder: Path, dtype: str, shard_bytes: float,
+                  architecture: str = "") -> int:
+    """Copy the tensors of a safetensors file in another dtype, put together as the architecture
+    keeps them, one shard in memory at a time; returns their bytes.
     """
     import torch
     from safetensors import safe_open
@@ -100,15 +132,19 @@ def write_weights(source: Path, folder: Path, dtype: str, shard_bytes: float) ->
 
     kind = getattr(torch, dtype)
     with safe_open(source, "pt") as file:
-        sizes = {name: math.prod(file.get_slice(name).get_shape()) * kind.itemsize
-                 for name in file.keys()}
+        made_of = parts(list(file.keys()), architecture)
+        sizes = {name: kind.itemsize * sum(math.prod(file.get_slice(part).get_shape())
+                                           for row in rows for part in row)
+                 for name, rows in made_of.items()}
         groups = shards(sizes, shard_bytes)
         names = ["model.safetensors"] if len(groups) == 1 else [
             f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
         for name, group in zip(names, groups):
-            write_tensors(
-                {tensor: file.get_tensor(tensor).to(kind).contiguous() for tensor in group},
-                folder / name)
+            tensors = {tensor: [torch.cat([file.get_tensor(part).to(kind) for part in row])
+                                for row in made_of[tensor]] for tensor in group}
+            write_tensors({tensor: torch.stack(rows) if ".experts." in tensor and
+                           tensor.endswith("_proj") else rows[0].contiguous()
+                           for tensor, rows in tensors.items()}, folder / name)
     total = sum(sizes.values())
     if len(groups) > 1:
         where = {tensor: name for name, group in zip(names, groups) for tensor in group}
@@ -167,6 +203,8 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | Non
             hold a weight, or transformers has no such model.
         DamagedFolder: a file of the checkpoint is truncated or changed.
     """
+    from modern_llm.models.saving import hugging_face_config
+
     checkpoint = Path(checkpoint)
     with writing_errors(folder):
         folder = target_folder(folder, checkpoint)
@@ -178,8 +216,12 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | Non
     meta = check_folder(checkpoint) if (checkpoint / "meta.json").is_file() else {}
     cfg, architecture = counterpart(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    config = {key: value for key, value in read_json(checkpoint / "config.json").items()
-              if key != "modern_llm"}
+    written = read_json(checkpoint / "config.json")
+    # an older version may have written fewer words for the same model
+    config = written | hugging_face_config(cfg, written["dtype"], written["eos_token_id"])
+    del config["modern_llm"]
+    if architecture == "GraniteMoeSWAForCausalLM":
+        config |= {"architectures": [architecture], "model_type": "granitemoe_swa"}
     dtype, begin = known[dtype or config["dtype"]], end_of_text_id(tokenizer)
     config |= {"dtype": dtype, "torch_dtype": dtype, "bos_token_id": begin}
     settings = (read_json(checkpoint / "tokenizer_config.json")
@@ -198,7 +240,8 @@ def export_model(checkpoint: str | Path, folder: str | Path, *, dtype: str | Non
                           "sha256": meta.get("sha256", {}).get("model.safetensors")}}
     check_values(checkpoint / "model.safetensors", dtype)
     with writing_errors(folder), atomic_folder(folder, facts) as temporary:
-        size = write_weights(checkpoint / "model.safetensors", temporary, dtype, shard_gb * 1e9)
+        size = write_weights(checkpoint / "model.safetensors", temporary, dtype, shard_gb * 1e9,
+                             architecture)
         write_json(temporary / "config.json", config)
         write_json(temporary / "generation_config.json", generation)
         write_json(temporary / "tokenizer_config.json", settings)

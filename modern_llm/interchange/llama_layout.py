@@ -7,6 +7,7 @@ Imports no torch before it must.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,16 @@ def _window(source: dict, architecture: str, layers: int) -> int | None:
     return window if windowed else None
 
 
+def _temperature(rope: dict) -> float:
+    """What YaRN multiplies cosines and sines with, as transformers reads a config."""
+    if (given := rope.get("attention_factor")) is not None:
+        return given
+    above, below = (rope.get(name) for name in ("mscale", "mscale_all_dim"))
+    above, below = (above, below) if above and below else (1, 0)
+    sharper = 0.1 * math.log(max(rope["factor"], 1))
+    return (above * sharper + 1) / (below * sharper + 1)
+
+
 def model_config(source: dict, context_length: int | None = None) -> ModelConfig:
     """Our config of the model that a Hugging Face `config.json` describes.
 
@@ -110,14 +121,33 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
              for word in ("rope_type", "type")}
     scaling, head_width = (max(kinds - {None, "default"}, default="default"),
                            source.get("head_dim") or width // heads)
+    trained = rope.get("original_max_position_embeddings") or source["max_position_embeddings"]
+    factor = 1.0 if scaling == "default" else rope.get("factor")
     quantized = (source.get("quantization_config") or {}).get("quant_method")
     for field, value, ok, why in (
-        ("rope_scaling", scaling, scaling in ("default", "llama3"),
-         "stretches the rotary wavelengths by another rule than Llama 3's"),
+        ("rope_scaling", scaling, scaling in ("default", "llama3", "linear", "yarn"),
+         "stretches the rotary wavelengths by " + (
+             "a factor that grows with the text, and here it is fixed: with a fixed one 'ntk' is a "
+             "larger rope_theta" if scaling == "dynamic" else
+             "another rule than 'llama3', 'linear' and 'yarn'")),
+        ("original_max_position_embeddings", trained, isinstance(trained, int) and trained > 0,
+         "is not the number of tokens that the model was trained on at once"),
+        ("factor", factor, isinstance(factor, (int, float)),
+         f"is not the number by which rope_scaling={scaling!r} stretches"),
         ("low_freq_factor, high_freq_factor",
          bounds := (rope.get("low_freq_factor"), rope.get("high_freq_factor")),
-         scaling == "default" or bounds == (1, 4),
+         scaling != "llama3" or bounds == (1, 4),
          "are not the bounds 1 and 4 of Llama 3's models"),
+        ("beta_fast, beta_slow", ramp := (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1),
+         scaling != "yarn" or ramp == (32, 1), "are not YaRN's own 32 and 1"),
+        ("truncate", whole := rope.get("truncate", True), scaling != "yarn" or whole,
+         "lets YaRN's ramp begin and end between two pairs of channels, and here it does at whole "
+         "ones"),
+        ("attention_factor, mscale, mscale_all_dim", sharper := [rope.get(name) for name in (
+            "attention_factor", "mscale", "mscale_all_dim")],
+         scaling != "yarn" or all(part is None for part in sharper) or math.isclose(
+             _temperature(rope), _temperature({"factor": factor}), rel_tol=1e-6),
+         "give another attention temperature than YaRN's own, 0.1 ln(factor) + 1"),
         ("partial_rotary_factor", part := source.get(
             "partial_rotary_factor", rope.get("partial_rotary_factor", 1)
         ), part == 1, "turns only a part of the channels"),
@@ -142,9 +172,9 @@ def model_config(source: dict, context_length: int | None = None) -> ModelConfig
         if not ok:
             raise CannotImport(
                 f"{field}={value!r} {why}: this {name} cannot become a ModernDecoderLM; {REMEDY}")
-    stretch = ({"rope_factor": float(rope.get("factor", 1)),
-                "rope_trained_context": rope.get("original_max_position_embeddings", 8192)}
-               if scaling == "llama3" else {})
+    stretch = ({} if scaling == "default" else
+               {"rope_factor": float(factor), "rope_scaling": scaling} | (
+                   {} if scaling == "linear" else {"rope_trained_context": trained}))
     routing = {"num_experts": source["num_experts"],
                "experts_per_token": source["num_experts_per_tok"], "balance_loss_weight": float(
                    source.get("router_aux_loss_coef", 0.001))} if has_experts else {}

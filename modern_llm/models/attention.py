@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from .contexts import attention_temperature, stretched
 from .layers import RMSNorm
 from .sinks import add_sink_key
 
@@ -55,26 +56,21 @@ def attention_weights(
 # %% ../../nbs/01_attention.ipynb #rotary-frequencies
 def rotary_frequencies(
     head_width: int, theta: float = 10_000.0, device: torch.device | str | None = None,
-    factor: float = 1.0, trained_context: int = 8192
+    factor: float = 1.0, trained_context: int = 8192, scaling: str = "llama3"
 ) -> Float[Tensor, "pairs"]:
     """Angular speeds of the d/2 channel pairs, in radians per token, from 1 down to almost 1/theta.
 
-    Source: Su et al. 2021 (2104.09864), section 3.2.2. With a `factor` over 1, pairs that turn less
-    than once in `trained_context` tokens are so many times slower, those that turn over four times
-    are not, and the others lie between: the rule "llama3" of Llama 3.1's checkpoints.
+    Source: Su et al. 2021 (2104.09864), section 3.2.2. With a `factor` over 1 they are slower, for
+    contexts longer than the `trained_context`, by one of the rules of `contexts.stretched`.
     """
     speeds = theta ** (
         -torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
-    if factor == 1:
-        return speeds
-    turns = trained_context * speeds / (2 * math.pi)
-    kept = ((turns - 1) / (4 - 1)).clamp(0, 1)
-    return speeds * (kept + (1 - kept) / factor)
+    return stretched(speeds, theta, factor, trained_context, scaling)
 
 # %% ../../nbs/01_attention.ipynb #rotary-tables
 def rotary_tables(
     positions: Int[Tensor, "*b t"], head_width: int, theta: float = 10_000.0, factor: float = 1.0,
-    trained_context: int = 8192
+    trained_context: int = 8192, scaling: str = "llama3"
 ) -> tuple[Float[Tensor, "*b t d"], Float[Tensor, "*b t d"]]:
     """Cosines and sines of every position's angles, in float32.
 
@@ -85,12 +81,15 @@ def rotary_tables(
         positions: (t,) shared by the batch, or (b, t).
         head_width: channels d of one head, even.
         theta: base of the wavelengths.
-        factor, trained_context: for contexts longer than trained on, see `rotary_frequencies`.
+        factor, trained_context, scaling: for contexts longer than trained on, see
+            `rotary_frequencies`; "yarn" also makes queries and keys longer, by
+            `contexts.attention_temperature`.
     """
     angles = positions[..., None].float() * rotary_frequencies(head_width, theta, positions.device,
-                                                               factor, trained_context)
+                                                               factor, trained_context, scaling)
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    temperature = attention_temperature(factor, scaling)
+    return angles.cos() * temperature, angles.sin() * temperature
 
 # %% ../../nbs/01_attention.ipynb #apply-rotary
 def apply_rotary(

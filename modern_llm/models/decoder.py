@@ -102,8 +102,7 @@ class ModernDecoderLM(nn.Module):
             cache.make_room(x.shape[1])
         positions = (torch.arange(x.shape[1], device=x.device) if cache is None
                      else cache.positions(x.shape[1]))
-        rotary = rotary_tables(positions, self.cfg.head_width, self.cfg.rope_theta,
-                               self.cfg.rope_factor, self.cfg.rope_trained_context)
+        rotary = rotary_tables(positions, self.cfg.head_width, *self.cfg.rope)
         attention = plan_attention(self.cfg, x.shape[1], segment_ids, cache, x.device)
         aux = x.new_zeros((), dtype=torch.float32)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()

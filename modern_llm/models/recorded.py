@@ -84,8 +84,7 @@ class RecordedStep:
         if pads is not None:
             visible = visible & (keys >= pads[:, None, None, None])
             positions = (self.index - pads[:, None]).clamp(min=0)
-        rotary = rotary_tables(positions, cfg.head_width, cfg.rope_theta, cfg.rope_factor,
-                               cfg.rope_trained_context)
+        rotary = rotary_tables(positions, cfg.head_width, *cfg.rope)
         attention, x = MaskedAttention(visible), self.model.embed_tokens(self.ids)
         for layer, block in enumerate(self.model.layers):
             x, _ = block(x, rotary, attention, self.fixed, layer)

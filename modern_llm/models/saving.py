@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -17,28 +17,34 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig, override, to_dict
 from ..files import DamagedFolder, check_folder, find_folder, read_json, write_json
+from .contexts import changed_base
 from .decoder import ModernDecoderLM
 
 # %% auto #0
-__all__ = ['KNOWN_ELSEWHERE', 'FIELD_OF_TENSOR', 'own_options', 'hugging_face_layout', 'disk_names', 'hugging_face_config',
-           'write_tensors', 'save_model', 'read_config', 'num_layers', 'check_tensors', 'converted', 'unfilled',
-           'load_model']
+__all__ = ['KNOWN_ELSEWHERE', 'KNOWN_WHERE_DENSE', 'NO_WINDOW', 'FIELD_OF_TENSOR', 'own_options', 'hugging_face_layout',
+           'disk_names', 'rotary_words', 'sink_words', 'hugging_face_config', 'write_tensors', 'save_model',
+           'read_config', 'num_layers', 'check_tensors', 'converted', 'unfilled', 'load_model']
 
 # %% ../../nbs/10_saving.ipynb #own-options
 # fields that the configs of others have too, and those that only training reads
 KNOWN_ELSEWHERE = {
     "vocab_size", "context_length", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-    "ffn_width", "rope_theta", "rope_factor", "rope_trained_context", "norm_eps", "use_qk_norm",
-    "sliding_window", "num_experts", "experts_per_token", "tie_embeddings",
+    "ffn_width", "rope_theta", "rope_factor", "rope_scaling", "rope_trained_context", "norm_eps",
+    "use_qk_norm", "sliding_window", "num_experts", "experts_per_token", "tie_embeddings",
     "balance_loss_weight", "router_z_loss_weight", "dropout", "init_std", "zero_init_outputs"}
+
+
+# fields that they have in models without experts
+KNOWN_WHERE_DENSE = {"use_attention_sinks"}
 
 
 def own_options(cfg: ModelConfig) -> list[str]:
     """The options set here that no class of transformers has. A field that is not entered above
     counts as one: a new option is refused by an export, never left out in silence.
     """
-    return [field.name for field in fields(cfg) if field.name not in KNOWN_ELSEWHERE
-            and getattr(cfg, field.name) != field.default]
+    known = KNOWN_ELSEWHERE | (set() if cfg.num_experts else KNOWN_WHERE_DENSE)
+    return [field.name for field in fields(cfg)
+            if field.name not in known and getattr(cfg, field.name) != field.default]
 
 # %% ../../nbs/10_saving.ipynb #hugging-face-layout
 def hugging_face_layout(cfg: ModelConfig) -> tuple[str, str, list[tuple[str, str]]]:
@@ -49,6 +55,10 @@ def hugging_face_layout(cfg: ModelConfig) -> tuple[str, str, list[tuple[str, str
     """
     if own_options(cfg):
         return "ModernDecoderLM", "modern_llm", []
+    if cfg.use_attention_sinks and cfg.use_qk_norm:
+        return "FlintForCausalLM", "flint", []
+    if cfg.use_attention_sinks:
+        return "GraniteSWAForCausalLM", "granite_swa", []
     if cfg.num_experts and cfg.use_qk_norm:
         return "Qwen3MoeForCausalLM", "qwen3_moe", [(".mlp.router.gate.", ".mlp.gate.")]
     if cfg.num_experts:
@@ -77,6 +87,41 @@ def disk_names(model: ModernDecoderLM) -> dict[str, str]:
     return names
 
 # %% ../../nbs/10_saving.ipynb #hugging-face-config
+def rotary_words(cfg: ModelConfig) -> dict:
+    """The rotation in the words of `config.json`: those of transformers 5, and of version 4 where
+    the context is stretched. "ntk" is another base, and is written as one.
+    """
+    if cfg.rope_factor == 1:
+        return {"rope_theta": cfg.rope_theta,
+                "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta}}
+    if cfg.rope_scaling == "ntk":
+        theta = changed_base(cfg.rope_theta, cfg.rope_factor, cfg.head_width)
+        return rotary_words(replace(cfg, rope_theta=theta, rope_factor=1.0))
+    trained = {"original_max_position_embeddings": cfg.rope_trained_context}
+    rule = {"rope_type": cfg.rope_scaling, "factor": cfg.rope_factor} | {
+        "linear": {}, "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | trained,
+        "yarn": {"beta_fast": 32.0, "beta_slow": 1.0} | trained}[cfg.rope_scaling]
+    return {"rope_theta": cfg.rope_theta, "rope_scaling": rule,
+            "rope_parameters": rule | {"rope_theta": cfg.rope_theta}}
+
+
+NO_WINDOW = 2**30  # tokens: wider than any text, where a class knows only windows
+
+
+def sink_words(cfg: ModelConfig) -> dict:
+    """What the classes with a learned logit per head must be told to compute a model of ours: Flint
+    with QK-norm, a Granite without. Flint turns queries and keys in layers with a window only, and
+    so gets one everywhere.
+    """
+    windowed = bool(cfg.use_qk_norm or cfg.sliding_window)
+    kinds = ["sliding_attention" if windowed else "full_attention"] * cfg.num_layers
+    window = {"layer_types": kinds, "sliding_window": cfg.sliding_window or NO_WINDOW}
+    if cfg.use_qk_norm:
+        return window | {"mlp_only_layers": list(range(cfg.num_layers)), "num_experts": 0}
+    return window | {"attention_multiplier": cfg.head_width ** -0.5, "embedding_multiplier": 1.0,
+                     "residual_multiplier": 1.0, "logits_scaling": 1.0}
+
+
 def hugging_face_config(cfg: ModelConfig, dtype: str = "float32",
                         eos_id: int | None = None) -> dict:
     """The content of `config.json`: Hugging Face's keys, and our own config under `modern_llm`."""
@@ -87,14 +132,9 @@ def hugging_face_config(cfg: ModelConfig, dtype: str = "float32",
               "num_hidden_layers": cfg.num_layers,
               "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads,
               "head_dim": cfg.head_width, "intermediate_size": cfg.ffn_width, "hidden_act": "silu",
-              "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.rope_theta,
-              "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+              "rms_norm_eps": cfg.norm_eps, **rotary_words(cfg),
               "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": cfg.tie_embeddings,
               "initializer_range": cfg.init_std, "bos_token_id": eos_id, "eos_token_id": eos_id}
-    if cfg.rope_factor > 1:
-        values["rope_parameters"] |= {"rope_type": "llama3", "factor": cfg.rope_factor,
-                                      "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                      "original_max_position_embeddings": cfg.rope_trained_context}
     if cfg.sliding_window:
         values |= {"sliding_window": cfg.sliding_window, "use_sliding_window": True,
                    "max_window_layers": 0}
@@ -103,6 +143,8 @@ def hugging_face_config(cfg: ModelConfig, dtype: str = "float32",
                    "norm_topk_prob": True, "num_experts_per_tok": cfg.experts_per_token,
                    "moe_intermediate_size": cfg.ffn_width, "decoder_sparse_step": 1,
                    "router_aux_loss_coef": cfg.balance_loss_weight}
+    if cfg.use_attention_sinks and not (cfg.num_experts and cfg.use_qk_norm):
+        values |= sink_words(cfg)
     return values | {"modern_llm": to_dict(cfg)}
 
 # %% ../../nbs/10_saving.ipynb #save-model

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import apply_rotary, rotary_tables
+from .contexts import attention_temperature
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +31,9 @@ def turned(keys: Float[Tensor, "*layers b g t d"], by: int,
            cfg: ModelConfig) -> Float[Tensor, "*layers b g t d"]:
     """Keys that were turned by their positions, at positions `by` further on (back, if negative).
     """
-    places = torch.tensor([by], device=keys.device)
-    return apply_rotary(keys, *rotary_tables(places, cfg.head_width, cfg.rope_theta,
-                                             cfg.rope_factor, cfg.rope_trained_context))
+    cos, sin = rotary_tables(torch.tensor([by], device=keys.device), cfg.head_width, *cfg.rope)
+    length = attention_temperature(cfg.rope_factor, cfg.rope_scaling)  # the keys have it already
+    return apply_rotary(keys, cos / length, sin / length)
 
 # %% ../../nbs/17a_streams.ipynb #stream-cache
 class StreamCache:

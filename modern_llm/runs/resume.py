@@ -18,7 +18,7 @@ MADE = ("params.json", "results.json", "metrics.jsonl", "checkpoint", "checkpoin
 # settings that an earlier record does not have, with the value that means what was done then: the
 # weights are the same with a control and without
 LATER = {"dpo.preference_weight": 1.0, "dpo.control": True, "verifier.control": True,
-         "data.tokens_target": None, "data.max_epochs": None}
+         "data.tokens_target": None, "data.max_epochs": None, "model.rope_scaling": "llama3"}
 
 
 def begun(folder: Path) -> bool:

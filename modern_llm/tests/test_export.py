@@ -44,6 +44,16 @@ LAYOUTS = {"LlamaForCausalLM": {}, "MistralForCausalLM": {"sliding_window": 7},
            "Qwen3ForCausalLM, window": {"use_qk_norm": True, "sliding_window": 7},
            "MixtralForCausalLM, window": {**EXPERTS, "sliding_window": 7},
            "Qwen3MoeForCausalLM, window": {"use_qk_norm": True, **EXPERTS, "sliding_window": 7}}
+SINKS = {"use_attention_sinks": True}
+WITH_SINKS = {"GraniteSWAForCausalLM": SINKS,
+              "GraniteSWAForCausalLM, window": {**SINKS, "sliding_window": 7, "head_dim": 14},
+              "GraniteSWAForCausalLM, longer": {**SINKS, "rope_factor": 4.0, "rope_scaling": "yarn",
+                                                "rope_trained_context": 24},
+              "FlintForCausalLM": {**SINKS, "use_qk_norm": True, "tie_embeddings": False},
+              "FlintForCausalLM, window": {**SINKS, "use_qk_norm": True, "sliding_window": 7},
+              "GraniteMoeSWAForCausalLM": {**SINKS, **EXPERTS},
+              "GraniteMoeSWAForCausalLM, many": {**SINKS, "num_experts": 11, "sliding_window": 7},
+              "GraniteMoeSWAForCausalLM, one": {**SINKS, "num_experts": 1, "experts_per_token": 1}}
 TALK = [{"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Where does Anna live? <|end|>"}]
 
@@ -126,9 +136,88 @@ def test_half_precision_and_what_transformers_takes_from_the_files(tokenizer, tm
     assert torch.equal(again.norm.weight, model.norm.weight.bfloat16().float())
 
 
+def louder_sinks(model, folder, tokenizer):
+    """The same model with logits that take a good part of every softmax, saved again."""
+    for number, block in enumerate(model.layers):
+        block.self_attn.sinks.data = torch.linspace(-1.0, 3.0, CFG.num_heads) + number
+    with atomic_folder(folder) as temporary:
+        save_model(temporary, model, eos_id=end_id(tokenizer))
+        save_tokenizer(tokenizer, temporary, chat_template=CHAT_TEMPLATE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, options", WITH_SINKS.items(), ids=WITH_SINKS)
+def test_learned_sinks_have_the_same_logits_in_transformers(name, options, tokenizer, tmp_path):
+    name = name.split(",")[0]
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers, {transformers.__version__}, has no {name}")
+    model = saved(tmp_path / "first", tokenizer, replace(CFG, **options))
+    louder_sinks(model, tmp_path / "checkpoint", tokenizer)
+    export_with_card(tmp_path / "checkpoint", tmp_path / "exported", shard_gb=3e-5)
+    theirs, _ = opened(tmp_path / "exported")
+    assert type(theirs).__name__ == name
+    ids = torch.randint(0, 318, (2, 90))
+    ours = model(ids)
+    assert (theirs(ids).logits - ours).abs().max() < 1e-4
+    told = theirs.generate(ids[:, :20], attention_mask=torch.ones(2, 20, dtype=torch.long),
+                           max_new_tokens=12, do_sample=False, eos_token_id=[])
+    for at in range(20, 32):  # from their cache, token by token
+        scores = model(told[:, :at])[:, -1]
+        assert (scores.max(-1).values - scores.gather(1, told[:, at:at + 1])[:, 0]).max() < 1e-3
+    for block in model.layers:
+        block.self_attn.sinks.fill_(-30)
+    assert (model(ids) - ours).abs().max() > 0.1  # they count
+
+
+@torch.no_grad()
+def test_a_checkpoint_from_before_sinks_had_a_class_elsewhere_is_exported(tokenizer, tmp_path):
+    pytest.importorskip("transformers.models.granite_swa", reason="a newer transformers has it")
+    model = saved(tmp_path / "checkpoint", tokenizer, replace(CFG, **SINKS))
+    config = read_json(tmp_path / "checkpoint" / "config.json")
+    (tmp_path / "checkpoint" / "meta.json").unlink(missing_ok=True)
+    for word in ("layer_types", "attention_multiplier", "sliding_window"):
+        config.pop(word)
+    write_json(tmp_path / "checkpoint" / "config.json",
+               config | {"architectures": ["ModernDecoderLM"], "model_type": "modern_llm"})
+    export_with_card(tmp_path / "checkpoint", tmp_path / "exported")
+    ids = torch.randint(0, 318, (2, 90))
+    assert (opened(tmp_path / "exported")[0](ids).logits - model(ids)).abs().max() < 1e-4
+
+
+def test_why_experts_with_qk_norm_and_sinks_stay_here():
+    """The reasons that the refusal gives, as this transformers has them."""
+    for module in ("flint", "gpt_oss", "granitemoe_swa"):
+        pytest.importorskip(f"transformers.models.{module}", reason="a newer transformers has it")
+    from transformers.models.flint import modeling_flint
+    from transformers.models.gpt_oss import modeling_gpt_oss
+    from transformers.models.granitemoe_swa import modeling_granitemoe_swa
+
+    config = transformers.FlintConfig(hidden_size=8, num_experts=4, num_experts_per_tok=2)
+    router = modeling_flint.FlintTopKRouter(config)
+    torch.nn.init.normal_(router.weight)
+    logits, weights, chosen = router(torch.randn(5, 8))
+    kept = logits.gather(1, chosen)
+    assert torch.allclose(weights, kept.sigmoid() / kept.sigmoid().sum(-1, keepdim=True))
+    assert (weights - kept.softmax(-1)).abs().max() > 0.01
+    config = transformers.GptOssConfig(hidden_size=8, intermediate_size=3, num_local_experts=2,
+                                       swiglu_alpha=1.0, swiglu_limit=1e9)
+    gate, up = torch.randn(2, 5, 3)
+    found = modeling_gpt_oss.GptOssExperts(config)._apply_gate(
+        torch.stack([gate, up], dim=-1).flatten(1))
+    swish = torch.nn.functional.silu(gate)
+    assert torch.allclose(found, swish * (up + 1)) and not torch.allclose(found, swish * up)
+    for attention, config in ((modeling_gpt_oss.GptOssAttention, config),
+                              (modeling_granitemoe_swa.GraniteMoeSWAAttention,
+                               transformers.GraniteMoeSWAConfig(num_hidden_layers=1))):
+        made = attention(config, 0)
+        assert hasattr(made, "sinks") and not hasattr(made, "q_norm")
+
+
 def test_what_has_no_counterpart_is_refused_by_its_flag(tokenizer, tmp_path):
-    saved(tmp_path / "sinks", tokenizer, replace(CFG, use_attention_sinks=True))
-    with pytest.raises(ExportError, match="model.use_attention_sinks=true has no counterpart"):
+    saved(tmp_path / "sinks", tokenizer, replace(CFG, **SINKS, **EXPERTS, use_qk_norm=True))
+    with pytest.raises(ExportError, match="model.use_attention_sinks=true has no counterpart: "
+                                          "beside experts and QK-norm .*Flint weighs its experts "
+                                          "by sigmoids.*GptOss multiplies by up . 1"):
         export_with_card(tmp_path / "sinks", tmp_path / "out")
     assert read_json(tmp_path / "sinks" / "config.json")["model_type"] == "modern_llm"
     with pytest.raises(ValueError, match="modern_llm"):  # it does not pass for a Llama either

@@ -178,8 +178,8 @@ QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "
 REFUSED = {
     r"low_freq_factor, high_freq_factor=\(1.0, 8.0\) are not": {"rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0}},
-    "rope_scaling='linear'": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4,
-                                                  "factor": 2.0}},
+    "rope_scaling='longrope'": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+                                                    "factor": 2.0}},
     "attention_bias=True": {"attention_bias": True},
     "mlp_bias=True": {"mlp_bias": True},
     "hidden_act='gelu'": {"hidden_act": "gelu"},
@@ -627,8 +627,8 @@ NAMED_WRONGLY = {
     "tensor 'model.norm.weight' are NaN or infinite": rewritten(spoilt(float("-inf"))),
     "stored as int8, which means something only with": rewritten(spoilt(0, torch.int8)),
     "stored as float8_e4m3fn": rewritten(spoilt(0, torch.float8_e4m3fn)),
-    "rope_scaling='yarn' stretches": config_with(rope_parameters=None,
-                                                 rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+    "rope_scaling='dynamic' stretches": config_with(
+        rope_parameters=None, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
     "rope_scaling='yarn' in config.json is not an object": config_with(rope_scaling="yarn"),
     "not an object with a list of architectures": config_with(architectures="LlamaForCausalLM"),
 }

@@ -64,6 +64,7 @@ CHANGED = [
     ("pretrain", "model.num_kv_heads", {"overrides": "model.num_kv_heads=2"}),
     ("pretrain", "model.context_length", {"overrides": "model.context_length=64"}),
     ("pretrain", "model.rope_theta", {"overrides": "model.rope_theta=500"}),
+    ("pretrain", "model.rope_scaling", {"overrides": "model.rope_scaling=linear"}),
     ("pretrain", "model.use_attention_sinks", {"overrides": "model.use_attention_sinks=true"}),
     ("pretrain", "model.dropout", {"overrides": "model.dropout=0.1"}),
     ("pretrain", "data.tokenizer_vocab_size", {"overrides": "data.tokenizer_vocab_size=400"}),
@@ -229,6 +230,16 @@ def test_a_setting_that_an_older_record_does_not_have_is_named(tmp_path):
     write_json(run.folder / "params.json", record)
     with pytest.raises(StageError, match="model.rope_factor: not there -> 1.0"):
         begin(tmp_path, **same)
+
+
+def test_a_run_from_before_the_other_rules_of_longer_contexts_goes_on(tmp_path):
+    run, same = stage_at(tmp_path)
+    record = read_json(run.folder / "params.json")
+    del record["config"]["model"]["rope_scaling"]
+    write_json(run.folder / "params.json", record)
+    with pytest.raises(StageError, match='model.rope_scaling: "llama3" -> "linear"'):
+        begin(tmp_path, **{**same, "overrides": "model.rope_scaling=linear"})
+    assert begin(tmp_path, **same).resume
 
 
 def test_to_resume_and_to_delete_is_one_thing_too_many(tmp_path):
