@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 # %% auto #0
-__all__ = ['SCORES_AT_ONCE', 'NEVER', 'document_lengths', 'DocumentAttention', 'documents_pay', 'trains_in_bf16',
+__all__ = ['SCORES_AT_ONCE', 'WRITTEN_OUT', 'NEVER', 'document_lengths', 'DocumentAttention', 'documents_pay', 'trains_in_bf16',
            'ProductAttention', 'block_mask', 'compiled_flex_attention', 'BlockAttention', 'plan_attention']
 
 # %% ../../nbs/18_packed.ipynb #document-lengths
@@ -65,6 +65,7 @@ def documents_pay(lengths: list[int], b: int, t: int) -> bool:
 
 # %% ../../nbs/18_packed.ipynb #product-attention
 SCORES_AT_ONCE = 2**22  # of a group of rows; in bfloat16 they stay in a processor's cache
+WRITTEN_OUT = 512  # tokens of a row, at most: memory grows with their square
 NEVER = -1e9  # added to a score
 
 
@@ -174,7 +175,7 @@ def plan_attention(cfg: ModelConfig, t: int, segment_ids: Int[Tensor, "b t"] | N
     if (kind == "cuda" and masked and cache is None and torch.is_grad_enabled()
             and cfg.head_width >= 16):
         return BlockAttention(block_mask(t, window, segment_ids, device))
-    if kind == "cpu" and cache is None and trains_in_bf16():
+    if kind == "cpu" and cache is None and t <= WRITTEN_OUT and trains_in_bf16():
         mask = attention_mask(t, t, window=window, segment_ids=segment_ids, device=device)
         return ProductAttention.of(t, mask)
     if kind == "cpu" and segment_ids is not None and cache is None:
