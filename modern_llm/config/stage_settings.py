@@ -27,8 +27,8 @@ class TrainConfig:
     optimizer: str = "muon"
     lr: float = 3e-3  # peak of AdamW
     muon_lr: float = 2e-2  # peak of Muon
-    # over 0: the model's own weights stay, and adapters of this rank learn beside the projections of
-    # its blocks (LoRA), by AdamW; not in pretraining
+    # over 0: the model's own weights stay, and adapters of this rank learn beside the projections
+    # of its blocks (LoRA), by AdamW; not in pretraining
     lora_rank: int = 0
     # an adapter's product counts lora_alpha / lora_rank times; None = 2 · lora_rank
     lora_alpha: float | None = None

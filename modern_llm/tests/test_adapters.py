@@ -202,10 +202,9 @@ def test_a_checkpoint_is_the_whole_model_with_its_adapter_beside_it(tmp_path):
         assert torch.linalg.matrix_rank(change, rtol=1e-3) <= 3
     load_adapter(start, checkpoint / "adapter")
     assert torch.equal(start(IDS), model(IDS))
-    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert len(steps) == 2
-    load_model(tmp_path / "run" / "checkpoints" / steps[0])
-    assert (tmp_path / "run" / "checkpoints" / steps[0] / "adapter" / "adapter_config.json").is_file()
+    first, _ = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    load_model(first)
+    assert (first / "adapter" / "adapter_config.json").is_file()
 
 
 def test_the_average_of_the_adapters_is_what_is_saved(tmp_path):
@@ -338,7 +337,7 @@ def test_beside_a_frozen_body_the_verifiers_head_learns(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"pretrain": {"lora_rank": 8}}, "pretrain.lora_rank=8.*adapters learn beside weights that know"),
+    ({"pretrain": {"lora_rank": 8}}, "pretrain.lora_rank=8.*learn beside weights that know"),
     ({"pretrain": {"lora_alpha": 8.0}}, "pretrain.lora_rank=0, lora_alpha=8.0"),
     ({"sft": {"lora_rank": -1}}, "sft.lora_rank=-1 must not be negative"),
     ({"dpo": {"lora_alpha": 4.0}}, "dpo.lora_alpha=4.0 must be greater than 0 and go with"),
@@ -424,7 +423,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="lm_head.weight' is \\(2,\\) in the file, but should be ab"):
+    with pytest.raises(ValueError, match="lm_head.weight' is \\(2,\\) in the file, but should"):
         load_adapter(model_of(), tmp_path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(RuntimeError, match="truncated or damaged"):
@@ -450,7 +449,7 @@ def others(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_qk_norm": True}])
-@pytest.mark.parametrize("names", [None, ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]])
+@pytest.mark.parametrize("names", [None, [f"layers.{i}.self_attn.q_proj" for i in (0, 1)]])
 def test_peft_reads_our_adapter(tmp_path, others, changes, names):
     (peft, base), shape = others, dataclasses.replace(SHAPE, **changes)
     ours = adapted(shape, names=names)
