@@ -42,7 +42,8 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        self.weight, self.bias = linear.weight, linear.bias
+        self.alpha, self.scale = alpha, alpha / rank
         self.requires_grad_(False)
         like = dict(bias=False, device=linear.weight.device, dtype=linear.weight.dtype)
         self.lora_A = nn.Linear(linear.in_features, rank, **like)
@@ -149,12 +150,14 @@ def save_adapter(model: ModernDecoderLM, folder: str | Path) -> None:
                          "them, and merge_adapters takes them out")
     first, folder = next(iter(found.values())), Path(folder)
     rank = first.lora_A.out_features
+    kinds = {name.rpartition(".")[2] for name in found}
+    others = [name for name in projections(model) if name.rpartition(".")[2] in kinds]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / ADAPTER_CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "r": rank, 
-        "lora_alpha": first.scale * rank, "lora_dropout": 0.0,
-        "target_modules": sorted({name.rpartition(".")[2] for name in found})})
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "r": rank,
+        "lora_alpha": first.alpha, "lora_dropout": 0.0,
+        "target_modules": sorted(found if others else kinds)})
     write_tensors({f"{PREFIX}{name}.{part}.weight":
                    getattr(adapter, part).weight.detach().cpu().contiguous()
                    for name, adapter in found.items() for part in ("lora_A", "lora_B")},
