@@ -195,6 +195,12 @@ class PipelineConfig:
                 size % self.hardware.ranks == 0,
                 f"hardware.ranks={self.hardware.ranks} does not divide {stage}.batch_size={size}; "
                 f"use one of {divisors(size)}, or another batch size")
+            require(
+                size == 0 or not train.lora_rank or self.hardware.ranks == 1
+                or self.hardware.strategy != "fsdp",
+                f"{stage}.lora_rank: hardware.strategy='fsdp' shards weights, gradients and "
+                "optimizer states, and adapters have hardly any of the last two; say "
+                "hardware.strategy=ddp for this stage")
         require(self.model.context_length >= SHORTEST_CONTEXT,
                 f"model.context_length={self.model.context_length} leaves no room for the openings "
                 f"that a stage continues, and for what it writes: use at least {SHORTEST_CONTEXT}; "

@@ -27,6 +27,11 @@ class TrainConfig:
     optimizer: str = "muon"
     lr: float = 3e-3  # peak of AdamW
     muon_lr: float = 2e-2  # peak of Muon
+    # over 0: the model's own weights stay, and adapters of this rank learn beside the projections
+    # of its blocks (LoRA), by AdamW; not in pretraining
+    lora_rank: int = 0
+    # an adapter's product counts lora_alpha / lora_rank times; None = 2 · lora_rank
+    lora_alpha: float | None = None
     weight_decay: float = 0.1  # decoupled; matrices only
     betas: tuple[float, float] = (0.9, 0.95)
     schedule: str = "wsd"  # "wsd" = warmup, stable, linear decay; "cosine"
@@ -74,9 +79,21 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or 0 <= value <= high,
                     f"{place}.{name}={value} must lie in [0, {high}]")
-        for name in ("weight_decay", "grad_clip", "warmup_steps", "keep_checkpoints"):
+        for name in ("weight_decay", "grad_clip", "warmup_steps", "keep_checkpoints", "lora_rank"):
             require(getattr(self, name) >= 0,
                     f"{place}.{name}={getattr(self, name)} must not be negative")
+        require(place != "pretrain" or (self.lora_rank == 0 and self.lora_alpha is None),
+                f"pretrain.lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}: adapters "
+                "learn beside weights that know something already, and pretraining starts from "
+                "random ones; leave both out here, and set them for sft, dpo or verifier")
+        require(self.lora_alpha is None or (self.lora_rank and 0 < self.lora_alpha < math.inf),
+                f"{place}.lora_alpha={self.lora_alpha} must be greater than 0 and go with a "
+                f"{place}.lora_rank, or be null")
+
+    @property
+    def adapter_alpha(self) -> float:
+        """What `lora_alpha` means."""
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     @property
     def sequences(self) -> int:
@@ -215,6 +232,9 @@ class VerifierConfig(TrainConfig):
         for name in ("lm_weight", "gold_problems", "comparison_steps"):
             require(getattr(self, name) >= 0,
                     f"verifier.{name}={getattr(self, name)} must not be negative")
+        require(self.kind == "generator" or not self.lora_rank,
+                f"verifier.lora_rank={self.lora_rank} is for verifier.kind='generator': an encoder "
+                "starts from random weights, all of which have to learn")
 
     @property
     def trains_control(self) -> bool:

@@ -126,7 +126,8 @@ def compare_variants(recipe: VerifierTraining, trained_steps: int, size: int) ->
     """
     train, run, compared = recipe.train, recipe.run, []
     variants = {"with surprise": train, "without surprise": replace(train, surprise=False),
-                "encoder": replace(train, kind="encoder")}
+                # from random weights: all of it learns
+                "encoder": replace(train, kind="encoder", lora_rank=0, lora_alpha=None)}
     for name, cfg in variants.items() if train.comparison_steps else ():
         steps, samples = train.comparison_steps, recipe.held
         if cfg != train or steps != trained_steps:

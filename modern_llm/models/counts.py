@@ -8,8 +8,8 @@ from __future__ import annotations
 from ..config import DPOConfig, ModelConfig, TrainConfig, VerifierConfig
 
 # %% auto #0
-__all__ = ['parameter_count', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory', 'prefill_bytes',
-           'inference_memory']
+__all__ = ['parameter_count', 'adapter_parameters', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory',
+           'prefill_bytes', 'inference_memory']
 
 # %% ../../nbs/11_counts.ipynb #parameter-count
 def parameter_count(cfg: ModelConfig) -> dict[str, int]:
@@ -32,6 +32,19 @@ def parameter_count(cfg: ModelConfig) -> dict[str, int]:
     total = sum(parts.values())
     idle = layers * (cfg.num_experts - cfg.experts_per_token) * expert if cfg.num_experts else 0
     return {**parts, "total": total, "active": total - idle}
+
+# %% ../../nbs/11_counts.ipynb #adapter-parameters
+def adapter_parameters(cfg: ModelConfig, rank: int) -> int:
+    """Parameters of adapters of this rank beside all projections of attention and, without
+    experts, of the feed-forward layers; experts get none.
+
+    Source: Hu et al. 2021 (2106.09685), section 4.1.
+    """
+    q_width, kv_width = cfg.num_heads * cfg.head_width, cfg.num_kv_heads * cfg.head_width
+    attention = 2 * (cfg.width + q_width) + 2 * (cfg.width + kv_width)
+    feed_forward = 0 if cfg.num_experts else 3 * (cfg.width + cfg.ffn_width)
+    return cfg.num_layers * rank * (attention + feed_forward)
+
 
 # %% ../../nbs/11_counts.ipynb #forward-flops
 def forward_flops(cfg: ModelConfig, context: int | None = None) -> dict[str, int]:
@@ -58,14 +71,19 @@ def forward_flops(cfg: ModelConfig, context: int | None = None) -> dict[str, int
     }
 
 # %% ../../nbs/11_counts.ipynb #flops-per-token
-def flops_per_token(cfg: ModelConfig, context: int | None = None) -> int:
+def flops_per_token(cfg: ModelConfig, context: int | None = None, lora_rank: int = 0) -> int:
     """FLOPs to train on one token: the forward pass once, and twice that backwards (one product for
     each operand).
 
     This is 6·N + 12·layers·context·heads·head_width for N matrix parameters, the figure that model
-    FLOPs utilisation divides.
+    FLOPs utilisation divides. With adapters (`lora_rank`) the model's own matrices are products
+    with one operand that learns, and the adapters' are added.
     """
-    return 3 * sum(forward_flops(cfg, context).values())
+    forward = forward_flops(cfg, context)
+    if not lora_rank:
+        return 3 * sum(forward.values())
+    return (2 * sum(forward.values()) + forward["attention"]
+            + 6 * adapter_parameters(cfg, lora_rank))
 
 # %% ../../nbs/11_counts.ipynb #activation-bytes
 def activation_bytes(cfg: ModelConfig, value_bytes: int, compiled: bool = False) -> int:
@@ -108,6 +126,10 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1,
     log-probabilities of all their tokens over the vocabulary stay until the backward pass. A
     VerifierConfig compares the tokens of a row with each other.
 
+    With `lora_rank` the adapters alone have gradients, averages and optimizer states; the copy of
+    the block matrices in which they are merged to validate and to save is made when the activations
+    are gone, and not counted.
+
     Weights and gradients are float32, with a low-precision copy of the weights under autocast,
     which `precision="auto"` is taken to mean. AdamW keeps two float32 values per parameter, Muon
     one. Not counted: dropout masks, learned sinks, what the allocator wastes, and about half a
@@ -133,17 +155,21 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1,
     share = ranks if strategy == "fsdp" else 1
     whole = (4 * (count["total"] - block_matrices + block_matrices // cfg.num_layers)
              if share > 1 else 0)
-    layers = (tokens * activation_bytes(cfg, value_bytes, compiled=bool(train.compile))
+    adapters = adapter_parameters(cfg, train.lora_rank)
+    trained = adapters or count["total"]
+    # a token leaves rank values in each adapter
+    adapted = value_bytes * train.lora_rank * (4 if cfg.num_experts else 7)
+    layers = (tokens * (activation_bytes(cfg, value_bytes, compiled=bool(train.compile)) + adapted)
               * (1 if train.gradient_checkpointing else cfg.num_layers))
     block_inputs = cfg.num_layers * tokens * 4 * cfg.width if train.gradient_checkpointing else 0
     parts = {
-        "weights": 4 * count["total"] // share + whole,
+        "weights": 4 * (count["total"] + adapters) // share + whole,
         "autocast_copies": 2 * count["total"] if value_bytes == 2 else 0,
         # whole until the last micro-batch
-        "gradients": 4 * count["total"] // (share if one_pass else 1),
-        "optimizer": (8 * count["total"] - (4 * block_matrices if train.optimizer == "muon" else 0))
-                     // share,
-        "ema": 4 * count["total"] // share if train.ema_decay else 0,
+        "gradients": 4 * trained // (share if one_pass else 1),
+        "optimizer": (8 * trained - (4 * block_matrices if train.optimizer == "muon"
+                                     and not adapters else 0)) // share,
+        "ema": 4 * trained // share if train.ema_decay else 0,
         # the last: the last norm
         "activations": layers + block_inputs + tokens * (8 + value_bytes) * cfg.width,
         "logits": tokens * kept + logits * cfg.vocab_size * in_hand,

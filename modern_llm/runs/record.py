@@ -90,10 +90,11 @@ class StageRun:
         """
         from modern_llm.training.trainer import Trainer
 
-        given = {"cfg": settings_of(self.config, self.stage), "folder": self.folder,
+        cfg = settings_of(self.config, self.stage)
+        given = {"cfg": cfg, "folder": self.folder,
                  "evaluate": recipe.evaluate, "save_model": recipe.save, "device": self.device,
-                 "flops_per_token": flops_per_token(self.config.model), "seed": self.config.seed,
-                 "resume": self.resume, "world": self.world}
+                 "flops_per_token": flops_per_token(self.config.model, lora_rank=cfg.lora_rank),
+                 "seed": self.config.seed, "resume": self.resume, "world": self.world}
         return Trainer(model, loss, batches, **(given | others))
 
     def finish(self, results: dict) -> dict:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from modern_llm.config import STAGES, PipelineConfig, TrainConfig
+from modern_llm.config import STAGES, TRAINED, PipelineConfig, TrainConfig
 from modern_llm.files import read_record
 from modern_llm.messages import StageError
 from modern_llm.runs.spec import MAY_CHANGE, changes, sections
@@ -18,7 +18,9 @@ MADE = ("params.json", "results.json", "metrics.jsonl", "checkpoint", "checkpoin
 # settings that an earlier record does not have, with the value that means what was done then: the
 # weights are the same with a control and without
 LATER = {"dpo.preference_weight": 1.0, "dpo.control": True, "verifier.control": True,
-         "data.tokens_target": None, "data.max_epochs": None, "model.rope_scaling": "llama3"}
+         "data.tokens_target": None, "data.max_epochs": None, "model.rope_scaling": "llama3",
+         **{f"{stage}.{name}": value for stage in TRAINED
+            for name, value in (("lora_rank", 0), ("lora_alpha", None))}}
 
 
 def begun(folder: Path) -> bool:

@@ -56,13 +56,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk_tokens, ignore_index, dtype, with_gradients,
-                compiled):
+                frozen, compiled):
         of_chunk = (torch.compile(cross_entropy_chunk, dynamic=False) if compiled
                     else cross_entropy_chunk)
         total = torch.zeros((), device=hidden.device)
         w = weight.to(dtype)
         hidden_grad = torch.empty_like(hidden) if with_gradients else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
+        weight_grad = (torch.zeros_like(weight, dtype=torch.float32)
+                       if with_gradients and not frozen else None)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h = hidden[rows].to(dtype)
@@ -70,17 +71,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = total + nats  # in place, torch 2.11 compiles it to a loss without gradient
             if with_gradients:
                 hidden_grad[rows] = logits_grad @ w
-                weight_grad += logits_grad.T @ h
+                if weight_grad is not None:
+                    weight_grad += logits_grad.T @ h
         if with_gradients:
-            ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
+            ctx.save_for_backward(
+                hidden_grad, *([] if weight_grad is None else [weight_grad.to(weight.dtype)]))
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return (hidden_grad * upstream.to(hidden_grad.dtype), weight_grad * upstream, None, None,
-                None, None, None, None)
+        hidden_grad, *weight_grad = ctx.saved_tensors
+        return (hidden_grad * upstream.to(hidden_grad.dtype),
+                weight_grad[0] * upstream if weight_grad else None, *[None] * 7)
 
 # %% ../../nbs/02b_optim.ipynb #chunked-ce
 SAME_ROWS = 256  # to a multiple of which labelled rows are filled up
@@ -120,7 +123,7 @@ def chunked_cross_entropy(
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_tokens, ignore_index, dtype,
-                                          with_gradients, compiled)
+                                          with_gradients, not weight.requires_grad, compiled)
 
 # %% ../../nbs/02b_optim.ipynb #loss-output
 @dataclass
@@ -313,13 +316,15 @@ def parameter_groups(module: nn.Module, cfg: TrainConfig) -> dict[str, dict[str,
     """Who updates what: {"muon" | "adamw" | "adamw, no decay": {name: parameter}}, frozen
     parameters left out.
 
-    Muon takes the matrices inside `layers` except routers (cfg.optimizer="muon"), AdamW the rest:
-    embeddings, output heads, routers. Vectors (norm gains, sinks, biases) get no weight decay.
+    Muon takes the matrices inside `layers` except routers and adapters (cfg.optimizer="muon"),
+    AdamW the rest: embeddings, output heads, routers, adapters. Vectors (norm gains, sinks, biases)
+    get no weight decay.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "adamw": {}, "adamw, no decay": {}}
     for name, parameter in module.named_parameters():
         parts = name.split(".")
-        block_matrix = parameter.ndim >= 2 and "layers" in parts and "router" not in parts
+        block_matrix = (parameter.ndim >= 2 and "layers" in parts
+                        and not {"router", "lora_A", "lora_B"} & set(parts))
         kind = "muon" if block_matrix and cfg.optimizer == "muon" else "adamw"
         if parameter.requires_grad:
             groups[kind if parameter.ndim >= 2 else "adamw, no decay"][name] = parameter

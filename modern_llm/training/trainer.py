@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import TrainConfig
+from .adapters import adapt
 from .checkpoints import RunFolder, open_run, read_metrics
 from modern_llm.training.distributed import (
     World, data_parallel, per_rank_rng, propagate_failures, validated_together,
@@ -117,6 +118,8 @@ class Trainer:
         self.world.join(place)
         with propagate_failures(self.world):
             seed_everything(seed)
+            if cfg.lora_rank:
+                evaluate, save_model = adapt(module, cfg, evaluate, save_model)
             sharded = self.world.size > 1 and self.world.strategy == "fsdp"
             whole = (deepcopy(module).cpu() if sharded and self.world.is_main_process else None)
             if sharded and cfg.compile:

@@ -193,7 +193,8 @@ class VerifierTraining(SampledAnswers):
             start_from_surprise(verifier, map(batches, range(16)))
         return self.run.trainer(verifier, partial(verifier_loss, lm_weight=cfg.lm_weight), batches,
                                 self, cfg=cfg, folder=folder,
-                                flops_per_token=flops_per_token(verifier.model.cfg))
+                                flops_per_token=flops_per_token(verifier.model.cfg,
+                                                                lora_rank=cfg.lora_rank))
 
     def control(self, cfg: TrainConfig, folder: Path) -> Trainer:
         """A trainer of the generator itself: the verifier's batches, with no weight on the
@@ -204,7 +205,7 @@ class VerifierTraining(SampledAnswers):
             body, partial(verifier_loss, lm_weight=self.train.lm_weight, judge_weight=0.0),
             self.batches(self.train), self, cfg=cfg, folder=folder, evaluate=None,
             save_model=lambda kept, path: save_chat_model(path, kept.model, self.tokenizer),
-            flops_per_token=flops_per_token(body.model.cfg))
+            flops_per_token=flops_per_token(body.model.cfg, lora_rank=cfg.lora_rank))
 
     def fit(self) -> TrainResult:
         """Train on pairs of a right and a wrong answer, then the control, if there is one."""
