@@ -110,7 +110,8 @@ def test_an_evaluation_takes_about_what_was_measured(run):
 
 @pytest.mark.parametrize("more", [
     "num_problems=1000", "samples_per_problem=64", "num_sentences=1000", "shots=0,8",
-    "max_perplexity_tokens=90000", "protocol_tokens=90000", "num_pairs=1000", "baselines=gpt2"])
+    "max_perplexity_tokens=300000 data.max_validation_tokens=300000", "protocol_tokens=90000",
+    "num_pairs=1000", "baselines=gpt2"])
 def test_what_an_evaluation_does_more_takes_longer(more):
     assert minutes(f"eval.{more}") > minutes()
 

