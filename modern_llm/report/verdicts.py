@@ -307,7 +307,8 @@ def five_results(run: Run) -> dict[str, list[dict]]:
     """The five results of a run, each the list of its lines; of one that was not measured it is
     empty.
     """
-    shared = (("instructions", "exact match"), ("problems", "exact match"))
+    shared = (("instructions", "exact match"), ("problems", "exact match"),
+              ("sentiment, asked", "accuracy"))
     base, sft, dpo = STAGE_NAMES[:3]
     return {"pretraining": text_results(run),
             "SFT": stage_results(run, sft, base, shared, "the pretrained model"),
