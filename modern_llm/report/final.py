@@ -17,7 +17,6 @@ from modern_llm.config import BUILT_IN, DATASET_REGISTRY
 from modern_llm.evaluation.ledger import STAGE_NAMES
 from modern_llm.files import read_json
 from modern_llm.report.findings import CHANCE, FLOOR, findings, measured, sentences, told
-from modern_llm.report.first_page import epochs
 from modern_llm.report.page import bullets, number
 from modern_llm.report.published import PublishedRun, published_runs
 from modern_llm.report.verdicts import (
@@ -74,7 +73,7 @@ def trained(run: PublishedRun) -> str:
     for stage, found in run.results.items():
         words = [f"{found['steps']:,} steps"] if found.get("steps") else []
         words += [f"{found['tokens']:,} tokens"] if found.get("tokens") else []
-        words += [f"{often:.2f} epochs"] if (often := epochs(stage, found)) else []
+        words += [f"{often:.2f} epochs"] if (often := found.get("epochs")) else []
         if words:
             minutes = run.minutes.get(stage)
             stages.append(f"{stage} on {', '.join(sources(found)) or 'its data'} ("

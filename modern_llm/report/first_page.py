@@ -70,7 +70,7 @@ def trained(page: Page) -> None:
                           f"`{run.command(stage)}`")
         rows.append({"stage": stage, "status": status, "trained on": sources(run, stage),
                      "steps": found.get("steps"), "ended by": found.get("ended_by"),
-                     "tokens": tokens, "epochs": epochs(stage, found),
+                     "tokens": tokens, "epochs": found.get("epochs"),
                      "tokens/s": found.get("tokens_per_s"), "minutes": minutes,
                      unit: minutes and minutes * threads * (
                          ranks if found.get("train_seconds") else 1),
@@ -80,17 +80,6 @@ def trained(page: Page) -> None:
     for row in rows:
         row["training FLOPs"] = row["training FLOPs"] and f"{row['training FLOPs']:.2e}"
     page.add(markdown_table(rows), *absent)
-
-
-def epochs(stage: str, found: dict) -> float | None:
-    """How often pretraining read its text; by records that do not say so, the tokens of training
-    by those of the text. None of another stage.
-    """
-    if not STAGES[stage].first:
-        return None
-    once = sum(row.get("tokens") or 0 for row in found.get("data", [])
-               if isinstance(row, dict) and row.get("split") == "train")
-    return found.get("epochs") or (found["tokens"] / once if once and found.get("tokens") else None)
 
 
 def sources(run: Run, stage: str) -> str:

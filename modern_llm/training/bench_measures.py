@@ -277,10 +277,10 @@ class WorldRun:
 
     def trainer(self, model, loss, batches, recipe, **others) -> Trainer:
         """A Trainer of the settings, without model files."""
-        return Trainer(model, loss, batches, self.config.pretrain, self.folder,
-                       evaluate=recipe.evaluate, device=self.device, seed=self.config.seed,
-                       flops_per_token=flops_per_token(self.config.model), progress_bar=False,
-                       **others)
+        given = {"cfg": self.config.pretrain, "evaluate": recipe.evaluate, "device": self.device,
+                 "seed": self.config.seed, "progress_bar": False,
+                 "flops_per_token": flops_per_token(self.config.model)}
+        return Trainer(model, loss, batches, folder=self.folder, **(given | others))
 
 
 def measure_training(shape: Shape, device: torch.device, peaks: dict, rows_to: Path) -> dict:
