@@ -127,8 +127,9 @@ def lost(page: str) -> list[str]:
     missing = []
     for title, text in sections(page):
         committed = committed_of(title)
-        # addresses, and what the rules call chance and no tax
-        text = re.sub(r"\]\([^)]*\)|\b0(\.5)?, chance|\bchance, 0\.500|\bno tax, 1\b", "]", text)
+        # addresses, chapters, and what the rules call chance and no tax
+        text = re.sub(r"\]\([^)]*\)|\bchapter \d+|\b0(\.5)?, chance|\bchance, 0\.500|"
+                      r"\bno tax, 1\b", "]", text)
         missing += [match[0] for match in ROW.finditer(text)
                     if not committed.has_row(*match.groups())]
         whole = re.compile(r"(?<=git checkout )\w+|\d{4}-\d\d-\d\d")  # commits and dates
