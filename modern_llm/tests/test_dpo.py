@@ -485,6 +485,9 @@ STEPS = pd.DataFrame({"step": range(0, 101, 10),
     ({"chosen_shift": -STEPS.step / 150, "val_chosen_shift": -0.2}, []),  # what is held out counts
     ({"val_answer_tokens": 20 + STEPS.step / 5}, ["answers grow"]),
     ({"val_answer_tokens": 8 + STEPS.step / 8}, []),  # towards the chosen ones
+    ({"val_answers_ended": 0.9 - STEPS.step / 150}, ["answers do not end"]),
+    ({"val_answers_ended": 0.9 - STEPS.step / 1000}, []),
+    ({"val_preference": 0.69 + STEPS.step / 1000}, ["learned by heart"]),
     ({"preference": 0.69}, ["stuck at the start"]),
     ({"preference": [0.69] * 9 + [0.5, 0.4]}, []),
     ({"reward_accuracy": 0.45}, ["below chance"]),

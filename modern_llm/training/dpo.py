@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from modern_llm.training.trainer import TrainResult, Trainer
 
 # %% auto #0
-__all__ = ['WATCHED', 'CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'STUCK', 'concatenated_log_probs', 'pair_log_probs',
-           'preference_loss', 'dpo_loss', 'compare', 'reference_log_probs', 'replay_rows', 'PairBatches', 'load_pairs',
-           'PreferenceTuning', 'alarms', 'write_answers']
+__all__ = ['WATCHED', 'CHOSEN_FALL', 'LENGTH_GROWTH', 'PREFERRED_LENGTH', 'ENDING_FALL', 'STUCK', 'concatenated_log_probs',
+           'pair_log_probs', 'preference_loss', 'dpo_loss', 'compare', 'reference_log_probs', 'replay_rows',
+           'PairBatches', 'load_pairs', 'PreferenceTuning', 'alarms', 'write_answers']
 
 # %% ../../nbs/05_dpo.ipynb #pair-log-probs
 def concatenated_log_probs(
@@ -338,13 +338,14 @@ class PreferenceTuning:
         self.few = slice(0, 16 * every, every)
 
     def evaluate(self, model: ModernDecoderLM) -> dict[str, float]:
-        """What dpo_loss measures, on all held-out pairs, and the length of answers to some of their
-        prompts.
+        """What dpo_loss measures, on all held-out pairs, and of answers to some of their prompts
+        the length and the share that ends by itself.
         """
         by_pair = compare(pair_log_probs(model, self.held_out), self.before, self.train)
         found = by_pair[WATCHED].astype(float).mean()
         answers = write_answers(model, self.tokenizer, self.prompts[self.few], self.new_tokens)
-        return {"loss": found.preference, **found, "answer_tokens": answers.tokens.mean()}
+        return {"loss": found.preference, **found, "answer_tokens": answers.tokens.mean(),
+                "answers_ended": answers.ended.mean()}
 
     def save(self, model: ModernDecoderLM, folder: Path) -> None:
         """As `save_chat_model`."""
@@ -370,6 +371,7 @@ class PreferenceTuning:
 CHOSEN_FALL = 0.5
 LENGTH_GROWTH = 1.5  # generated answers, against those of the starting model …
 PREFERRED_LENGTH = 1.2  # … and against the chosen ones: growing towards those is what was asked for
+ENDING_FALL = 0.25  # share of generated answers that no longer ends by itself
 STUCK = 0.01  # share of the loss at margin 0
 
 
@@ -378,9 +380,9 @@ def alarms(metrics: pd.DataFrame, cfg: DPOConfig) -> list[dict]:
 
     Args:
         metrics: rows of `metrics.jsonl`: step, preference, reward_accuracy, chosen_shift, and where
-            it was validated val_preference, val_reward_accuracy, val_chosen_shift and
-            val_answer_tokens (step 0 = before training); chosen_tokens, if there, is what generated
-            answers may grow to.
+            it was validated val_preference, val_reward_accuracy, val_chosen_shift,
+            val_answer_tokens and val_answers_ended (step 0 = before training); chosen_tokens, if
+            there, is what generated answers may grow to.
     """
     found = []
 
@@ -405,6 +407,10 @@ def alarms(metrics: pd.DataFrame, cfg: DPOConfig) -> list[dict]:
         grown = length[length > max(LENGTH_GROWTH * length.iloc[0], PREFERRED_LENGTH * wanted, 1)]
         alarm("answers grow", grown.index,
               f"from {length.iloc[0]:.1f} to {length.iloc[-1]:.1f} tokens")
+    ended = held_out("answers_ended")
+    alarm("answers do not end", ended[ended < ended.max() - ENDING_FALL].index,
+          f"by themselves {ended.max():.0%} did, and at the end {ended.iloc[-1]:.0%}"
+          if len(ended) else "")
     start = float(preference_loss(*torch.zeros(4, 1), cfg)[0])
     late = held_out("preference")
     late = late[late.index > metrics.step.max() / 2]
@@ -412,6 +418,9 @@ def alarms(metrics: pd.DataFrame, cfg: DPOConfig) -> list[dict]:
              if len(late) and abs(late.mean() / start - 1) < STUCK else late.index[:0])
     alarm("stuck at the start", stuck,
           f"the loss is still {late.mean():.4f}, as at margin 0" if len(late) else "")
+    if "val_preference" in metrics and len(late) and late.iloc[-1] > (1 + STUCK) * start:
+        alarm("learned by heart", late.index[-1:],
+              f"held-out pairs cost {late.iloc[-1]:.4f}, more than the {start:.4f} of margin 0")
     if len(accuracy) and accuracy.iloc[-1] < 0.5:
         alarm("below chance", accuracy.index[-1:],
               f"the margin is positive for {accuracy.iloc[-1]:.0%} of the pairs")
