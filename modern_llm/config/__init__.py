@@ -17,7 +17,9 @@ from modern_llm.config.schema import (
 )
 from modern_llm.config.stage_settings import (
     OPTIMIZERS, PRECISIONS, PREFERENCE_LOSSES, SCHEDULES, VERIFIER_KINDS, DPOConfig, EvalConfig,
-    SFTConfig, TrainConfig, VerifierConfig,
+    GRPOConfig, SFTConfig, TrainConfig, VerifierConfig,
 )
-from modern_llm.config.stages import GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec, trained_on
+from modern_llm.config.stages import (
+    ALWAYS, GENERATORS, NOTEBOOKS, STAGES, TRAINED, StageSpec, is_part_of_all, trained_on,
+)
 from modern_llm.config.work import Work

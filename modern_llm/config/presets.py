@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from modern_llm.config.schema import DataConfig, HardwareConfig, ModelConfig, PipelineConfig
 from modern_llm.config.stage_settings import (
-    DPOConfig, EvalConfig, SFTConfig, TrainConfig, VerifierConfig,
+    DPOConfig, EvalConfig, GRPOConfig, SFTConfig, TrainConfig, VerifierConfig,
 )
 
 
@@ -18,7 +18,7 @@ def _in_float32(config: PipelineConfig) -> PipelineConfig:
     up to rounding; bfloat16 gains little at these sizes.
     """
     return replace(config, **{stage: replace(getattr(config, stage), precision="fp32")
-                              for stage in ("pretrain", "sft", "dpo", "verifier")})
+                              for stage in ("pretrain", "sft", "dpo", "grpo", "verifier")})
 
 
 def lesson() -> PipelineConfig:
@@ -39,6 +39,10 @@ def lesson() -> PipelineConfig:
                       keep_checkpoints=0, sft_weight=1.0, replay_weight=1.0,
                       replay_sources=("text", "synthetic", "synthetic-problems"),
                       max_train_pairs=240, max_validation_pairs=60, max_new_tokens=40),
+        grpo=GRPOConfig(
+            levels=(1,), max_steps=8, batch_size=64, optimizer="adamw", lr=2e-4,
+            weight_decay=0.0, warmup_steps=1, log_every=1, eval_every=4, checkpoint_every=4,
+            keep_checkpoints=0, train_problems=200, validation_problems=40, max_new_tokens=80),
         verifier=VerifierConfig(
             levels=(1, 2, 3), max_steps=20, batch_size=8, lr=2e-3, muon_lr=1e-2, warmup_steps=2,
             log_every=2, perturbed_fraction=0.6, lm_weight=2.0, eval_every=10, checkpoint_every=10,
@@ -67,6 +71,10 @@ def local_smoke() -> PipelineConfig:
                       keep_checkpoints=0, sft_weight=6.0, replay_weight=4.0,
                       replay_sources=("text", "synthetic", "synthetic-problems"),
                       max_train_pairs=800, max_new_tokens=40),
+        grpo=GRPOConfig(
+            max_steps=60, batch_size=128, optimizer="adamw", lr=5e-4, weight_decay=0.0,
+            warmup_steps=5, log_every=1, eval_every=20, checkpoint_every=20, keep_checkpoints=0,
+            validation_problems=200, max_new_tokens=112),
         verifier=VerifierConfig(
             levels=(2, 3, 4), max_steps=120, batch_size=16, warmup_steps=10, decay_fraction=0.6,
             eval_every=60, checkpoint_every=40, keep_checkpoints=0, train_problems=120,
@@ -85,15 +93,19 @@ def local_cpu() -> PipelineConfig:
         data=DataConfig(sources=("wikitext-2-raw-v1", "tinystories"), tokenizer_vocab_size=4096),
         pretrain=TrainConfig(max_steps=3000, batch_size=16, warmup_steps=50, compile=True,
                              eval_every=250, checkpoint_every=250),
-        sft=SFTConfig(sources=("sst2", "synthetic-problems", "alpaca"), weights=(0.6, 0.3, 0.1),
-                      replay_fraction=0.2, max_steps=1800, batch_size=16, lr=2e-3, muon_lr=1e-2,
+        sft=SFTConfig(sources=("sst2", "synthetic-problems", "alpaca"), weights=(0.7, 0.2, 0.1),
+                      replay_fraction=0.4, max_steps=2400, batch_size=16, lr=1.5e-3, muon_lr=7.5e-3,
                       compile=True, eval_every=300, checkpoint_every=300, keep_checkpoints=0,
                       max_train_examples=70_000, max_validation_examples=100),
         dpo=DPOConfig(sources=("hh-rlhf",), max_steps=300, batch_size=16, optimizer="adamw",
-                      lr=2e-4, weight_decay=0.0, sft_weight=0.1, replay_weight=1.0,
+                      lr=5e-5, weight_decay=0.0, sft_weight=0.1, replay_weight=1.0,
                       replay_sources=("text", "sst2", "synthetic-problems"), log_every=5,
                       eval_every=50, checkpoint_every=50, keep_checkpoints=0,
                       max_train_pairs=4800, max_validation_pairs=200),
+        grpo=GRPOConfig(
+            max_steps=60, batch_size=128, micro_batch_size=32, optimizer="adamw", lr=1e-4,
+            weight_decay=0.0, warmup_steps=5, log_every=1, eval_every=20, checkpoint_every=20,
+            keep_checkpoints=0, validation_problems=200),
         verifier=VerifierConfig(
             levels=(2, 3, 4), max_steps=120, batch_size=16, lr=1e-3, muon_lr=5e-3, warmup_steps=10,
             decay_fraction=0.6, eval_every=60, checkpoint_every=40, keep_checkpoints=0,
@@ -128,6 +140,10 @@ def local() -> PipelineConfig:
                         protocol_sources=("wikitext-2-raw-v1", "tinystories"),
                         protocol_tokens=400_000, overlap_documents=2_000_000),
         hardware=HardwareConfig(min_gpu_memory_gb=11),
+        grpo=GRPOConfig(problems="gsm8k", max_steps=300, batch_size=256, micro_batch_size=4,
+                        optimizer="adamw", lr=2e-6, weight_decay=0.0, log_every=1, eval_every=50,
+                        checkpoint_every=25, train_problems=7000, validation_problems=300,
+                        max_new_tokens=256),
         verifier=VerifierConfig(problems="gsm8k", max_steps=600, batch_size=32, micro_batch_size=4,
                                 lr=3e-4, muon_lr=2e-3, compile=True, gradient_checkpointing=True,
                                 train_problems=1500, validation_problems=300, max_new_tokens=256),
@@ -162,6 +178,11 @@ def tacc_h100() -> PipelineConfig:
                         protocol_tokens=400_000, overlap_documents=10_000_000,
                         baselines=("gpt2", "distilgpt2", "HuggingFaceTB/SmolLM2-135M")),
         hardware=HardwareConfig(min_gpu_memory_gb=70, needs_bf16=True),
+        grpo=GRPOConfig(
+            problems="gsm8k", max_steps=300, batch_size=1024, micro_batch_size=16,
+            optimizer="adamw", lr=1e-6, weight_decay=0.0, log_every=1, eval_every=25,
+            checkpoint_every=25, train_problems=7000, validation_problems=400, group_size=16,
+            max_new_tokens=256),
         verifier=VerifierConfig(
             problems="gsm8k", max_steps=3000, batch_size=64, micro_batch_size=16, lr=1e-4,
             muon_lr=1e-3, warmup_steps=100, compile=True, log_every=20, eval_every=500,
@@ -180,6 +201,7 @@ def tacc_a100() -> PipelineConfig:
         sft=replace(base.sft, micro_batch_size=16),
         dpo=replace(base.dpo, micro_batch_size=4),
         hardware=replace(base.hardware, min_gpu_memory_gb=38),
+        grpo=replace(base.grpo, micro_batch_size=8),
         verifier=replace(base.verifier, micro_batch_size=8),
     )
 
@@ -208,6 +230,9 @@ def tacc_smoke() -> PipelineConfig:
                      shots=(0, 4), draws=2, num_pairs=32, max_perplexity_tokens=20_000,
                      protocol_tokens=5000, overlap_documents=2000, baselines=()),
         hardware=HardwareConfig(min_gpu_memory_gb=8, needs_bf16=True),
+        grpo=replace(base.grpo, max_steps=8, batch_size=16, micro_batch_size=8, warmup_steps=2,
+                     eval_every=4, checkpoint_every=4, train_problems=32, validation_problems=10,
+                     group_size=4, max_new_tokens=64),
         verifier=replace(base.verifier, max_steps=20, batch_size=16, micro_batch_size=8,
                          warmup_steps=5, log_every=5, eval_every=10, checkpoint_every=10,
                          train_problems=20, validation_problems=10, samples_per_problem=4,
@@ -259,6 +284,11 @@ def smollm2_135m() -> PipelineConfig:
                       weight_decay=0.0, warmup_steps=5, loss_chunk_tokens=512, log_every=1,
                       eval_every=25, checkpoint_every=25, keep_checkpoints=0, sft_weight=1.0,
                       max_train_pairs=200, max_validation_pairs=20, max_new_tokens=40),
+        grpo=GRPOConfig(levels=(1, 2, 3), max_steps=16, batch_size=32, micro_batch_size=1,
+                        optimizer="adamw", lr=1e-5, weight_decay=0.0, warmup_steps=2,
+                        loss_chunk_tokens=512, log_every=1, eval_every=8, checkpoint_every=4,
+                        keep_checkpoints=0, train_problems=200, validation_problems=40,
+                        max_new_tokens=96),
         verifier=VerifierConfig(levels=(1, 2, 3), max_steps=30, batch_size=8, micro_batch_size=1,
                                 optimizer="adamw", lr=2e-5, weight_decay=0.0, warmup_steps=3,
                                 loss_chunk_tokens=512, log_every=1, eval_every=15,
@@ -290,6 +320,10 @@ def smollm2_gsm8k() -> PipelineConfig:
         dpo=DPOConfig(sources=("hh-rlhf",), lr=1e-5, max_steps=80, micro_batch_size=16,
                       eval_every=40, sft_weight=0.2, max_validation_pairs=500,
                       max_new_tokens=128, **tuned | {"batch_size": 32}),
+        grpo=GRPOConfig(problems="gsm8k", lr=1e-5, max_steps=100, micro_batch_size=32,
+                        eval_every=25, train_problems=7000, validation_problems=150,
+                        max_new_tokens=200, **tuned | {"batch_size": 256, "log_every": 1,
+                                                       "checkpoint_every": 10}),
         verifier=VerifierConfig(problems="gsm8k", lr=1e-4, max_steps=80, micro_batch_size=32,
                                 eval_every=40, train_problems=800, validation_problems=150,
                                 samples_per_problem=8, validation_samples=16, temperature=0.7,
@@ -317,6 +351,8 @@ def smollm2_cpu() -> PipelineConfig:
                     max_steps=240, eval_every=60, checkpoint_every=30,
                     max_validation_examples=60, **steps),
         dpo=replace(base.dpo, max_steps=30, eval_every=15, checkpoint_every=15, **steps),
+        grpo=replace(base.grpo, max_steps=20, eval_every=10, checkpoint_every=2,
+                     validation_problems=60, **steps | {"batch_size": 64, "compile": False}),
         verifier=replace(base.verifier, max_steps=30, eval_every=15, checkpoint_every=15,
                          train_problems=60, validation_problems=30, validation_samples=8,
                          gold_problems=1000, **steps),

@@ -14,7 +14,7 @@ from modern_llm.config.checks import (
     device_parts, divisors, require, require_one_of, require_positive, require_sources,
 )
 from modern_llm.config.stage_settings import (
-    DPOConfig, EvalConfig, SFTConfig, TrainConfig, VerifierConfig,
+    DPOConfig, EvalConfig, GRPOConfig, SFTConfig, TrainConfig, VerifierConfig,
 )
 
 STRATEGIES = ("ddp", "fsdp")
@@ -180,6 +180,7 @@ class PipelineConfig:
     pretrain: TrainConfig = field(default_factory=TrainConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)

@@ -190,6 +190,52 @@ class DPOConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class GRPOConfig(TrainConfig):
+    """Reinforcement learning with verifiable rewards; a row of a batch is an answer that the model
+    itself wrote. Read by chapter 38.
+    """
+
+    with_all: bool = False  # whether `--stage all` runs this stage; by its name it always runs
+    problems: str = "synthetic"  # a data set of word problems
+    levels: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the synthetic problems
+    train_problems: int = 2_000
+    validation_problems: int = 100
+    group_size: int = 8  # answers to a problem, which are compared with each other
+    # answers are written for so many steps at once, by the weights of the first
+    steps_per_round: int = 2
+    # of those answers; at another one than 1 the gradient is not that of their mean reward
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    # "exact" = 1 for a right answer that ends by itself, else 0; or the folder of a verifier or of
+    # a run that has one: its score
+    reward: str = "exact"
+    clip: float = 0.2  # a token's probability ratio counts within 1 - clip and 1 + clip
+    scale_advantages: bool = True  # in standard deviations of the group's rewards
+    per_token: bool = False  # every token of a step counts the same; false = every answer
+    kl_weight: float = 0.0  # of the distance from the starting model; 0 = that model is not kept
+    # beside it, the same start is trained on the same problems' gold answers, for as many FLOPs
+    control: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of("grpo.problems", self.problems, names_of("problems"))
+        require_positive("grpo", self, "train_problems", "validation_problems", "steps_per_round",
+                         "temperature", "max_new_tokens", "clip")
+        require(self.group_size >= 2,
+                f"grpo.group_size={self.group_size} must be at least 2: an answer is compared with "
+                "the others of its group")
+        require(self.batch_size % self.group_size == 0,
+                f"grpo.group_size={self.group_size} does not divide "
+                f"grpo.batch_size={self.batch_size}, the answers of a step")
+        require(0 <= self.kl_weight < math.inf,
+                f"grpo.kl_weight={self.kl_weight} must be 0 or greater")
+        require(set(self.levels) <= {1, 2, 3, 4, 5} and len(self.levels) > 0,
+                f"grpo.levels={list(self.levels)} must name some of the levels 1 to 5")
+        require(self.reward != "",
+                "grpo.reward is empty: say \"exact\", or the folder of a verifier")
+
+
+@dataclass(frozen=True)
 class VerifierConfig(TrainConfig):
     """The verifier: whose answers it learns from, and how it is trained. Read by chapter 06."""
 

@@ -21,6 +21,7 @@ class StageSpec:
             where it does not, or "").
         starts_from: earlier stages, the first of which that is finished it starts from.
         judges: earlier stages, all of which that are finished it reads, instead.
+        optional: the setting that says whether "all stages" is to mean this one too; "" = it does.
         base: stages that make a small model to start from, for the preset "lesson" without one.
         recipe: what it trains, as "module:class", see `train_stage`; "" where nothing is trained.
         work: what it does besides training, "module:function" of the config, see `work.Work`.
@@ -41,6 +42,7 @@ class StageSpec:
     learns: tuple[tuple[str, str, str], ...] = ()
     starts_from: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
+    optional: str = ""
     base: tuple[str, ...] = ()
     recipe: str = ""
     work: str = ""
@@ -97,6 +99,17 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         headline=("preference accuracy, after", "implicit-reward accuracy", "perplexity tax"),
         counted=("pairs", "Preference pairs")),
     StageSpec(
+        "grpo", "38_grpo.ipynb", "Reinforcement learning (GRPO)",
+        settings=("data", "grpo", "seed"), data=("grpo.problems", "data.sources"),
+        learns=(("grpo.problems", "problems", ""),),
+        starts_from=("dpo", "sft"), base=("pretrain", "sft"), optional="grpo.with_all",
+        recipe="modern_llm.training.grpo:RewardTraining", work="modern_llm.config.work:of_grpo",
+        makes_generator=True, called="grpo", shown="GRPO",
+        measured=("answers_after.jsonl", "samples_after.jsonl", "answers_control.jsonl",
+                  "samples_control.jsonl"),
+        headline=("greedy exact match, after", "after - control", "perplexity tax"),
+        counted=("data", "Word problems, and those that fit the context")),
+    StageSpec(
         "verifier", "06_verifier.ipynb", "Verifier",
         settings=("data", "verifier", "seed"), data=("verifier.problems",),
         learns=(("verifier.problems", "problems", ""),),
@@ -112,11 +125,11 @@ STAGES = {spec.name: spec for spec in (  # in the order of the pipeline
         settings=("data", "eval", "sft.sources", "dpo.sources", "seed"),
         data=("data.sources", "dpo.sources", "eval.problems", "eval.sentiment",
               "eval.protocol_sources"),
-        judges=("pretrain", "sft", "dpo", "verifier"), base=("pretrain", "sft"),
+        judges=("pretrain", "sft", "dpo", "grpo", "verifier"), base=("pretrain", "sft"),
         work="modern_llm.evaluation.families:evaluation_work", section=True),
     StageSpec(
         "attention", "08_attention_viz.ipynb", "Attention", settings=("data", "seed"),
-        starts_from=("dpo", "sft", "pretrain"), base=("pretrain",),
+        starts_from=("grpo", "dpo", "sft", "pretrain"), base=("pretrain",),
         headline=("induction, best head", "nats saved by a repetition", "sink mass"),
         section=True),
     StageSpec("report", title="Report"),
@@ -151,6 +164,13 @@ def trained_on(stage: str, settings: dict) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
+def is_part_of_all(stage: str, config: object) -> bool:
+    """Whether "all stages" of a `PipelineConfig` means this one too."""
+    section, _, name = STAGES[stage].optional.partition(".")
+    return not section or bool(getattr(getattr(config, section), name))
+
+
 NOTEBOOKS = stages_that("notebook")  # those that are a notebook
+ALWAYS = tuple(name for name in NOTEBOOKS if not STAGES[name].optional)  # part of "all stages"
 TRAINED = stages_that("recipe")  # those that train
 GENERATORS = stages_that("makes_generator")[::-1]  # the last one first

@@ -46,6 +46,20 @@ def of_dpo(config: PipelineConfig) -> Work:
     return once * (2 + control) + Work(trainings=int(control))
 
 
+def of_grpo(config: PipelineConfig) -> Work:
+    """The answers of every step, read again for their probabilities; those to held-out problems,
+    before and after; the control with its own, whose steps are longer by two thirds.
+    """
+    grpo, room = config.grpo, config.model.context_length
+    asked = grpo.max_steps * grpo.batch_size // grpo.group_size
+    held = (answers(grpo.validation_problems, room, grpo.max_new_tokens)
+            + answers(grpo.validation_problems, room, grpo.max_new_tokens, grpo.group_size))
+    return (answers(asked, room, grpo.max_new_tokens, grpo.group_size, grpo.batch_size
+                    * grpo.steps_per_round)
+            + Work(tokens=grpo.max_steps * grpo.batch_size * room)
+            + held * (2 + grpo.control) + Work(trainings=2 * int(grpo.control)))
+
+
 def of_verifier(config: PipelineConfig) -> Work:
     """The generator's own answers, which it learns from and is judged on; the generator trained on
     as control, and its answers, one of them greedy.

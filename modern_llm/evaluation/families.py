@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from modern_llm.config import BUILT_IN, STAGES, PipelineConfig, Work, function_of
+from modern_llm.config import (
+    BUILT_IN, STAGES, PipelineConfig, Work, function_of, is_part_of_all,
+)
 from modern_llm.config.work import answers
 
 SAMPLED = "problems, sampled"  # the task that costs most: of the last model only
@@ -173,7 +175,8 @@ def evaluation_work(config: PipelineConfig) -> Work:
     """What the tasks take together, models from elsewhere being as large as the run's own; the
     overlap with the training text, which takes no model, is not in it.
     """
-    own = sum(STAGES[name].makes_generator for name in STAGES["eval"].judges)
+    own = sum(STAGES[name].makes_generator and is_part_of_all(name, config)
+              for name in STAGES["eval"].judges)
     models = {"all": own + len(config.eval.baselines), "stages": own, "last": 1}
     return sum((family.work(config) * models[family.put_to] for family in FAMILIES.values()
                 if family.work), Work())

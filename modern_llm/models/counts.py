@@ -5,7 +5,7 @@
 # %% ../../nbs/11_counts.ipynb #imports
 from __future__ import annotations
 
-from ..config import DPOConfig, ModelConfig, TrainConfig, VerifierConfig
+from ..config import DPOConfig, GRPOConfig, ModelConfig, TrainConfig, VerifierConfig
 
 # %% auto #0
 __all__ = ['parameter_count', 'adapter_parameters', 'forward_flops', 'flops_per_token', 'activation_bytes', 'training_memory',
@@ -149,7 +149,7 @@ def training_memory(cfg: ModelConfig, train: TrainConfig, ranks: int = 1,
     logits = min(tokens, 8 * cfg.context_length if kept else train.loss_chunk_tokens)
     # logits, their softmax (which DPO keeps) and its gradient; one kernel makes the last two where
     # the language model's loss is compiled
-    one_kernel = train.compile and not isinstance(train, (DPOConfig, VerifierConfig))
+    one_kernel = train.compile and not isinstance(train, (DPOConfig, GRPOConfig, VerifierConfig))
     in_hand = 2 * value_bytes if one_kernel else value_bytes + 4 + (0 if kept else 4)
     # of weights, gradients, averages; a block, the embedding and the head are gathered
     share = ranks if strategy == "fsdp" else 1

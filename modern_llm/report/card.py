@@ -110,9 +110,10 @@ def limits(run: Run | None, stages: list[str], cfg: ModelConfig) -> list[str]:
         worst = overlap.loc[overlap.hit_share.idxmax()]
         found.append(f"{100 * worst.hit_share:.1f}% of the items of {worst['set']} share a run of "
                      f"words with the training source {worst.source}.")
-    for alarm in run.results.get("dpo", {}).get("alarms", []) if "dpo" in stages else []:
-        found.append(f"Preference tuning raised an alarm: {alarm.get('alarm')} at step "
-                     f"{number(alarm.get('step'))} ({alarm.get('detail')}).")
+    for stage, alarm in run.alarms:
+        if stage in stages:
+            found.append(f"{STAGES[stage].shown} raised an alarm: {alarm.get('alarm')} at step "
+                         f"{number(alarm.get('step'))} ({alarm.get('detail')}).")
     return found
 
 

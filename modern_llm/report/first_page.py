@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 
-from modern_llm.config import NOTEBOOKS, STAGES, ModelConfig, override, trained_on
+from modern_llm.config import ALWAYS, NOTEBOOKS, STAGES, ModelConfig, override, trained_on
 from modern_llm.evaluation.families import TRAINED_ON
 from modern_llm.models.counts import flops_per_token, parameter_count
 from modern_llm.report.page import Page, Run, bullets, interval, markdown_table, model_name, number
@@ -53,7 +53,7 @@ def trained(page: Page) -> None:
     size = (f"{parameter_count(cfg)['total']:,} parameters, {cfg.num_layers} layers of width "
             f"{cfg.width}" if cfg else "a model of unknown size")
     page.add(f"Preset `{run.preset}`: {size}, seed {run.record.get('seed', 'unknown')}; "
-             f"{len(run.results)} of {len(NOTEBOOKS)} stages finished.")
+             f"{len(run.results)} of {len(run.wanted)} stages finished.")
     page.origin(short=False)
     rows, absent, device = [], [], run.record.get("device", "cpu")
     gpu = device.startswith("cuda")
@@ -61,7 +61,7 @@ def trained(page: Page) -> None:
     threads = 1 if gpu else run.record.get("threads") or 1
     # of the stages that train
     ranks = run.record.get("config", {}).get("hardware", {}).get("ranks", 1)
-    for stage in NOTEBOOKS:
+    for stage in run.wanted:
         entry, found = run.stages.get(stage, {}), run.results.get(stage, {})
         status, tokens = entry.get("status", "not run"), found.get("tokens")
         minutes = entry["seconds"] / 60 if "seconds" in entry else None
@@ -159,8 +159,8 @@ def verdicts(page: Page, shown: list[dict]) -> None:
         lost.append(f"{model_name(one['stage'])}: {one['task']}, {one['metric']}: "
                     f"{interval(one['was'])} ({model_name(one['before'])}) → "
                     f"{interval(one['now'])}, {signed(one['change'])} not paired{whole(run, one)}")
-    for alarm in run.results.get("dpo", {}).get("alarms", []):
-        lost.append(f"DPO raised an alarm: {alarm.get('alarm')} at step "
+    for stage, alarm in run.alarms:
+        lost.append(f"{STAGES[stage].shown} raised an alarm: {alarm.get('alarm')} at step "
                     f"{number(alarm.get('step'))} ({alarm.get('detail')})")
     for stage, entry in run.stages.items():
         if stage in STAGES and entry.get("status") not in ("finished", "running"):
@@ -237,7 +237,7 @@ def commands(run: Run) -> list[str]:
     ran = [stage for stage in NOTEBOOKS if stage in run.params]
     alike = {shlex.join("all" if word == stage else word
                         for word in shlex.split(run.command(stage))) for stage in ran}
-    if len(alike) == 1 and tuple(ran) == tuple(NOTEBOOKS):
+    if len(alike) == 1 and tuple(ran) == ALWAYS:
         return list(alike)
     report = (f"modern-llm run --preset {shlex.quote(run.preset)} --run {run.folder.name} "
               "--stage report")

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.config import BUILT_IN, NOTEBOOKS, STAGES
+from modern_llm.config import ALWAYS, BUILT_IN, NOTEBOOKS, STAGES
 from modern_llm.files import read_json
 from modern_llm.messages import UserError
 
@@ -167,6 +167,17 @@ class Run:
     def stages(self) -> dict[str, dict]:
         """Status, start and seconds of the stages, from `run.json`."""
         return self.record.get("stages", {})
+
+    @property
+    def wanted(self) -> list[str]:
+        """The stages that make the run whole: of those that are optional, the ones begun."""
+        return [stage for stage in NOTEBOOKS if stage in ALWAYS or stage in self.stages]
+
+    @property
+    def alarms(self) -> list[tuple[str, dict]]:
+        """(stage, alarm) of those that stages raised over their own metrics."""
+        return [(stage, alarm) for stage, found in self.results.items()
+                for alarm in found.get("alarms", [])]
 
     @property
     def preset(self) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modern_llm.config import NOTEBOOKS
+from modern_llm.config import ALWAYS
 from modern_llm.files import CHECKOUT, read_json
 from modern_llm.report.page import Run
 
@@ -113,7 +113,7 @@ class PublishedRun(Run):
             ran = [line for line in lines if "--stage" in line]
             alike = {re.sub(r"--stage \w+", "--stage all", line) for line in ran}
             return ([*(line for line in lines if line not in ran), *alike]
-                    if len(alike) == 1 and len(ran) > len(NOTEBOOKS) else lines)
+                    if len(alike) == 1 and len(ran) > len(ALWAYS) else lines)
         found = self.results.get("pretrain", {})
         if not (made_by := found.get("made_by")):
             return []

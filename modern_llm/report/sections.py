@@ -82,7 +82,7 @@ def training(page: Page) -> None:
              "model's expected loss lies. Of preferences, dots are held-out pairs, lines training "
              "batches.")
     rows, shown, said = [], [], []
-    for stage in (name for name in NOTEBOOKS if not STAGES[name].section):
+    for stage in (name for name in page.run.wanted if not STAGES[name].section):
         if page.missing(stage):
             continue
         title = STAGES[stage].title
@@ -93,7 +93,7 @@ def training(page: Page) -> None:
         shown.append(page.drawn(f"{stage}.png", pictures.curves, metrics,
                                 floor=results.get("floor"), title=f"{title}: loss"))
         if results.get("alarms") == []:
-            said.append("DPO raised no alarm.")
+            said.append(f"{STAGES[stage].shown} raised no alarm.")
         if results.get("variants"):
             said += ["Variants of the verifier, a few steps each:",
                      markdown_table(results["variants"])]

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from modern_llm.config import NOTEBOOKS, STAGES, ConfigError, nearest, preset_with
+from modern_llm.config import (
+    NOTEBOOKS, STAGES, ConfigError, PipelineConfig, is_part_of_all, nearest, preset_with,
+)
 from modern_llm.files import read_json
 from modern_llm.interchange.hub import find_checkpoint
 from modern_llm.messages import StageError
@@ -35,16 +37,17 @@ class Step:
     why: str = ""
 
 
-def chosen_stages(stage: str, given: object) -> list[str]:
+def chosen_stages(stage: str, given: object, config: PipelineConfig) -> list[str]:
     """The stages that `stage` ("all" or one name) stands for. Where a checkpoint is `given`, "all"
-    begins behind pretraining.
+    begins behind pretraining; an optional stage is among them if the config says so.
     """
     if stage not in (*STAGES, "all"):
         raise ConfigError(f"unknown stage {stage!r}{nearest(stage, [*STAGES, 'all'])}")
     if stage != "all":
         return [stage]
     there = [name for name in NOTEBOOKS
-             if declared_parameters(name) and not (given and STAGES[name].first)]
+             if declared_parameters(name) and not (given and STAGES[name].first)
+             and is_part_of_all(name, config)]
     return [*there, "report"]
 
 
@@ -75,7 +78,7 @@ class Plan:
         preset = preset_with(parameters["preset"], parameters.get("overrides"))
         self.start = parameters.get("checkpoint") or preset.start_from
         self.stages, self.alone, self.no_overwrite = (
-            chosen_stages(stage, self.start), stage != "all", no_overwrite)
+            chosen_stages(stage, self.start, preset), stage != "all", no_overwrite)
         spec = STAGES.get(stage)  # none for "all"
         if spec and spec.first and parameters.get("checkpoint"):
             raise ConfigError(f"stage {stage} does not start from a checkpoint; leave --checkpoint "

@@ -12,7 +12,7 @@ import sys
 import pandas as pd
 import pytest
 
-from modern_llm.config import NOTEBOOKS, TRAINED, get_pipeline_preset, to_dict
+from modern_llm.config import ALWAYS, TRAINED, get_pipeline_preset, to_dict
 from modern_llm.evaluation.families import FAMILIES, TaskFamily, register_family
 from modern_llm.report.evaluation import main_rows
 from modern_llm.report.page import PUBLISHED, ReportError, Run, interval, markdown_table, number
@@ -57,7 +57,7 @@ def metrics(**more):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def make_run(runs, name="small", seed=0, shift=0.0, stages=NOTEBOOKS, preset="lesson"):
+def make_run(runs, name="small", seed=0, shift=0.0, stages=ALWAYS, preset="lesson"):
     """The files of a run, with the keys that the stages write."""
     folder = runs / name
     row = lambda metric, value=0.6: {"metric": metric, "value": value + shift, **MEASURE}
@@ -238,7 +238,7 @@ def test_what_a_run_does_not_know_is_left_blank(names, tmp_path):
     text = write_report("small", tmp_path, tmp_path / "out").read_text()
     assert (len(re.findall("^## ", text, flags=re.M)) == 18
             and not re.search(r"\bnan\b|\bNone\b|\binf\b", text))
-    for stage in NOTEBOOKS:
+    for stage in ALWAYS:
         assert ("nan" not in summary(Step(stage, folder / stage, {}, "skip"))
                 + headline(stage, json.loads((folder / stage / "results.json").read_text())))
     make_run(tmp_path, "small-seed1", seed=1)
@@ -261,7 +261,7 @@ def test_minutes_of_several_gpus_are_those_of_all(tmp_path):
              if line.startswith("| ")]
     column, clock = table[0].index("GPU minutes"), table[0].index("minutes")
     share = {row[0].strip("| "): float(row[column]) / float(row[clock])
-             for row in table[1:] if row[0].strip("| ") in NOTEBOOKS and row[clock]}
+             for row in table[1:] if row[0].strip("| ") in ALWAYS and row[clock]}
     assert share == {"pretrain": 4, "attention": 1}
 
 
@@ -281,7 +281,7 @@ def test_the_numbers_are_published_beside_the_report(written):
     place, path = written
     folder = place / "out" / "results" / "small"
     assert ({p.name for p in folder.iterdir()}
-            == {*PUBLISHED, *(f"{stage}.json" for stage in NOTEBOOKS), "protocols.csv",
+            == {*PUBLISHED, *(f"{stage}.json" for stage in ALWAYS), "protocols.csv",
                 "made_from.csv"} - {"checkpoint_eval.json"})
     assert {"comparison_table.csv", "stage_gains.csv", "gsm8k_analysis.json", "base_eval.json",
             "sft_eval.json", "dpo_eval.json", "verifier_eval.json"} <= set(PUBLISHED)
@@ -356,7 +356,7 @@ def test_nothing_is_overwritten_without_force(tmp_path):
 def test_a_stage_that_is_missing_says_what_fills_it(tmp_path, stages):
     make_run(tmp_path / "runs", stages=stages)
     text = write_report("small", tmp_path / "runs", tmp_path / "out").read_text()
-    for stage in set(NOTEBOOKS) - set(stages):
+    for stage in set(ALWAYS) - set(stages):
         assert (f"modern-llm run --preset lesson --run small --stage {stage}\n```" in text
                 or stage in ("pretrain", "eval"))
         assert (f"`{stage}` was not run: `modern-llm run --preset lesson --run small --stage "

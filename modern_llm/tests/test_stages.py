@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from modern_llm.config import (
-    GENERATORS, NOTEBOOKS, STAGES, TRAINED, PipelineConfig, StageSpec, TrainConfig,
+    ALWAYS, GENERATORS, NOTEBOOKS, STAGES, TRAINED, PipelineConfig, StageSpec, TrainConfig,
 )
 from modern_llm.runs import data_files, lineage
 from modern_llm.runs.preflight import settings_of
@@ -16,7 +16,8 @@ CONFIG = PipelineConfig()
 
 def test_the_stages_and_what_becomes_of_them():
     assert list(STAGES) == [*NOTEBOOKS, "report"]
-    assert GENERATORS == ("dpo", "sft", "pretrain")
+    assert GENERATORS == ("grpo", "dpo", "sft", "pretrain")
+    assert set(NOTEBOOKS) - set(ALWAYS) == {"grpo"}
     assert {name for name in STAGES
             if isinstance(settings_of(CONFIG, name), TrainConfig)} == set(TRAINED)
 
@@ -26,6 +27,7 @@ def test_what_a_stage_names_is_there(stage):
     spec, earlier = STAGES[stage], list(STAGES)[:list(STAGES).index(stage)]
     assert {*spec.starts_from, *spec.judges, *spec.base} <= set(earlier)
     assert not spec.notebook or notebook_of(stage).is_file()
+    assert not spec.optional or setting(CONFIG, spec.optional) is False
     assert sections(CONFIG, stage).keys() == set(spec.settings)
     assert all(setting(CONFIG, path) is not None for path in spec.data)
     assert {path for path, _, _ in spec.learns} <= set(spec.data)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import shutil
 import statistics
 import tempfile
@@ -27,6 +28,7 @@ from modern_llm.models.generation import generate
 from modern_llm.models.verifier import VerifierModel
 from modern_llm.training.bench_lines import KERNELS, Shape
 from modern_llm.training.dpo import dpo_loss
+from modern_llm.training.grpo import grpo_loss
 from modern_llm.training.optim import lm_loss_for
 from modern_llm.training.pretrain import Pretraining
 from modern_llm.training.recording import mfu_scale, peak_flops, peak_memory_gb
@@ -117,6 +119,15 @@ def stage_step(stage: str, model: ModernDecoderLM, train: TrainConfig, device: t
         batch |= {f"reference_{side}": torch.full((rows,), -20.0)
                   for side in ("chosen", "rejected")}
         loss = partial(dpo_loss, cfg=train)
+    elif stage == "grpo":
+        answer = torch.ones(rows, cfg.context_length, dtype=torch.bool)
+        answer[:, 0] = False
+        batch = {"input_ids": batch["input_ids"], "answer": answer,
+                 "old_log_p": torch.full(answer.shape, -math.log(cfg.vocab_size)),
+                 "weight": 1 / answer.sum(1)}
+        batch |= {name: torch.ones(rows)
+                  for name in ("advantage", "reward", "right", "ended", "spread")}
+        loss = partial(grpo_loss, cfg=train)
     elif stage == "verifier":
         answers = torch.ones(rows, cfg.context_length, dtype=torch.long)
         answers[:, 0] = 0

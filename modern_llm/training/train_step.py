@@ -137,7 +137,7 @@ def prefetch(batches: Callable[[int], Batch], start: int, stop: int, rows: int, 
     `ahead` steps early.
 
     An error raised by `batches` is raised here, at its step; so is a batch whose tensors do not
-    have `rows` rows.
+    have `rows` rows. With `ahead=0` no thread makes them, but the caller, when it wants one.
     """
 
     def load(step: int) -> Batch:
@@ -148,6 +148,9 @@ def prefetch(batches: Callable[[int], Batch], start: int, stop: int, rows: int, 
         batch = world.shard(batch)
         return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
 
+    if not ahead:
+        yield from map(load, range(start, stop))
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         waiting = deque(pool.submit(load, step) for step in range(start, min(start + ahead, stop)))
         for step in range(start, stop):

@@ -54,7 +54,8 @@ def session(state: TrainingState, batches: Callable[[int], Batch], cfg: TrainCon
     with (stop_signals() as caught,  # outermost: a signal must not tear the cleaning up either
           propagate_failures(world), training_products(state.device),
           contextlib.closing(prefetch(batches, state.step, cfg.max_steps, cfg.batch_size,
-                                      state.device.type == "cuda", world=world)) as made,
+                                      state.device.type == "cuda", world=world,
+                                      ahead=getattr(batches, "ahead", 2))) as made,
           tqdm(total=cfg.max_steps, initial=state.step, unit="step", disable=not progress_bar,
                mininterval=0.5 if sys.stderr.isatty() else 10) as bar):
         yield caught, made, bar
@@ -88,7 +89,8 @@ class Trainer:
     Args:
         loss_fn: (module, batch on the device) -> LossOutput of sums.
         batches: step -> dict of CPU tensors with cfg.batch_size rows; a function of the step alone,
-            run in a thread.
+            run in a thread. With an attribute `ahead` of 0 it may depend on the weights: it is
+            called when the step before is done.
         evaluate: module -> dict of floats, every cfg.eval_every steps and at the end; logged as
             val_….
         save_model: (module, folder) writes the model's files into an existing folder.
