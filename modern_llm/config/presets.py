@@ -103,16 +103,17 @@ def local_cpu() -> PipelineConfig:
                       eval_every=50, checkpoint_every=50, keep_checkpoints=0,
                       max_train_pairs=4800, max_validation_pairs=200),
         grpo=GRPOConfig(
-            max_steps=60, batch_size=128, micro_batch_size=32, optimizer="adamw", lr=1e-4,
-            weight_decay=0.0, warmup_steps=5, log_every=1, eval_every=20, checkpoint_every=20,
-            keep_checkpoints=0, validation_problems=200),
+            levels=(5,), max_steps=60, batch_size=128, micro_batch_size=32, optimizer="adamw",
+            lr=1e-4, weight_decay=0.0, warmup_steps=5, log_every=1, eval_every=20,
+            checkpoint_every=20, keep_checkpoints=0, validation_problems=200, max_new_tokens=192),
         verifier=VerifierConfig(
-            levels=(2, 3, 4), max_steps=120, batch_size=16, lr=1e-3, muon_lr=5e-3, warmup_steps=10,
+            levels=(5,), max_steps=120, batch_size=16, lr=1e-3, muon_lr=5e-3, warmup_steps=10,
             decay_fraction=0.6, eval_every=60, checkpoint_every=40, keep_checkpoints=0,
             train_problems=120, validation_problems=120, samples_per_problem=8, temperature=0.7,
-            gold_problems=4000, gold_fraction=0.75, lm_weight=20.0),
-        eval=EvalConfig(temperature=0.7, sentiment="sst2", num_sentences=872, shots=(0, 4),
-                        draws=2, num_pairs=800, max_perplexity_tokens=100_000,
+            max_new_tokens=192, gold_problems=4000, gold_fraction=0.75, lm_weight=20.0),
+        eval=EvalConfig(sampled_levels=(5,), temperature=0.7, sentiment="sst2",
+                        max_new_tokens=192, num_sentences=872, shots=(0, 4), draws=2,
+                        num_pairs=800, max_perplexity_tokens=100_000,
                         protocol_sources=("wikitext-2-raw-v1", "tinystories")),
     )
 
