@@ -182,9 +182,11 @@ def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens,
 
 @click.command()
 @which_model
-@click.option("--to", "folder", required=True, metavar="DIR", help="Where; it must not exist yet.")
-@click.option("--dtype", metavar="fp32|bf16|fp16",
-              help="Of the written weights; default: as they are.")
+@click.option("--to", "folder", required=True, metavar="DIR|FILE.gguf",
+              help="Where; it must not exist yet. A name in .gguf: one file for llama.cpp.")
+@click.option("--dtype", metavar="fp32|bf16|fp16|q8_0",
+              help="Of the written weights; default: as they are, in a .gguf file fp16. q8_0, eight "
+                   "bits a weight, is for .gguf.")
 @click.option("--shard-gb", type=float, default=5.0, show_default=True,
               help="Cut larger weights into files of so many gigabytes.")
 def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> None:
@@ -197,13 +199,18 @@ def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> 
     \b
     modern-llm export --run local-smoke --stage dpo --to my-model
     modern-llm export --run tacc-h100 --to my-model --dtype bf16
+    modern-llm export --run local-smoke --to my-model.gguf --dtype q8_0    for llama.cpp
     lm_eval --model hf --model_args pretrained=my-model --tasks gsm8k
     """
     from modern_llm.cli.talk import choose_model
+    from modern_llm.interchange.gguf_export import export_gguf
     from modern_llm.report.card import export_with_card
 
     with one_line_errors():
         source = choose_model(run_name, stage, checkpoint, output_dir)
+        if folder.lower().endswith(".gguf"):
+            click.echo(f"{source} -> {export_gguf(source, folder, dtype or 'fp16')}")
+            return
         click.echo(
             f"{source} -> {export_with_card(source, folder, dtype=dtype, shard_gb=shard_gb)}")
 
