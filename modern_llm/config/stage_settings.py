@@ -231,6 +231,9 @@ class GRPOConfig(TrainConfig):
                 f"grpo.kl_weight={self.kl_weight} must be 0 or greater")
         require(set(self.levels) <= {1, 2, 3, 4, 5} and len(self.levels) > 0,
                 f"grpo.levels={list(self.levels)} must name some of the levels 1 to 5")
+        require(not self.compile,
+                f"grpo.compile={self.compile!r} must be false: the blocks that learn write, too, and "
+                "would be compiled again for every length of a text")
         require(self.reward != "",
                 "grpo.reward is empty: say \"exact\", or the folder of a verifier")
 

@@ -209,6 +209,7 @@ def test_rounds_are_whole_files_and_the_control_reads_gold_answers(start, tmp_pa
     ({"kl_weight": -1.0}, "grpo.kl_weight=-1.0 must be 0 or greater"),
     ({"levels": [6]}, "grpo.levels"),
     ({"reward": ""}, "grpo.reward is empty"),
+    ({"compile": True}, "grpo.compile=True must be false"),
 ])
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
@@ -218,6 +219,14 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 def test_a_reward_that_is_no_verifier_names_what_was_tried(start):
     with pytest.raises(DataError, match=r"(?s)neither \"exact\" nor the folder.*--stage verifier"):
         reward_of(str(start), "cpu")
+
+
+def test_sharded_weights_are_refused(start, tmp_path):
+    config = override(get_pipeline_preset("lesson"), {
+        "hardware": {"ranks": 2, "strategy": "fsdp"}})
+    run = StageRun("grpo", "small", config, "cpu", tmp_path, False, 0.0, {"checkpoint": start})
+    with pytest.raises(ConfigError, match="grpo: hardware.strategy='fsdp'.*strategy=ddp"):
+        RewardTraining(run)
 
 
 def test_all_stages_mean_it_only_where_that_is_asked(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..config import GRPOConfig, TrainConfig
+from ..config import ConfigError, GRPOConfig, TrainConfig
 from ..data.chat import continuations, encode_example, encode_prompt, end_id, padded_batch
 from ..data.sources import DataError
 from ..data.tasks import Problem, mark, problem_request, solve, word_problems
@@ -259,6 +259,10 @@ class RewardTraining:
 
     def __init__(self, run: Run):
         self.run, self.train, config = run, run.config.grpo, run.config
+        if config.hardware.ranks > 1 and config.hardware.strategy == "fsdp":
+            raise ConfigError("grpo: hardware.strategy='fsdp' brings weights block by block, and a "
+                              "policy that writes needs them all for every token; say "
+                              "hardware.strategy=ddp for this stage")
         self.tokenizer, self.device = load_tokenizer(run.start), torch.device(run.device)
         self.context = config.model.context_length
         read = word_problems(self.train.problems, "train", self.train.train_problems,
