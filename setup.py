@@ -21,10 +21,11 @@ cfg = settings["DEFAULT"]
     packages=find_packages(include=["modern_llm", "modern_llm.*"],
                            exclude=["modern_llm.tests", "modern_llm.tests.*"]),
     package_data={"modern_llm": ["*.mplstyle"], "modern_llm.config": ["clusters/*.toml"],
-                  "modern_llm.report": ["*.html"]},
+                  "modern_llm.report": ["*.html"], "modern_llm.serving": ["*.html"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
-                    for name in ("dev", "baselines", "docs", "browser", "agreement", "peers")},
+                    for name in ("dev", "baselines", "docs", "browser", "agreement", "peers",
+                                 "serve", "clients")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "papermill.engine": ["modern_llm=modern_llm.runs.refusals:Engine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

@@ -17,6 +17,7 @@ from modern_llm.cli.model_commands import chat, check_inference, export, sample
 from modern_llm.cli.practice_command import practice
 from modern_llm.cli.run_commands import run, status, submit
 from modern_llm.cli.score_command import score
+from modern_llm.cli.serve_command import serve
 from modern_llm.runs.launch import skip_last_collection
 
 
@@ -45,6 +46,7 @@ def main() -> None:
     modern-llm run --stage sft --checkpoint runs/local-smoke/pretrain --run mine
     modern-llm status                              what was run, what it took, what came out
     modern-llm chat --run local-smoke              talk to the model
+    modern-llm serve --run local-smoke             to programs that know OpenAI's, and a chat page
     modern-llm sample --run local-smoke --stage pretrain --prompt "Mia has"
     modern-llm score --run local-smoke PROBLEM ANSWER    how likely is an answer right?
     modern-llm checkpoints local-smoke/pretrain    what it knew when: its kept weights, compared
@@ -60,6 +62,6 @@ def main() -> None:
     """
 
 
-for command in (run, submit, status, chat, sample, score, checkpoints, compare, attention_page,
+for command in (run, submit, status, chat, serve, sample, score, checkpoints, compare, attention_page,
                 export, check_inference, bench, presets, datasets, prefetch, practice):
     main.add_command(command)

@@ -27,7 +27,7 @@ PACKAGE = ROOT / "modern_llm"
 # modules without a circle.
 GROUND = ("files", "statistics", "figures", "messages")
 DIRECTION = (GROUND, ("config",), ("models",), ("data",), ("interchange", "training"),
-             ("evaluation",), ("report",), ("runs",), ("cluster",), ("cli",))
+             ("evaluation",), ("report",), ("runs",), ("cluster", "serving"), ("cli",))
 LEVEL = {folder: level for level, folders in enumerate(DIRECTION) for folder in folders}
 # until it is needed
 WITHOUT_TORCH = {"files", "statistics", "figures", "messages", "config", "report", "runs",

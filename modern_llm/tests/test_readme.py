@@ -127,6 +127,10 @@ CASES = {
     "modern-llm compare local-smoke/sft local-smoke/dpo": Case(
         "", ("dpo  instructions" if EVERY_STAGE else "has no eval/items.csv: evaluate it first",),
         code=0 if EVERY_STAGE else 2, lane="run"),
+    "modern-llm serve --run local-smoke": Case(
+        "--port 0 > serving.txt 2>&1 & until grep http:// serving.txt || ! kill -0 $!; do sleep "
+        "0.2; done; kill $! && wait $!", ("local-smoke: pretrain, ", "at http://127.0.0.1:"),
+        lane="run"),
     "modern-llm sample --run local-smoke --stage pretrain --max-new-tokens 1000 --streaming": Case(
         "-n 1", ("runs/local-smoke/pretrain", "---"), lane="run"),
     "modern-llm attention-page local-smoke": Case("", ("attention.html",), ("attention.html",),
