@@ -13,6 +13,7 @@ from modern_llm.cli.bench_command import bench
 from modern_llm.cli.checkpoint_command import checkpoints
 from modern_llm.cli.compare_command import compare
 from modern_llm.cli.data_commands import datasets, prefetch, presets
+from modern_llm.cli.doctor_command import doctor
 from modern_llm.cli.model_commands import chat, check_inference, export, sample
 from modern_llm.cli.practice_command import practice
 from modern_llm.cli.run_commands import run, status, submit
@@ -54,6 +55,7 @@ def main() -> None:
     modern-llm check-inference --run local-smoke   does it fit 12 GB?
     modern-llm presets local-cpu                   every setting of a preset, as JSON
     modern-llm datasets --preset local-cpu         is the data it needs there?
+    modern-llm doctor                              what can run here, and what is missing?
     modern-llm bench --device cuda --to DIR        how fast is this machine, and why?
     modern-llm practice 01_attention               a chapter to write yourself; --check runs it
     modern-llm submit --preset tacc-h100 --dry-run   as jobs of a SLURM cluster: how long, the lines
@@ -61,5 +63,5 @@ def main() -> None:
 
 
 for command in (run, submit, status, chat, sample, score, checkpoints, compare, attention_page,
-                export, check_inference, bench, presets, datasets, prefetch, practice):
+                export, check_inference, doctor, bench, presets, datasets, prefetch, practice):
     main.add_command(command)

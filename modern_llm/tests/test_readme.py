@@ -112,6 +112,7 @@ CASES = {
     "make lab": Elsewhere("test_jupyterlab.py", "jupyter lab --notebook-dir="),
     "modern-llm practice 01_attention": Case("", ("17 definitions to write: attention_weights",),
                                             ("practice/01_attention.ipynb",)),
+    "modern-llm doctor": Case("--quick", ("local-smoke  ", "local-smoke can run: modern-llm run")),
     "make docs": Elsewhere("test_docs.py", ".venv/bin/python docs/build.py"),
     "modern-llm status": Case("", ("local-smoke", "pretrain", "finished", "bits per byte"),
                               lane="run"),
