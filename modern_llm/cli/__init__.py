@@ -11,6 +11,7 @@ import click
 from modern_llm.cli.attention_command import attention_page
 from modern_llm.cli.bench_command import bench
 from modern_llm.cli.bisect_command import bisect
+from modern_llm.cli.capsule_command import capsule
 from modern_llm.cli.checkpoint_command import checkpoints
 from modern_llm.cli.compare_command import compare
 from modern_llm.cli.data_commands import datasets, prefetch, presets
@@ -52,6 +53,7 @@ def main() -> None:
     modern-llm checkpoints local-smoke/pretrain    what it knew when: its kept weights, compared
     modern-llm compare local-smoke mine            is it better, and by more than chance?
     modern-llm bisect local-smoke again            where two runs part: step, tensor, cause
+    modern-llm capsule local-smoke                 the run in one file that proves its report
     modern-llm attention-page local-smoke          what its heads read, as a page for a browser
     modern-llm export --run local-smoke --to DIR   for transformers and others, with a model card
     modern-llm check-inference --run local-smoke   does it fit 12 GB?
@@ -65,6 +67,6 @@ def main() -> None:
 
 
 for command in (run, submit, status, chat, sample, score, checkpoints, compare, bisect,
-                attention_page, export, check_inference, doctor, bench, presets, datasets,
+                capsule, attention_page, export, check_inference, doctor, bench, presets, datasets,
                 prefetch, practice):
     main.add_command(command)

@@ -165,6 +165,11 @@ CASES = {
     "modern-llm check-inference --checkpoint runs/local-smoke/dpo": Case(
         "--count 2 --max-new-tokens 4", ("GB",), ("runs/local-smoke/dpo/inference_ok.json",),
         lane="run"),
+    "modern-llm capsule local-smoke": Case(
+        "", ("without weights; its report was ", "sha256 "), ("local-smoke.capsule.zip",),
+        lane="run"),
+    "modern-llm capsule local-smoke.capsule.zip --check": Case(
+        "", ("each as in its manifest", "equal byte for byte"), lane="run"),
     "modern-llm bench --device cpu --minutes 1": Case(
         "--minutes 0.1", ("matrix fp32: ", "left out; bench"), ("bench/bench.json",)),
     CLUSTER: Case("&& command -v modern-llm && echo runs: $MODERN_LLM_RUNS",
