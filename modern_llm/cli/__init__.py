@@ -10,9 +10,12 @@ import click
 
 from modern_llm.cli.attention_command import attention_page
 from modern_llm.cli.bench_command import bench
+from modern_llm.cli.bisect_command import bisect
+from modern_llm.cli.capsule_command import capsule
 from modern_llm.cli.checkpoint_command import checkpoints
 from modern_llm.cli.compare_command import compare
 from modern_llm.cli.data_commands import datasets, prefetch, presets
+from modern_llm.cli.doctor_command import doctor
 from modern_llm.cli.model_commands import chat, check_inference, export, sample
 from modern_llm.cli.practice_command import practice
 from modern_llm.cli.run_commands import run, status, submit
@@ -51,17 +54,21 @@ def main() -> None:
     modern-llm score --run local-smoke PROBLEM ANSWER    how likely is an answer right?
     modern-llm checkpoints local-smoke/pretrain    what it knew when: its kept weights, compared
     modern-llm compare local-smoke mine            is it better, and by more than chance?
+    modern-llm bisect local-smoke again            where two runs part: step, tensor, cause
+    modern-llm capsule local-smoke                 the run in one file that proves its report
     modern-llm attention-page local-smoke          what its heads read, as a page for a browser
     modern-llm export --run local-smoke --to DIR   for transformers and others, with a model card
     modern-llm check-inference --run local-smoke   does it fit 12 GB?
     modern-llm presets local-cpu                   every setting of a preset, as JSON
     modern-llm datasets --preset local-cpu         is the data it needs there?
+    modern-llm doctor                              what can run here, and what is missing?
     modern-llm bench --device cuda --to DIR        how fast is this machine, and why?
     modern-llm practice 01_attention               a chapter to write yourself; --check runs it
     modern-llm submit --preset tacc-h100 --dry-run   as jobs of a SLURM cluster: how long, the lines
     """
 
 
-for command in (run, submit, status, chat, serve, sample, score, checkpoints, compare, attention_page,
-                export, check_inference, bench, presets, datasets, prefetch, practice):
+for command in (run, submit, status, chat, serve, sample, score, checkpoints, compare, bisect,
+                capsule, attention_page, export, check_inference, doctor, bench, presets, datasets,
+                prefetch, practice):
     main.add_command(command)

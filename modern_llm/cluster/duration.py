@@ -64,7 +64,7 @@ def measured_seconds(folder: Path) -> tuple[int, float, float] | None:
 
 
 def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
-             gpus: int = 1) -> Estimate:
+             gpus: int = 1, peak: float | None = None) -> Estimate:
     """How long a stage takes: steps × seconds per step, measured or assumed, what else it does, and
     the start.
 
@@ -76,10 +76,14 @@ def estimate(config: PipelineConfig, stage: str, folder: Path, gpu: str | None,
         gpu: a name of `gpu_peaks`; "" = one that nobody knows, taken for the slowest of those;
             None = a CPU.
         gpus: how many work on one batch.
+        peak: FLOP/s of a large matrix product, as measured on the device itself.
     """
     start = ASSUMED_START_MINUTES["cpu" if gpu is None else "gpu"]
-    peak, device = CPU_FLOPS, "2 CPU cores"
-    if gpu is not None:
+    if peak:
+        device = "measured here"
+    elif gpu is None:
+        peak, device = CPU_FLOPS, "2 CPU cores"
+    else:
         peaks = gpu_peaks()
         slowest = min(peaks, key=peaks.get)
         peak, device = peaks[gpu or slowest], gpu or f"unknown GPU, assumed {slowest}"

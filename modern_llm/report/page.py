@@ -136,9 +136,12 @@ def bullets(lines: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind, read when asked for; what is absent is empty."""
+    """What a run left behind, read when asked for; what is absent is empty. `lay_in` is where its
+    folder lay when it ran, if that is elsewhere now.
+    """
 
     folder: Path
+    lay_in: Path | None = None
 
     def json(self, name: str) -> dict:
         path = self.folder / name
@@ -213,7 +216,7 @@ class Run:
         """A path beside this run's folder, as one writes it where runs/ lies: another machine has
         another root.
         """
-        root = self.folder.resolve().parent.parent
+        root = (self.lay_in or self.folder.resolve()).parent.parent
         return str(Path(value).relative_to(root)) if Path(value).is_relative_to(root) else value
 
     def frame(self, name: str) -> pd.DataFrame:

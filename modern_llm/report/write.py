@@ -51,7 +51,7 @@ def publish_results(run: Run, folder: Path, seeds: Sequence[Run] = ()) -> None:
         protocols = ledger[~ledger.metric.str.contains(" minus ", regex=False)]
         write_text(folder / "protocols.csv",
                    protocols[["stage", "task", "metric", "protocol"]].to_csv(index=False))
-    write_text(folder / "made_from.csv", pd.DataFrame(made_from(run)).to_csv(index=False))
+    write_text(folder / "made_from.csv", made_from_table(run))
     if len(seeds) > 1:
         table = summarise_seeds([seed.folder for seed in seeds])
         write_text(folder / "seeds.csv", table.to_csv(index=False))
@@ -62,6 +62,11 @@ def made_from(run: Run) -> list[dict]:
     return [{"file": str(path.relative_to(run.folder)),
              "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
             for path in run.sources_of_the_report()]
+
+
+def made_from_table(run: Run) -> str:
+    """These files as the made_from.csv beside a report."""
+    return pd.DataFrame(made_from(run)).to_csv(index=False)
 
 
 def linked(text: str, name: str) -> str:
@@ -114,6 +119,19 @@ def write_report(run: str, runs: Path, out: Path, force: bool = False,
     except OSError as error:
         raise ReportError(f"cannot write the report to {out}: {error.strerror}; choose another "
                           "output folder") from error
+
+
+def write_again(run: Run, out: Path, called: str) -> Path:
+    """Write the report of a run to the new folder `out`, as `write_report` does, with `called` for
+    the folders of its pictures and numbers: the path of the report.
+    """
+    siblings = runs_of_other_seeds(run.folder.name, run.folder.parent)
+    pictures = out / "figures" / called
+    pictures.mkdir(parents=True)
+    text = render(run, pictures, siblings)
+    publish_results(run, out / "results" / called, siblings)
+    ending = called.removeprefix(run.folder.name)
+    return write_text(out / f"{run.folder.name}_report{ending}.md", linked(text, called))
 
 
 def free_ending(run: str, out: Path, text: str) -> str | None:

@@ -101,19 +101,15 @@ def settle(config: PipelineConfig, stage: str, device: str) -> PipelineConfig:
     return override(config, {stage: found})
 
 
-def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
-    """Check device, memory and the data the stage reads before anything is written; returns the
-    fitted config and the device.
-
-    Raises StageError that lists everything missing at once and says what to run instead. A device
-    named by hand (not "auto") lifts the preset's demands on the GPU.
+def device_for(config: PipelineConfig) -> tuple[str, list[str]]:
+    """The device that the settings come to here ("cpu" where there is none such), and what it lacks
+    of what they ask for. A device named by hand (not "auto") lifts their demands on the GPU.
     """
     import torch
 
     from modern_llm.training.training_state import pick_device
 
-    missing = []
-    device, hardware = "cpu", config.hardware
+    device, missing, hardware = "cpu", [], config.hardware
     try:
         device = str(pick_device(hardware.device))
         if hardware.device == "auto" and hardware.min_gpu_memory_gb:
@@ -138,7 +134,24 @@ def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
                            f"{there}: say hardware.ranks={there}, or device=cpu")
     except ValueError as error:
         missing.append(f"device: {error}")
-    memory = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
+    return device, missing
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can be had now, of the memory that a device works in."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
+
+
+def preflight(config: PipelineConfig, stage: str) -> tuple[PipelineConfig, str]:
+    """Check device, memory and the data the stage reads before anything is written; returns the
+    fitted config and the device.
+
+    Raises StageError that lists everything missing at once and says what to run instead.
+    """
+    device, missing = device_for(config)
+    memory = free_memory(device)
     fitted = config
     try:
         fitted = fit_to_memory(settle(config, stage, device), stage, memory)

@@ -112,6 +112,7 @@ CASES = {
     "make lab": Elsewhere("test_jupyterlab.py", "jupyter lab --notebook-dir="),
     "modern-llm practice 01_attention": Case("", ("17 definitions to write: attention_weights",),
                                             ("practice/01_attention.ipynb",)),
+    "modern-llm doctor": Case("--quick", ("local-smoke  ", "local-smoke can run: modern-llm run")),
     "make docs": Elsewhere("test_docs.py", ".venv/bin/python docs/build.py"),
     "modern-llm status": Case("", ("local-smoke", "pretrain", "finished", "bits per byte"),
                               lane="run"),
@@ -168,6 +169,11 @@ CASES = {
     "modern-llm check-inference --checkpoint runs/local-smoke/dpo": Case(
         "--count 2 --max-new-tokens 4", ("GB",), ("runs/local-smoke/dpo/inference_ok.json",),
         lane="run"),
+    "modern-llm capsule local-smoke": Case(
+        "", ("without weights; its report was ", "sha256 "), ("local-smoke.capsule.zip",),
+        lane="run"),
+    "modern-llm capsule local-smoke.capsule.zip --check": Case(
+        "", ("each as in its manifest", "equal byte for byte"), lane="run"),
     "modern-llm bench --device cpu --minutes 1": Case(
         "--minutes 0.1", ("matrix fp32: ", "left out; bench"), ("bench/bench.json",)),
     CLUSTER: Case("&& command -v modern-llm && echo runs: $MODERN_LLM_RUNS",
