@@ -13,6 +13,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -153,3 +154,57 @@ def replace_folder(new: Path, old: Path) -> None:
     old.parent.mkdir(exist_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     shutil.move(new, old)
+
+
+# ---- one report beside another -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A file of the report, made again: how it was compared, and "" or what differs."""
+
+    file: str
+    how: str  # "bytes", or "pixels" of a picture
+    difference: str
+
+
+def compare_reports(stored: dict[str, Path], again: dict[str, Path]) -> list[Compared]:
+    """Two reports, file by file: the bytes of texts and tables, the pixels of pictures."""
+    rows = []
+    for name in sorted({**stored, **again}):
+        how = "pixels" if name.endswith(".png") else "bytes"
+        if name not in again:
+            difference = "is in the capsule's report, and was not made again"
+        elif name not in stored:
+            difference = "was made again, and is not in the capsule's report"
+        elif stored[name].read_bytes() == again[name].read_bytes():
+            difference = ""
+        else:
+            difference = (_other_pixels(stored[name], again[name]) if how == "pixels"
+                          else _other_line(stored[name], again[name]))
+        rows.append(Compared(name, how, difference))
+    return rows
+
+
+def _other_line(stored: Path, again: Path) -> str:
+    """The first line in which two texts differ."""
+    lines = [path.read_text(encoding="utf-8", errors="replace").split("\n")
+             for path in (stored, again)]
+    number = next((number for number, pair in enumerate(zip(*lines), 1) if len(set(pair)) > 1),
+                  1 + min(map(len, lines)))
+    return f"differs, first in line {number}"
+
+
+def _other_pixels(stored: Path, again: Path) -> str:
+    """In what two pictures differ; "" if only in how they are packed."""
+    from matplotlib.image import imread
+
+    try:
+        one, other = imread(stored), imread(again)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow: not a PNG
+        return f"differs, and cannot be read as a picture ({type(error).__name__})"
+    if one.shape != other.shape:
+        sizes = (f"{image.shape[1]} × {image.shape[0]}" for image in (one, other))
+        return f"differs: {' pixels, now '.join(sizes)}"
+    count = int((one != other).reshape(*one.shape[:2], -1).any(-1).sum())
+    return f"differs in {count} pixel{'s' * (count > 1)}" if count else ""

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -15,7 +16,6 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Collection
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
@@ -23,7 +23,9 @@ from modern_llm.files import DamagedFolder, sync
 from modern_llm.messages import StageError
 from modern_llm.report.page import Run
 from modern_llm.report.seeds import runs_of_other_seeds
-from modern_llm.report.write import made_from_table, write_again, write_report
+from modern_llm.report.write import (
+    Compared, compare_reports, made_from_table, write_again, write_report,
+)
 from modern_llm.runs.parameters import is_in_use, report_folder
 from modern_llm.runs.record import git_commit, writes_to
 
@@ -200,15 +202,6 @@ def _data_of(run: Run) -> dict[str, str]:
 # ---- checking ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A file of the report, made again: how it was compared, and "" or what differs."""
-
-    file: str
-    how: str  # "bytes", or "pixels" of a picture
-    difference: str
-
-
 def check_capsule(file: Path) -> tuple[dict, list[Compared]]:
     """Unpack a capsule into a temporary folder, check every file against the manifest, make the
     report again from them alone, and compare it with the one inside.
@@ -310,52 +303,11 @@ def _manifest(path: Path, file: Path, remedy: str) -> dict:
                                 f"to {FORM}: check it with a newer one")
         texts = (*(found[name] for name in ("run", "lay_in", "report")),
                  *found["files"].values(), *found["made_by"].values())
-        if (not all(isinstance(text, str) for text in texts) or "/" in found["run"]
+        if (not all(isinstance(text, str) for text in texts)
+                or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", found["run"])
                 or found["report"] not in found["files"]):
             raise ValueError("it lacks the run, the report or the sums")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedFolder(f"{MANIFEST} in {file} is not one ({type(error).__name__}: {error}); "
                             f"{remedy}") from error
     return found
-
-
-def compare_reports(stored: dict[str, Path], again: dict[str, Path]) -> list[Compared]:
-    """Two reports, file by file: the bytes of texts and tables, the pixels of pictures."""
-    rows = []
-    for name in sorted({**stored, **again}):
-        how = "pixels" if name.endswith(".png") else "bytes"
-        if name not in again:
-            difference = "is in the capsule's report, and was not made again"
-        elif name not in stored:
-            difference = "was made again, and is not in the capsule's report"
-        elif stored[name].read_bytes() == again[name].read_bytes():
-            difference = ""
-        else:
-            difference = (_other_pixels(stored[name], again[name]) if how == "pixels"
-                          else _other_line(stored[name], again[name]))
-        rows.append(Compared(name, how, difference))
-    return rows
-
-
-def _other_line(stored: Path, again: Path) -> str:
-    """The first line in which two texts differ."""
-    lines = [path.read_text(encoding="utf-8", errors="replace").split("\n")
-             for path in (stored, again)]
-    number = next((number for number, pair in enumerate(zip(*lines), 1) if len(set(pair)) > 1),
-                  1 + min(map(len, lines)))
-    return f"differs, first in line {number}"
-
-
-def _other_pixels(stored: Path, again: Path) -> str:
-    """In what two pictures differ; "" if only in how they are packed."""
-    from matplotlib.image import imread
-
-    try:
-        one, other = imread(stored), imread(again)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow: not a PNG
-        return f"differs, and cannot be read as a picture ({type(error).__name__})"
-    if one.shape != other.shape:
-        sizes = (f"{image.shape[1]} × {image.shape[0]}" for image in (one, other))
-        return f"differs: {' pixels, now '.join(sizes)}"
-    count = int((one != other).reshape(*one.shape[:2], -1).any(-1).sum())
-    return f"differs in {count} pixel{'s' * (count > 1)}" if count else ""

@@ -15,9 +15,9 @@ from modern_llm.cli import main
 from modern_llm.files import DamagedFolder, read_json, write_json
 from modern_llm.messages import StageError
 from modern_llm.report.page import Run
-from modern_llm.report.write import write_report
+from modern_llm.report.write import compare_reports, write_report
 from modern_llm.runs.capsule import (
-    MANIFEST, check_capsule, compare_reports, files_of, stored_report, unpack, write_capsule,
+    MANIFEST, check_capsule, files_of, stored_report, unpack, write_capsule,
 )
 from modern_llm.tests.test_report import make_run
 
@@ -196,7 +196,7 @@ PLANS = {
     "is of form 9": dict(manifest=lambda old, found: old | {"capsule": 9}),
     "manifest.json in ": dict(changes={MANIFEST: b"[1]"}),
     "is not one (KeyError: 'run')": dict(manifest=lambda old, found: {"capsule": 1}),
-    "it lacks the run": dict(manifest=lambda old, found: old | {"run": "../small"}),
+    "it lacks the run": dict(manifest=lambda old, found: old | {"run": ".."}),
 }
 
 
