@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import runpy
 from functools import partial
 
 import numpy as np
@@ -24,6 +25,7 @@ from modern_llm.data.pairs import (
 )
 from modern_llm.data.tokens import train_tokenizer
 from modern_llm.evaluation.dpo_control import control_rows
+from modern_llm.files import CHECKOUT
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.saving import load_model
 from modern_llm.runs.record import StageRun
@@ -520,3 +522,14 @@ def test_a_batch_is_padded_to_its_longest_pair(examples):
     assert (batch["chosen_input_ids"].shape == batch["rejected_labels"].shape
             and batch["chosen_input_ids"].shape[1] % 16 == 0)
     assert batch["chosen_input_ids"].shape[1] - max(example.length for example in examples[:4]) < 16
+
+
+def test_words_alone_tell_built_in_pairs_apart():
+    """`scripts/pair_words.py`, what a preference loss has to beat, on pairs that words do tell."""
+    script = runpy.run_path(str(CHECKOUT / "scripts" / "pair_words.py"))
+    (_, features), (_, other) = (script["read"]("synthetic", split, 300)
+                                 for split in ("train", "validation"))
+    model = script["fitted"](features, 0.01)
+    assert script["right"](model, features).mean() > 0.95
+    assert 0.7 < script["right"](model, other).mean()
+    assert not script["right"](model, -features).mean() > 0.05  # the other way round

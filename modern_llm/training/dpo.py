@@ -408,7 +408,7 @@ def alarms(metrics: pd.DataFrame, cfg: DPOConfig) -> list[dict]:
         alarm("answers grow", grown.index,
               f"from {length.iloc[0]:.1f} to {length.iloc[-1]:.1f} tokens")
     ended = held_out("answers_ended")
-    alarm("answers do not end", ended[ended < ended.max() - ENDING_FALL].index,
+    alarm("answers do not end", ended[ended < ended.cummax() - ENDING_FALL].index,
           f"by themselves {ended.max():.0%} did, and at the end {ended.iloc[-1]:.0%}"
           if len(ended) else "")
     start = float(preference_loss(*torch.zeros(4, 1), cfg)[0])

@@ -387,7 +387,7 @@ def alarms(metrics: pd.DataFrame) -> list[dict]:
         alarm("answers grow", length[length > LENGTH_GROWTH * max(length.iloc[0], 1)].index,
               f"from {length.iloc[0]:.1f} to {length.iloc[-1]:.1f} tokens")
     if len(ended):
-        alarm("answers do not end", ended[ended < ended.max() - ENDING_FALL].index,
+        alarm("answers do not end", ended[ended < ended.cummax() - ENDING_FALL].index,
               f"by themselves {ended.max():.0%} did, and at the end {ended.iloc[-1]:.0%}")
     solved, reward = column("val_right"), column("reward")
     if len(solved) and len(reward):
