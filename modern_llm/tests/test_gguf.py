@@ -1,5 +1,9 @@
 """GGUF files: read back by their own package, by transformers and by llama.cpp."""
 
+import itertools
+import json
+from urllib.request import Request, urlopen
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,7 @@ from modern_llm.cli import main
 from modern_llm.config import ModelConfig
 from modern_llm.data.chat import encode_prompt, end_id
 from modern_llm.data.tasks import word_problems
-from modern_llm.data.tokens import load_tokenizer, train_tokenizer
+from modern_llm.data.tokens import end_of_text_id, load_tokenizer, train_tokenizer
 from modern_llm.interchange.export import ExportError
 from modern_llm.interchange.gguf_export import export_gguf, ggml_name, pairs_side_by_side
 from modern_llm.models.decoder import ModernDecoderLM
@@ -18,8 +22,10 @@ from modern_llm.models.generation import generate
 from modern_llm.models.saving import load_model
 from modern_llm.training.sft import save_chat_model
 
-SHAPES = {"llama": {"use_qk_norm": False}, "qwen3": {"use_qk_norm": True},
-          "llama, own head": {"use_qk_norm": False, "tie_embeddings": False, "head_dim": 32}}
+SHAPES = {"llama": {"use_qk_norm": False},
+          "qwen3": {"use_qk_norm": True, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128},
+          "llama, own head": {"use_qk_norm": False, "tie_embeddings": False, "head_dim": 32},
+          "qwen3, small heads": {"use_qk_norm": True}}
 QUESTION = "Tom has 3 hats and buys 4 hats. How many hats?"
 
 
@@ -57,7 +63,7 @@ def test_names_and_rows():
     assert pairs_side_by_side(rows, 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", list(SHAPES)[:3])  # it takes every Qwen3's heads to be 128 wide
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "q8_0"])
 def test_transformers_reads_the_same_logits(checkpoints, tmp_path, shape, dtype):
     transformers = pytest.importorskip("transformers", reason="pip install 'modern_llm[baselines]'")
@@ -69,9 +75,9 @@ def test_transformers_reads_the_same_logits(checkpoints, tmp_path, shape, dtype)
     ids = torch.tensor([greedy(checkpoints[shape])[0]])
     with torch.no_grad():
         ours, other = load_model(checkpoints[shape])(ids), theirs(ids).logits
-    scale = ours.std()
-    assert (ours - other).abs().max() < {"fp32": 1e-4, "fp16": 0.02, "q8_0": 0.2}[dtype] * scale
-    assert (dtype == "fp32") == bool((ours - other).abs().max() < 1e-4)
+    apart = (ours - other).norm() / ours.norm()
+    assert apart < {"fp32": 1e-5, "fp16": 5e-3, "q8_0": 0.1}[dtype]
+    assert dtype == "fp32" or apart > 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -86,15 +92,22 @@ def test_llama_cpp_cuts_and_writes_the_same(checkpoints, tmp_path, shape):
     server = llama.Server(params)
     tokenizer = load_tokenizer(folder)
     texts = ["17 and 170 hats.\n#### 187", " It's  3+4=<<3+4=7>>7\tkeys", "naïve 日本 🙂", QUESTION]
+
+    def ask(what, **words):
+        request = Request(f"{server.listening_address}/{what}", json.dumps(words).encode(),
+                          {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as reply:
+            return json.load(reply)
+
     for text in texts:
-        found = server.handle_tokenize({"content": text, "parse_special": False})
-        assert found["tokens"] == tokenizer.encode(text, add_special_tokens=False).ids
+        found = ask("tokenize", content=text, parse_special=False)["tokens"]
+        assert found == tokenizer.encode(text, add_special_tokens=False).ids
     prompt, expected = greedy(folder)
-    found = server.handle_completions({"prompt": prompt, "n_predict": 24, "temperature": 0,
-                                       "return_tokens": True, "cache_prompt": False})
-    found = found[0] if isinstance(found, list) else found
-    tokens = [i for i in found["tokens"] if i != end_id(tokenizer)]
-    assert tokens == expected and len(expected) > 3
+    found = ask("completion", prompt=prompt, n_predict=24, temperature=0, return_tokens=True)
+    ends = {end_id(tokenizer), end_of_text_id(tokenizer)}  # llama.cpp knows both by their names
+    ours, theirs = (list(itertools.takewhile(lambda i: i not in ends, tokens))
+                    for tokens in (expected, found["tokens"]))
+    assert theirs == ours and len(ours) > 3
 
 
 def test_what_is_refused(checkpoints, tmp_path):
