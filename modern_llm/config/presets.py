@@ -72,7 +72,7 @@ def local_smoke() -> PipelineConfig:
                       replay_sources=("text", "synthetic", "synthetic-problems"),
                       max_train_pairs=800, max_new_tokens=40),
         grpo=GRPOConfig(
-            max_steps=60, batch_size=128, optimizer="adamw", lr=5e-4, weight_decay=0.0,
+            max_steps=60, batch_size=128, optimizer="adamw", lr=5e-5, weight_decay=0.0,
             warmup_steps=5, log_every=1, eval_every=20, checkpoint_every=20, keep_checkpoints=0,
             validation_problems=200, max_new_tokens=112),
         verifier=VerifierConfig(
