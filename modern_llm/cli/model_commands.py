@@ -185,8 +185,8 @@ def sample(run_name, stage, checkpoint, output_dir, temperature, max_new_tokens,
 @click.option("--to", "folder", required=True, metavar="DIR|FILE.gguf",
               help="Where; it must not exist yet. A name in .gguf: one file for llama.cpp.")
 @click.option("--dtype", metavar="fp32|bf16|fp16|q8_0",
-              help="Of the written weights; default: as they are, in a .gguf file fp16. q8_0, eight "
-                   "bits a weight, is for .gguf.")
+              help="Of the written weights; default: as they are, in a .gguf file fp16. q8_0, "
+                   "eight bits a weight, is for .gguf.")
 @click.option("--shard-gb", type=float, default=5.0, show_default=True,
               help="Cut larger weights into files of so many gigabytes.")
 def export(run_name, stage, checkpoint, output_dir, folder, dtype, shard_gb) -> None:

@@ -232,8 +232,8 @@ class GRPOConfig(TrainConfig):
         require(set(self.levels) <= {1, 2, 3, 4, 5} and len(self.levels) > 0,
                 f"grpo.levels={list(self.levels)} must name some of the levels 1 to 5")
         require(not self.compile,
-                f"grpo.compile={self.compile!r} must be false: the blocks that learn write, too, and "
-                "would be compiled again for every length of a text")
+                f"grpo.compile={self.compile!r} must be false: the blocks that learn write, too, "
+                "and would be compiled again for every length of a text")
         require(self.reward != "",
                 "grpo.reward is empty: say \"exact\", or the folder of a verifier")
 

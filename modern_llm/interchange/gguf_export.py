@@ -1,7 +1,7 @@
 """A checkpoint as one GGUF file, which llama.cpp and what is built on it read.
 
-Two of its architectures compute what a dense model here does: `llama`, and `qwen3` with QK-norm. The
-format is that of the package `gguf`; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. No
+Two of its architectures compute what a dense model here does: `llama`, and `qwen3` with QK-norm.
+The format is that of the package `gguf`; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. No
 torch.
 """
 
@@ -31,7 +31,8 @@ NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_att
          "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
          "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
          "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-WHOLE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+WHOLE = {"model.embed_tokens.weight": "token_embd.weight",
+         "model.norm.weight": "output_norm.weight",
          "lm_head.weight": "output.weight"}
 
 
@@ -86,8 +87,9 @@ def vocabulary(folder: Path, size: int) -> dict:
     steps = found.get("pre_tokenizer") or {}
     steps = tuple(step["type"] for step in steps.get("pretokenizers", [steps]))
     if found["model"]["type"] != "BPE" or steps not in CUTS:
-        raise ExportError(f"{folder}/tokenizer.json cuts texts by {' and '.join(steps) or 'nothing'}"
-                          f" before {found['model']['type']}, which llama.cpp has no name for here; "
+        how = " and ".join(steps) or "nothing"
+        raise ExportError(f"{folder}/tokenizer.json cuts texts by {how} before "
+                          f"{found['model']['type']}, which llama.cpp has no name for here; "
                           "export a Hugging Face folder instead (--to without .gguf)")
     tokens, kinds = [f"[unused {i}]" for i in range(size)], [UNUSED] * size
     for token, i in found["model"]["vocab"].items():

@@ -681,7 +681,7 @@ def test_the_checkpoint_of_a_name(place, ours, tmp_path, monkeypatch):
 
 
 NOT_PLACES = {"": "names nothing", " ": "names nothing",
-              "{}/verifier": "is a verifier, .* Give a generator: dpo, sft, pretrain",
+              "{}/verifier": "is a verifier, .* Give a generator: grpo, dpo, sft, pretrain",
               "{}/verifier/checkpoint": "is a verifier",
               "{}/sft/checkpoint/model.safetensors":
                   "is a file: name the folder of the model.*it/sft/checkpoint",

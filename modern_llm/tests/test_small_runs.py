@@ -1,4 +1,4 @@
-"""Small models side by side: batches of seed and step, training in place, differences over seeds."""
+"""Small models side by side: batches of seed and step, training in place, differences by seed."""
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ def test_the_text_is_as_long_as_asked_and_begins_with_a_document(text):
 def test_a_text_that_is_too_short_is_refused(tmp_path):
     notes = tmp_path / "notes.txt"
     notes.write_text("\n\n".join(f"Note {n} about herons and reeds." for n in range(400)))
-    with pytest.raises(ValueError, match=r"notes.txt, validation: has \d+ tokens, of which 90,000 are"):
+    with pytest.raises(ValueError, match=r"notes.txt, validation: has \d+ tokens, of which 90,000"):
         SmallText.of(str(notes), 300, 100, 90_000)
 
 

@@ -39,6 +39,7 @@ def shape_for(device: torch.device) -> Shape:
                      tuple(KERNELS))
     small = ModelConfig(vocab_size=512, context_length=32, width=32, num_layers=2, num_heads=2,
                         num_kv_heads=2, ffn_width=64)
+    config = replace(config, grpo=replace(config.grpo, group_size=2))
     rows = {stage: replace(getattr(config, stage), batch_size=4, micro_batch_size=4)
             for stage in TRAINED}
     data = replace(world.data, max_train_tokens=20_000, max_validation_tokens=1000)
