@@ -21,14 +21,14 @@ from pathlib import Path
 from modern_llm.cluster.duration import CPU_FLOPS, estimate
 from modern_llm.cluster.submit import partitions
 from modern_llm.config import (
-    DATASET_REGISTRY, NOTEBOOKS, PRESETS, STAGES, PipelineConfig, TrainConfig, get_pipeline_preset,
-    override,
+    DATASET_REGISTRY, PRESETS, STAGES, PipelineConfig, TrainConfig, get_pipeline_preset, override,
 )
 from modern_llm.config.machines import gpu_peaks
 from modern_llm.files import IN_CHECKOUT
 from modern_llm.messages import StageError
 from modern_llm.runs.data_files import data_names
 from modern_llm.runs.parameters import runs_folder
+from modern_llm.runs.pipeline import chosen_stages
 from modern_llm.runs.preflight import (
     GIB, can_compile, device_for, fit_to_memory, free_memory, memory_needed, settings_of,
 )
@@ -195,8 +195,8 @@ def has_model(name: str) -> bool:
 
 
 def stages_of(config: PipelineConfig) -> list[str]:
-    """The stages that a preset runs."""
-    return [name for name in NOTEBOOKS if not (config.start_from and STAGES[name].first)]
+    """The stages that `modern-llm run` runs of a preset, but for the report."""
+    return chosen_stages("all", config.start_from, config)[:-1]
 
 
 def data_of(config: PipelineConfig) -> list[str]:

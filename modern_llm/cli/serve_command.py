@@ -13,8 +13,8 @@ from modern_llm.cli.common import one_line_errors
 @click.command()
 @click.option("--run", "run_name", metavar="NAME", help="A run: its folder under runs/.")
 @click.option("--stage", "stages", metavar="STAGE", multiple=True,
-              help="Serve this stage alone: pretrain, sft or dpo; as often as needed. Default: all "
-                   "that are there.")
+              help="Serve this stage alone: pretrain, sft, dpo or grpo; as often as needed. "
+                   "Default: all that are there.")
 @click.option("--checkpoint", metavar="PATH",
               help="A checkpoint, stage or run folder, instead of --run.")
 @click.option("--output-dir", metavar="DIR",

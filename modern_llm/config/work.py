@@ -48,7 +48,7 @@ def of_dpo(config: PipelineConfig) -> Work:
 
 def of_grpo(config: PipelineConfig) -> Work:
     """The answers of every step, read again for their probabilities; those to held-out problems,
-    before and after; the control with its own, whose steps are longer by two thirds.
+    before and after; the control with its own, whose steps, two thirds more, are counted twice.
     """
     grpo, room = config.grpo, config.model.context_length
     asked = grpo.max_steps * grpo.batch_size // grpo.group_size

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from modern_llm.cli import machine, main
 from modern_llm.cluster.duration import ASSUMED_START_MINUTES, CPU_FLOPS, estimate
-from modern_llm.config import PRESETS, get_pipeline_preset
+from modern_llm.config import PRESETS, get_pipeline_preset, override
 from modern_llm.messages import StageError
 from modern_llm.runs.data_files import missing_data
 from modern_llm.runs.preflight import GIB, available_memory, can_compile, preflight
@@ -70,6 +70,14 @@ def test_what_a_preset_lacks_is_what_a_run_would_say():
     wanted = get_pipeline_preset("tacc-h100").hardware.min_gpu_memory_gb
     first = prospects()["tacc-h100"]["problems"][0]
     assert first["kind"] == "device" and f"needs a CUDA GPU with {wanted:g} GB" in first["what"]
+
+
+def test_its_stages_are_those_of_a_whole_run():
+    assert machine.stages_of(get_pipeline_preset("local-smoke")) == [
+        "pretrain", "sft", "dpo", "verifier", "eval", "attention"]
+    assert machine.stages_of(get_pipeline_preset("smollm2-135m"))[0] == "sft"
+    chosen = override(get_pipeline_preset("lesson"), {"grpo": {"with_all": True}})
+    assert "grpo" in machine.stages_of(chosen)
 
 
 def test_missing_data_are_named_with_the_remedy(tmp_path, monkeypatch):

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import ConfigError, GRPOConfig, TrainConfig
-from ..data.chat import continuations, encode_example, encode_prompt, end_id, padded_batch
+from modern_llm.data.chat import (
+    EncodedExample, continuations, encode_example, encode_prompt, end_id, padded_batch,
+)
 from ..data.sources import DataError
 from ..data.tasks import Problem, mark, problem_request, solve, word_problems
 from ..data.tokens import load_tokenizer
@@ -35,7 +37,7 @@ from .training_state import compute_dtype, forward_context
 from .verifier_scores import score_answers
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
     from tokenizers import Tokenizer
 
     from modern_llm.models.decoder import ModernDecoderLM
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Reward', 'CONTROL_STEPS', 'NO_SPREAD', 'LENGTH_GROWTH', 'ENDING_FALL', 'HACKED', 'group_advantages', 'clipped_gain',
-           'distance', 'grpo_loss', 'exact_reward', 'reward_of', 'Rollouts', 'RewardTraining', 'alarms']
+           'distance', 'grpo_loss', 'exact_reward', 'reward_of', 'answer_rows', 'rows_of_round', 'Rollouts',
+           'MarkedProblems', 'RewardTraining', 'alarms']
 
 # %% ../../nbs/38_grpo.ipynb #group-advantages
 def group_advantages(rewards: Float[Tensor, "n"], group_size: int,
@@ -143,6 +146,40 @@ def reward_of(name: str, device: str) -> Reward:
 
     return score
 
+# %% ../../nbs/38_grpo.ipynb #rows-of-round
+def answer_rows(prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]
+                ) -> tuple[Int[Tensor, "n t"], Bool[Tensor, "n t"]]:
+    """Each prompt with the answer behind it, and which tokens are the answer's; padded on the right
+    to a multiple of 16.
+    """
+    length = max(len(p) + len(w) for p, w in zip(prompts, written))
+    ids = torch.zeros(len(prompts), -(-length // 16) * 16, dtype=torch.long)
+    answer = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (p, w) in enumerate(zip(prompts, written)):
+        ids[row, :len(p) + len(w)] = torch.tensor([*p, *w])
+        answer[row, len(p):len(p) + len(w)] = True
+    return ids, answer
+
+
+def rows_of_round(ids: Int[Tensor, "n t"], answer: Bool[Tensor, "n t"], marked: pd.DataFrame,
+                  rewards: np.ndarray, cfg: GRPOConfig) -> dict[str, Tensor]:
+    """What `grpo_loss` reads of the answers of a round, but for their probabilities.
+
+    Args:
+        marked: rows of `tasks.mark`, the answers to a problem one behind the other.
+    """
+    reward = torch.tensor(rewards, dtype=torch.float32)
+    groups, tokens = reward.view(-1, cfg.group_size), answer.sum(1)
+    step = tokens.view(cfg.steps_per_round, -1)
+    weight = (step.shape[1] / step.sum(1, keepdim=True).expand_as(step).flatten()
+              if cfg.per_token else 1 / tokens)
+    spread = (groups.amax(1) > groups.amin(1)).float().repeat_interleave(cfg.group_size)
+    facts = {name: torch.tensor(marked[name].to_numpy(float), dtype=torch.float32)
+             for name in ("right", "ended")}
+    return {"input_ids": ids, "answer": answer, "weight": weight, "reward": reward,
+            "advantage": group_advantages(reward, cfg.group_size, cfg.scale_advantages),
+            "spread": spread, **facts}
+
 # %% ../../nbs/38_grpo.ipynb #rollouts
 class Rollouts:
     """The batch of a step, written by the model that is being trained: a function of its weights,
@@ -167,16 +204,15 @@ class Rollouts:
                  reference: ModernDecoderLM | None = None, main: bool = True):
         self.model, self.tokenizer, self.problems, self.cfg = model, tokenizer, problems, cfg
         self.folder, self.seed, self.reward, self.log_probs = folder, seed, reward, log_probs
-        self.reference, self.main = reference, main
-        self.end = end_id(tokenizer)
+        self.reference, self.main, self.end = reference, main, end_id(tokenizer)
         self.prompts = [encode_prompt(tokenizer, problem_request(p)) for p in problems]
         self.number, self.rows = None, {}
 
     def asked(self, number: int) -> np.ndarray:
         """The problems of a round; an epoch is a new order of all."""
         size = self.cfg.batch_size // self.cfg.group_size * self.cfg.steps_per_round
-        places = np.arange(number * size, (number + 1) * size)
-        epochs, within = np.divmod(places, len(self.problems))
+        epochs, within = np.divmod(np.arange(number * size, (number + 1) * size),
+                                   len(self.problems))
         orders = {e: np.random.default_rng([self.seed, e]).permutation(len(self.problems))
                   for e in np.unique(epochs)}
         return np.array([orders[e][i] for e, i in zip(epochs, within)])
@@ -184,39 +220,20 @@ class Rollouts:
     def write(self, number: int) -> dict[str, Tensor]:
         """The answers of a round, marked and rewarded, as rows of a batch."""
         asked, cfg = self.asked(number), self.cfg
+        prompts, problems = ([these[i] for i in asked] for these in (self.prompts, self.problems))
         with evaluating(self.model), torch.no_grad():
             answers = continuations(
-                self.model, self.tokenizer, [self.prompts[i] for i in asked], self.end,
-                samples=cfg.group_size, max_new_tokens=cfg.max_new_tokens, batch_rows=1024,
-                temperature=cfg.temperature, seed=1_000_003 * self.seed + number)
-        problems = [self.problems[i] for i in asked]
+                self.model, self.tokenizer, prompts, self.end, samples=cfg.group_size,
+                max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, batch_rows=1024,
+                seed=1_000_003 * self.seed + number)
         marked = mark(problems, answers, cfg.group_size)
-        reward = torch.tensor(self.reward(problems, marked), dtype=torch.float32)
-        groups = reward.view(-1, cfg.group_size)
-        spread = (groups.amax(1) > groups.amin(1)).float().repeat_interleave(cfg.group_size)
-        ids, answer = self._rows([self.prompts[i] for i in asked.repeat(cfg.group_size)], answers)
-        tokens = answer.sum(1)
-        step = tokens.view(cfg.steps_per_round, -1)
-        weight = (step.shape[1] / step.sum(1, keepdim=True).expand_as(step).flatten()
-                  if cfg.per_token else 1 / tokens)
-        found = {"input_ids": ids, "answer": answer, "weight": weight, "reward": reward,
-                 "advantage": group_advantages(reward, cfg.group_size, cfg.scale_advantages),
-                 "right": torch.tensor(marked.right.to_numpy(float), dtype=torch.float32),
-                 "ended": torch.tensor(marked.ended.to_numpy(float), dtype=torch.float32),
-                 "spread": spread, "old_log_p": self.log_probs(self.model, ids, answer)}
+        ids, answer = answer_rows([prompt for prompt in prompts for _ in range(cfg.group_size)],
+                                  [[*a.tokens, *[self.end] * a.ended] for a in answers])
+        found = rows_of_round(ids, answer, marked, self.reward(problems, marked), cfg)
+        found["old_log_p"] = self.log_probs(self.model, ids, answer)
         if self.reference is not None:
             found["reference_log_p"] = self.log_probs(self.reference, ids, answer)
         return found
-
-    def _rows(self, prompts: Sequence[Sequence[int]], answers: Sequence) -> tuple[Tensor, Tensor]:
-        written = [[*answer.tokens, *[self.end] * answer.ended] for answer in answers]
-        length = max(len(p) + len(w) for p, w in zip(prompts, written))
-        ids = torch.zeros(len(prompts), -(-length // 16) * 16, dtype=torch.long)
-        answer = torch.zeros_like(ids, dtype=torch.bool)
-        for row, (p, w) in enumerate(zip(prompts, written)):
-            ids[row, :len(p) + len(w)] = torch.tensor([*p, *w])
-            answer[row, len(p):len(p) + len(w)] = True
-        return ids, answer
 
     def round(self, number: int, begun: bool) -> dict[str, Tensor]:
         """The rows of a round: in hand, or read where it was `begun` before this session, or
@@ -225,22 +242,19 @@ class Rollouts:
         Raises:
             DataError: a begun round is not in the folder.
         """
-        if number == self.number:
-            return self.rows
         path = self.folder / f"round-{number:05d}.safetensors"
-        if begun:
+        if number != self.number and begun:
             if not path.is_file():
                 raise DataError(f"{path} is gone, and with it the answers of the step to go on "
                                 "with; start over with force=True")
-            rows = load_file(path)
-        else:
-            rows = self.write(number)
+            self.number, self.rows = number, load_file(path)
+        elif number != self.number:
+            self.number, self.rows = number, self.write(number)
             if self.main:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_tensors(rows, path.with_suffix(".part"))
+                write_tensors(self.rows, path.with_suffix(".part"))
                 os.replace(path.with_suffix(".part"), path)  # whole or not at all
-        self.number, self.rows = number, rows
-        return rows
+        return self.rows
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         number, part = divmod(step, self.cfg.steps_per_round)
@@ -248,13 +262,13 @@ class Rollouts:
         some = slice(part * self.cfg.batch_size, (part + 1) * self.cfg.batch_size)
         return {name: values[some] for name, values in rows.items()}
 
-# %% ../../nbs/38_grpo.ipynb #recipe
-CONTROL_STEPS = 10 / 6  # written, read again and trained on, against trained on
+# %% ../../nbs/38_grpo.ipynb #marked-problems
+class MarkedProblems:
+    """The problems of a run of GRPO, and who answers them.
 
-
-class RewardTraining:
-    """The recipe of GRPO: problems, the answers that the policy writes to them, and what is
-    measured.
+    Raises:
+        ConfigError: weights that are sharded.
+        DataError: no problem fits the context.
     """
 
     def __init__(self, run: Run):
@@ -277,7 +291,7 @@ class RewardTraining:
                        {"": "held out", "read": len(self.held_problems),
                         "fit": sum(map(self.fits, self.held_problems))}]
 
-    def gold(self, problem: Problem) -> tuple[list[int], list[int]]:
+    def gold(self, problem: Problem) -> EncodedExample:
         """The problem with its own answer: ids and labels."""
         return encode_example(self.tokenizer, [
             {"role": "user", "content": problem_request(problem)},
@@ -287,10 +301,36 @@ class RewardTraining:
         """Whether problem and answer fit the context."""
         return len(self.gold(problem)[0]) <= self.context
 
+    def gold_batch(self, step: int) -> dict[str, Tensor]:
+        """Gold answers to the next problems, for the control."""
+        size = self.train.batch_size
+        order = np.random.default_rng([self.run.config.seed, step * size // len(self.problems), 1])
+        chosen = np.take(order.permutation(len(self.problems)),
+                         np.arange(step * size, (step + 1) * size), mode="wrap")
+        return padded_batch([self.gold(self.problems[i]) for i in chosen])
+
+    def load(self) -> ModernDecoderLM:
+        """The model that is started from."""
+        return load_model(self.run.start, device=self.run.device)
+
+    def answers(self, model: ModernDecoderLM, problems: Sequence[Problem],
+                **options) -> pd.DataFrame:
+        """The model's marked answers (`tasks.solve`), greedy unless told otherwise."""
+        return solve(model, self.tokenizer, problems, max_new_tokens=self.train.max_new_tokens,
+                     batch_rows=self.run.config.eval.batch_rows, **options)
+
+# %% ../../nbs/38_grpo.ipynb #recipe
+CONTROL_STEPS = 10 / 6  # written, read again and trained on, against trained on
+
+
+class RewardTraining(MarkedProblems):
+    """The recipe of GRPO: the answers that the policy writes to its problems, and what is measured.
+    """
+
     @cached_property
     def model(self) -> ModernDecoderLM:
         """The policy."""
-        return load_model(self.run.start, device=self.run.device)
+        return self.load()
 
     def log_probs(self, model: nn.Module, ids: Tensor, answer: Tensor) -> Tensor:
         """log p of the answers' tokens, in micro-batches and with the arithmetic of training."""
@@ -305,19 +345,12 @@ class RewardTraining:
     def rollouts(self) -> Rollouts:
         """The batches that the policy writes."""
         world = getattr(self.run, "world", None)
-        reference = (load_model(self.run.start, device=self.run.device) if self.train.kl_weight
-                     else None)
         return Rollouts(self.model, self.tokenizer, self.problems, self.train,
                         self.run.folder / "rounds", self.run.config.seed,
                         reward=reward_of(self.train.reward, self.run.device),
-                        log_probs=self.log_probs, reference=reference,
+                        log_probs=self.log_probs,
+                        reference=self.load() if self.train.kl_weight else None,
                         main=world is None or world.is_main_process)
-
-    def answers(self, model: ModernDecoderLM, problems: Sequence[Problem],
-                **options) -> pd.DataFrame:
-        """The model's marked answers (`tasks.solve`), greedy unless told otherwise."""
-        return solve(model, self.tokenizer, problems, max_new_tokens=self.train.max_new_tokens,
-                     batch_rows=self.run.config.eval.batch_rows, **options)
 
     def evaluate(self, model: ModernDecoderLM) -> dict[str, float]:
         """Of greedy answers to some held-out problems: `loss`, the share not solved; the share that
@@ -331,20 +364,10 @@ class RewardTraining:
         """As `save_chat_model`."""
         save_chat_model(folder, model, self.tokenizer)
 
-    def gold_batch(self, step: int) -> dict[str, Tensor]:
-        """Gold answers to the next problems, for the control."""
-        size = self.train.batch_size
-        epoch, _ = divmod(step * size, len(self.problems))
-        order = np.random.default_rng([self.run.config.seed, epoch, 1]).permutation(
-            len(self.problems))
-        chosen = np.take(order, np.arange(step * size, (step + 1) * size), mode="wrap")
-        return padded_batch([self.gold(self.problems[i]) for i in chosen])
-
     def control(self, cfg: TrainConfig, folder: Path) -> Trainer:
         """A trainer of the same start on gold answers, for as many FLOPs."""
         longer = replace(cfg, max_steps=math.ceil(CONTROL_STEPS * cfg.max_steps))
-        return self.run.trainer(load_model(self.run.start, device=self.run.device),
-                                lm_loss_for(longer), self.gold_batch, self, cfg=longer,
+        return self.run.trainer(self.load(), lm_loss_for(longer), self.gold_batch, self, cfg=longer,
                                 folder=folder, evaluate=None)
 
     def fit(self) -> TrainResult:
