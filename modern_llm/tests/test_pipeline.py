@@ -287,6 +287,7 @@ def end_alike(stage: str, place: Path, undisturbed: Path) -> None:
     assert tables[0] == tables[1] and status_of(place, stage) == "finished"
 
 
+@pytest.mark.thorough
 def test_warned_twice_and_killed_a_stage_ends_as_if_undisturbed(tuned, tmp_path):
     """A scheduler's warnings reach the stage in its kernel, which ends with what it has; a killed
     command leaves no orphan; each next start goes on.
