@@ -210,7 +210,9 @@ class GRPOConfig(TrainConfig):
     # a run that has one: its score
     reward: str = "exact"
     clip: float = 0.2  # a token's probability ratio counts within 1 - clip and 1 + clip
-    scale_advantages: bool = True  # in standard deviations of the group's rewards
+    # of an answer: "scaled" = its reward less the group's mean, in the group's standard deviations;
+    # "centred" = not divided; "reward" = the reward, so that only right answers count
+    advantage: str = "scaled"
     per_token: bool = False  # every token of a step counts the same; false = every answer
     kl_weight: float = 0.0  # of the distance from the starting model; 0 = that model is not kept
     # beside it, the same start is trained on the same problems' gold answers, for as many FLOPs
@@ -219,6 +221,7 @@ class GRPOConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of("grpo.problems", self.problems, names_of("problems"))
+        require_one_of("grpo.advantage", self.advantage, ("scaled", "centred", "reward"))
         require_positive("grpo", self, "train_problems", "validation_problems", "steps_per_round",
                          "temperature", "max_new_tokens", "clip")
         require(self.group_size >= 2,

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from modern_llm.config import (
@@ -147,6 +148,25 @@ def test_what_is_paid_for_becomes_likelier(start, tmp_path, paid, monkeypatch):
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.2
 
 
+def test_paid_by_the_reward_alone_it_is_sft_on_right_answers(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "exact_reward",
+                        lambda problems, answers: (answers.tokens > 4).to_numpy(float))
+    made = recipe(start, tmp_path, advantage="reward")
+    batch = made.rollouts()(0)
+    assert 0 < batch["reward"].sum() < len(batch["reward"])
+
+    def gradient(loss):
+        made.model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in made.model.parameters()])
+
+    found = gradient(grpo_loss(made.model, batch, made.train).total)
+    ids, answer, right = (batch[name] for name in ("input_ids", "answer", "reward"))
+    nats = F.cross_entropy(made.model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
+    per_answer = (nats * answer[:, 1:]).sum(1) / answer.sum(1)
+    torch.testing.assert_close(found, gradient(per_answer[right > 0].sum()))
+
+
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "kl_weight": 0.1}], ids=["plain", "lora"])
 @pytest.mark.parametrize("stop", [3, 5])  # between two rounds, and in the middle of one
 def test_a_resumed_run_goes_on_exactly(start, tmp_path, paid, changes, stop):
@@ -205,6 +225,7 @@ def test_rounds_are_whole_files_and_the_control_reads_gold_answers(start, tmp_pa
     ({"group_size": 1}, "grpo.group_size=1 must be at least 2"),
     ({"batch_size": 12, "group_size": 8}, "grpo.group_size=8 does not divide grpo.batch_size=12"),
     ({"problems": "gsm8"}, "grpo.problems='gsm8' is unknown.*gsm8k"),
+    ({"advantage": "reward s"}, "grpo.advantage='reward s' is unknown.*did you mean 'reward'"),
     ({"temperature": 0.0}, "grpo.temperature=0.0 must be greater than 0"),
     ({"kl_weight": -1.0}, "grpo.kl_weight=-1.0 must be 0 or greater"),
     ({"levels": [6]}, "grpo.levels"),

@@ -183,7 +183,7 @@ def prepare_step(shape: Shape, device: torch.device, precision: str, matmul: str
     torch.set_float32_matmul_precision(matmul)
     prepare_module(model, train)
     loss = lm_loss_for(replace(train, compile=False) if compiled == "blocks" else train)
-    loss = prepare_loss(loss, train)
+    loss = prepare_loss(loss, train, device)
     return PreparedStep(cfg, train, state, batch,
                         partial(optimizer_step, state, loss, batch, train, 0.01))
 

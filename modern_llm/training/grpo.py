@@ -50,18 +50,21 @@ __all__ = ['Reward', 'CONTROL_STEPS', 'NO_SPREAD', 'LENGTH_GROWTH', 'ENDING_FALL
 
 # %% ../../nbs/38_grpo.ipynb #group-advantages
 def group_advantages(rewards: Float[Tensor, "n"], group_size: int,
-                     scaled: bool = True) -> Float[Tensor, "n"]:
+                     kind: str = "scaled") -> Float[Tensor, "n"]:
     """How much better each answer is than its group, whose answers follow each other.
 
     Args:
-        scaled: in standard deviations of the group's rewards; a group without any gets zeros.
+        kind: "scaled" = in standard deviations of the group's rewards, zeros where there are none;
+            "centred" = less the group's mean; "reward" = the reward itself.
 
     Source: Shao et al. 2024 (2402.03300), section 4.1.2; without the scale: Liu et al. 2025
     (2503.20783), section 3.1.
     """
+    if kind == "reward":
+        return rewards.clone()
     groups = rewards.view(-1, group_size)
     found = groups - groups.mean(1, keepdim=True)
-    if scaled:
+    if kind == "scaled":
         found = found / (groups.std(1, keepdim=True) + 1e-6)
     return found.flatten()
 
@@ -177,7 +180,7 @@ def rows_of_round(ids: Int[Tensor, "n t"], answer: Bool[Tensor, "n t"], marked: 
     facts = {name: torch.tensor(marked[name].to_numpy(float), dtype=torch.float32)
              for name in ("right", "ended")}
     return {"input_ids": ids, "answer": answer, "weight": weight, "reward": reward,
-            "advantage": group_advantages(reward, cfg.group_size, cfg.scale_advantages),
+            "advantage": group_advantages(reward, cfg.group_size, cfg.advantage),
             "spread": spread, **facts}
 
 # %% ../../nbs/38_grpo.ipynb #rollouts

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..config import TrainConfig
 from .distributed import World, gradient_sync
 from .optim import LossOutput, gather_tensor
-from .training_state import TrainingState
+from .training_state import TrainingState, compute_dtype
 
 # %% auto #0
 __all__ = ['Batch', 'LossFunction', 'micro_batches', 'batch_tokens', 'add_losses', 'rescale_gradients', 'optimizer_step',
-           'prepare_module', 'prepare_loss', 'prefetch']
+           'compiler_options', 'prepare_module', 'prepare_loss', 'prefetch']
 
 # %% ../../nbs/30_train_step.ipynb #types
 Batch = dict[str, Tensor]
@@ -110,6 +110,15 @@ def optimizer_step(state: TrainingState, loss_fn: LossFunction, batch: Batch, cf
     return summed, norm
 
 # %% ../../nbs/30_train_step.ipynb #prepare
+def compiler_options(cfg: TrainConfig, device: torch.device) -> dict[str, int] | None:
+    """For `torch.compile`. In bfloat16 on a CPU vectors of 256 bits, not 512: where a kernel turns
+    round two matrices, GCC 12 makes wrong code of torch's 512-bit tiles, and gradients are garbage.
+    """
+    narrow = (device.type == "cpu"
+              and compute_dtype(cfg.precision, device) is torch.bfloat16)
+    return {"cpp.simdlen": 256} if narrow else None
+
+
 def prepare_module(module: nn.Module, cfg: TrainConfig) -> None:
     """Apply gradient checkpointing and compilation (block by block, where the module has `layers`).
     """
@@ -121,14 +130,18 @@ def prepare_module(module: nn.Module, cfg: TrainConfig) -> None:
         for m in able:
             m.gradient_checkpointing = True
     if cfg.compile is True:
+        options = compiler_options(cfg, next(module.parameters()).device)
         for block in getattr(module, "layers", [module]):
-            block.compile()
+            block.compile(options=options)
 
 
-def prepare_loss(loss_fn: LossFunction, cfg: TrainConfig) -> LossFunction:
+def prepare_loss(loss_fn: LossFunction, cfg: TrainConfig,
+                 device: torch.device = torch.device("cpu")) -> LossFunction:
     """The loss function; with compile="model" compiled, and with it the whole model, as one graph.
     """
-    return torch.compile(loss_fn) if cfg.compile == "model" else loss_fn
+    if cfg.compile != "model":
+        return loss_fn
+    return torch.compile(loss_fn, options=compiler_options(cfg, device))
 
 # %% ../../nbs/30_train_step.ipynb #prefetch
 def prefetch(batches: Callable[[int], Batch], start: int, stop: int, rows: int, pin: bool = False,

@@ -127,8 +127,8 @@ class Trainer:
             if sharded and cfg.compile:
                 cfg = replace(cfg, compile=True)
             prepare_module(module.to(place), cfg)  # compiled first, then sharded
-            self.loss_fn = data_parallel(module, prepare_loss(loss_fn, cfg), self.world, place,
-                                         compute_dtype(cfg.precision, place))
+            self.loss_fn = data_parallel(module, prepare_loss(loss_fn, cfg, place), self.world,
+                                         place, compute_dtype(cfg.precision, place))
             self.state = TrainingState(module, cfg, place, whole, self.world.size > 1)
             self.files = RunFolder(folder, save_model, self.world)
             open_run(self.files, self.state, self.world, resume)
