@@ -25,7 +25,7 @@ cfg = settings["DEFAULT"]
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
                     for name in ("dev", "baselines", "docs", "browser", "agreement", "peers",
-                                 "serve", "clients")},
+                                 "serve", "clients", "tensorboard", "trackio")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "papermill.engine": ["modern_llm=modern_llm.runs.refusals:Engine"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

@@ -14,6 +14,7 @@ from modern_llm.cli.bisect_command import bisect
 from modern_llm.cli.capsule_command import capsule
 from modern_llm.cli.checkpoint_command import checkpoints
 from modern_llm.cli.compare_command import compare
+from modern_llm.cli.curves_command import curves
 from modern_llm.cli.data_commands import datasets, prefetch, presets
 from modern_llm.cli.doctor_command import doctor
 from modern_llm.cli.model_commands import chat, check_inference, export, sample
@@ -55,6 +56,7 @@ def main() -> None:
     modern-llm checkpoints local-smoke/pretrain    what it knew when: its kept weights, compared
     modern-llm compare local-smoke mine            is it better, and by more than chance?
     modern-llm bisect local-smoke again            where two runs part: step, tensor, cause
+    modern-llm curves local-smoke --to tensorboard   or trackio: what it measured while it trained
     modern-llm capsule local-smoke                 the run in one file that proves its report
     modern-llm attention-page local-smoke          what its heads read, as a page for a browser
     modern-llm export --run local-smoke --to DIR   for transformers and others, with a model card
@@ -69,6 +71,6 @@ def main() -> None:
 
 
 for command in (run, submit, status, chat, serve, sample, score, checkpoints, compare, bisect,
-                capsule, attention_page, export, check_inference, doctor, bench, presets, datasets,
-                prefetch, practice):
+                curves, capsule, attention_page, export, check_inference, doctor, bench, presets,
+                datasets, prefetch, practice):
     main.add_command(command)

@@ -71,6 +71,7 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     modern-llm run --stage pretrain --max-steps 10            one stage, a few steps
     modern-llm run --preset local-cpu -p max_minutes=6 --run six    six minutes a stage that trains
     modern-llm run --stage dpo --checkpoint runs/local-smoke/sft --run other-dpo -p dpo.loss=ipo
+    modern-llm run --run watched -p tracker=tensorboard       or trackio: curves while it trains
     modern-llm run -p sft.lr=1e-3 --force        redo SFT and what follows, keep pretraining
     modern-llm run --stage grpo                  optional: rewards for right answers to word problems
     modern-llm run --preset local-cpu --stage eval --run other --checkpoint SmolLM2/

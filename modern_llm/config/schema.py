@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from modern_llm.config.checks import (
-    device_parts, divisors, require, require_one_of, require_positive, require_sources,
+    device_parts, divisors, nearest, require, require_one_of, require_positive, require_sources,
 )
 from modern_llm.config.stage_settings import (
     DPOConfig, EvalConfig, GRPOConfig, SFTConfig, TrainConfig, VerifierConfig,
@@ -20,6 +20,7 @@ from modern_llm.config.stage_settings import (
 STRATEGIES = ("ddp", "fsdp")
 ROPE_SCALINGS = ("llama3", "linear", "ntk", "yarn")  # rules for contexts longer than trained on
 INFERENCE_PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+TRACKERS = ("tensorboard", "trackio")  # each an extra of that name
 SHORTEST_CONTEXT = 16  # tokens: ten to begin with, and some to write
 GPT2_VOCAB_SIZE = 50_261  # 50,257 of GPT-2 and four chat tokens
 
@@ -188,6 +189,9 @@ class PipelineConfig:
     # local cache
     start_from: str = ""
     seed: int = 0
+    # where the curves of stages that train are shown too: "tensorboard" = event files in
+    # runs/RUN/tensorboard, "trackio" = its database in runs/RUN/trackio; null = in neither
+    tracker: str | None = None
 
     def __post_init__(self) -> None:
         for stage, train in vars(self).items():
@@ -207,6 +211,9 @@ class PipelineConfig:
                 f"that a stage continues, and for what it writes: use at least {SHORTEST_CONTEXT}; "
                 "instructions and word problems take 128 or more")
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in 0..2**63 - 1")
+        require(self.tracker is None or self.tracker in TRACKERS,
+                f"tracker={self.tracker!r} is unknown{nearest(str(self.tracker), TRACKERS)}; or "
+                "null for none")
         if self.data.tokenizer == "bpe":
             require(self.data.tokenizer_vocab_size <= self.model.vocab_size,
                     f"data.tokenizer_vocab_size={self.data.tokenizer_vocab_size} exceeds "

@@ -45,7 +45,7 @@ def flat(settings: dict, before: str = "") -> dict:
 def differing(one: Measured, other: Measured) -> dict[str, tuple]:
     """The settings in which two runs differ, beside their names: name -> (one's, the other's)."""
     names = [name for name in {**one.config, **other.config}
-             if name not in ("name", "description")]
+             if name not in ("name", "description", "tracker")]
     return {name: pair for name in names
             if (pair := (one.config.get(name), other.config.get(name)))[0] != pair[1]}
 

@@ -19,6 +19,7 @@ from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
+from modern_llm.config.schema import TRACKERS
 from modern_llm.files import DamagedFolder, sync
 from modern_llm.messages import StageError
 from modern_llm.report.page import Run
@@ -43,14 +44,14 @@ BLOCK = 1 << 20
 
 
 def files_of(run_folder: Path, weights: bool = False) -> dict[str, Path]:
-    """The files of a run's record by their names in it: all but locks, logs, the report and, unless
-    asked for, weights; of those never what only training goes on from.
+    """The files of a run's record by their names in it: all but locks, logs, the report, curves in
+    a tracker and, unless asked for, weights; of those never what only training goes on from.
     """
     found = {}
     for path in sorted(run_folder.rglob("*")):
         parts = path.relative_to(run_folder).parts
         if (not path.is_file() or any(part.startswith(".") for part in parts)
-                or parts[0] in ("report", "logs", "jobs")):
+                or parts[0] in ("report", "logs", "jobs", *TRACKERS)):
             continue
         if any(part.partition(".")[0] in ("checkpoint", "checkpoints") for part in parts[:-1]):
             # its meta.json would miss what is left out

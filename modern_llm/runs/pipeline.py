@@ -20,6 +20,7 @@ from modern_llm.messages import StageError
 from modern_llm.runs.data_files import changed_data, check_splits, missing_data
 from modern_llm.runs.lineage import described, found_inputs, no_inputs
 from modern_llm.runs.parameters import choose_folder, refuse_unknown, resolve
+from modern_llm.runs.preflight import check_tracker
 from modern_llm.runs.resume import begun, changed_settings, params_of, resume_blocker, run_record
 from modern_llm.runs.scheduler import this_job
 from modern_llm.runs.spec import changes, notebook_of
@@ -106,6 +107,7 @@ class Plan:
             self.parameters[name] = own
             self.configs[name] = (preset if name == "report"
                                   else resolve(name, {**declared[name], **own}))
+            check_tracker(self.configs[name], name)
         _, folder, _ = choose_folder(self.stages[0], {**given, "force": True})
         self.run_folder = folder.parent
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from importlib.metadata import PackageNotFoundError, distribution
 
 from modern_llm.config import STAGES, PipelineConfig, TrainConfig, override
 from modern_llm.messages import StageError, say
@@ -99,6 +100,22 @@ def settle(config: PipelineConfig, stage: str, device: str) -> PipelineConfig:
             f"Debian: apt install g++ python3-dev); slower, or say {stage}.compile=false")
         found["compile"] = False
     return override(config, {stage: found})
+
+
+def check_tracker(config: PipelineConfig, stage: str) -> None:
+    """StageError if the stage trains and the package of its tracker is not installed."""
+    if config.tracker and isinstance(settings_of(config, stage), TrainConfig):
+        need_tracker(config.tracker)
+
+
+def need_tracker(name: str) -> None:
+    """StageError unless the package of that tracker is installed."""
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        raise StageError(f"tracker={name!r} needs the package {name}, which is not installed: pip "
+                         f"install 'modern_llm[{name}]', or do without: metrics.jsonl has the same "
+                         "numbers") from None
 
 
 def device_for(config: PipelineConfig) -> tuple[str, list[str]]:

@@ -30,6 +30,7 @@ from modern_llm.runs.preflight import settings_of
 from modern_llm.runs.scheduler import PREEMPTION_SIGNALS
 from modern_llm.runs.spec import sections
 from modern_llm.training.ranks import TrainingEnded
+from modern_llm.training.tracking import Mirror
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,12 +91,15 @@ class StageRun:
         """
         from modern_llm.training.trainer import Trainer
 
-        cfg = settings_of(self.config, self.stage)
+        cfg, tracker = settings_of(self.config, self.stage), self.config.tracker
         given = {"cfg": cfg, "folder": self.folder,
                  "evaluate": recipe.evaluate, "save_model": recipe.save, "device": self.device,
                  "flops_per_token": flops_per_token(self.config.model, lora_rank=cfg.lora_rank),
                  "seed": self.config.seed, "resume": self.resume, "world": self.world}
-        return Trainer(model, loss, batches, **(given | others))
+        given |= others
+        if tracker:
+            given["on_row"] = Mirror(tracker, self.folder.parent, given["folder"]).update
+        return Trainer(model, loss, batches, **given)
 
     def finish(self, results: dict) -> dict:
         """Write `results.json`, mark the stage finished in `run.json`, release the run's lock, and

@@ -28,13 +28,14 @@ from modern_llm.runs.launch import collect_again
 from modern_llm.runs.lineage import described, found_inputs, no_inputs, own_inputs, start_of
 from modern_llm.runs.locks import RunLock
 from modern_llm.runs.parameters import choose_folder, injected_parameters, refuse_unknown, resolve
-from modern_llm.runs.preflight import GIB, memory_needed, preflight, settings_of
+from modern_llm.runs.preflight import GIB, check_tracker, memory_needed, preflight, settings_of
 from modern_llm.runs.record import StageRun, write_record, writes_to
 from modern_llm.runs.resume import (
     archive_results, changed_settings, history, params_of, resume_blocker, run_record,
 )
 from modern_llm.runs.spec import changes, recipe_of, setting
 from modern_llm.training.ranks import rank_info
+from modern_llm.training.tracking import how_to_look
 
 if TYPE_CHECKING:
     from modern_llm.training.recipe import Recipe
@@ -74,6 +75,7 @@ def begin(stage: str, namespace: dict, declared: list[str]) -> StageRun:
 def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict,
            resolved: PipelineConfig, lock: RunLock | None) -> StageRun:
     """The checks of `begin`, and the stage's record, once nobody else works on the run."""
+    check_tracker(resolved, stage)
     config, former = resolved, params_of(folder) if resume else {}
     changed = changed_settings(former, stage, config) if resume else []
     if against := resume_blocker(folder, config, changed):
@@ -94,6 +96,8 @@ def _begin(stage: str, name: str, folder: Path, resume: bool, parameters: dict,
     set_precision(config, device)
     for line in check_splits(config, stage)[0]:
         say(f"{stage}: {line}")
+    if config.tracker and isinstance(settings_of(config, stage), TrainConfig):
+        say(f"{stage}: its curves: {how_to_look(config.tracker, folder.parent)}")
     if other := changed_data(config, stage, former.get("data_files", {})):
         raise StageError(f"stage {stage} was begun with other data: {'; '.join(other)}. Put the "
                          "former file back, or say force=True to "

@@ -151,15 +151,19 @@ def parts_done(state: TrainingState, cfg: TrainConfig) -> int:
 # %% ../../nbs/35_recording.ipynb #recorder
 class Recorder:
     """Looks at a run after every step: stops a lost one, writes checkpoints and metrics, validates.
+
+    Calls `on_row` where the metrics are written: at its start, and after every row.
     """
 
     def __init__(self, files: RunFolder, cfg: TrainConfig, evaluate: Evaluate | None = None,
-                 mfu_scale: float | None = None):
+                 mfu_scale: float | None = None, on_row: Callable[[], None] | None = None):
         self.files, self.cfg, self.evaluate, self.mfu_scale = files, cfg, evaluate, mfu_scale
         self.guard, self.window, self.slowest_save = DivergenceGuard(), Window(), 0.0
         for row in read_metrics(files.metrics):  # of the sessions before this one
             if row["loss"] is not None:
                 self.guard.check(row["step"], row["loss"], None, files.last_checkpoint)
+        self.on_row = on_row if on_row and files.writes else lambda: None
+        self.on_row()
 
     def observe(self, state: TrainingState, lr_factor: float,
                 reason: str | None) -> dict[str, float]:
@@ -194,5 +198,6 @@ class Recorder:
         finally:
             if seen and self.files.writes:
                 append_row(self.files.metrics, row)
+                self.on_row()
             self.window.clear(state.tokens)
         return row

@@ -102,6 +102,7 @@ class Trainer:
         should_stop: asked after every step. A file folder/STOP, SIGTERM, SIGUSR1, Ctrl-C and the
             end of a SLURM job that is near stop the run too, after a whole step and with a
             checkpoint.
+        on_row: called on rank 0 before the first step and after every row of metrics.jsonl.
     """
 
     def __init__(self, module: nn.Module, loss_fn: LossFunction,
@@ -109,7 +110,8 @@ class Trainer:
                  evaluate: Evaluate | None = None, save_model: SaveModel | None = None,
                  flops_per_token: float | None = None, device: str = "auto", seed: int = 0,
                  resume: bool = False, world: World | None = None,
-                 should_stop: Callable[[], bool] | None = None, progress_bar: bool = True):
+                 should_stop: Callable[[], bool] | None = None, progress_bar: bool = True,
+                 on_row: Callable[[], None] | None = None):
         self.world, self.batches, self.cfg = world or World(), batches, cfg
         self.should_stop, self.progress_bar = (should_stop or (lambda: False),
                                                progress_bar and self.world.is_main_process)
@@ -135,7 +137,7 @@ class Trainer:
             self.recorder = Recorder(
                 self.files, cfg,
                 evaluate and validated_together(evaluate, self.loss_fn, self.world),
-                mfu_scale(flops_per_token, self.state, self.world.size))
+                mfu_scale(flops_per_token, self.state, self.world.size), on_row)
 
     def fit(self) -> TrainResult:
         """Train to the end of the steps or minutes, or until asked to stop; may be called again to
