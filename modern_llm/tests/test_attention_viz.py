@@ -1,4 +1,4 @@
-"""Attention pictures: the weights, the tokens of the examples, and what the observations may say."""
+"""Attention pictures: weights, the tokens of the examples, and what the observations may say."""
 
 import math
 import string
