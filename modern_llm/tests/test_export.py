@@ -39,18 +39,16 @@ CFG = ModelConfig(vocab_size=320, context_length=96, width=32, num_layers=2, num
 EXPERTS = {"num_experts": 4, "experts_per_token": 2}
 LAYOUTS = {"LlamaForCausalLM": {}, "MistralForCausalLM": {"sliding_window": 7},
            "Qwen3ForCausalLM": {"use_qk_norm": True, "tie_embeddings": False},
-           "MixtralForCausalLM": EXPERTS, "Qwen3MoeForCausalLM": {"use_qk_norm": True, **EXPERTS},
+           "MixtralForCausalLM": EXPERTS,
            "LlamaForCausalLM, wide heads": {"head_dim": 14},
            "Qwen3ForCausalLM, window": {"use_qk_norm": True, "sliding_window": 7},
-           "MixtralForCausalLM, window": {**EXPERTS, "sliding_window": 7},
-           "Qwen3MoeForCausalLM, window": {"use_qk_norm": True, **EXPERTS, "sliding_window": 7}}
+           "MixtralForCausalLM, window": {**EXPERTS, "sliding_window": 7}}
 SINKS = {"use_attention_sinks": True}
 WITH_SINKS = {"GraniteSWAForCausalLM": SINKS,
               "GraniteSWAForCausalLM, window": {**SINKS, "sliding_window": 7, "head_dim": 14},
               "GraniteSWAForCausalLM, longer": {**SINKS, "rope_factor": 4.0, "rope_scaling": "yarn",
                                                 "rope_trained_context": 24},
               "FlintForCausalLM": {**SINKS, "use_qk_norm": True, "tie_embeddings": False},
-              "FlintForCausalLM, window": {**SINKS, "use_qk_norm": True, "sliding_window": 7},
               "GraniteMoeSWAForCausalLM": {**SINKS, **EXPERTS},
               "GraniteMoeSWAForCausalLM, many": {**SINKS, "num_experts": 11, "sliding_window": 7},
               "GraniteMoeSWAForCausalLM, one": {**SINKS, "num_experts": 1, "experts_per_token": 1}}

@@ -25,11 +25,9 @@ from modern_llm.evaluation.sentiment_tables import accuracy_rows, collapse_table
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.prefix import continuation_log_probs, shared_length, word_log_probs
 
-VARIANTS = {"plain": {}, "gqa": {"num_heads": 4, "num_kv_heads": 2},
-            "window": {"sliding_window": 7}, "sinks": {"use_attention_sinks": True},
+VARIANTS = {"plain": {},
             "window and sinks": {"sliding_window": 40, "use_attention_sinks": True, "num_heads": 4,
-                                 "num_kv_heads": 1}, "experts": {"num_experts": 4},
-            "untied, no qk norm": {"use_qk_norm": False, "tie_embeddings": False}}
+                                 "num_kv_heads": 1}}
 
 
 @pytest.fixture(scope="module")
