@@ -3,7 +3,8 @@
 
 Nothing is executed and nothing is fetched: chapters show their stored outputs, the reference is
 read from the sources. The pages are written to `_docs/source`, in the layout of the repository, and
-Sphinx makes `_docs/html` of them; what has not changed is not built again.
+Sphinx makes `_docs/html` of them; what has not changed is not built again. The numbers of a report
+whose items are published are links to them.
 """
 
 import ast
@@ -309,8 +310,18 @@ def sources() -> bool:
         write(f"nbs/{path.name}", chapter(path, notebook, modules))
     for module in modules.values():
         write(f"api/{module.name}.md", reference(module, book))
+    sys.path.insert(0, str(ROOT))  # what reads the reports is of their checkout
+    from modern_llm.report.item_pages import site_pages
+
+    pages, without = site_pages(ROOT / "report")
+    for name, text in pages.items():
+        write(f"report/{name}", text)
+    if without:
+        print(f"No items are published beside {', '.join(without)}: the numbers of their reports "
+              "are no links")
     for path in (ROOT / "report").rglob("*"):
-        if path.suffix in (".md", ".png", ".svg", ".csv", ".json", ".html"):
+        if (path.suffix in (".md", ".png", ".svg", ".csv", ".json", ".html", ".gz")
+                and SOURCE / path.relative_to(ROOT) not in written):
             write(str(path.relative_to(ROOT)), path.read_bytes())
     for path in SOURCE.rglob("*"):
         if path.is_file() and path not in written:

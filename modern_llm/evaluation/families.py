@@ -51,6 +51,9 @@ class TaskFamily:
         put_to: "all"; "stages", of the run, no models from elsewhere; or the "last" of them.
         rows: (items, stage, table) -> ledger rows that are no means over items; "" if there are
             none.
+        answers: (items, stage, table) -> what a reader of the items is shown, a table of
+            `measuring.told`; "" if no more than their scores.
+        data: the setting that names the data set of those texts; "" = they are built in.
         work: config -> what it takes of one model, for the estimate of a job; None counts as none.
     """
 
@@ -68,6 +71,8 @@ class TaskFamily:
     compared: str = ""
     texts: Callable | str = ""
     rows: Callable | str = ""
+    answers: Callable | str = ""
+    data: str = ""
     put_to: str = "all"
     work: Callable[[PipelineConfig], Work] | None = None
 
@@ -138,27 +143,29 @@ FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
                _BY + "sentiment_protocol", headline=("accuracy",), compared="accuracy",
                chance="majority class", aside="-shot, |^majority class",
                texts=lambda of: [r.text for r in of.reviews],
-               rows=_BY + "sentiment_rows", work=_sentiment_work),
+               rows=_BY + "sentiment_rows", answers=_BY + "sentiment_answers",
+               data="eval.sentiment", work=_sentiment_work),
     TaskFamily("sentiment, asked", _BY + "asked", _BY + "asked_items", _BY + "asked_protocol",
                headline=("accuracy",), chance="majority class", aside="^majority class",
-               rows=_BY + "asked_rows",
+               rows=_BY + "asked_rows", answers=_BY + "asked_answers", data="eval.sentiment",
                work=lambda of: Work(2 * of.eval.num_sentences * 2 * SENTENCE_TOKENS)),
     TaskFamily("problems", _BY + "problems", _BY + "problems_items", _BY + "problems_protocol",
                seeded=True, headline=("exact match",), compared="exact match",
-               aside="^error, |, level ",
+               aside="^error, |, level ", answers=_BY + "problems_answers", data="eval.problems",
                texts=lambda of: [p.question for p in of.problems],
                work=lambda of: _written(of, of.eval.num_problems)),
     TaskFamily("problems, calculator", _BY + "calculated", _BY + "calculated_items",
                _BY + "calculated_protocol", seeded=True, headline=("exact match",),
-               aside="^error, |, level ",
+               aside="^error, |, level ", answers=_BY + "problems_answers", data="eval.problems",
                work=lambda of: _written(of, of.eval.num_problems)),
     TaskFamily(SAMPLED, _BY + "samples", _BY + "samples_items", _BY + "samples_protocol",
                seeded=True, headline=("exact match", "pass@all", "majority@all"),
                panels=("majority@", "weighted_vote@"), aside=", level ", put_to="last",
-               work=_sampled_work),
+               answers=_BY + "samples_answers", data="eval.problems", work=_sampled_work),
     TaskFamily("instructions", _BY + "instructions", _BY + "instructions_items",
                lambda of, stage, asked, _: f"built-in, greedy, {asked}, the whole answer",
                headline=("exact match", "exact match, new phrasings"),
+               answers=_BY + "instructions_answers",
                texts=lambda of: [f"{i.instruction}\n{i.input}" for i in of.instructions],
                # in phrasings of the training, and in new ones
                work=lambda of: _written(of, 2 * of.eval.num_instructions * has_instructions(of),
@@ -166,6 +173,7 @@ FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (
     TaskFamily("preferences", _BY + "preferences", _BY + "preferences_items",
                _BY + "preferences_protocol", headline=("accuracy",), compared="accuracy",
                chance=0.5, aside="longer answer$", rows=_BY + "preferences_rows",
+               answers=_BY + "preferences_answers", data="dpo.sources",
                texts=lambda of: [p.request for p in of.pairs],
                work=lambda of: Work(2 * of.eval.num_pairs * of.model.context_length)),
 )}

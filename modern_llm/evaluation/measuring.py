@@ -1,5 +1,6 @@
 """What is measured of every model: the items of all tasks, and the functions that their entries in
-`families` name: a model put to each, the items of what it did, further rows, the protocol in words.
+`families` name: a model put to each, the items of what it did, further rows, the protocol in words,
+what a reader of the items is shown.
 
 A plain module: how the measuring itself is checked is chapters 46 and 47.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,8 @@ from modern_llm.evaluation.sentiment_tables import accuracy_rows
 from modern_llm.evaluation.written import instruction_piece, problem_items, problem_piece
 from modern_llm.statistics import mean_interval, paired_difference, proportion_interval
 from modern_llm.training.sft import SENTIMENT_REQUEST
+
+PAIR_LETTERS = 200  # of each text of a pair that a reader is shown
 
 
 def held_out_split(source: str) -> str:
@@ -111,6 +115,13 @@ def evaluation_items(config: PipelineConfig, tokenizer: Tokenizer) -> Evaluation
 # ---- the tasks -----------------------------------------------------------------------------------
 
 
+def told(item: Iterable[int], prompt: Iterable[str], expected: Iterable[str],
+         answer: Iterable[str]) -> pd.DataFrame:
+    """What a reader of the items is shown of each: what was asked, what is right, what was said."""
+    return pd.DataFrame({"item": list(item), "prompt": list(prompt), "expected": list(expected),
+                         "answer": list(answer)})
+
+
 def perplexity(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
     """Nats of the held-out documents, packed as in training."""
     rows = max(1, min(16, 16_384 // subject.model.cfg.context_length))
@@ -151,10 +162,21 @@ def sentiment(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
 
 def sentiment_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
     """Accuracy at the most demonstrations, an item a review, the mean of its draws."""
-    asked = table[(table.shots == of.settings.shots[-1])
-                  & (table.method == "direct") & (table.said != "")]
+    asked = _most_shots(of, table)
     right = (asked.said == asked.label).groupby(asked.item).mean()
     return [item_rows(stage, "sentiment", "accuracy", right.index, right)]
+
+
+def _most_shots(of: EvaluationItems, table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table.shots == of.settings.shots[-1])
+                 & (table.method == "direct") & (table.said != "")]
+
+
+def sentiment_answers(of: EvaluationItems, stage: str, table: pd.DataFrame) -> pd.DataFrame:
+    """What was said of each review in each draw."""
+    said = _most_shots(of, table).groupby("item").said.agg(", ".join)
+    reviews = [of.reviews[i] for i in said.index]
+    return told(said.index, [r.text for r in reviews], [r.label for r in reviews], said)
 
 
 def sentiment_rows(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[dict]:
@@ -179,6 +201,11 @@ def asked_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd
     """Accuracy, an item a review."""
     return [item_rows(stage, "sentiment, asked", "accuracy", table.item,
                       table.said == table.label)]
+
+
+def asked_answers(of: EvaluationItems, stage: str, table: pd.DataFrame) -> pd.DataFrame:
+    """What was said of each review."""
+    return told(table.item, [of.reviews[i].text for i in table.item], table.label, table.said)
 
 
 def asked_rows(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[dict]:
@@ -210,6 +237,12 @@ def problems(of: EvaluationItems, subject: Subject, calculator: bool = False) ->
 def problems_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[pd.DataFrame]:
     """Exact match by level, flexible match, ending and kinds of errors."""
     return [problem_items(stage, "problems", table)]
+
+
+def problems_answers(of: EvaluationItems, stage: str, table: pd.DataFrame) -> pd.DataFrame:
+    """What was written of each problem."""
+    asked = [of.problems[i] for i in table.problem]
+    return told(table.problem, [p.question for p in asked], [p.answer for p in asked], table.text)
 
 
 def problems_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:
@@ -252,6 +285,16 @@ def samples_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> list[
     return [sample_items(stage, SAMPLED, table, of.sizes, [*plain, "pass"])]
 
 
+def samples_answers(of: EvaluationItems, stage: str, table: pd.DataFrame) -> pd.DataFrame:
+    """All samples of each problem; of the verifier, the score it gave each."""
+    says = [f"[{row.sample + 1}] {'right' if row.right else 'wrong'}"
+            + (f", score {row.score:.3f}" if "score" in table else f": {row.text}")
+            for row in table.itertuples()]
+    joined = pd.Series(says).groupby(table.problem.to_numpy()).agg("\n".join)
+    asked = [of.problems[i] for i in joined.index]
+    return told(joined.index, [p.question for p in asked], [p.answer for p in asked], joined)
+
+
 def instructions(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
     """Greedy answers to built-in instructions."""
     return instruction_piece(subject, of.instructions, of.shown, INSTRUCTION_TOKENS,
@@ -266,6 +309,12 @@ def instructions_items(of: EvaluationItems, stage: str, table: pd.DataFrame) -> 
               for metric, part in (("exact match", table[~new]),
                                    ("exact match, new phrasings", table[new])) if len(part)),
             item_rows(stage, "instructions", "ended", table.item, table.ended)]
+
+
+def instructions_answers(of: EvaluationItems, stage: str, table: pd.DataFrame) -> pd.DataFrame:
+    """What was answered to each instruction."""
+    asked = [of.instructions[i] for i in table.item]
+    return told(table.item, [i.request for i in asked], [i.output for i in asked], table.text)
 
 
 def preferences(of: EvaluationItems, subject: Subject) -> pd.DataFrame:
@@ -298,6 +347,16 @@ def preferences_rows(of: EvaluationItems, stage: str, table: pd.DataFrame) -> li
              "protocol": "always the answer with more letters, no model"},
             {**control, "metric": "accuracy minus the longer answer",
              **paired_difference(table.right, right), "protocol": "paired by pair"}]
+
+
+def preferences_answers(of: EvaluationItems, stage: str, table: pd.DataFrame) -> pd.DataFrame:
+    """The last message and the beginnings of both answers, and how likely each is, in nats."""
+    pairs, begin = [of.pairs[i] for i in table.item], lambda text: text[:PAIR_LETTERS] + (
+        " […]" if len(text) > PAIR_LETTERS else "")
+    return told(table.item, [begin(p.prompt[-1]["content"]) for p in pairs],
+                [f"chosen: {begin(p.chosen)}\nrejected: {begin(p.rejected)}" for p in pairs],
+                [f"log p {row.chosen:.1f} chosen, {row.rejected:.1f} rejected"
+                 for row in table.itertuples()])
 
 
 def samples_protocol(of: EvaluationItems, stage: str, asked: str, generator: str) -> str:

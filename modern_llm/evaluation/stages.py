@@ -137,7 +137,7 @@ class Evaluation:
 
 def evaluate(run: EvaluatedRun) -> Evaluation:
     """Measure every stage of the run and the models from elsewhere on the same items, and write
-    pieces, items, contamination, ledger and all that is derived from it.
+    pieces, items, answers, contamination, ledger and all that is derived from it.
 
     A piece that is on disk already is not made again. ValueError if it was made with other
     settings.
@@ -146,6 +146,8 @@ def evaluate(run: EvaluatedRun) -> Evaluation:
     measure(found)
     found.item_table = items = ledger_items(found)
     write_text(run.folder / "items.csv", items.to_csv(index=False))
+    write_text(run.folder / "answers.jsonl",
+               told_answers(found).to_json(orient="records", lines=True, force_ascii=False))
     contamination(found)
     found.mistakes, found.samples = keep_mistakes(found), shown_samples(found)
     found.seconds = {key: float(table.seconds.iloc[0]) for key, table in found.pieces.items()}
@@ -198,6 +200,21 @@ def ledger_items(of: Evaluation) -> pd.DataFrame:
     found += [problem_items(name, SAMPLED, of.pieces[name, "problems"], of.items.sampled)
               for name in of.models]
     return pd.concat(found, ignore_index=True)
+
+
+def told_answers(of: Evaluation) -> pd.DataFrame:
+    """What was asked, expected and answered, by stage, task and item; of the problems that are
+    sampled from the greedy answers, too.
+    """
+    found = [FAMILIES[task].call("answers", of.items, name, table).assign(stage=name, task=task)
+             for (name, task), table in of.pieces.items() if FAMILIES[task].answers]
+    for name in of.models:
+        table = of.pieces[name, "problems"]
+        greedy = FAMILIES["problems"].call("answers", of.items, name,
+                                           table[table.problem.isin(of.items.sampled)])
+        found.append(greedy.assign(answer="[greedy] " + greedy.answer, stage=name, task=SAMPLED))
+    table = pd.concat(found, ignore_index=True).sort_values(["task", "item"], kind="stable")
+    return table[["stage", "task", "item", "prompt", "expected", "answer"]]
 
 
 # ---- was it in the training text? ----------------------------------------------------------------
@@ -327,7 +344,8 @@ def record(of: Evaluation) -> dict:
                    **{name: row[name] for name in measured}} for row in rows],
         "gains": of.gains.astype(object).where(of.gains.notna(), None).to_dict("records"),
         "stages": list(dict.fromkeys(name for name, _ in of.pieces)),
-        "files": sorted([*of.files, "ledger.csv", "items.csv"]), "samples": of.samples,
+        "files": sorted([*of.files, "ledger.csv", "items.csv", "answers.jsonl"]),
+        "samples": of.samples,
         "seconds_by_piece": {f"{name}: {task}": value
                              for (name, task), value in of.seconds.items()},
         "eval_seconds": round(sum(of.seconds.values()), 1)}

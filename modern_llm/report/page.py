@@ -26,6 +26,8 @@ PUBLISHED = ("ledger.csv", "contamination.csv", "clean_scores.csv", "verifier_mi
              *(f"{spec.called}_eval.json" for spec in STAGES.values() if spec.called),
              "checkpoint_eval.json")
 EVAL_FILES = (*PUBLISHED, "stage_ledger.csv", "task_metrics.json")
+# published packed: every item's scores, and what was asked and said, which the site shows
+ITEM_FILES = ("items.csv", "answers.jsonl")
 
 
 class ReportError(UserError, ValueError):

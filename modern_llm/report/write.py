@@ -8,18 +8,23 @@ Nothing that is there is overwritten.
 from __future__ import annotations
 
 import datetime
+import gzip
 import hashlib
 import itertools
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 
+from modern_llm.config import BUILT_IN
+from modern_llm.data.synth import LABELS
+from modern_llm.evaluation.families import FAMILIES
 from modern_llm.files import write_text
-from modern_llm.report.page import PUBLISHED, Page, ReportError, Run
+from modern_llm.report.page import ITEM_FILES, PUBLISHED, Page, ReportError, Run
 from modern_llm.report.sections import SECTIONS
 from modern_llm.report.seeds import not_comparable, runs_of_other_seeds, summarise_seeds
 
@@ -38,8 +43,8 @@ def render(run: Run, pictures: Path, seeds: list[Run]) -> str:
 
 def publish_results(run: Run, folder: Path, seeds: Sequence[Run] = ()) -> None:
     """Copy the numbers behind a report beside it: each stage's results.json, and what the
-    evaluation measured; protocols.csv says how, made_from.csv names all files of the report, and
-    seeds.csv has every measure of every seed.
+    evaluation measured; protocols.csv says how, made_from.csv names all files of the report,
+    seeds.csv has every measure of every seed, and items.csv.gz and answers.jsonl.gz every item.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stage in run.results:
@@ -47,6 +52,12 @@ def publish_results(run: Run, folder: Path, seeds: Sequence[Run] = ()) -> None:
     for name in PUBLISHED:
         if (path := run.folder / "eval" / name).is_file():
             shutil.copyfile(path, folder / name)
+    for name in ITEM_FILES:
+        if (path := run.folder / "eval" / name).is_file():
+            told = path.read_text(encoding="utf-8")
+            told = without_copied_texts(told, run.record["config"]) if name == ITEM_FILES[1] else told
+            # without the time, so that the same items give the same bytes
+            (folder / f"{name}.gz").write_bytes(gzip.compress(told.encode(), mtime=0))
     ledger = run.ledger
     if len(ledger):
         protocols = ledger[~ledger.metric.str.contains(" minus ", regex=False)]
@@ -56,6 +67,25 @@ def publish_results(run: Run, folder: Path, seeds: Sequence[Run] = ()) -> None:
     if len(seeds) > 1:
         table = summarise_seeds([seed.folder for seed in seeds])
         write_text(folder / "seeds.csv", table.to_csv(index=False))
+
+
+def without_copied_texts(answers: str, config: dict) -> str:
+    """An answers.jsonl with the items of other people's data sets by number, not copied; of those
+    a label stays.
+    """
+    table, changed = pd.read_json(StringIO(answers), lines=True, dtype=False), False
+    for task in table.task.unique():
+        section, _, name = (FAMILIES[task].data if task in FAMILIES else "").partition(".")
+        value = config[section][name] if name else ()
+        copied = [source for source in ([value] if isinstance(value, str) else value)
+                  if source not in BUILT_IN]
+        if copied:
+            here, changed = table.task.eq(task), True
+            table.loc[here, "prompt"] = [f"{', '.join(copied)}, item {item}"
+                                         for item in table.item[here]]
+            table.loc[here, "expected"] = table.expected[here].where(
+                table.expected[here].isin(LABELS), "")
+    return table.to_json(orient="records", lines=True, force_ascii=False) if changed else answers
 
 
 def made_from(run: Run) -> list[dict]:

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pandas as pd
 import pytest
 
 from modern_llm.tests.browser import chromium_page
@@ -70,6 +71,7 @@ def site():
     done = subprocess.run([sys.executable, ROOT / "docs" / "build.py"], capture_output=True,
                           text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("No items are published beside") <= 1
     return ROOT / "_docs" / "html"
 
 
@@ -222,6 +224,55 @@ def test_every_page_in_a_browser(address, pages, browser):
     for event, listener in listeners.items():
         browser.remove_listener(event, listener)
     assert complaints == []
+
+
+def seen(browser) -> list[str]:
+    """The items that are seen on a page of items: their numbers and groups."""
+    return browser.eval_on_selector_all(
+        "table.items tbody tr:not([hidden]) th", "heads => heads.map(head => head.textContent)")
+
+
+def test_a_click_on_a_number_shows_its_items(site, browser):
+    """From the files alone: what was clicked on is chosen, and its wrong answers are as many as the
+    number says.
+    """
+    browser.set_viewport_size({"width": 1280, "height": 844})
+    browser.goto((site / "report" / "local-cpu_report.html").as_uri())
+    ledger = pd.read_csv(ROOT / "report/results/local-cpu/ledger.csv").set_index(
+        ["stage", "task", "metric"])
+    row = ledger.loc["sft", "problems", "exact match"]
+    browser.click("a.items[href$='problems.html#exact-match-sft'] >> nth=0")
+    browser.wait_for_selector(".items-bar output")
+    said = lambda: browser.inner_text(".items-bar output")
+    assert said() == f"250 of 250 items, mean {row.value:.3f}" and len(seen(browser)) == 250
+    number, shown, order = (f".items-bar label:nth-of-type({place}) select" for place in (1, 2, 3))
+    assert browser.input_value(number) == "exact-match-sft"
+    assert "Then" in browser.inner_text("table.items tbody tr td >> nth=0")
+
+    browser.select_option(shown, "wrong")
+    wrong = seen(browser)
+    assert len(wrong) == round(row.n * (1 - row.value)) and said().endswith("mean 0.000")
+    assert browser.locator("table.items tr:not([hidden]) td[data-stage=sft].wrong").count() == len(
+        wrong)
+    browser.select_option(shown, "right")
+    assert len(seen(browser)) == 250 - len(wrong)
+    browser.select_option(shown, "all")
+    browser.select_option(order, "worst")
+    assert seen(browser)[:len(wrong)] == wrong
+    browser.click("#exact-match-level-5-dpo")
+    level = ledger.loc["dpo", "problems", "exact match, level 5"]
+    assert said() == f"{level.n} of 250 items, mean {level.value:.3f}"
+    assert all("level 5" in head for head in seen(browser))
+
+
+def test_the_items_can_be_read_without_javascript(site, browser):
+    context = browser.context.browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((site / "report" / "local-cpu_report.html").as_uri())
+    page.click("a.items[href$='sentiment-asked.html#accuracy-sft'] >> nth=0")
+    assert page.locator("table.items tbody tr").count() == 872
+    assert page.locator("select").count() == 0 and page.locator("#accuracy-sft").is_visible()
+    context.close()
 
 
 def test_search(address, browser):

@@ -444,5 +444,13 @@ def test_a_task_in_one_entry_is_measured_and_in_the_ledger(model, tokenizer, tmp
         metrics = {row["metric"] for row in record(found)["table"]}
         assert "checkpoint: problems, shouted, exact match" in metrics
         assert set(FAMILIES) <= set(written.task) and family.name in overlap_sets(found)
+        told = pd.read_json(run.folder / "answers.jsonl", lines=True)
+        assert set(told.task) == {name for name, one in FAMILIES.items() if one.answers}
+        kept = pd.read_csv(run.folder / "items.csv", keep_default_na=False)
+        pairs = lambda table: set(zip(table.task, table["item"]))
+        assert pairs(told) == pairs(kept[kept.task.isin(told.task)])
+        asked = told[told.task == "problems"].set_index("item")
+        assert asked.prompt.tolist() == [p.question for p in found.items.problems]
+        assert asked.answer.tolist() == found.pieces["checkpoint", "problems"].text.tolist()
     finally:
         del FAMILIES["problems, shouted"]

@@ -24,6 +24,7 @@ from modern_llm.data.corpus import load_corpus
 from modern_llm.data.packing import PackedBatches
 from modern_llm.data.tokens import make_tokenizer
 from modern_llm.files import DamagedFolder, read_json, sha256, write_json
+from modern_llm.models import packed
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.runs.preflight import can_compile
 from modern_llm.training import optim
@@ -32,7 +33,7 @@ from modern_llm.training.optim import (
     LossOutput, Muon, chunked_cross_entropy, lm_loss, lm_loss_for, make_optimizers,
 )
 from modern_llm.training.recording import TrainingDiverged
-from modern_llm.training.train_step import prepare_module
+from modern_llm.training.train_step import compiler_options, prepare_module
 from modern_llm.training.trainer import Trainer
 from modern_llm.training.training_state import CheckpointError, TrainingState
 
@@ -532,6 +533,27 @@ def test_compiled_for_this_processor_it_gives_the_same_gradients(precision):
     assert found[True].isfinite().all()
     distance = (found[True] - found[False]).norm() / found[False].norm()
     assert distance < (1e-4 if precision == "fp32" else 2e-2), distance
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler, or no headers of Python")
+def test_compiled_in_bfloat16_attention_in_two_groups_has_the_same_gradients(monkeypatch):
+    """The gradient of the keys turns round a matrix for each group of rows in one kernel, which is
+    what `compiler_options` is for: without them a third of it is garbage where GCC 12 compiles.
+    """
+    monkeypatch.setattr(packed, "SCORES_AT_ONCE", 2 * 64 * 64)
+    attention = packed.ProductAttention.of(64, None)
+
+    def gradients(attend):
+        inputs = [torch.randn(2, 2, 64, 64, generator=torch.Generator().manual_seed(seed))
+                  .bfloat16().requires_grad_() for seed in range(3)]
+        attend(*inputs).float().square().sum().backward()
+        return [values.grad.float() for values in inputs]
+
+    options = compiler_options(dataclasses.replace(CONFIG, precision="bf16"), torch.device("cpu"))
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v), options=options)
+    for plain, found in zip(gradients(attention), gradients(compiled)):
+        torch.testing.assert_close(found, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
 
 
 def test_losses_in_bfloat16_keep_to_few_shapes_and_to_their_value(monkeypatch):
