@@ -55,7 +55,8 @@ def publish_results(run: Run, folder: Path, seeds: Sequence[Run] = ()) -> None:
     for name in ITEM_FILES:
         if (path := run.folder / "eval" / name).is_file():
             told = path.read_text(encoding="utf-8")
-            told = without_copied_texts(told, run.record["config"]) if name == ITEM_FILES[1] else told
+            if name == ITEM_FILES[1]:
+                told = without_copied_texts(told, run.record["config"])
             # without the time, so that the same items give the same bytes
             (folder / f"{name}.gz").write_bytes(gzip.compress(told.encode(), mtime=0))
     ledger = run.ledger

@@ -150,7 +150,7 @@ def test_what_is_paid_for_becomes_likelier(start, tmp_path, paid, monkeypatch):
 
 def test_paid_by_the_reward_alone_it_is_sft_on_right_answers(start, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "exact_reward",
-                        lambda problems, answers: (answers.tokens > 4).to_numpy(float))
+                        lambda problems, answers: (answers.text.str.len() % 2).to_numpy(float))
     made = recipe(start, tmp_path, advantage="reward")
     batch = made.rollouts()(0)
     assert 0 < batch["reward"].sum() < len(batch["reward"])
