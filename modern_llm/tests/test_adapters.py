@@ -201,7 +201,8 @@ def test_another_rank_does_not_fit_the_checkpoint(tmp_path):
 
 def test_compiled_and_checkpointed_blocks_learn_the_same(tmp_path, monkeypatch):
     whole = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: whole(block, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda block, **_: whole(block, backend="eager"))
     plain, other = model_of(), model_of()
     trainer(tmp_path / "a", CONFIG, plain).fit()
     cfg = dataclasses.replace(CONFIG, compile=True, gradient_checkpointing=True)

@@ -253,7 +253,7 @@ def test_compiled_or_not_is_the_same(precision, sinks, compiled, tmp_path, monke
     """Every block by itself, or the whole model with its loss and Muon's iteration."""
     if not ON_GPU:  # where the compiler takes minutes; the program is traced all the same
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-        monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(
+        monkeypatch.setattr(nn.Module, "compile", lambda self, **_: setattr(
             self, "_compiled_call_impl", torch.compile(self._call_impl)))
     cfg = replace(STEPS, precision=precision, ema_decay=None)
     model = replace(WIDE, num_layers=4, use_attention_sinks=sinks)
