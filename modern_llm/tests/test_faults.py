@@ -17,17 +17,19 @@ from modern_llm.tests.faults.disturb import CannotInject, Row, build_library, pr
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
-OPERATIONS = ("full-operation", "dying-operation")
+# In short a third of the file operations are disturbed, each kind among them; in the thorough
+# variant every one.
+THOROUGH = bool(os.environ.get("MODERN_LLM_THOROUGH_TESTS"))
 NEED_ROOT = ("full-disk", "read-only", "kill", "warning", "device", "checkpoint", "tokens", "data")
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict]:
     """What the scenarios gave, all in one prepared process."""
-    names = [*OPERATIONS, "pickles", *NEED_ROOT * (sys.platform == "linux" and not os.geteuid())]
+    names = [*table.OPERATIONS, "pickles", *NEED_ROOT * (sys.platform == "linux" and not os.geteuid())]
     try:
-        done = prepared("modern_llm.tests.faults", "--times", "2", "--only", *names,
+        done = prepared("modern_llm.tests.faults", "--times", "2", "--operations",
+                        "0" if THOROUGH else "22", "--only", *names,
                         capture_output=True, text=True, timeout=900)
     except CannotInject as error:
         pytest.skip(str(error))
@@ -35,12 +37,13 @@ def rows() -> dict[str, dict]:
     return {row["scenario"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", table.OPERATIONS)
 def test_a_checkpoint_disturbed_at_any_file_operation_costs_no_step_and_no_bit(rows, name):
     row = rows[name]
     seen = row["seen"]
     kinds = [one["operation"] for one in seen]
-    assert (row["times"] == len(seen) > 60
+    least = seen[0]["of"] if THOROUGH else 20
+    assert (seen[0]["of"] > 60 and row["times"] == len(seen) >= least
             and {"open", "write", "fsync", "rename", "mkdir", "unlink"} <= set(kinds))
     assert ([one for one in seen if not one["same"]] == []
             and row["survived"] == row["times"] and row["lost"] == 0)
@@ -49,7 +52,7 @@ def test_a_checkpoint_disturbed_at_any_file_operation_costs_no_step_and_no_bit(r
         assert {one["code"] for one in seen} == {137}
     else:
         errors = [one["error"] for one in seen if one["code"]]
-        assert len(errors) > 50 and all(
+        assert len(errors) > 0.75 * len(seen) and all(
             error.startswith("CheckpointError: ") and ("cannot write" in error) for error in errors)
 
 

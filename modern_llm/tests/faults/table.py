@@ -219,8 +219,8 @@ def pickles(place: Path) -> tuple[Row, dict[str, str]]:
 KILL, WARN = (signal.SIGKILL,), (signal.SIGTERM, signal.SIGUSR1)
 # how often (0: as often as there is something to disturb), and what
 SCENARIOS: dict[str, tuple[int, Callable[[Path, int], object]]] = {
-    "full-operation": (0, lambda place, times: every_operation(place, dies=False)),
-    "dying-operation": (0, lambda place, times: every_operation(place, dies=True)),
+    "full-operation": (0, lambda place, times: every_operation(place, times, dies=False)),
+    "dying-operation": (0, lambda place, times: every_operation(place, times, dies=True)),
     "full-disk": (5, full_disk), "read-only": (0, lambda place, times: read_only(place)),
     "kill": (30, lambda place, times: signalled(place, times, KILL)),
     "warning": (20, lambda place, times: signalled(place, times, WARN)),
@@ -228,10 +228,13 @@ SCENARIOS: dict[str, tuple[int, Callable[[Path, int], object]]] = {
     "tokens": (3, damaged_tokens), "data": (0, lambda place, times: changed_data(place)),
     "pickles": (0, lambda place, times: pickles(place)),
 }
+OPERATIONS = ("full-operation", "dying-operation")
 
 
-def run_scenario(name: str, times: int | None = None) -> tuple[Row, object]:
+def run_scenario(name: str, times: int | None = None,
+                 operations: int | None = None) -> tuple[Row, object]:
     """The row of one scenario and, where there is one, what was seen each time."""
+    times = operations if name in OPERATIONS else times
     fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # thousands of fsyncs
     usual, scenario = SCENARIOS[name]
     with tempfile.TemporaryDirectory(dir=fast) as place:
@@ -304,6 +307,8 @@ def main() -> None:
                              f"{', '.join(SCENARIOS)}")
     parser.add_argument("--times", type=int,
                         help="how often each fault is injected, where that can be chosen")
+    parser.add_argument("--operations", type=int, metavar="COUNT",
+                        help="disturb so many of the file operations, instead of every one")
     parser.add_argument("--report", type=Path, default=CHECKOUT / "report",
                         help="where the table is written")
     options = parser.parse_args()
@@ -315,7 +320,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began, rows = time.time(), []
     for name in options.only or SCENARIOS:
-        row, seen = run_scenario(name, options.times)
+        row, seen = run_scenario(name, options.times, options.operations)
         rows.append(row)
         text = f"{row.fault}: {row.survived} of {row.times} survived, {row.lost} steps lost"
         print(json.dumps({"scenario": name, **dataclasses.asdict(row), "seen": seen})

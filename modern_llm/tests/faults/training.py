@@ -26,9 +26,17 @@ from modern_llm.training.checkpoints import read_metrics
 # ---- the disk ------------------------------------------------------------------------------------
 
 
-def every_operation(place: Path, dies: bool) -> tuple[Row, list[dict]]:
-    """Disturb every file operation that writes a checkpoint, kept weights and a row of metrics:
-    each fails, or ends the process, once.
+def chosen(names: list[str], count: int) -> list[int]:
+    """The numbers, from 1, of `count` operations spread evenly, the first and the last among them,
+    and of the first of each name; of all operations if `count` is 0.
+    """
+    spread = torch.linspace(1, len(names), count or len(names)).round().int().tolist()
+    return sorted({*spread, *(names.index(name) + 1 for name in names)})
+
+
+def every_operation(place: Path, count: int, dies: bool) -> tuple[Row, list[dict]]:
+    """Disturb every file operation that writes a checkpoint, kept weights and a row of metrics, or
+    those that are `chosen`: each fails, or ends the process, once.
     """
     wanted, write = undisturbed(place / "straight"), paused(place / "base")
 
@@ -42,11 +50,12 @@ def every_operation(place: Path, dies: bool) -> tuple[Row, list[dict]]:
 
         return *forked(work), folder
 
-    found = []
-    for number, name in enumerate(disturbed(0)[1]["operations"], 1):
+    found, names = [], disturbed(0)[1]["operations"]
+    for number in chosen(names, count):
         code, said, folder = disturbed(number)
         ended = resumed(folder)
-        found.append({"operation": name, "code": code, "error": said.get("error", ""), **ended,
+        found.append({"operation": names[number - 1], "of": len(names), "code": code,
+                      "error": said.get("error", ""), **ended,
                       "same": ended.get("weights") == wanted})
         shutil.rmtree(folder)
     lost = max(AT - TRAIN.checkpoint_every - one.get("start", 0) for one in found)
