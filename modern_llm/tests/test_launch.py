@@ -231,11 +231,11 @@ def test_what_its_user_can_mend_is_a_line_in_a_notebook(error):
 def test_papermill_shows_a_refusal_in_one_line(tmp_path):
     page, runs = tmp_path / "page.ipynb", tmp_path / "runs"
     done = subprocess.run(
-        [*papermill.COMMAND, notebook_of("sft"), page, "-p", "preset", "local-smoke", "-p",
+        [*papermill.COMMAND, notebook_of("pretrain"), page, "-p", "max_step", "3", "-p",
          "output_dir", runs], capture_output=True, text=True)
     [error] = errors_of(page)
     assert done.returncode == 1 and not runs.exists()
-    assert len(error["traceback"]) == 1 and "earlier checkpoint" in error["traceback"][0]
+    assert len(error["traceback"]) == 1 and "did you mean 'max_steps'" in error["traceback"][0]
     assert done.stderr.endswith(f"\n{error['traceback'][0]}\n")
     assert "Traceback" not in done.stderr
 

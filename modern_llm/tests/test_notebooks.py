@@ -5,6 +5,8 @@ Outputs are compared up to the first cell that trains a model (a stage may begin
 starts from): numbers may differ in their last digits, pictures are compared by size.
 """
 
+import atexit
+import gc
 import os
 import re
 import sys
@@ -31,8 +33,10 @@ NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?")
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     """Chapters share this process: give back the environment, the threads, the default dtype and
-    how tables are shown.
+    how tables are shown. What those before left is no garbage of this one, which may collect its
+    own.
     """
+    gc.freeze()
     environment, threads, dtype = (dict(os.environ), torch.get_num_threads(),
                                    torch.get_default_dtype())
     monkeypatch.setenv("IN_TEST", "1")
@@ -100,6 +104,7 @@ def test_chapter_runs(path):
     for cell in cells.values():
         cell.outputs = []
     shell = CaptureShell(path)
+    atexit.unregister(shell.atexit_operations)  # sixty shells would be tidied up one by one
     # drawn once, as an output: not for a screen, too
     shell.displayhook.compute_format_data = lambda result: ({}, {})
     with working_directory(path.parent):

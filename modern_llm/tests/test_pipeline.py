@@ -122,6 +122,22 @@ def test_a_stage_records_what_it_depends_on(tuned):
             == {"pretrain": "finished", "sft": "finished"})
 
 
+def test_a_page_measures_what_its_stage_changed(tuned):
+    pretrained, results = (read_json(tuned / "it" / stage / "results.json")
+                           for stage in ("pretrain", "sft"))
+    table = {row["metric"]: row for row in results["table"]}
+    assert {"instruction exact match, base", "instruction exact match, SFT", "ends by itself",
+            "parses", "perplexity tax, synthetic", "held-out loss, synthetic",
+            "held-out loss, synthetic-problems", "word-problem exact match, SFT"} <= table.keys()
+    assert all(row["low"] <= row["value"] <= row["high"] and row["n"] > 0 and row["protocol"]
+               for row in results["table"])
+    counts = {row["source"]: row for row in results["examples"]}
+    assert counts["synthetic"]["read"] == counts["synthetic"]["kept"] == 60
+    loss, = (row["value"] for row in pretrained["table"]
+             if row["metric"] == "nats per token, synthetic")
+    assert 0 < pretrained["floor"] < loss
+
+
 def plan(place, stage="all", overrides=SMALL, **more):
     plan = pipeline.Plan(stage, preset=str(PRESET), run="it",
                          output_dir=str(place), overrides=overrides, **more)

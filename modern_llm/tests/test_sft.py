@@ -1,10 +1,8 @@
-"""Instruction tuning: sources read from hand-made files, the mixture, judging, and the stage as
-papermill runs it.
+"""Instruction tuning: sources read from hand-made files, the mixture, judging, and the stage from a
+foreign checkpoint.
 """
 
 import json
-import os
-import subprocess
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,14 +23,14 @@ from modern_llm.data.sources import DataError
 from modern_llm.data.tokens import load_tokenizer, save_tokenizer, train_tokenizer
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.saving import load_model, save_model
+from modern_llm.runs.stage import train_stage
 from modern_llm.statistics import perplexity_ratio
-from modern_llm.tests import papermill
+from modern_llm.tests.test_stage import begin
 from modern_llm.training import sft
 from modern_llm.training.optim import lm_loss
 from modern_llm.training.sft import InstructionExample
 
 pytestmark = pytest.mark.usefixtures("offline")
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [document.text for document in islice(synth.documents(), 300)]
 
 
@@ -332,7 +330,11 @@ def test_the_tax_is_paired():
 # ---- the stage
 
 
-def test_the_stage_from_a_checkpoint(tmp_path, tokenizer):
+def test_the_stage_from_a_checkpoint(tmp_path, tokenizer, monkeypatch):
+    """Its tokenizer and its context are kept. The page of the stage: test_pipeline.py, and from a
+    foreign model test_round_trip.py.
+    """
+    monkeypatch.setenv("MODERN_LLM_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     config = get_pipeline_preset("lesson")
     base = tmp_path / "base"
@@ -343,23 +345,9 @@ def test_the_stage_from_a_checkpoint(tmp_path, tokenizer):
     small = ("sft.max_steps=4 sft.batch_size=4 sft.checkpoint_every=2 sft.eval_every=2 "
              "sft.max_train_examples=60 sft.max_validation_examples=8 data.max_train_tokens=5000 "
              "data.max_validation_tokens=1500")
-    command = [*papermill.COMMAND, str(ROOT / "nbs" / "04_sft.ipynb"), str(tmp_path / "out.ipynb"),
-               "--no-progress-bar", "-p", "checkpoint", str(base), "-p", "run", "r", "-p",
-               "output_dir", str(tmp_path), "-p", "overrides", small]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {"MODERN_LLM_CACHE": str(tmp_path / "cache")})
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "r" / "sft"
-    results = json.loads((folder / "results.json").read_text())
-    table = {row["metric"]: row for row in results["table"]}
-    assert {"instruction exact match, base", "instruction exact match, SFT", "ends by itself",
-            "parses", "perplexity tax, synthetic", "held-out loss, synthetic",
-            "held-out loss, synthetic-problems", "word-problem exact match, SFT"} <= table.keys()
-    assert all(row["low"] <= row["value"] <= row["high"] and row["n"] > 0 and row["protocol"]
-               for row in results["table"])
-    counts = {row["source"]: row for row in results["examples"]}
-    assert counts["synthetic"]["read"] == counts["synthetic"]["kept"] == 60
-    checkpoint = folder / "checkpoint"
+    run = begin(tmp_path, run="r", stage="sft", checkpoint=str(base), overrides=small)
+    assert train_stage(run).step == 4
+    checkpoint = run.folder / "checkpoint"
     assert (json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"]
             == end_id(tokenizer))
     assert (json.loads((checkpoint / "tokenizer_config.json").read_text())["chat_template"]
