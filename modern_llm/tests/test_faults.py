@@ -26,7 +26,8 @@ NEED_ROOT = ("full-disk", "read-only", "kill", "warning", "device", "checkpoint"
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict]:
     """What the scenarios gave, all in one prepared process."""
-    names = [*table.OPERATIONS, "pickles", *NEED_ROOT * (sys.platform == "linux" and not os.geteuid())]
+    names = [*table.OPERATIONS, "pickles",
+             *NEED_ROOT * (sys.platform == "linux" and not os.geteuid())]
     try:
         done = prepared("modern_llm.tests.faults", "--times", "2", "--operations",
                         "0" if THOROUGH else "22", "--only", *names,

@@ -134,7 +134,8 @@ def test_nbdev_changes_nothing(copy, command):
     before = read()
     subprocess.run([Path(sys.executable).parent / command], cwd=copy, check=True,
                    capture_output=True, env={**os.environ, "PYTHONPATH": str(copy)})
-    changed = [str(k) for k in before.keys() | read().keys() if before.get(k) != read().get(k)]
+    after = read()
+    changed = [str(k) for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
     assert changed == [], f"{command} changes {changed}: run `make export` and commit the result"
 
 

@@ -142,6 +142,12 @@ def make_run(runs, name="small", seed=0, shift=0.0, stages=ALWAYS, preset="lesso
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports whose text alone is looked at: figures are laid out, but not painted."""
+    monkeypatch.setattr("modern_llm.figures.small_png", lambda figure: b"a picture")
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     place = tmp_path_factory.mktemp("report")
@@ -245,6 +251,7 @@ def test_what_a_run_does_not_know_is_left_blank(names, tmp_path):
     assert len(summarise_seeds([tmp_path / "small", tmp_path / "small-seed1"]))
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.fault("counts")
 def test_minutes_of_several_gpus_are_those_of_all(tmp_path):
     """Four ranks that train for a minute have cost four GPU minutes; a stage that does not train
@@ -298,6 +305,7 @@ def test_synthetic_data_are_called_so_beside_the_numbers(written):
         assert "**Synthetic data:** `synthetic" in section(text, title), title
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_real_data_are_not_called_synthetic(tmp_path):
     folder = make_run(tmp_path, stages=("pretrain",))
     record = json.loads((folder / "run.json").read_text())
@@ -323,6 +331,7 @@ def test_a_checkpoint_beside_the_run_is_named_from_the_checkout(tmp_path):
         assert f"--checkpoint {shown} " in Run(folder).command("sft") + " "
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_same_files_same_text(written, tmp_path):
     place, path = written
     shutil.copytree(place / "runs", tmp_path / "runs")
@@ -352,6 +361,7 @@ def test_nothing_is_overwritten_without_force(tmp_path):
             and first.read_text() != before)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("stages", [(), ("pretrain",), ("pretrain", "sft", "eval"), ("attention",)])
 def test_a_stage_that_is_missing_says_what_fills_it(tmp_path, stages):
     make_run(tmp_path / "runs", stages=stages)
@@ -385,6 +395,7 @@ def test_errors_name_the_place_and_the_remedy(tmp_path):
         write_report("small", tmp_path / "runs", tmp_path / "out")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_seeds_are_summarised(tmp_path):
     runs = tmp_path / "runs"
     each = (("small", 0, 0), ("small-seed1", 1, 0.1), ("small-seed2", 2, 0.3))
@@ -407,6 +418,7 @@ def test_seeds_are_summarised(tmp_path):
     assert "Median and range of 2 runs" in chosen
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.fault("scheduler")
 @pytest.mark.parametrize(
     "name, content",
@@ -424,6 +436,7 @@ def test_a_damaged_sibling_is_left_out_of_the_seeds(tmp_path, capsys, name, cont
             or name == "run.json")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_that_are_not_seeds_of_one_recipe_are_refused(tmp_path):
     each = (("one", 0), ("one-seed7", 0), ("other", 1))
     one, twin, other = (make_run(tmp_path, name, seed, stages=("sft",)) for name, seed in each)
@@ -450,6 +463,7 @@ def test_main_rows():
                                     "majority@16"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_task_in_one_entry_is_in_the_report(tmp_path, monkeypatch):
     from modern_llm.report import pictures
 
