@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import platform
 import signal
 import subprocess
@@ -164,16 +165,21 @@ def git_commit() -> str:
             + ("+changes" if ask("status", "--porcelain", "--untracked-files=no").stdout else ""))
 
 
+@functools.cache
+def installed(package: str) -> str:
+    """The version of a package; it stays the same while a process runs."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def machine(device: str) -> dict:
     """Versions and hardware, as they go into `run.json`."""
     import torch
 
-    versions = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = {"python": platform.python_version(),
+                **{package: installed(package) for package in RECORDED_PACKAGES}}
     name = (torch.cuda.get_device_name(device) if device.startswith("cuda")
             else platform.processor() or platform.machine())
     return {"versions": versions, "device": device, "device_name": name,

@@ -8,8 +8,8 @@ import tempfile
 
 import pytest
 
-LONGEST = ["test_slurm", "test_pipeline", "test_readme", "test_notebooks", "test_docs",
-           "test_golden", "test_jupyterlab", "test_faults", "test_pretrain"]
+LONGEST = ["test_notebooks", "test_slurm", "test_readme", "test_pretrain", "test_docs",
+           "test_jupyterlab", "test_pipeline", "test_faults", "test_grid", "test_distributed"]
 
 # Set before anything of the package is imported, also for the notebooks' kernels and for the
 # workers, which inherit it: one cache for all.
@@ -22,6 +22,9 @@ os.environ["MODERN_LLM_RUNS"] = os.path.join(
     os.path.dirname(os.environ["MODERN_LLM_CACHE"]), os.environ.get("PYTEST_XDIST_WORKER", "runs"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Nobody pulls the plug here: waiting for the disk was a fifteenth of the time. The processes that
+# tests start do wait, those of test_faults.py among them.
+os.fsync = lambda handle: None
 
 
 @pytest.fixture
