@@ -128,8 +128,9 @@ def prefetch(preset: str) -> None:
 
     try:
         config = get_pipeline_preset(preset)
-        tasks = [(row["name"],
-                  None if row["status"] == "found" else partial(reading.download, row["name"]))
+        # "found" is also what the hub has and this machine has not
+        tasks = [(row["name"], partial(reading.download, row["name"])
+                  if row["status"] == "missing" or row["where"] == "hub (reachable)" else None)
                  for row in check_sources(_wanted(preset))]
     except (ConfigError, ValueError) as error:
         raise Failure(str(error)) from error

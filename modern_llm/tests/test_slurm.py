@@ -99,6 +99,27 @@ def test_prefetch_says_what_is_missing(monkeypatch):
     assert code == 2 and all(f"{name}: " in text for name in wanted) and "are missing" in text
 
 
+def test_prefetch_fetches_what_only_the_hub_has(tmp_path, monkeypatch):
+    """What the hub could send is not here: compute nodes have no network."""
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
+    monkeypatch.setenv("MODERN_LLM_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "cache" / "tatsu-lab___alpaca" / "default").mkdir(parents=True)
+    monkeypatch.setattr("modern_llm.data.sources.hub_reachable", lambda: True)
+    monkeypatch.setattr("modern_llm.data.tokens.gpt2_tokenizer", object)
+    monkeypatch.setattr("modern_llm.interchange.hub.find_model", lambda *given, **more: tmp_path)
+    fetched = []
+    monkeypatch.setattr("modern_llm.data.reading.download", fetched.append)
+    code, text = ask("prefetch", "--preset", "tacc-h100")
+    assert code == 0 and {"wikitext-103-raw-v1", "tinystories", "hh-rlhf"} <= set(fetched), text
+    assert not {"gsm8k", "alpaca"} & set(fetched)
+    assert "tinystories: fetched" in text and "gsm8k: here" in text and "alpaca: here" in text
+
+
 def test_status_shows_jobs_that_nobody_can_ask_about(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     note_job(tmp_path / "big", "17", ["pretrain"], "sbatch …")
