@@ -26,7 +26,9 @@ from modern_llm.interchange.importing import (
     IMPORT_VERSION, check_vocabulary, generation_settings, gguf_file, import_model, is_third_party,
     source_tokenizer, token_ids, with_end_of_text, with_settings, with_transformers,
 )
-from modern_llm.interchange.llama_layout import REMEDY, CannotImport, weight_files
+from modern_llm.interchange.llama_layout import (
+    REMEDY, CannotImport, weight_files, weight_map,
+)
 from modern_llm.messages import StageError, say
 
 if TYPE_CHECKING:
@@ -71,8 +73,22 @@ def packaged(name: str) -> Path | None:
             else None)
 
 
+def is_whole(snapshot: Path) -> bool:
+    """Whether a folder of the hub's cache has a model's weights; after an interrupted download, or
+    where the tokenizer alone was wanted, it has not.
+    """
+    index = snapshot / "model.safetensors.index.json"
+    try:
+        names = set(weight_map(index).values()) if index.is_file() else set()
+    except (CannotImport, DamagedFolder):
+        return True  # whoever opens it will say what is wrong
+    kinds = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+    return (all((snapshot / name).is_file() for name in names) if names
+            else any(path.suffix in kinds for path in snapshot.iterdir()))
+
+
 def find_model(name: str | Path, download: bool = False) -> Path:
-    """The folder or file that a word names: a path, else a model in the hub's cache or in an
+    """The folder or file that a word names: a path, else a whole model in the hub's cache or in an
     installed package.
 
     FileNotFoundError says what was tried.
@@ -94,15 +110,23 @@ def find_model(name: str | Path, download: bool = False) -> Path:
         from huggingface_hub import constants, snapshot_download
 
         wanted = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "merges.txt"]
-        try:
-            return Path(snapshot_download(str(name), local_files_only=True))
-        except (OSError, ValueError):
-            if file := packaged(str(name)):
-                return file
-            tried += f", and no model {name} in the hub's cache {constants.HF_HUB_CACHE}"
+        there = None
+        with contextlib.suppress(OSError, ValueError):
+            there = Path(snapshot_download(str(name), local_files_only=True))
+        if there and is_whole(there):
+            return there
+        if file := packaged(str(name)):
+            return file
+        tried += (f", and of {name} only a part in the hub's cache, without all weights: {there}"
+                  if there else f", and no model {name} in the hub's cache "
+                                f"{constants.HF_HUB_CACHE}")
         if download and not constants.HF_HUB_OFFLINE and hub_reachable():
-            return Path(snapshot_download(str(name), allow_patterns=wanted))
-        if download:
+            try:
+                return Path(snapshot_download(str(name), allow_patterns=wanted))
+            except Exception as error:  # of the hub, the network or the disk
+                tried += (f", and the hub did not send it ({type(error).__name__}: "
+                          f"{str(error)[:200]})")
+        elif download:
             tried += ", and the hub " + ("is off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE
                                          else "does not answer")
     package = PACKAGES.get(str(name), "").replace("_", "-")

@@ -353,6 +353,7 @@ def test_an_unknown_name_says_what_was_tried(tmp_path, monkeypatch):
     (snapshot / "config.json").write_text("{}")
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    (snapshot / "model.safetensors").touch()
     assert hub.find_model("someone/tiny") == snapshot
     (tmp_path / "a.gguf").touch()
     (tmp_path / "b.gguf").touch()
@@ -360,6 +361,44 @@ def test_an_unknown_name_says_what_was_tried(tmp_path, monkeypatch):
         hub.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="Tried"):
         hub.load(Path(__file__).parent)
+
+
+def test_half_of_a_model_in_the_cache_is_none(tmp_path, monkeypatch):
+    """What an interrupted download left, or the tokenizer alone, is fetched on, not called here."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    snapshot = tmp_path / "models--someone--large" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="only a part in the hub's cache"):
+        hub.find_model("someone/large")
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    (snapshot / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": first, "b": second}}))
+    (snapshot / first).touch()
+    real = huggingface_hub.snapshot_download
+
+    def sent(name, local_files_only=False, allow_patterns=()):
+        if local_files_only:
+            return real(name, local_files_only=True)
+        assert "*.safetensors" in allow_patterns
+        if lost:
+            raise lost
+        (snapshot / second).touch()
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", sent)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
+    lost = RuntimeError("the line went dead")
+    with pytest.raises(FileNotFoundError, match="did not send it .*the line went dead"):
+        hub.find_model("someone/large", download=True)
+    lost = None
+    assert hub.find_model("someone/large", download=True) == snapshot
+    assert (snapshot / second).is_file() and hub.find_model("someone/large") == snapshot
 
 
 @torch.no_grad()
