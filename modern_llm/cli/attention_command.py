@@ -18,7 +18,7 @@ from modern_llm.cli.common import one_line_errors
 @click.option("--text", "texts", multiple=True, metavar="TEXT",
               help="What the model reads; as often as needed. Default: a name to remember and a "
                    "sum.")
-@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@click.option("--force", is_flag=True, help="Write over files that are there.")
 @click.option("--output-dir", metavar="DIR",
               help="Where runs are kept, instead of runs/ (or $MODERN_LLM_RUNS).")
 @click.option("--device", default="auto", show_default=True,
@@ -44,8 +44,12 @@ def attention_page(models, target, texts, force, output_dir, device) -> None:
 
     with one_line_errors():
         file = Path(target).expanduser()
-        if file.exists() and not force:
-            raise ValueError(f"{file} is there: --force writes over it, --to FILE leaves it")
+        table = file.with_suffix(".csv")
+        if file.suffix.lower() == ".csv":
+            raise ValueError(f"--to {target} is what the page's table is called: name a page, "
+                             f"{file.with_suffix('.html')}")
+        if (there := [path for path in (file, table) if path.exists()]) and not force:
+            raise ValueError(f"{there[0]} is there: --force writes over it, --to FILE leaves it")
         root, checkpoints = Path(output_dir or runs_folder()).expanduser(), []
         called = [Path(name).name if Path(name).is_absolute() else name for name in models]
         for name, short in zip(models, called):

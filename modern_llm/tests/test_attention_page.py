@@ -92,6 +92,16 @@ def test_refusals(pages, tmp_path):
     page, folders = pages
     said = CliRunner().invoke(main, ["attention-page", str(folders[0]), "--to", str(page)])
     assert said.exit_code == 2 and "--force" in said.output
+    mine = tmp_path / "mine.csv"  # which the page's table would be called, too
+    mine.write_text("a,b\n1,2\n")
+    said = CliRunner().invoke(main, ["attention-page", str(folders[0]), "--to",
+                                     str(mine.with_suffix(".html"))])
+    assert said.exit_code == 2 and f"{mine} is there: --force" in said.output
+    said = CliRunner().invoke(main, ["attention-page", str(folders[0]), "--to",
+                                     str(tmp_path / "new.csv")])
+    assert said.exit_code == 2 and f"name a page, {tmp_path / 'new.html'}" in said.output
+    assert mine.read_text() == "a,b\n1,2\n"
+    mine.unlink()
     with pytest.raises(ValueError, match="64 at most: use a shorter one"):
         attention_page([("a", folders[0])], tmp_path / "page.html", "a", ["x" * 200])
     assert not list(tmp_path.iterdir())
