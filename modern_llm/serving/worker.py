@@ -193,7 +193,8 @@ class Worker(threading.Thread):
                     _end(jobs, name, error)
         gone = Unavailable("the server is shutting down")
         for future, _ in self.calls:
-            future.set_exception(gone)
+            if future.set_running_or_notify_cancel():  # else nobody waits for it any more
+                future.set_exception(gone)
         for job in [*(job for _, job in self.waiting),
                     *(job for batch in self.batches.values() for job in batch.jobs())]:
             job.tell(gone)

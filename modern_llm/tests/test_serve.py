@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -44,7 +45,9 @@ from modern_llm.serving.batching import Batch, Job, joined, ready_text  # noqa: 
 from modern_llm.serving.places import listening  # noqa: E402
 from modern_llm.serving.server import Server  # noqa: E402
 from modern_llm.serving.service import Service  # noqa: E402
-from modern_llm.serving.worker import Limits, Worker, served_models  # noqa: E402
+from modern_llm.serving.worker import (  # noqa: E402
+    Limits, Served, Unavailable, Worker, served_models,
+)
 
 HELLO = [{"role": "user", "content": "Tom has 3 hats. How many hats?"}]
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -431,6 +434,17 @@ def test_a_model_that_fails_takes_nobody_with_it(runs, capfd):
         assert status == 500 and "not finite" in found["error"]["message"]
         assert post(address, CHAT, {**body, "model": "dpo"})[0] == 200
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_who_waits_is_told_of_the_end_though_another_has_left():
+    worker, told = Worker(), []
+    left, waits = (worker.ask(lambda: 1) for _ in range(2))
+    worker.submit(Served("sft", Path("sft")), Job([[0]], Sampling(max_new_tokens=1), told.append))
+    left.cancel()
+    worker.close()
+    worker.run()
+    assert isinstance(waits.exception(timeout=0), Unavailable)
+    assert [type(error) for error in told] == [Unavailable]
 
 
 def test_scores_and_attention_are_those_of_the_package(server, runs):
