@@ -19,7 +19,7 @@ from modern_llm.config import (
 )
 from modern_llm.files import CHECKOUT, IN_CHECKOUT
 from modern_llm.messages import StageError
-from modern_llm.runs.locks import owner_of
+from modern_llm.runs.locks import COMMAND_LOCK, STAGE_LOCK, owner_of
 from modern_llm.runs.resume import begun, changed_settings, params_of, run_record
 
 # letters of a run's name: file systems allow 255, and reports and figures have longer ones
@@ -197,6 +197,8 @@ def place_for_runs(given: str | Path, name: str) -> Path:
 
 
 def is_in_use(run_folder: Path) -> bool:
-    """Whether another process works on a run."""
-    owner = owner_of(run_folder)
-    return owner is not None and owner["pid"] != os.getpid()
+    """Whether another process works on a run: a stage, or a command that is between two of them or
+    writes the report.
+    """
+    owners = (owner_of(run_folder, name) for name in (STAGE_LOCK, COMMAND_LOCK))
+    return any(owner is not None and owner["pid"] != os.getpid() for owner in owners)

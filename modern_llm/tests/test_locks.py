@@ -14,6 +14,7 @@ import pytest
 from modern_llm.messages import StageError
 from modern_llm.runs import locks
 from modern_llm.runs.locks import STAGE_LOCK, RunLock, is_alive, owner_of, this_process
+from modern_llm.runs.parameters import is_in_use
 from modern_llm.tests.test_stage import begin
 
 TAKE = ("import sys, time; from modern_llm.runs.locks import RunLock; RunLock(sys.argv[1], 'stage "
@@ -82,6 +83,19 @@ def test_the_second_is_refused_at_once_and_told_by_whom(tmp_path, holder):
     assert time.time() - began < 3 and os.listdir(tmp_path / "it") == [STAGE_LOCK]
     assert owner_of(tmp_path / "it")["pid"] == holder.pid
     assert begin(tmp_path).run == "lesson", "another run is free"
+
+
+def test_a_command_works_on_its_run_between_two_stages_too(tmp_path):
+    take = ("import sys; from pathlib import Path; from modern_llm.runs.locks import *; "
+            "RunLock(Path(sys.argv[1]), 'modern-llm run', COMMAND_LOCK).take(); "
+            "print('taken', flush=True); sys.stdin.read()")
+    assert not is_in_use(tmp_path / "it")
+    with subprocess.Popen([sys.executable, "-c", take, tmp_path / "it"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "taken\n"
+        assert owner_of(tmp_path / "it") is None and is_in_use(tmp_path / "it")
+        process.communicate()
+    assert not is_in_use(tmp_path / "it")
 
 
 def test_what_a_killed_process_leaves_is_taken_over_and_said(tmp_path, holder, capsys):
