@@ -88,6 +88,9 @@ def run(preset, stage, run_name, checkpoint, output_dir, max_steps, extra, resum
     from modern_llm.runs.torchrun import launch_ranks
 
     parameters = {"preset": preset, **_key_values(extra)}
+    for option, value in (("--run", run_name), ("--checkpoint", checkpoint),
+                          ("--output-dir", output_dir)):
+        _refuse_empty(option, value)
     for name, value in (("run", run_name), ("checkpoint", checkpoint), ("output_dir", output_dir),
                         ("max_steps", max_steps), ("resume", resume), ("force", force)):
         if value:
@@ -156,6 +159,15 @@ def _run_step(step) -> None:
     click.echo(summary(step))
 
 
+def _refuse_empty(option: str, value: str | None) -> None:
+    """Failure for a place that was named and is nothing, as a shell's unset variable is: another
+    one would be taken in its stead.
+    """
+    if value is not None and not value.strip():
+        raise Failure(f"{option} is empty; is it a variable that is not set? Name something, or "
+                      f"leave {option} out")
+
+
 def _key_values(items: tuple[str, ...]) -> dict:
     """Parameters by name; settings of the preset, whose names have a dot (or are in WITHOUT_A_DOT),
     together under `overrides`.
@@ -172,6 +184,8 @@ def _key_values(items: tuple[str, ...]) -> dict:
         if "." in name or name in WITHOUT_A_DOT:
             settings.append(shlex.quote(item))
             continue
+        if name in ("run", "checkpoint", "output_dir"):
+            _refuse_empty(f"-p {name}", raw)
         value = json_or_text(raw)
         # a run may be called 2024.10
         values[name] = (raw if KINDS.get(name, (int,))[0] is str and not isinstance(value, str)
@@ -227,6 +241,7 @@ def submit(preset, stage, run_name, account, cluster, partition, limit, nodes, g
     from modern_llm.messages import StageError
     from modern_llm.runs.pipeline import Plan
 
+    _refuse_empty("--run", run_name)
     given = {"run": run_name, "max_steps": max_steps}
     # the jobs say it themselves, to the stages that train
     ranks = (f"hardware.ranks={nodes * gpus}",) if nodes * gpus > 1 else ()

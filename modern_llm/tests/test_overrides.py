@@ -115,6 +115,16 @@ class TestTyped:
         assert (result.exit_code == 2 and "run=" in result.output
                 and not isinstance(result.exception, OSError) and list(tmp_path.iterdir()) == [])
 
+    @pytest.mark.parametrize("words, option", [
+        (["run", "--run", ""], "--run"), (["run", "--checkpoint", ""], "--checkpoint"),
+        (["run", "--output-dir", " "], "--output-dir"), (["run", "-p", "run="], "-p run"),
+        (["submit", "--run", ""], "--run"), (["submit", "-p", "output_dir="], "-p output_dir"),
+        (["submit", "-p", "checkpoint="], "-p checkpoint")])
+    def test_a_variable_that_is_not_set_is_no_default(self, words, option):
+        """With --force, `--run "$NAME"` would delete what another run has."""
+        result = CliRunner().invoke(main, [*words, "--preset", "lesson", "--dry-run"])
+        assert result.exit_code == 2 and f"{option} is empty" in result.output, result.output
+
     @pytest.mark.parametrize("name", ["a", "0", "x" * 100, "a..b", "2024.10", "a_", "nuls"])
     def test_a_possible_one_is_not(self, tmp_path, name):
         assert choose_folder("pretrain", {"preset": "lesson", "run": name,
