@@ -4,6 +4,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# The commands in .venv/bin name their interpreter by its path: in a folder that was moved or copied, that of the other place.
+script=$(sed -n '1s/^#!//p' .venv/bin/modern-llm 2>/dev/null || true)
+if [[ $script == */.venv/bin/python* ]] && ! [ "${script%/*}" -ef .venv/bin ]; then
+  echo "This folder was moved or copied from ${script%/.venv/bin/*}, and .venv belongs there: making it anew ..."
+  rm -rf .venv
+fi
+
 stamp=.venv/.installed${1:+-$1}
 wanted=$(cat settings.ini setup.py constraints.txt | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
@@ -17,6 +24,9 @@ if [ ! -x .venv/bin/python ]; then
   echo "Making .venv with $($python --version) ..."
   "$python" -m venv .venv || { rm -rf .venv; echo "venv failed: on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
 fi
+# stopped half-way, `venv` leaves an environment without pip
+.venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null ||
+  { echo ".venv has no pip: delete it (rm -rf .venv) and run again; on Debian and Ubuntu, install python3-venv first" >&2; exit 1; }
 pins=(-c constraints.txt)
 .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || pins=()   # the pins need 3.11; 3.10 takes the ranges
 size=$([ -f .venv/.installed ] || echo " (about 90 seconds, 1.6 GB; once)")
