@@ -303,7 +303,7 @@ def status(name: str | None, output_dir: str | None) -> None:
     except (ConfigError, RuntimeError, PermissionError) as error:
         # an unknown ~name; a folder that may not be read
         raise Failure(str(error)) from error
-    if not rows and name:
+    if not rows and name is not None:
         there = sorted(path.parent.name for path in root.glob("*/run.json"))
         raise Failure(
             f"no run {name!r} in {root}{nearest(name, there) if there else ', nor any other'}")

@@ -402,6 +402,11 @@ def test_odd_names_files_and_figures(tmp_path):
             and sum("killed" in line and "loss nan" in line for line in lines) == 4)
 
 
+def test_a_run_without_a_name_is_none(tmp_path):
+    done = CliRunner().invoke(main, ["status", "", "--output-dir", str(tmp_path)])
+    assert done.exit_code == 2 and f"no run '' in {tmp_path}" in done.output
+
+
 @fault
 @pytest.mark.parametrize("content", ["[]", "5", '{"pid": "x"}', '{"pid": 1}', "\0\0",
                                      '{"host": "a", "pid": 1}', "[" * 60_000])
