@@ -60,7 +60,7 @@ def _read(row: dict, seconds: float) -> str:
 
 @click.command()
 @click.option("--preset", metavar="NAME|FILE.json",
-              help="Check what this preset needs; exit code 1 if any is missing.")
+              help="Check what this preset needs, beside NAMES; exit code 1 if any is missing.")
 @click.option("--download", is_flag=True,
               help="First fetch them from the Hugging Face hub into its local cache.")
 @click.argument("names", nargs=-1)
@@ -84,7 +84,7 @@ def datasets(preset: str | None, download: bool, names: tuple[str, ...]) -> None
     from modern_llm.data.sources import check_sources, remedy
 
     try:
-        wanted = _wanted(preset) if preset else list(names)
+        wanted = list(dict.fromkeys([*(_wanted(preset) if preset else ()), *names]))
         if download and not wanted:
             raise Failure("--download needs the names of data sets, or --preset")
         for name in wanted if download else ():

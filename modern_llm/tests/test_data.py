@@ -138,6 +138,8 @@ def test_the_command_says_how_to_get_what_is_missing(monkeypatch):
     assert ("datasets --download NAME" in asked.output.replace("\n", " ")
             and asked.output.count("HF_HUB_OFFLINE") == 1)
     assert "Missing" not in CliRunner().invoke(cli.main, ["datasets", "synthetic"]).output
+    both = CliRunner().invoke(cli.main, ["datasets", "--preset", "local-smoke", "gsm8k"])
+    assert both.exit_code == 1 and "synthetic" in both.output and "Missing: gsm8k" in both.output
     refused = CliRunner().invoke(cli.main, ["datasets", "--download"])
     assert refused.exit_code == 2 and "needs the names" in refused.output
 
