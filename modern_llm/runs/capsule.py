@@ -125,11 +125,15 @@ def write_capsule(run_folder: Path, target: Path, weights: bool = False,
         The manifest: what is inside, with the sha256 of each file, and what made it.
 
     Raises:
-        StageError: nothing is finished, the run is under way, `target` exists or cannot be written.
+        StageError: nothing is finished, the run is under way, `target` exists, lies in the run or
+            cannot be written.
     """
     name, runs = run_folder.name, run_folder.parent
     if target.exists() and not force:
         raise StageError(f"{target} exists: --force writes over it, --to FILE leaves it")
+    if run_folder.resolve() in target.resolve().parents:
+        raise StageError(f"{target} lies in the run's own folder, and the next capsule would hold "
+                         "this one: name another place with --to")
     if is_in_use(run_folder):
         raise StageError(f"run {name!r} is under way: pack it when its stages have ended")
     run = Run(run_folder)

@@ -235,6 +235,9 @@ def test_nothing_is_written_over_or_packed_half(runs, packed, tmp_path, monkeypa
     assert "no small_report.md" in typed("small", "--report", tmp_path, "--to", tmp_path / "x.zip",
                                          *given).output.replace("has ", "")
     assert "is a file: --check" in typed(packed).output
+    assert "lies in the run's own folder" in typed(
+        "small", "--to", runs / "small" / "eval" / "x.zip", *given).output
+    assert not list((runs / "small").rglob("*.zip"))
     assert "leave --to" in typed(packed, "--check", "--to", "x").output
     assert "cannot write to" in typed("small", "--to", tmp_path / "no" / "x.zip", *given).output
     monkeypatch.setattr("modern_llm.runs.capsule.is_in_use", lambda folder: True)
