@@ -17,10 +17,12 @@ import copy
 import json
 import os
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote
 
 from modern_llm.config import ConfigError, nearest
 from modern_llm.files import read_json, write_text
@@ -165,7 +167,8 @@ def practice_copy(chapter: str, folder: Path) -> dict:
     """
     source = chapter_path(chapter)
     notebook = copy.deepcopy(read_json(source))
-    chapters = Path(os.path.relpath(source.parent, folder.resolve())).as_posix()
+    # a link of Markdown ends at a blank
+    chapters = quote(Path(os.path.relpath(source.parent, folder.resolve())).as_posix())
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "code":
@@ -174,7 +177,7 @@ def practice_copy(chapter: str, folder: Path) -> dict:
         else:
             text = re.sub(r"\]\((?!\w+:|#|/)", f"]({chapters}/", text)
         cell["source"] = text.splitlines(keepends=True)
-    where = "" if folder == Path("practice") else f" --to {folder}"
+    where = "" if folder == Path("practice") else f" --to {shlex.quote(str(folder))}"
     said = INTRODUCTION.format(chapter=source.stem, where=where,
                                solution=f"{chapters}/{source.name}")
     first = [{"cell_type": "markdown", "id": "practice-text", "metadata": {},

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import sys
 import tempfile
 import traceback
@@ -166,7 +167,7 @@ def check(chapter: str, path: Path,
 def page_cells(chapter: str, path: Path) -> dict[str, str]:
     """The code cells of a copy. StageError if there is none, or it is damaged."""
     if not path.is_file():
-        to = "" if path.parent == Path("practice") else f" --to {path.parent}"
+        to = "" if path.parent == Path("practice") else f" --to {shlex.quote(str(path.parent))}"
         raise StageError(f"{path} is not there: `modern-llm practice {chapter}{to}` writes it "
                          "(it is looked for from the folder you are in)")
     try:

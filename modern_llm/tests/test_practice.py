@@ -229,6 +229,19 @@ def test_links_lead_to_the_chapters():
     assert f"[the chapter]({chapters}/00_layers.ipynb)" in page and "--check --to a/b" in page
 
 
+def test_a_folder_with_a_blank_in_its_name(tmp_path, monkeypatch):
+    notebooks = tmp_path / "my models" / "nbs"
+    notebooks.mkdir(parents=True)
+    (notebooks / "00_layers.ipynb").write_bytes(
+        (practice.notebooks_folder() / "00_layers.ipynb").read_bytes())
+    monkeypatch.setattr(practice, "notebooks_folder", lambda: notebooks)
+    page = json.dumps(practice.practice_copy("00_layers", Path("my own")))
+    assert "[the chapter](../my%20models/nbs/00_layers.ipynb)" in page
+    assert "(../my%20models/nbs/16_experts.ipynb)" in page and "--check --to 'my own'" in page
+    said = CliRunner().invoke(cli.main, ["practice", "00_layers", "--check", "--to", "my own"])
+    assert "`modern-llm practice 00_layers --to 'my own'` writes it" in said.output
+
+
 def asked(*words):
     done = CliRunner().invoke(cli.main, ["practice", *words])
     return done.exit_code, done.output
