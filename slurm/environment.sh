@@ -8,7 +8,7 @@
 cluster=${MODERN_LLM_CLUSTER:-${TACC_SYSTEM:-none}}
 for file in "${MODERN_LLM_CLUSTERS:-clusters}/$cluster.toml" "modern_llm/config/clusters/$cluster.toml"; do
   if [ -f "$file" ]; then
-    modules=$(sed -nE 's/^modules *= *"([^"]*)".*/\1/p' "$file")
+    modules=$(sed -nE "s/^[[:space:]]*modules[[:space:]]*=[[:space:]]*(\"([^\"]*)\"|'([^']*)').*/\2\3/p" "$file")
     if [ -n "$modules" ]; then module load $modules; fi
     break
   fi

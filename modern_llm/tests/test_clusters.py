@@ -178,6 +178,17 @@ def test_modules_are_loaded_as_the_file_says(clusters, environment, loaded):
     assert (said.stdout.strip(), said.stderr, said.returncode) == (loaded, "", 0)
 
 
+@pytest.mark.parametrize("line", ['modules = "gcc/12 cuda"', "modules = 'gcc/12 cuda'  # both",
+                                  '  modules\t=\t"gcc/12 cuda"\r'])
+def test_modules_are_read_alike_by_both_that_read_them(clusters, line):
+    (clusters / "own.toml").write_bytes(f"description = 'ours'\n{line}\n".encode())
+    assert get_cluster("own").modules == "gcc/12 cuda"
+    said = subprocess.run(["/bin/bash", "-euc", 'module() { echo "$*"; }; '
+                           "source slurm/environment.sh"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "MODERN_LLM_CLUSTER": "own", "PATH": os.defpath})
+    assert (said.stdout, said.stderr) == ("load gcc/12 cuda\n", "")
+
+
 @pytest.mark.parametrize("preset, name", [
     ("tacc-a100", "tacc-a100"), ("tacc", "tacc-h100"), ("configs/tacc_a100.json", "tacc-a100"),
     ("slurm/smoke.json", "smoke")])
