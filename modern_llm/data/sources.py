@@ -158,7 +158,8 @@ def hub_reachable(seconds: float = 3.0) -> bool:
 
 def hub_state(info: DatasetInfo) -> str:
     """'cached', 'reachable', or why the hub cannot serve this data set."""
-    home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")  # as the library looks
+    home = os.path.expanduser(os.environ.get("HF_HOME", f"{base}/huggingface"))
     cache = Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets")))
     flat = re.sub(r"[^a-z0-9]", "", info.hub.lower())
     for folder in cache.glob("*___*") if info.hub else ():
