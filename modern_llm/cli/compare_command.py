@@ -76,16 +76,39 @@ def shown(row: dict) -> dict:
     from modern_llm.report.verdicts import signed
 
     return {"stage": row["stage"], "task": row["task"], "measure": row["metric"],
-            "was": f"{row['before']:.3f}", "is": f"{row['after']:.3f}", "difference": signed(row),
+            "was": f"{row['before']:.3f}", "is": f"{row['after']:.3f}",
+            "difference": signed(row) if row["value"] == row["value"] else "nan",
             "says": sentence(row)}
+
+
+def read_items(path: Path):
+    """An items.csv as a table; a value is NaN where a model diverged. DamagedFolder for a file that
+    is none.
+    """
+    import pandas as pd
+
+    from modern_llm.files import DamagedFolder
+
+    try:
+        items = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
+        wrong = next((name for name in ("stage", "task", "metric", "item", "value", "weight")
+                      if name not in items), None)
+        why = f"it has no column {wrong}" if wrong else next(
+            (f"not every {name} is a number" for name in ("value", "weight")
+             if len(items) and not pd.api.types.is_numeric_dtype(items[name])), "")
+    except ValueError as error:
+        why = str(error)
+    if why:
+        raise DamagedFolder(f"{path} is damaged ({why}): put a whole copy there, or evaluate the "
+                            f"run again, modern-llm run --run {path.parent.parent.name} --stage "
+                            "eval --force")
+    return items
 
 
 def measured_run(name: str, root: Path):
     """The items of `RUN` or `RUN/STAGE`, among the runs in `root` or a path (`comparing.Measured`).
     StageError says what there is, and how to get what there is not.
     """
-    import pandas as pd
-
     from modern_llm.evaluation.ledger import in_order
     from modern_llm.messages import StageError
     from modern_llm.report.comparing import Measured, flat
@@ -101,7 +124,7 @@ def measured_run(name: str, root: Path):
     if not (folder / "eval" / "items.csv").is_file():
         raise StageError(f"{folder} has no eval/items.csv: evaluate it first, "
                          f"modern-llm run --run {folder.name} --stage eval")
-    items = pd.read_csv(folder / "eval" / "items.csv", keep_default_na=False)
+    items = read_items(folder / "eval" / "items.csv")
     if stage and stage not in set(items.stage):
         raise StageError(f"{name}: {stage} was not evaluated; {folder.name} has "
                          f"{', '.join(in_order(items.stage))}")

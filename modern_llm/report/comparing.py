@@ -89,9 +89,11 @@ def change(one: Measured, other: Measured, ours: tuple, theirs: tuple) -> dict:
 
 def items_to_tell(difference: float, spread: float) -> float:
     """Items by which a true difference of this size is told (95% interval beside 0) in four of five
-    repetitions. Source: the normal approximation, (1.96 + 0.84)² s² / d².
+    repetitions; infinite for none, and for one that is not known. Source: the normal approximation,
+    (1.96 + 0.84)² s² / d².
     """
-    return math.ceil((POWER * spread / difference) ** 2) if difference else math.inf
+    wanted = (POWER * spread / difference) ** 2 if difference else math.inf
+    return math.ceil(wanted) if math.isfinite(wanted) else math.inf
 
 
 def values_of(runs: Sequence[Measured]) -> list[dict[tuple, float]]:

@@ -147,6 +147,32 @@ def test_runs_are_compared_by_a_command(runs, tmp_path):
     assert done.exit_code == 0 and "-0.225" in done.output and "no A/A pair" in done.output
 
 
+def test_a_model_that_diverged_is_compared_all_the_same(runs):
+    for name, nats in (("a", 20.0), ("b", math.nan)):
+        items = run(right=20, nats=np.full(N, nats)).items
+        items.to_csv(runs / name / "eval" / "items.csv", index=False)
+    for pair in (("a", "b"), ("b", "a")):
+        done = typed(runs, *pair)
+        assert done.exit_code == 0, done.output
+        line = next(line for line in done.output.splitlines() if "nats per token" in line)
+        assert re.search(r"\bnan +nan +not known", line) or re.search(
+            r"nan +2\.000 +nan +not known", line), line
+        assert done.output.count("no difference shown") == 2
+
+
+@pytest.mark.fault("messages")
+@pytest.mark.parametrize("change, why", [
+    (lambda text: "", "No columns to parse"), (lambda text: "\ufffe" + text, "it has no column stage"),
+    (lambda text: text[:-6], "not every weight is a number"),
+    (lambda text: text.replace(",value,", ",worth,", 1), "it has no column value")])
+def test_damaged_items_are_named(runs, change, why):
+    path = runs / "b" / "eval" / "items.csv"
+    path.write_text(change(path.read_text()))
+    done = typed(runs, "a", "b")
+    assert (done.exit_code == 1 and f"{path} is damaged ({why}" in done.output
+            and "--run b --stage eval --force" in done.output), done.output
+
+
 @pytest.mark.fault("messages")
 @pytest.mark.parametrize("words, said", [
     (["a"], "is compared with nothing"), (["a", "bb"], "did you mean 'b'?"),
