@@ -26,7 +26,8 @@ class Finite(click.FloatRange):
 WHICH_MODEL = (
     click.option("--run", "run_name", metavar="NAME", help="A run: its folder under runs/."),
     click.option("--stage", metavar="STAGE",
-                 help="Whose weights: pretrain, sft, dpo or grpo; default: the last that is there."),
+                 help="Whose weights: pretrain, sft, dpo or grpo; default: the last that is "
+                      "there."),
     click.option("--checkpoint", metavar="PATH",
                  help="A checkpoint, stage or run folder, instead of --run."),
     click.option("--output-dir", metavar="DIR",

@@ -162,7 +162,8 @@ def test_a_model_that_diverged_is_compared_all_the_same(runs):
 
 @pytest.mark.fault("messages")
 @pytest.mark.parametrize("change, why", [
-    (lambda text: "", "No columns to parse"), (lambda text: "\ufffe" + text, "it has no column stage"),
+    (lambda text: "", "No columns to parse"),
+    (lambda text: "\ufffe" + text, "it has no column stage"),
     (lambda text: text[:-6], "not every weight is a number"),
     (lambda text: text.replace(",value,", ",worth,", 1), "it has no column value")])
 def test_damaged_items_are_named(runs, change, why):
