@@ -348,9 +348,10 @@ def smollm2_cpu() -> PipelineConfig:
         name="smollm2-cpu",
         description="SmolLM2-135M-Instruct tuned on GSM8K and SST-2, on 2 CPU cores with bf16 "
                     "units",
-        sft=replace(base.sft, sources=("gsm8k", "sst2"), weights=(0.6, 0.4), lr=2e-4,
-                    max_steps=240, eval_every=60, checkpoint_every=30,
-                    max_validation_examples=60, **steps),
+        hardware=replace(base.hardware, inference_precision="bf16"),
+        sft=replace(base.sft, sources=("gsm8k", "sst2"), weights=(0.75, 0.25), lr=4e-4,
+                    max_steps=300, eval_every=100, checkpoint_every=30,
+                    max_validation_examples=30, **steps | {"micro_batch_size": 8}),
         dpo=replace(base.dpo, max_steps=30, eval_every=15, checkpoint_every=15, **steps),
         grpo=replace(base.grpo, max_steps=20, eval_every=10, checkpoint_every=2,
                      validation_problems=60, **steps | {"batch_size": 64, "compile": False}),

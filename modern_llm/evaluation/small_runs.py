@@ -1,7 +1,7 @@
 """Small models trained side by side, for a chapter that is an experiment: the same text in an order
 that the seed decides, and differences over the seeds with an interval.
 
-A plain module; chapters 55 and 56 use it.
+A plain module; chapters 55 to 59 use it.
 """
 
 from __future__ import annotations

@@ -270,6 +270,7 @@ def test_the_items_can_be_read_without_javascript(site, browser):
     page = context.new_page()
     page.goto((site / "report" / "local-cpu_report.html").as_uri())
     page.click("a.items[href$='sentiment-asked.html#accuracy-sft'] >> nth=0")
+    page.wait_for_load_state()
     assert page.locator("table.items tbody tr").count() == 872
     assert page.locator("select").count() == 0 and page.locator("#accuracy-sft").is_visible()
     context.close()
