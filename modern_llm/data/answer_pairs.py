@@ -127,7 +127,7 @@ class AnswerBatches:
     Args:
         problems: those that `samples` answers, by its column `problem`.
         samples: columns problem, text, right (of `tasks.solve`).
-        gold: further problems.
+        gold: further problems; where there are none, `problems` are also these.
         context_length: of a row.
     """
 

@@ -369,6 +369,16 @@ def test_the_control_is_the_generator_trained_on_the_right_answers_of_the_same_b
     assert not (tmp_path / "none" / "control").exists()
 
 
+@pytest.mark.parametrize("gold_problems", [0, 20])
+def test_what_is_calibrated_on_is_not_trained_on(start, tmp_path, gold_problems):
+    recipe = training(start, tmp_path, train_problems=20, gold_problems=gold_problems)
+    assert recipe.for_calibration.problem.unique().tolist() == [16, 17, 18, 19]
+    reserved = {problem.question for problem in recipe.own_problems[16:]}
+    batches = recipe.batches(recipe.train)
+    learned = {batches.pair(random.Random(i))[0].question for i in range(200)}
+    assert len(learned) > 10 and not learned & reserved
+
+
 def test_an_interrupted_control_goes_on_to_the_same_weights(start, tmp_path):
     training(start, tmp_path / "straight").fit()
     cut, asked = training(start, tmp_path / "cut"), []

@@ -98,17 +98,17 @@ class SampledAnswers:
     def __init__(self, run: Run, parts: Sequence[list[Problem]] | None = None):
         self.run, self.train, seed = run, run.config.verifier, run.config.seed
         self.tokenizer, self.device = load_tokenizer(run.start), run.device
-        to_train, to_calibrate, self.gold, self.held_problems = (
+        self.to_train, to_calibrate, self.gold, self.held_problems = (
             parts or split_problems(self.train, seed))
-        self.own_problems, drawn = [*to_train, *to_calibrate], []
+        self.own_problems, drawn = [*self.to_train, *to_calibrate], []
         for i, (folder, samples) in enumerate(sampling_plan(run.start,
                                                             self.train.samples_per_problem)):
             load = partial(self.load, folder) if i else lambda: self.generator
             drawn.append(self.answers(f"train-{i}", load, self.own_problems, samples=samples,
                                       temperature=self.train.temperature, seed=1000 * seed + i))
         sampled = pd.concat(drawn, ignore_index=True)
-        self.for_training = sampled[sampled.problem < len(to_train)]
-        self.for_calibration = sampled[sampled.problem >= len(to_train)]
+        self.for_training = sampled[sampled.problem < len(self.to_train)]
+        self.for_calibration = sampled[sampled.problem >= len(self.to_train)]
         self.sampling = {"samples": self.train.validation_samples,
                          "temperature": self.train.temperature, "seed": 7}
         self.held = self.answers("held-out", lambda: self.generator, self.held_problems,
@@ -162,7 +162,7 @@ class VerifierTraining(SampledAnswers):
 
     def batches(self, cfg: VerifierConfig) -> AnswerBatches:
         """The batches of pairs that a verifier with these settings is trained on."""
-        return AnswerBatches(self.tokenizer, self.own_problems, self.for_training, self.gold, cfg,
+        return AnswerBatches(self.tokenizer, self.to_train, self.for_training, self.gold, cfg,
                              self.run.config.model.context_length, self.run.config.seed)
 
     def evaluate(self, verifier: VerifierModel) -> dict[str, float]:
