@@ -19,7 +19,7 @@ from modern_llm.config import (
 )
 from modern_llm.data import synth
 from modern_llm.data.answer_pairs import AnswerBatches, encode_candidate, fork_of, perturb
-from modern_llm.data.tasks import word_problems
+from modern_llm.data.tasks import solve, word_problems
 from modern_llm.data.tokens import train_tokenizer
 from modern_llm.evaluation.judging import TrainedOn
 from modern_llm.files import atomic_folder
@@ -367,6 +367,23 @@ def test_the_control_is_the_generator_trained_on_the_right_answers_of_the_same_b
                   for name in ("both", "none"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not (tmp_path / "none" / "control").exists()
+
+
+def test_the_generator_alone_answers_what_is_calibrated_on(start, tmp_path, tokenizer):
+    place = tmp_path / "sft"
+    shutil.copytree(start, place / "checkpoint")
+    (other := place / "checkpoints" / "step-000001").mkdir(parents=True)
+    save_chat_model(other, body(seed=1), tokenizer)
+    small = {"train_problems": 10, "samples_per_problem": 4}
+    recipe = training(place / "checkpoint", tmp_path / "verifier", **small)
+    alone = training(start, tmp_path / "alone", **small)
+    kept = recipe.for_calibration
+    assert kept.groupby("problem").size().to_dict() == {8: 2, 9: 2}
+    of_generator = solve(load_model(start), tokenizer, recipe.own_problems, samples=2,
+                         max_new_tokens=6, temperature=recipe.train.temperature, seed=0)
+    assert kept.text.tolist() == of_generator.text[of_generator.problem >= 8].tolist()
+    assert recipe.for_training.groupby("problem").size().tolist() == [4] * 8
+    assert alone.for_calibration.groupby("problem").size().to_dict() == {8: 4, 9: 4}
 
 
 @pytest.mark.parametrize("gold_problems", [0, 20])

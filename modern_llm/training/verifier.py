@@ -104,11 +104,13 @@ class SampledAnswers:
         for i, (folder, samples) in enumerate(sampling_plan(run.start,
                                                             self.train.samples_per_problem)):
             load = partial(self.load, folder) if i else lambda: self.generator
-            drawn.append(self.answers(f"train-{i}", load, self.own_problems, samples=samples,
+            # a chance of being right is that of the generator's answers, not of weaker ones
+            asked = self.to_train if i else self.own_problems
+            drawn.append(self.answers(f"train-{i}", load, asked, samples=samples,
                                       temperature=self.train.temperature, seed=1000 * seed + i))
         sampled = pd.concat(drawn, ignore_index=True)
         self.for_training = sampled[sampled.problem < len(self.to_train)]
-        self.for_calibration = sampled[sampled.problem >= len(self.to_train)]
+        self.for_calibration = drawn[0][drawn[0].problem >= len(self.to_train)]
         self.sampling = {"samples": self.train.validation_samples,
                          "temperature": self.train.temperature, "seed": 7}
         self.held = self.answers("held-out", lambda: self.generator, self.held_problems,
