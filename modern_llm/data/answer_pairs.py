@@ -73,13 +73,16 @@ def best_fit(room: Sequence[int], lengths: Sequence[int]) -> list[int] | None:
 def fill_rows(pairs: Iterable[tuple[EncodedAnswer, EncodedAnswer]], rows: int, length: int,
               gold: Iterable[EncodedAnswer] = (), gold_rows: int = 0) -> dict[str, Tensor]:
     """Pack pairs of a right and a wrong answer, each answer by `best_fit`, until the third pair
-    finds no room.
+    finds no room; at least one pair.
 
     Before that, gold answers are packed into `gold_rows` of the rows, for the language model alone.
 
     Returns (rows, length) each: input_ids, segment_ids, targets (1 in right answers), answers (1 /
     length in answers, else 0) and weights (the same from the pair's fork on, 0 in gold rows: before
     the fork the two labels contradict each other).
+
+    Raises:
+        ValueError: none of a hundred pairs finds room.
     """
     batch = {name: torch.zeros(rows, length, dtype=torch.long)
              for name in ("input_ids", "segment_ids")}
@@ -105,12 +108,17 @@ def fill_rows(pairs: Iterable[tuple[EncodedAnswer, EncodedAnswer]], rows: int, l
     for coded in gold if gold_rows else ():
         if not put([(coded, len(coded[0]), 1.0)], range(gold_rows)):
             break
-    missed = 0
+    placed = missed = 0
     for one, other in pairs:
         fork = fork_of(one[0], other[0])
-        missed += not put([(one, fork, 1.0), (other, fork, 0.0)], range(gold_rows, rows))
-        if missed == 3:
+        found = put([(one, fork, 1.0), (other, fork, 0.0)], range(gold_rows, rows))
+        placed, missed = placed + found, missed + (not found)
+        if missed >= 3 and placed:
             break
+        if missed == 100:
+            raise ValueError(f"fill_rows: none of {missed} pairs has room in {rows - gold_rows} of "
+                             f"{rows} rows of {length} tokens: raise verifier.batch_size, lower "
+                             "verifier.gold_fraction, or use a longer context")
     return batch
 
 # %% ../../nbs/28_answer_pairs.ipynb #answer-batches

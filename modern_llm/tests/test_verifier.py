@@ -396,6 +396,20 @@ def test_what_is_calibrated_on_is_not_trained_on(start, tmp_path, gold_problems)
     assert len(learned) > 10 and not learned & reserved
 
 
+def test_a_single_row_holds_a_pair_or_says_that_it_cannot(tokenizer, problems, samples):
+    one = replace(CFG, batch_size=1)
+    lengths = [len(encode_candidate(tokenizer, problem, problem.answer)[0])
+               for problem in problems]
+    # only the shorter half of the pairs fits
+    tight = batches(tokenizer, problems, samples, one, context=max(2 * min(lengths) + 8,
+                                                                  max(lengths) + 8))
+    assert all(float(tight(step)["weights"].sum()) >= 1.99 for step in range(20))
+    long = [problem for problem, length in zip(problems, lengths) if length > max(lengths) * 0.8]
+    none = batches(tokenizer, long, samples.iloc[:0], one, context=max(lengths) + 4)
+    with pytest.raises(ValueError, match="none of 100 pairs has room in 1 of 1 rows.*batch_size"):
+        none(0)
+
+
 def test_an_interrupted_control_goes_on_to_the_same_weights(start, tmp_path):
     training(start, tmp_path / "straight").fit()
     cut, asked = training(start, tmp_path / "cut"), []
