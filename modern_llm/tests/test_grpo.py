@@ -18,6 +18,7 @@ from modern_llm.data.chat import encode_prompt, end_id
 from modern_llm.data.sources import DataError
 from modern_llm.data.tasks import word_problems
 from modern_llm.data.tokens import load_tokenizer, train_tokenizer
+from modern_llm.models.counts import adapter_parameters, flops_per_token, forward_flops
 from modern_llm.models.decoder import ModernDecoderLM
 from modern_llm.models.saving import load_model
 from modern_llm.runs.pipeline import Plan
@@ -216,6 +217,21 @@ def test_rounds_are_whole_files_and_the_control_reads_gold_answers(start, tmp_pa
     batch = made.gold_batch(0)
     text = made.tokenizer.decode(batch["labels"][0][batch["labels"][0] >= 0].tolist())
     assert any(problem.answer == text for problem in made.problems)
+
+
+@pytest.mark.parametrize("changes, steps", [
+    ({}, 10), ({"kl_weight": 0.1}, 12), ({"lora_rank": 2}, 12),
+    ({"lora_rank": 2, "kl_weight": 0.1}, 15)])
+def test_the_control_costs_as_much(start, tmp_path, changes, steps):
+    made = recipe(start, tmp_path, max_steps=6, **changes)
+    assert made.control(made.train, tmp_path / "control").cfg.max_steps == steps
+    whole, cfg = forward_flops(SHAPE), made.train
+    # attention and adapters cost something too, which the rule leaves out
+    read = sum(whole.values()) - whole["attention"]
+    trained = (flops_per_token(SHAPE, lora_rank=cfg.lora_rank) - 3 * whole["attention"]
+               - 6 * adapter_parameters(SHAPE, cfg.lora_rank))
+    own = 6 * (trained + (2 + bool(cfg.kl_weight)) * read)
+    assert own == steps * trained
 
 
 # ---- what is refused, and what "all" means -------------------------------------------------------

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from modern_llm.training.trainer import TrainResult, Trainer
 
 # %% auto #0
-__all__ = ['Reward', 'CONTROL_STEPS', 'NO_SPREAD', 'LENGTH_GROWTH', 'ENDING_FALL', 'HACKED', 'group_advantages', 'clipped_gain',
+__all__ = ['Reward', 'NO_SPREAD', 'LENGTH_GROWTH', 'ENDING_FALL', 'HACKED', 'group_advantages', 'clipped_gain',
            'distance', 'grpo_loss', 'exact_reward', 'reward_of', 'answer_rows', 'rows_of_round', 'Rollouts',
            'MarkedProblems', 'RewardTraining', 'alarms']
 
@@ -323,7 +323,15 @@ class MarkedProblems:
                      batch_rows=self.run.config.eval.batch_rows, **options)
 
 # %% ../../nbs/38_grpo.ipynb #recipe
-CONTROL_STEPS = 10 / 6  # written, read again and trained on, against trained on
+def control_steps(cfg: GRPOConfig) -> int:
+    """How many steps on gold answers cost as many FLOPs as `cfg.max_steps` on the policy's own.
+
+    A parameter takes two for each token that is written, two where it is read again, two where the
+    reference reads it (`kl_weight`), and six where it is trained on, four if adapters alone learn
+    (`lora_rank`). What a verifier costs that gives the reward is not counted.
+    """
+    trained, further = 4 if cfg.lora_rank else 6, 6 if cfg.kl_weight else 4
+    return math.ceil(cfg.max_steps * (trained + further) / trained)
 
 
 class RewardTraining(MarkedProblems):
@@ -367,9 +375,9 @@ class RewardTraining(MarkedProblems):
         """As `save_chat_model`."""
         save_chat_model(folder, model, self.tokenizer)
 
-    def control(self, cfg: TrainConfig, folder: Path) -> Trainer:
+    def control(self, cfg: GRPOConfig, folder: Path) -> Trainer:
         """A trainer of the same start on gold answers, for as many FLOPs."""
-        longer = replace(cfg, max_steps=math.ceil(CONTROL_STEPS * cfg.max_steps))
+        longer = replace(cfg, max_steps=control_steps(cfg))
         return self.run.trainer(self.load(), lm_loss_for(longer), self.gold_batch, self, cfg=longer,
                                 folder=folder, evaluate=None)
 
