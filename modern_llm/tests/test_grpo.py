@@ -234,6 +234,16 @@ def test_the_control_costs_as_much(start, tmp_path, changes, steps):
     assert own == steps * trained
 
 
+def test_the_control_reads_every_gold_answer_once_an_epoch(start, tmp_path):
+    made = recipe(start, tmp_path)
+    asked, gold = [], made.gold
+    made.gold = lambda problem: asked.append(problem.question) or gold(problem)
+    for step in range(6):  # eight a step: an epoch of twelve ends within every second one
+        made.gold_batch(step)
+    epochs = [asked[i:i + 12] for i in range(0, 48, 12)]
+    assert all(len(set(epoch)) == 12 for epoch in epochs) and epochs[0] != epochs[1]
+
+
 # ---- what is refused, and what "all" means -------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Reward', 'NO_SPREAD', 'LENGTH_GROWTH', 'ENDING_FALL', 'HACKED', 'group_advantages', 'clipped_gain',
-           'distance', 'grpo_loss', 'exact_reward', 'reward_of', 'answer_rows', 'rows_of_round', 'Rollouts',
+           'distance', 'grpo_loss', 'exact_reward', 'reward_of', 'answer_rows', 'rows_of_round', 'in_turn', 'Rollouts',
            'MarkedProblems', 'RewardTraining', 'alarms']
 
 # %% ../../nbs/38_grpo.ipynb #group-advantages
@@ -184,6 +184,16 @@ def rows_of_round(ids: Int[Tensor, "n t"], answer: Bool[Tensor, "n t"], marked: 
             "spread": spread, **facts}
 
 # %% ../../nbs/38_grpo.ipynb #rollouts
+def in_turn(first: int, size: int, count: int, *seeds: int) -> np.ndarray:
+    """Places `first` to `first + size` of an endless sequence in which every epoch is a new order of
+    0 to `count` - 1; a function of the seeds.
+    """
+    epochs, within = np.divmod(np.arange(first, first + size), count)
+    orders = {e: np.random.default_rng([seeds[0], e, *seeds[1:]]).permutation(count)
+              for e in np.unique(epochs)}
+    return np.array([orders[e][i] for e, i in zip(epochs, within)])
+
+
 class Rollouts:
     """The batch of a step, written by the model that is being trained: a function of its weights,
     the seed and the step.
@@ -214,11 +224,7 @@ class Rollouts:
     def asked(self, number: int) -> np.ndarray:
         """The problems of a round; an epoch is a new order of all."""
         size = self.cfg.batch_size // self.cfg.group_size * self.cfg.steps_per_round
-        epochs, within = np.divmod(np.arange(number * size, (number + 1) * size),
-                                   len(self.problems))
-        orders = {e: np.random.default_rng([self.seed, e]).permutation(len(self.problems))
-                  for e in np.unique(epochs)}
-        return np.array([orders[e][i] for e, i in zip(epochs, within)])
+        return in_turn(number * size, size, len(self.problems), self.seed)
 
     def write(self, number: int) -> dict[str, Tensor]:
         """The answers of a round, marked and rewarded, as rows of a batch."""
@@ -305,11 +311,9 @@ class MarkedProblems:
         return len(self.gold(problem)[0]) <= self.context
 
     def gold_batch(self, step: int) -> dict[str, Tensor]:
-        """Gold answers to the next problems, for the control."""
+        """Gold answers to the next problems, for the control; an epoch is a new order of all."""
         size = self.train.batch_size
-        order = np.random.default_rng([self.run.config.seed, step * size // len(self.problems), 1])
-        chosen = np.take(order.permutation(len(self.problems)),
-                         np.arange(step * size, (step + 1) * size), mode="wrap")
+        chosen = in_turn(step * size, size, len(self.problems), self.run.config.seed, 1)
         return padded_batch([self.gold(self.problems[i]) for i in chosen])
 
     def load(self) -> ModernDecoderLM:
