@@ -233,12 +233,13 @@ def order_entropies(scorer: Scorer, demonstrations: Sequence[Review], probes: Se
     model.
 
     Args:
-        probes: texts; their labels are not needed.
+        probes: texts; their labels are not needed. One that exceeds the context counts for nothing.
     """
     rows = []
     for order in orders:
         scores, _ = scorer.direct([demonstrations[i] for i in order],
                                   [prompt_suffix(text) for text in probes])
+        scores = scores[np.isfinite(scores).all(1)]
         logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
         share = np.bincount(logs.argmax(1), minlength=logs.shape[1]) / len(logs)
         rows.append({"order": tuple(order),

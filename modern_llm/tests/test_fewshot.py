@@ -272,6 +272,17 @@ def test_order_selection_looks_at_no_label(model, tokenizer, reviews, pool):
     assert table.set_index("order").global_entropy[best_order(table)] == table.global_entropy.max()
 
 
+def test_a_probe_too_long_for_the_context_changes_no_order(model, tokenizer):
+    texts = ["a fine film", "a dull film", "what a mess"]
+    shown = [Review(text, label) for text, label in zip(
+        ["good fun", "no fun"], ["positive", "negative"])]
+    orders, scorer = candidate_orders(2, 2), Scorer(model, tokenizer)
+    alone, beside = (order_entropies(scorer, shown, probes, orders)
+                     for probes in (texts, [*texts, "long " * model.cfg.context_length]))
+    assert alone.notna().all().all()
+    pd.testing.assert_frame_equal(alone, beside)
+
+
 # ---- what is reported ----------------------------------------------------------------------------
 
 
