@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 from modern_llm.cli import main
 from modern_llm.config import get_pipeline_preset
+from modern_llm.data.packing import TokenCache
 from modern_llm.files import write_json
 from modern_llm.messages import StageError
 from modern_llm.runs import pipeline
@@ -111,6 +114,19 @@ def test_epochs_are_counted_bounded_and_said_when_they_are_many(tmp_path, capsys
                                                  "data.tokens_target=14000")
     assert result.step == math.ceil(14_000 / (16 * 128))
     assert f"the text is read up to {recipe.packed.epochs(result.step):.1f} times; beyond 4" in said
+
+
+def test_bits_per_byte_on_the_way_are_of_the_documents_that_were_scored():
+    sizes, ends = np.array([60_000, 9_000]), np.array([0, 15_000, 24_000])
+    cache = TokenCache(Path(), {}, np.zeros(24_001, np.uint16), ends, sizes, None)
+
+    def scores(model, most):
+        assert len(cache.head(most)) == 1  # the second document is too much
+        return {"text": pd.DataFrame({"nats": [30_000.0], "tokens": [15_000]})}
+
+    recipe = SimpleNamespace(validation_caches={"text": cache}, scores=scores)
+    found = Pretraining.evaluate(recipe, None)
+    assert found == {"loss": 2.0, "bpb/text": pytest.approx(30_000 / 60_000 / math.log(2))}
 
 
 @pytest.mark.fault("one-lacks")

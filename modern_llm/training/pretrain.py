@@ -15,7 +15,9 @@ import torch
 
 from ..config import PipelineConfig
 from ..data.corpus import load_corpus
-from ..data.packing import PackedBatches, TokenCache, validation_batches
+from modern_llm.data.packing import (
+    PackedBatches, TokenCache, bits_per_byte, validation_batches,
+)
 from ..data.tokens import end_of_text_id, make_tokenizer, save_tokenizer
 from ..messages import say
 from ..models.decoder import ModernDecoderLM
@@ -92,9 +94,9 @@ class Pretraining:
     def evaluate(self, model: ModernDecoderLM) -> dict[str, float]:
         """Nats per token over all sources, and bits per byte of each."""
         caches = self.validation_caches
-        scores = self.scores(model, 16_000 // len(caches))
-        bits = {name: s.nats.sum() / s.tokens.sum()
-                      / (caches[name].num_bytes / caches[name].num_tokens) / math.log(2)
+        most = 16_000 // len(caches)
+        scores = self.scores(model, most)
+        bits = {name: bits_per_byte(s.nats.sum(), caches[name].head(most).num_bytes)
                 for name, s in scores.items()}
         return {"loss": nats_per_token(scores),
                 **{f"bpb/{name}": value for name, value in bits.items()}}
