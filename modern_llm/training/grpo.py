@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from modern_llm.training.trainer import TrainResult, Trainer
 
 # %% auto #0
-__all__ = ['Reward', 'NO_SPREAD', 'LENGTH_GROWTH', 'ENDING_FALL', 'HACKED', 'group_advantages', 'clipped_gain',
-           'distance', 'grpo_loss', 'exact_reward', 'reward_of', 'answer_rows', 'rows_of_round', 'in_turn', 'Rollouts',
-           'MarkedProblems', 'RewardTraining', 'alarms']
+__all__ = ['Reward', 'NO_SPREAD', 'LENGTH_GROWTH', 'ENDING_FALL', 'HACKED', 'group_advantages', 'clipped_gain', 'distance',
+           'grpo_loss', 'exact_reward', 'reward_of', 'answer_rows', 'rows_of_round', 'in_turn', 'Rollouts',
+           'MarkedProblems', 'control_steps', 'RewardTraining', 'alarms']
 
 # %% ../../nbs/38_grpo.ipynb #group-advantages
 def group_advantages(rewards: Float[Tensor, "n"], group_size: int,
