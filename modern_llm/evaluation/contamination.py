@@ -23,13 +23,14 @@ def _built_in_problems() -> Iterator[synth.Problem]:
 
 
 _BUILT_IN = {
-    "text": lambda world: (d.text for d in synth.documents("train", 0, world)),
-    "chats": lambda world: ("\n".join(f"{turn.request}\n{turn.output}" for turn in turns)
-                            for turns in synth.conversations("train", 0, world)),
-    "pairs": lambda world: (f"{p.prompt}\n{text}" for p in synth.preferences("train", 0, world)
-                            for text in (p.chosen, p.rejected)),
-    "problems": lambda world: (f"{p.question}\n{p.answer}" for p in _built_in_problems()),
-    "sentences": lambda world: (r.text for r in synth.sentiment("train", 0)),
+    "text": lambda world, seed: (d.text for d in synth.documents("train", 0, world)),
+    "chats": lambda world, seed: ("\n".join(f"{turn.request}\n{turn.output}" for turn in turns)
+                                  for turns in synth.conversations("train", 0, world)),
+    "pairs": lambda world, seed: (f"{p.prompt}\n{text}"
+                                  for p in synth.preferences("train", seed, world)
+                                  for text in (p.chosen, p.rejected)),
+    "problems": lambda world, seed: (f"{p.question}\n{p.answer}" for p in _built_in_problems()),
+    "sentences": lambda world, seed: (r.text for r in synth.sentiment("train", 0)),
 }
 # what a built-in source of a kind is called in the tables
 _CALLED = {"text": "text", "chats": "instruction", "pairs": "preference", "problems": "problem",
@@ -37,13 +38,14 @@ _CALLED = {"text": "text", "chats": "instruction", "pairs": "preference", "probl
 
 
 def training_texts(name: str, kind: str = "", limit: int | None = None,
-                   world_seed: int = 0) -> Iterator[str]:
+                   world_seed: int = 0, seed: int = 0) -> Iterator[str]:
     """The training documents of a source, whatever kind it is.
 
     Args:
         name: a name of DATASET_REGISTRY, or your own file.
         kind: which of the built-in sources, a name of KINDS. Other sources have one kind.
         limit: documents to read; None = all, and of the built-in source, which never ends, 20,000.
+        seed: of the run, by which DPO draws the built-in pairs.
 
     Raises:
         ValueError: the built-in source has no such kind. DatasetNotFound: the source is unknown or
@@ -54,7 +56,7 @@ def training_texts(name: str, kind: str = "", limit: int | None = None,
         if (kind := kind or "text") not in _BUILT_IN:
             raise ValueError(f"training_texts: the built-in source has no kind {kind!r}; use one "
                              f"of {', '.join(_BUILT_IN)}")
-        return islice(_BUILT_IN[kind](world_seed), 20_000 if limit is None else limit)
+        return islice(_BUILT_IN[kind](world_seed, seed), 20_000 if limit is None else limit)
     if info.kind == "pairs":  # both answers were read, with the dialogue before them
         return islice((row[side] for row in rows(name, "train")
                        for side in (*info.fields, *info.needed_columns) if row.get(side)), limit)
@@ -80,14 +82,16 @@ def training_sources(config: PipelineConfig, stages: Iterable[str] = TRAINED) ->
 
 
 def run_overlap(sets: Mapping[str, Sequence[str]], sources: pd.DataFrame, limit: int | None = None,
-                world_seed: int = 0, progress: bool = False, **options) -> pd.DataFrame:
+                world_seed: int = 0, seed: int = 0, progress: bool = False,
+                **options) -> pd.DataFrame:
     """`find_overlap` of the sets with each line of `training_sources`: its columns behind "source".
 
     Args:
-        limit, world_seed: of `training_texts`.
+        limit, world_seed, seed: of `training_texts`.
         options: n and shortest of `find_overlap`.
     """
-    return pd.concat([find_overlap(sets, training_texts(row.name_, row.kind, limit, world_seed),
+    return pd.concat([find_overlap(sets, training_texts(row.name_, row.kind, limit, world_seed,
+                                                        seed),
                                    progress=f"overlap with {row.source}" * progress, **options)
                           .assign(source=row.source)
                       for row in sources.rename(columns={"name": "name_"}).itertuples()],

@@ -248,7 +248,7 @@ def contamination(of: Evaluation) -> None:
             of.folder / "pieces" / "overlap.jsonl",
             lambda: run_overlap(overlap_sets(of), training_sources(of.config, trained),
                                 settings.overlap_documents, of.config.data.world_seed,
-                                progress=True, n=settings.overlap_words))
+                                of.config.seed, progress=True, n=settings.overlap_words))
         of.overlap = overlap_summary(found)
         write_text(of.folder / "contamination.csv", of.overlap.to_csv(index=False))
     set_of = {("protocols", f"nats per token T1, {source}"): f"text {source}"

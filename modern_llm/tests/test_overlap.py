@@ -206,13 +206,14 @@ def test_built_in_texts_are_those_the_stages_read():
     from modern_llm.data.tasks import word_problems
     from modern_llm.training.sft import instructions
 
-    take = lambda kind, limit: list(training_texts("synthetic", kind, limit))
+    take = lambda kind, limit, seed=0: list(training_texts("synthetic", kind, limit, seed=seed))
     assert take("text", 30) == list(islice(documents("synthetic", "train"), 30))
     assert take("chats", 30) == ["\n".join(message["content"] for message in e.messages)
                                  for e in instructions("synthetic", "train", 30)]
-    pairs = preference_pairs("synthetic", "train", 10)[0]
-    assert take("pairs", 20) == [f"{p.request}\n{text}" for p in pairs
-                                      for text in (p.chosen, p.rejected)]
+    for seed in (0, 1):  # of the run
+        pairs = preference_pairs("synthetic", "train", 10, seed)[0]
+        assert take("pairs", 20, seed) == [f"{p.request}\n{text}" for p in pairs
+                                           for text in (p.chosen, p.rejected)]
     assert ({f"{p.question}\n{p.answer}" for p in word_problems("synthetic", "train", 60)}
             <= set(take("problems", 80)))
     with pytest.raises(ValueError, match="no kind 'storys'"):
