@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 
 # The commands in .venv/bin name their interpreter by its path: in a folder that was moved or copied, that of the other place.
 script=$(sed -n '1s/^#!//p' .venv/bin/modern-llm 2>/dev/null || true)
-if [[ $script == */.venv/bin/python* ]] && ! [ "${script%/*}" -ef .venv/bin ]; then
+if [[ $script == */.venv/bin/python* ]] && ! [ "${script%/*}" -ef .venv/bin ] &&
+   compgen -G ".venv/.installed*" >/dev/null; then   # made by this script, nothing else is deleted
   echo "This folder was moved or copied from ${script%/.venv/bin/*}, and .venv belongs there: making it anew ..."
   rm -rf .venv
 fi
